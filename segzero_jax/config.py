@@ -1,0 +1,310 @@
+"""The configuration: frozen dataclasses, a YAML preset, dotted overrides. An unknown key or a bad value is one line.
+
+``Config()`` is the embedded toy run. A YAML file holds what differs from it, and
+``--section.key=value`` overrides both.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line that names the key, the value and what was expected."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """Where a run lives."""
+
+    dir: str = "runs/toy"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The policy.
+
+    Attributes:
+      path: a Hugging Face checkpoint directory, or "toy" for the one inside the package.
+      compute_dtype: of activations and of the weights that rollout reads; master weights are always float32.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      freeze_vision: leave the vision tower and merger untouched.
+    """
+
+    path: str = "toy"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    freeze_vision: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """What is asked.
+
+    Attributes:
+      name: "toy".
+      dir: where built data sets are kept.
+      image_size: pictures are squashed to this many pixels squared; answers are in this frame.
+      prompt: whose question wording: see ``prompt.py``.
+      eval_splits: held-out splits that are evaluated.
+    """
+
+    name: str = "toy"
+    dir: str = "~/.cache/segzero_jax"
+    image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
+    prompt: Literal["toy", "seg_zero", "vision_reasoner"] = "toy"
+    eval_splits: tuple[str, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Fraction = 1.0
+    top_k: Count = 0
+    max_prompt_tokens: Positive = 64
+    max_response_tokens: Positive = 96
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardConfig:
+    """How responses are scored.
+
+    Attributes:
+      server: "local" starts a SAM 2 server beside the trainer, "none" scores text alone, else "host:port[,host:port]".
+      recipe: see ``rewards.py``.
+      mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
+      mask_iou_mode: the component's form: the IoU itself, 1 above 0.5, or SAM-R1's tiers.
+      local_model: the SAM 2 model that a local server loads: "toy" or a hub id.
+      timeout_s: patience for one group's scores.
+    """
+
+    server: str = "local"
+    recipe: Literal["seg_zero_soft", "seg_zero_strict", "vision_reasoner", "sam_r1"] = "vision_reasoner"
+    mask_iou_weight: NonNegative = 1.0
+    mask_iou_mode: Literal["raw", "threshold", "tiered"] = "raw"
+    local_model: str = "toy"
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GrpoConfig:
+    """The loss. Defaults are the paper's but for the toy run's KL.
+
+    Attributes:
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      kl_coef: weight of the k3 estimate of KL(policy, reference).
+      entropy_coef: weight of the entropy bonus.
+      importance_cap: truncate the sampler-to-trainer importance weight here; 0 leaves it out.
+    """
+
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
+    kl_coef: NonNegative = 5e-3
+    entropy_coef: NonNegative = 0.0
+    importance_cap: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """The optimizer and the schedule.
+
+    Attributes:
+      steps: updates in all.
+      batch_size: prompts a step.
+      micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
+      moment_dtype: of AdamW's moments.
+      checkpoint_every: steps between checkpoints; one is always written at the end.
+      keep_checkpoints: older ones are deleted.
+    """
+
+    steps: Positive = 120
+    batch_size: Positive = 16
+    micro_batch_size: Positive = 16
+    lr: NonNegative = 1e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    weight_decay: NonNegative = 1e-2
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: Positive = 50
+    keep_checkpoints: Positive = 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalConfig:
+    """Evaluation on held-out splits before, during and after training.
+
+    Attributes:
+      every: steps between evaluations, 0 for only before and after.
+      examples: questions per split.
+      samples: sampled answers per question, beside the greedy one.
+    """
+
+    every: Count = 0
+    examples: Positive = 64
+    samples: Positive = 4
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """Everything a run depends on. ``--mesh=4x4`` is fsdp x tensor, ``--mesh=2x4x4`` data x fsdp x tensor."""
+
+    seed: Count = 0
+    mesh: str = "1x1"
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_size % self.train.micro_batch_size:
+            raise ConfigError(
+                f"train.batch_size={self.train.batch_size}: expected a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size}"
+            )
+        if self.reward.recipe == "sam_r1" and self.reward.server == "none":
+            raise ConfigError("reward.recipe=sam_r1: scores masks, expected reward.server=local or host:port, got none")
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain YAML-ready values."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as it is written to ``config.yaml``."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def all_keys() -> dict[str, Any]:
+    """Every dotted key with its default."""
+    return dict(_flatten(to_dict(Config())))
+
+
+def build(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing that is wrong."""
+    for key, _ in _flatten(tree):
+        _check_key(key, source)
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            raise ConfigError(f"{source}: {cause}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML preset and applies ``a.b=value`` overrides (values are YAML).
+
+    Raises:
+      ConfigError: the file is missing or not YAML, a key is unknown, or a value is not what the key expects.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"--config={path}: no such file; presets are in configs/")
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected sections with keys, got {type(tree).__name__}")
+        build(tree, str(path))
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"--{key}: expected --{key}=value")
+        _check_key(key, "command line")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        section = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return build(tree, "command line" if overrides else str(path or "config"))
+
+
+def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Adds ``--config`` and every dotted key to ``parser``, reads ``argv``; on bad input prints one line and exits 2."""
+    parser.add_argument("--config", metavar="FILE", help="a YAML preset, see configs/; without it the embedded toy run")
+    keys = parser.add_argument_group("configuration (default in brackets)")
+    for key, default in all_keys().items():
+        keys.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"[{default}]")
+    args, unknown = parser.parse_known_args(argv)
+    try:
+        for item in unknown:
+            _check_key(item.lstrip("-").partition("=")[0], "command line")
+            raise ConfigError(f"command line: unexpected {item!r}: expected --key=value")
+        overrides = [f"{key}={value}" for key, value in vars(args).items() if key in all_keys()]
+        return args, load(args.config, overrides)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_key(key: str, source: str) -> None:
+    known = all_keys()
+    sections = {name.rpartition(".")[0] for name in known}
+    if key in known:
+        return
+    if key in sections:
+        raise ConfigError(f"{source}: {key}: is a section, expected keys such as {next(k for k in known if k.startswith(key + '.'))}")
+    close = difflib.get_close_matches(key, known, n=1)
+    raise ConfigError(f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "; --help lists the keys"))
+
+
+def differing_keys(left: Config, right: Config) -> list[str]:
+    """Dotted keys whose values differ."""
+    a, b = dict(_flatten(to_dict(left))), dict(_flatten(to_dict(right)))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with dotted keys changed: ``replace(config, **{"train.steps": 2})``."""
+    tree = to_dict(config)
+    for key, value in changes.items():
+        _check_key(key, "replace")
+        *parents, leaf = key.split(".")
+        section = tree
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    return build(tree)
+
+
