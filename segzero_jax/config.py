@@ -23,7 +23,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line that names the key, the value and what was expected."""
+    """A configuration that cannot be used; the message is one line: the key, the value, what was expected."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -205,7 +205,7 @@ def all_keys() -> dict[str, Any]:
 
 
 def build(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing that is wrong."""
+    """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing wrong."""
     for key, _ in _flatten(tree):
         _check_key(key, source)
     try:
@@ -253,8 +253,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     return build(tree, "command line" if overrides else str(path or "config"))
 
 
-def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """Adds ``--config`` and every dotted key to ``parser``, reads ``argv``; on bad input prints one line and exits 2."""
+def parse_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """Adds ``--config`` and every dotted key to ``parser``, reads ``argv``; bad input prints one line and exits 2."""
     parser.add_argument("--config", metavar="FILE", help="a YAML preset, see configs/; without it the embedded toy run")
     keys = parser.add_argument_group("configuration (default in brackets)")
     for key, default in all_keys().items():
@@ -284,9 +286,13 @@ def _check_key(key: str, source: str) -> None:
     if key in known:
         return
     if key in sections:
-        raise ConfigError(f"{source}: {key}: is a section, expected keys such as {next(k for k in known if k.startswith(key + '.'))}")
+        raise ConfigError(
+            f"{source}: {key}: is a section, expected keys such as {next(k for k in known if k.startswith(key + '.'))}"
+        )
     close = difflib.get_close_matches(key, known, n=1)
-    raise ConfigError(f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "; --help lists the keys"))
+    raise ConfigError(
+        f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "; --help lists the keys")
+    )
 
 
 def differing_keys(left: Config, right: Config) -> list[str]:
@@ -306,5 +312,3 @@ def replace(config: Config, **changes: Any) -> Config:
             section = section[parent]
         section[leaf] = value
     return build(tree)
-
-

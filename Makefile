@@ -1,0 +1,47 @@
+# `make help` lists the targets. Everything is installed into .venv, once, and again when a pin changes.
+
+PYTHON ?= python3
+# Test processes. Two fit 24 GB: each may hold JAX, PyTorch and a server.
+PYTEST_WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train the toy run: rewards rise, runs/toy/report.html shows how"
+	@echo "make test   linters, types, all tests"
+	@echo "make lint   linters and types alone"
+	@echo "make clean  delete .venv and what tools cached; runs/ stays"
+	@echo "Needs Python 3.11 or newer: make demo PYTHON=python3.12"
+
+demo: $(STAMP)
+	$(BIN)/python -m segzero_jax.train --config configs/toy.yaml
+
+# One thread per test process: two processes whose libraries each take every core slow each other down.
+test: lint
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist=worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy
+
+# SAM 2 builds against the torch that is already there, hence its own step.
+$(STAMP): pyproject.toml constraints.txt requirements-sam2.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV): about 7 GB with PyTorch, a few minutes."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq -c constraints.txt pip setuptools wheel
+	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[reward,dev]'
+	@SAM2_BUILD_CUDA=0 $(PIP) install -qq --no-deps --no-build-isolation -r requirements-sam2.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
