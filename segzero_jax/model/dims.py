@@ -1,0 +1,104 @@
+"""The dimensions of a Qwen2.5-VL policy, read from and written as Hugging Face's config.json."""
+
+from dataclasses import dataclass
+from typing import Any
+
+_ROPE_THETA = 1e6
+
+
+class ModelConfigError(ValueError):
+    """A config.json that is not a Qwen2.5-VL's, or lacks a field; one line."""
+
+
+@dataclass(frozen=True)
+class VisionDims:
+    """The vision tower: sizes in units, ``window`` in pixels."""
+
+    hidden: int
+    depth: int
+    heads: int
+    mlp: int
+    out: int
+    patch: int = 14
+    temporal_patch: int = 2
+    merge: int = 2
+    window: int = 112
+    full_attention: tuple[int, ...] = (7, 15, 23, 31)
+    channels: int = 3
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one patch: channels x temporal patch x height x width."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def window_slots(self) -> int:
+        """Patches in a whole attention window."""
+        return (self.window // self.patch) ** 2
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The decoder and its vision tower."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    mrope_sections: tuple[int, int, int]
+    tied: bool
+    vision: VisionDims
+    rope_theta: float = _ROPE_THETA
+    norm_eps: float = 1e-6
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+
+def from_hf(config: dict[str, Any]) -> Dims:
+    """Reads a parsed config.json: the flat form of the hub or the nested one that transformers 5 writes.
+
+    Raises:
+      ModelConfigError: another architecture, or a field is missing.
+    """
+    if config.get("model_type") != "qwen2_5_vl":
+        raise ModelConfigError(f"config.json: model_type {config.get('model_type')!r}: expected 'qwen2_5_vl'")
+    text = config.get("text_config", config)
+    vision = config.get("vision_config", {})
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    try:
+        return Dims(
+            vocab=text["vocab_size"],
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            kv_heads=text["num_key_value_heads"],
+            mlp=text["intermediate_size"],
+            mrope_sections=tuple(rope["mrope_section"]),
+            # transformers reads the tie at the root: the 3B hub file has it there.
+            tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+            rope_theta=float(rope.get("rope_theta", text.get("rope_theta", _ROPE_THETA))),
+            norm_eps=text.get("rms_norm_eps", 1e-6),
+            vision=VisionDims(
+                hidden=vision["hidden_size"],
+                depth=vision["depth"],
+                heads=vision["num_heads"],
+                mlp=vision["intermediate_size"],
+                out=vision["out_hidden_size"],
+                patch=vision.get("patch_size", 14),
+                temporal_patch=vision.get("temporal_patch_size", 2),
+                merge=vision.get("spatial_merge_size", 2),
+                window=vision.get("window_size", 112),
+                full_attention=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+                channels=vision.get("in_channels", vision.get("in_chans", 3)),
+            ),
+        )
+    except KeyError as error:
+        raise ModelConfigError(f"config.json: {error.args[0]!r} is missing: expected a Qwen2.5-VL configuration") from None

@@ -1,0 +1,277 @@
+"""The Qwen2.5-VL decoder over prefix groups: prefill, decode, and the joint pass of reference and update.
+
+All three run the same block over a stream of tokens ``[b, t, d]``; they differ in what the stream holds and in how its
+keys are arranged for the one attention function:
+
+- ``prefill``: ``t`` = the prompt;
+- ``decode``: ``t`` = one new token of each of the G responses;
+- ``group_hidden``: ``t`` = prompt followed by its G responses.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segzero_jax.mesh import Layout, kv_copies
+from segzero_jax.model.attention import KeyValue, attend, causal_mask
+from segzero_jax.model.dims import Dims
+from segzero_jax.model.layers import constant_param, mrope_angles, normal_param, rms_norm, rotate
+from segzero_jax.model.vision import VisionTower, encode_images
+from segzero_jax.types import Array, PromptBatch
+
+
+class DecoderBlock(nnx.Module):
+    """All decoder blocks, stacked on a leading layer axis."""
+
+    def __init__(self, dims: Dims, layout: Layout, key: jax.Array):
+        layers, d, n, k, h, f = dims.layers, dims.hidden, dims.heads, dims.kv_heads, dims.head_width, dims.mlp
+        keys = jax.random.split(key, 7)
+        spec = layout.spec
+        # Key-value heads that the tensor axis does not divide are held whole and repeated up to it after projection.
+        kv = "heads" if kv_copies(k) == 1 else None
+        self.norm1_d = constant_param(1.0, (layers, d), spec(None, None))
+        self.norm2_d = constant_param(1.0, (layers, d), spec(None, None))
+        self.q_dnh = normal_param(keys[0], (layers, d, n, h), spec(None, "embed", "heads", None))
+        self.q_bias_nh = constant_param(0.0, (layers, n, h), spec(None, "heads", None))
+        self.k_dkh = normal_param(keys[1], (layers, d, k, h), spec(None, "embed", kv, None))
+        self.k_bias_kh = constant_param(0.0, (layers, k, h), spec(None, kv, None))
+        self.v_dkh = normal_param(keys[2], (layers, d, k, h), spec(None, "embed", kv, None))
+        self.v_bias_kh = constant_param(0.0, (layers, k, h), spec(None, kv, None))
+        self.o_nhd = normal_param(keys[3], (layers, n, h, d), spec(None, "heads", None, "embed"))
+        self.gate_df = normal_param(keys[4], (layers, d, f), spec(None, "embed", "mlp"))
+        self.up_df = normal_param(keys[5], (layers, d, f), spec(None, "embed", "mlp"))
+        self.down_fd = normal_param(keys[6], (layers, f, d), spec(None, "mlp", "embed"))
+
+
+class Policy(nnx.Module):
+    """Weights of the whole policy. Used strictly as a pytree: every pass is a function of it."""
+
+    def __init__(self, dims: Dims, layout: Layout, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        spec = layout.spec
+        self.vision = VisionTower(dims.vision, layout, keys[0])
+        self.embed_vd = normal_param(keys[1], (dims.vocab, dims.hidden), spec("vocab", "embed"))
+        self.blocks = DecoderBlock(dims, layout, keys[2])
+        self.final_norm_d = constant_param(1.0, (dims.hidden,), spec(None))
+        if not dims.tied:
+            self.head_vd = normal_param(keys[3], (dims.vocab, dims.hidden), spec("vocab", "embed"))
+
+
+class Pass(NamedTuple):
+    """What every pass needs beside the weights (static: hashable, so that it can be closed over by ``jax.jit``).
+
+    Attributes:
+      dims: the policy's dimensions.
+      layout: the phase's sharding table.
+      dtype: of activations.
+      remat: recompute blocks in the backward pass.
+    """
+
+    dims: Dims
+    layout: Layout
+    dtype: jnp.dtype
+    remat: bool = False
+
+
+Attention = Callable[[jax.Array, KeyValue], tuple[jax.Array, KeyValue]]
+
+
+def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
+    spec, dims = setup.layout.spec, setup.dims
+    cast = lambda param: param[...].astype(x_btd.dtype)  # noqa: E731
+    y = rms_norm(x_btd, block.norm1_d[...], dims.norm_eps)
+    copies = kv_copies(dims.kv_heads)
+    kv = spec("batch", None, "heads" if copies == 1 else None, None)
+    q = jnp.einsum("btd,dnh->btnh", y, cast(block.q_dnh), out_sharding=spec("batch", None, "heads", None))
+    k = jnp.einsum("btd,dkh->btkh", y, cast(block.k_dkh), out_sharding=kv) + cast(block.k_bias_kh)
+    v = jnp.einsum("btd,dkh->btkh", y, cast(block.v_dkh), out_sharding=kv) + cast(block.v_bias_kh)
+    q, k = rotate(q + cast(block.q_bias_nh), angles), rotate(k, angles)
+    if copies > 1:
+        heads = spec("batch", None, "heads", None)
+        k, v = (jax.sharding.reshard(jnp.repeat(a, copies, axis=2), heads) for a in (k, v))
+    return q, KeyValue(k, v)
+
+
+def _finish(block: DecoderBlock, x_btd: jax.Array, out_btnh: jax.Array, setup: Pass) -> jax.Array:
+    spec = setup.layout.spec
+    cast = lambda param: param[...].astype(x_btd.dtype)  # noqa: E731
+    rows = spec("batch", None, None)
+    x_btd = x_btd + jnp.einsum("btnh,nhd->btd", out_btnh, cast(block.o_nhd), out_sharding=rows)
+    y = rms_norm(x_btd, block.norm2_d[...], setup.dims.norm_eps)
+    y = jax.sharding.reshard(y, spec("mlp_batch", None, None))
+    hidden = spec("mlp_batch", None, "mlp")
+    gate = jnp.einsum("btd,df->btf", y, cast(block.gate_df), out_sharding=hidden)
+    up = jnp.einsum("btd,df->btf", y, cast(block.up_df), out_sharding=hidden)
+    return x_btd + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, cast(block.down_fd), out_sharding=rows)
+
+
+def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:
+    # Rows of the table stay where they are: each device looks up what it holds and the rest is a sum over the vocabulary's axes,
+    # which must not also split the tokens.
+    spec, rest = setup.layout.spec, (None,) * (tokens.ndim - 1)
+    table = jax.sharding.reshard(policy.embed_vd[...].astype(setup.dtype), spec("vocab", None))
+    tokens = jax.sharding.reshard(jnp.asarray(tokens), spec("mlp_batch", *rest))
+    embedded = table.at[tokens].get(out_sharding=spec("mlp_batch", *rest, None))
+    return jax.sharding.reshard(embedded, spec("batch", *rest, None))
+
+
+def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+    """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
+    x_bpd = _embed(policy, batch.tokens_bp, setup)
+    b, images, slots, width = batch.patches_bisc.shape
+    if images == 0:
+        return x_bpd
+    vision = setup.dims.vision
+    units = slots // vision.merge**2
+    flat = lambda a: jnp.asarray(a).reshape(b * images, *a.shape[2:])  # noqa: E731
+    embedded = encode_images(
+        policy.vision,
+        vision,
+        setup.layout,
+        flat(batch.patches_bisc),
+        flat(batch.patch_hw_bis2),
+        flat(batch.patch_valid_bis),
+        dtype=setup.dtype,
+        remat=setup.remat,
+    ).reshape(b, images * units, setup.dims.hidden)
+    index_bp = jnp.asarray(batch.image_index_bp)
+    placed = jnp.take_along_axis(embedded, jnp.maximum(index_bp, 0)[..., None], axis=1)
+    return jnp.where((index_bp >= 0)[..., None], placed, x_bpd)
+
+
+def _run_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Array, KeyValue]:
+    """Prompts alone: hidden states before the final norm, ``[b, p, d]``, and keys and values ``[layer, b, p, k, h]``."""
+    x = embed_prompt(policy, batch, setup)
+    angles = mrope_angles(batch.positions_b3p, setup.dims.mrope_sections, setup.dims.rope_theta)
+    mask = causal_mask(x.shape[1])
+
+    def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, KeyValue]:
+        q, kv = _project(block, x, angles, setup)
+        out = attend(q[:, None], KeyValue(kv.k[:, None], kv.v[:, None]), mask)
+        return _finish(block, x, out[:, 0], setup), kv
+
+    return jax.lax.scan(body, x, policy.blocks)
+
+
+def prefill(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Array, KeyValue]:
+    """Runs the prompts once.
+
+    Returns:
+      The hidden state after the last token of each prompt, ``[b, d]``, final norm applied, and the keys and values of all
+      layers, ``[layer, b, p, k, h]``.
+    """
+    x, cache = _run_prompt(policy, batch, setup)
+    return rms_norm(_last_prompt(x, batch), policy.final_norm_d[...], setup.dims.norm_eps), cache
+
+
+def prompt_logits(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+    """Float32 logits after every prompt token, ``[b, p, v]``: for parity checks on small inputs, never in training."""
+    x, _ = _run_prompt(policy, batch, setup)
+    return logits(policy, rms_norm(x, policy.final_norm_d[...], setup.dims.norm_eps), setup)
+
+
+def _last_prompt(x_bpd: jax.Array, batch: PromptBatch) -> jax.Array:
+    last = (jnp.asarray(batch.length_b) - 1)[:, None, None]
+    return jnp.take_along_axis(x_bpd, last, axis=1)[:, 0]
+
+
+def _response_positions(batch: PromptBatch, steps: jax.Array) -> jax.Array:
+    """M-RoPE positions of response tokens: text, so the three axes agree: ``[b, 3, t]``."""
+    positions = jnp.asarray(batch.next_position_b)[:, None, None] + steps[None, None]
+    return jnp.broadcast_to(positions, (positions.shape[0], 3, positions.shape[2]))
+
+
+class DecodeCache(NamedTuple):
+    """Keys and values during sampling: the prompt's ``[layer, b, p, k, h]`` and the responses' ``[layer, b, g, r, k, h]``."""
+
+    prompt: KeyValue
+    response: KeyValue
+
+
+def empty_cache(prompt: KeyValue, group: int, length: int, layout: Layout) -> DecodeCache:
+    """Room for ``length`` tokens of each of ``group`` responses behind prefilled prompts."""
+    layers, b, _, k, h = prompt.k.shape
+    spec = layout.spec(None, "batch", None, None, "heads", None)
+    room = lambda: jnp.zeros((layers, b, group, length, k, h), prompt.k.dtype, out_sharding=spec)  # noqa: E731
+    return DecodeCache(prompt, KeyValue(room(), room()))
+
+
+def decode(
+    policy: Policy, batch: PromptBatch, tokens_bg: jax.Array, step: jax.Array, cache: DecodeCache, setup: Pass
+) -> tuple[jax.Array, DecodeCache]:
+    """One token of every response.
+
+    Args:
+      tokens_bg: the tokens sampled last, at position ``step`` of their responses.
+      step: int32 scalar.
+      cache: written at ``step``.
+
+    Returns:
+      The hidden state ``[b, g, d]``, final norm applied, and the cache.
+    """
+    x = _embed(policy, tokens_bg, setup)
+    positions = _response_positions(batch, step[None])
+    # All G tokens of a row stand at the same position.
+    angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
+    length = cache.response.k.shape[3]
+    own_mask = (jnp.arange(length) <= step)[None, None, None]
+    prompt_mask = jnp.arange(batch.tokens_bp.shape[1])[None] < jnp.asarray(batch.length_b)[:, None]
+
+    def body(carry: tuple[jax.Array, KeyValue], layer: tuple[DecoderBlock, KeyValue, jax.Array]):  # noqa: ANN202
+        x, own = carry
+        block, prompt, index = layer
+        q, new = _project(block, x, angles, setup)
+        at = (index, 0, 0, step, 0, 0)
+        own = KeyValue(*(jax.lax.dynamic_update_slice(room, a[None, :, :, None], at) for room, a in zip(own, new, strict=True)))
+        mine = KeyValue(*(jax.lax.dynamic_index_in_dim(room, index, 0, keepdims=False) for room in own))
+        out = attend(q[:, :, None], mine, own_mask, prompt, prompt_mask)
+        return (_finish(block, x, out[:, :, 0], setup), own), None
+
+    layers = jnp.arange(setup.dims.layers)
+    (x, own), _ = jax.lax.scan(body, (x, cache.response), (policy.blocks, cache.prompt, layers))
+    return rms_norm(x, policy.final_norm_d[...], setup.dims.norm_eps), DecodeCache(cache.prompt, own)
+
+
+def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: Pass) -> jax.Array:
+    """Hidden states that predict every response token, final norm applied: ``[b, g, r, d]``.
+
+    The state at ``[.., 0]`` is the prompt's last (shared by the group); the state at ``[.., i]`` follows response token ``i - 1``.
+    Equal, in values and gradients, to running ``prompt + response`` G times.
+    """
+    b, g, r = tokens_bgr.shape
+    prompt = embed_prompt(policy, batch, setup)
+    p, d = prompt.shape[1:]
+    responses = _embed(policy, tokens_bgr, setup).reshape(b, g * r, d)
+    x = jnp.concatenate([prompt, responses], axis=1)
+    response_positions = jnp.tile(_response_positions(batch, jnp.arange(r)), (1, 1, g))
+    positions = jnp.concatenate([jnp.asarray(batch.positions_b3p), response_positions], axis=2)
+    angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
+    prompt_mask = jnp.arange(p)[None] < jnp.asarray(batch.length_b)[:, None]
+    prompt_causal, response_causal = causal_mask(p), causal_mask(r)
+    grouped = lambda a: a[:, p:].reshape(b, g, r, *a.shape[2:])  # noqa: E731
+
+    def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, None]:
+        q, kv = _project(block, x, angles, setup)
+        shared = KeyValue(kv.k[:, :p], kv.v[:, :p])
+        out_prompt = attend(q[:, None, :p], KeyValue(shared.k[:, None], shared.v[:, None]), prompt_causal)[:, 0]
+        own = KeyValue(grouped(kv.k), grouped(kv.v))
+        out_responses = attend(grouped(q), own, response_causal, shared, prompt_mask)
+        out = jnp.concatenate([out_prompt, out_responses.reshape(b, g * r, *q.shape[2:])], axis=1)
+        return _finish(block, x, out, setup), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(body) if setup.remat else body, x, policy.blocks)
+    first = jnp.broadcast_to(_last_prompt(x[:, :p], batch)[:, None, None], (b, g, 1, d))
+    predicting = jnp.concatenate([first, grouped(x)[:, :, :-1]], axis=2)
+    return rms_norm(predicting, policy.final_norm_d[...], setup.dims.norm_eps)
+
+
+def logits(policy: Policy, hidden: jax.Array, setup: Pass) -> jax.Array:
+    """Float32 logits of normed hidden states ``[b, ..., d]``, vocabulary sharded: ``[b, ..., v]``."""
+    head_vd = (policy.embed_vd if setup.dims.tied else policy.head_vd)[...].astype(hidden.dtype)
+    middle = (None,) * (hidden.ndim - 2)
+    hidden = jax.sharding.reshard(hidden, setup.layout.spec("mlp_batch", *middle, None))
+    out = setup.layout.spec("mlp_batch", *middle, "vocab")
+    return jnp.einsum("...d,vd->...v", hidden, head_vd, preferred_element_type=jnp.float32, out_sharding=out)
