@@ -1,0 +1,404 @@
+"""Pictures and questions in, tensors for the policy out; and token ids back to text.
+
+Same ids, pixels and positions as Hugging Face's Qwen2.5-VL processor and model (transformers 5.23:
+``Qwen2VLImageProcessorPil``, ``get_vision_window_index``, ``get_rope_index``), without transformers: numpy, PIL and
+``tokenizers`` only. What differs is the layout. Patches are stored in window order with every window padded to a full
+one, so that window attention is a reshape.
+"""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+from segzero_jax.prompt import question_text
+from segzero_jax.types import Example, PromptBatch
+
+# The chat layout of Qwen2.5-VL with its default system turn; an image stands before the text of the user turn.
+_BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+_VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+_FORMATS = ("PNG", "JPEG", "WEBP")
+# Below Pillow's own decompression-bomb warning, above any photograph in the data sets.
+_MAX_PIXELS = 64_000_000
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read; the message is one line and names whose it is."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt over the limit; the message names it, its length and the limit."""
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """How a checkpoint wants its pictures.
+
+    Attributes:
+      patch, temporal_patch: pixels along a patch's side, and how often a still picture's patch is repeated in time.
+      merge: patches along the side of a merged unit, which becomes one token.
+      window: patches along the side of an attention window.
+      mean, std: per channel, of pixels in [0, 1].
+      min_pixels, max_pixels: bounds on the area of a picture that keeps its aspect ratio.
+    """
+
+    patch: int
+    temporal_patch: int
+    merge: int
+    window: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    min_pixels: int
+    max_pixels: int
+
+    @property
+    def channels(self) -> int:
+        """Values per patch, time included."""
+        return 3 * self.temporal_patch * self.patch**2
+
+
+@dataclass(frozen=True)
+class PatchedImage:
+    """One picture in window order: ``s`` slots, of which partial windows leave some empty.
+
+    Attributes:
+      patches_sc: float32 normalised pixels, 0 in empty slots; ``c`` runs over channel, time, row, column.
+      patch_hw_s2: int32 row and column of each patch, 0 in empty slots.
+      valid_s: bool.
+      unit_k: int32, for the k-th merged unit in raster order, which is the k-th image token, its index among the
+        ``s / merge**2`` merged slots.
+      grid: rows and columns of patches.
+    """
+
+    patches_sc: np.ndarray
+    patch_hw_s2: np.ndarray
+    valid_s: np.ndarray
+    unit_k: np.ndarray
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt, not yet padded.
+
+    Attributes:
+      id: of the example.
+      tokens_p: int32.
+      positions_3p: int32 M-RoPE positions.
+      next_position: of the first response token, on all three axes.
+      images: in prompt order.
+    """
+
+    id: str
+    tokens_p: np.ndarray
+    positions_3p: np.ndarray
+    next_position: int
+    images: tuple[PatchedImage, ...]
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decodes PNG, JPEG or WebP bytes to RGB, upright, transparency on white.
+
+    Raises:
+      ImageError: no bytes, another format, too many pixels or broken data; it says whose picture by ``name``.
+    """
+    if not data:
+        raise ImageError(f"{name}: no image, expected the bytes of a PNG, JPEG or WebP")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > _MAX_PIXELS:
+            raise ImageError(f"{name}: image of {image.width}x{image.height} pixels, expected at most {_MAX_PIXELS}")
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    # What Pillow raises on hostile or truncated files, from its format plugins up.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        cause = " ".join(str(error).split())
+        raise ImageError(f"{name}: image cannot be read ({cause}), expected a PNG, JPEG or WebP") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_size(width: int, height: int, spec: VisionSpec) -> tuple[int, int]:
+    """The (width, height) that Qwen2-VL's ``smart_resize`` gives: whole merged units, aspect ratio nearly kept.
+
+    Raises ValueError for a picture more than 200 times as long as wide.
+    """
+    unit = spec.patch * spec.merge
+    if max(width, height) > 200 * min(width, height):
+        raise ValueError(f"image of {width}x{height} pixels: expected sides of at most 200 to 1")
+    w, h = (round(v / unit) * unit for v in (width, height))
+    if w * h > spec.max_pixels:
+        shrink = math.sqrt((width * height) / spec.max_pixels)
+        w, h = (max(unit, math.floor(v / shrink / unit) * unit) for v in (width, height))
+    elif w * h < spec.min_pixels:
+        grow = math.sqrt(spec.min_pixels / (width * height))
+        w, h = (math.ceil(v * grow / unit) * unit for v in (width, height))
+    return w, h
+
+
+def patch_image(image: Image.Image, size: tuple[int, int], spec: VisionSpec) -> PatchedImage:
+    """Resizes to ``size`` (width, height; whole merged units), normalises and cuts into patches in window order."""
+    unit = spec.patch * spec.merge
+    if size[0] % unit or size[1] % unit:
+        raise ValueError(f"image size {size[0]}x{size[1]}: expected multiples of {unit}")
+    pixels = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    rows, columns = size[1] // spec.patch, size[0] // spec.patch
+    table = _pixel_table(spec.mean, spec.std)
+    planes = np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
+    patches = planes.reshape(3, rows, spec.patch, columns, spec.patch).transpose(1, 3, 0, 2, 4)
+    patches = np.repeat(patches[:, :, :, None], spec.temporal_patch, axis=3).reshape(rows * columns, spec.channels)
+    raster_s, unit_k = window_order(rows, columns, spec.merge, spec.window)
+    valid_s = raster_s >= 0
+    return PatchedImage(
+        patches_sc=np.where(valid_s[:, None], patches[raster_s], np.float32(0)),
+        patch_hw_s2=np.where(valid_s[:, None], np.stack([raster_s // columns, raster_s % columns], 1), 0).astype(
+            np.int32
+        ),
+        valid_s=valid_s,
+        unit_k=unit_k,
+        grid=(rows, columns),
+    )
+
+
+@lru_cache
+def _pixel_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """float32 [3, 256]: every byte normalised, rounded where transformers rounds: scaled in float64, then float32."""
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    return (scaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
+@lru_cache
+def window_order(rows: int, columns: int, merge: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each patch of a grid goes, all in patches: ``window`` a side, ``merge`` a side within.
+
+    Windows follow one another in raster order, merged units in raster order inside their window, patches in raster
+    order inside their unit: the order of transformers' ``get_vision_window_index``, with the holes of partial windows.
+
+    Returns:
+      int32 [S], the raster index of the patch in each slot, -1 in holes; and int32 [K], the merged slot of each unit.
+    """
+    down, across = -(-rows // window), -(-columns // window)
+    units = window // merge
+    raster = np.full((down * window, across * window), -1, np.int32)
+    raster[:rows, :columns] = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+    slots = raster.reshape(down, units, merge, across, units, merge).transpose(0, 3, 1, 4, 2, 5)
+    merged = np.arange(down * across * units**2, dtype=np.int32).reshape(down, across, units, units)
+    by_place = merged.transpose(0, 2, 1, 3).reshape(down * units, across * units)
+    order = slots.reshape(-1), by_place[: rows // merge, : columns // merge].reshape(-1)
+    for array in order:
+        array.setflags(write=False)  # Cached: shared by every picture of this size.
+    return order
+
+
+def mrope_positions(tokens: np.ndarray, image_id: int, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """M-RoPE positions, int32 [3, P], and the next position; transformers' ``get_rope_index`` for still images.
+
+    Text counts up on all axes. An image of ``grids`` (rows and columns of merged units) stays at one time and spreads
+    over rows and columns; text goes on after the larger of the two.
+    """
+    positions = np.zeros((3, len(tokens)), np.int32)
+    at, position = 0, 0
+    starts = np.flatnonzero(np.diff(tokens == image_id, prepend=False))[::2].tolist()
+    if len(starts) != len(grids):
+        raise ValueError(f"{len(starts)} runs of image tokens, expected one for each of {len(grids)} images")
+    for start, (rows, columns) in zip(starts, grids, strict=True):
+        positions[:, at:start] = position + np.arange(start - at)
+        position += start - at
+        at = start + rows * columns
+        positions[:, start:at] = position
+        positions[1:, start:at] += np.indices((rows, columns)).reshape(2, -1)
+        position += max(rows, columns)
+    positions[:, at:] = position + np.arange(len(tokens) - at)
+    return positions, position + len(tokens) - at
+
+
+class Processor:
+    """A checkpoint's tokenizer and picture settings, applied to examples.
+
+    Attributes:
+      image_size: pictures are squashed to this many pixels squared.
+      max_prompt_tokens: longer prompts are refused.
+      vision: how pictures are cut.
+      pad_id: fills what is right of a prompt or a response.
+      end_ids: tokens that end a response.
+      image_id: stands for one merged unit of a picture.
+      visual_ids: tokens that only ever stand in prompts.
+    """
+
+    def __init__(
+        self, tokenizer: bytes, vision: VisionSpec, image_size: int, wording: str, max_prompt_tokens: int
+    ) -> None:
+        self._tokenizer = Tokenizer.from_buffer(tokenizer)
+        # A question that spells out a special token is text, not that token.
+        self._literal = Tokenizer.from_buffer(tokenizer)
+        self._literal.encode_special_tokens = True
+        self._wording = wording
+        self.vision = vision
+        self.image_size = image_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.pad_id = self._id("<|endoftext|>")
+        self.end_ids = (self._id("<|im_end|>"), self.pad_id)
+        self.image_id = self._id("<|image_pad|>")
+        self.visual_ids = tuple(self._id(token) for token in _VISUAL)
+
+    @classmethod
+    def load(cls, path: str | Path, image_size: int, wording: str, max_prompt_tokens: int) -> "Processor":
+        """Reads a checkpoint directory's tokenizer.json, config.json and preprocessor_config.json.
+
+        ``path`` "toy" is the directory inside the package.
+
+        Raises:
+          FileNotFoundError: the directory or one of the files is missing.
+          ValueError: they do not fit together, or ``image_size`` is not a whole number of merged units.
+        """
+        directory = checkpoint_directory(path)
+        vision = _read_vision(directory)
+        if image_size % (vision.patch * vision.merge):
+            raise ValueError(
+                f"image_size={image_size}: expected a multiple of {vision.patch * vision.merge} ({directory})"
+            )
+        return cls(_read(directory, "tokenizer.json"), vision, image_size, wording, max_prompt_tokens)
+
+    def encode(self, example: Example) -> EncodedPrompt:
+        """One example: its picture squashed to ``image_size`` squared, its question in the configured wording.
+
+        Raises:
+          ImageError: the picture cannot be read.
+          PromptTooLong: the prompt, image tokens included, is over ``max_prompt_tokens``. Nothing is ever cut.
+        """
+        image = decode_image(example.image, example.id)
+        patched = patch_image(image, (self.image_size, self.image_size), self.vision)
+        return self.encode_parts(example.id, question_text(self._wording, example.question), [patched])
+
+    def encode_parts(self, name: str, text: str, images: Sequence[PatchedImage]) -> EncodedPrompt:
+        """A user turn of any pictures, in order, and then a text to the letter. Raises PromptTooLong."""
+        grids = [(image.grid[0] // self.vision.merge, image.grid[1] // self.vision.merge) for image in images]
+        pads = "".join(f"<|vision_start|>{'<|image_pad|>' * (rows * cols)}<|vision_end|>" for rows, cols in grids)
+        ids = (
+            self._tokenizer.encode(_BEFORE + pads).ids
+            + self._literal.encode(text).ids
+            + self._tokenizer.encode(_AFTER).ids
+        )
+        if len(ids) > self.max_prompt_tokens:
+            raise PromptTooLong(
+                f"{name}: prompt of {len(ids)} tokens ({sum(r * c for r, c in grids)} of them image), "
+                f"expected at most max_prompt_tokens={self.max_prompt_tokens}"
+            )
+        tokens = np.array(ids, np.int32)
+        positions, following = mrope_positions(tokens, self.image_id, grids)
+        return EncodedPrompt(name, tokens, positions, following, tuple(images))
+
+    def batch(self, prompts: Sequence[EncodedPrompt], multiple: int | None = None) -> PromptBatch:
+        """Stacks prompts, padded on the right to a multiple (of ``max_prompt_tokens``, unless given).
+
+        Every picture gets as many slots as the largest one, every prompt as many pictures as the one with most;
+        what is absent is invalid.
+        """
+        multiple = multiple or self.max_prompt_tokens
+        b, merge2 = len(prompts), self.vision.merge**2
+        p = -(-max(len(prompt.tokens_p) for prompt in prompts) // multiple) * multiple
+        i = max(len(prompt.images) for prompt in prompts)
+        s = max((len(image.valid_s) for prompt in prompts for image in prompt.images), default=0)
+        batch = PromptBatch(
+            tokens_bp=np.full((b, p), self.pad_id, np.int32),
+            length_b=np.array([len(prompt.tokens_p) for prompt in prompts], np.int32),
+            positions_b3p=np.zeros((b, 3, p), np.int32),
+            next_position_b=np.array([prompt.next_position for prompt in prompts], np.int32),
+            image_index_bp=np.full((b, p), -1, np.int32),
+            patches_bisc=np.zeros((b, i, s, self.vision.channels), np.float32),
+            patch_hw_bis2=np.zeros((b, i, s, 2), np.int32),
+            patch_valid_bis=np.zeros((b, i, s), bool),
+        )
+        for row, prompt in enumerate(prompts):
+            length = len(prompt.tokens_p)
+            batch.tokens_bp[row, :length] = prompt.tokens_p
+            batch.positions_b3p[row, :, :length] = prompt.positions_3p
+            units = [n * (s // merge2) + image.unit_k for n, image in enumerate(prompt.images)]
+            if units:
+                batch.image_index_bp[row, :length][prompt.tokens_p == self.image_id] = np.concatenate(units)
+            for n, image in enumerate(prompt.images):
+                slots = len(image.valid_s)
+                batch.patches_bisc[row, n, :slots] = image.patches_sc
+                batch.patch_hw_bis2[row, n, :slots] = image.patch_hw_s2
+                batch.patch_valid_bis[row, n, :slots] = image.valid_s
+        return batch
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text to the letter; special tokens in it are recognised."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"tokenizer.json: no {token}, expected a Qwen2.5-VL tokenizer")
+        return found
+
+
+def checkpoint_directory(path: str | Path) -> Path:
+    """The directory that "toy" (inside the package) or a path means; raises FileNotFoundError."""
+    directory = (
+        Path(str(files("segzero_jax") / "assets" / "toy_policy")) if str(path) == "toy" else Path(path).expanduser()
+    )
+    if not directory.is_dir():
+        raise FileNotFoundError(f'{path}: no such directory, expected "toy" or a Hugging Face checkpoint directory')
+    return directory
+
+
+def _read(directory: Path, name: str) -> bytes:
+    path = directory / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected in a Hugging Face checkpoint directory")
+    return path.read_bytes()
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(_read(directory, name))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{directory / name}: not JSON: {error}") from None
+
+
+def _read_vision(directory: Path) -> VisionSpec:
+    """From preprocessor_config.json and config.json, whose flat hub form and nested transformers 5 form agree here."""
+    model = _read_json(directory, "config.json").get("vision_config", {})
+    images = _read_json(directory, "preprocessor_config.json")
+    patch, merge = model.get("patch_size", 14), model.get("spatial_merge_size", 2)
+    if (images.get("patch_size", patch), images.get("merge_size", merge)) != (patch, merge):
+        raise ValueError(
+            f"{directory}: preprocessor_config.json has patch_size={images.get('patch_size')} and "
+            f"merge_size={images.get('merge_size')}, config.json has {patch} and {merge}"
+        )
+    size = images.get("size") or {}
+    return VisionSpec(
+        patch=patch,
+        temporal_patch=model.get("temporal_patch_size", 2),
+        merge=merge,
+        window=model.get("window_size", 112) // (patch * merge) * merge,
+        mean=tuple(images["image_mean"]),
+        std=tuple(images["image_std"]),
+        min_pixels=images.get("min_pixels") or size.get("shortest_edge", 56 * 56),
+        max_pixels=images.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280),
+    )
