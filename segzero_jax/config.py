@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -30,7 +32,7 @@ class ConfigError(ValueError):
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = "runs/toy"
+    dir: Text = "runs/toy"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -44,7 +46,7 @@ class ModelConfig:
       freeze_vision: leave the vision tower and merger untouched.
     """
 
-    path: str = "toy"
+    path: Text = "toy"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     freeze_vision: bool = False
@@ -62,11 +64,11 @@ class DataConfig:
       eval_splits: held-out splits that are evaluated.
     """
 
-    name: str = "toy"
-    dir: str = "~/.cache/segzero_jax"
+    name: Text = "toy"
+    dir: Text = "~/.cache/segzero_jax"
     image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
     prompt: Literal["toy", "seg_zero", "vision_reasoner"] = "toy"
-    eval_splits: tuple[str, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
+    eval_splits: tuple[Text, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -74,7 +76,7 @@ class RolloutConfig:
     """How responses are sampled."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Above0 = 1.0
     top_p: Fraction = 1.0
     top_k: Count = 0
     max_prompt_tokens: Positive = 64
@@ -94,12 +96,12 @@ class RewardConfig:
       timeout_s: patience for one group's scores.
     """
 
-    server: str = "local"
+    server: Text = "local"
     recipe: Literal["seg_zero_soft", "seg_zero_strict", "vision_reasoner", "sam_r1"] = "vision_reasoner"
     mask_iou_weight: NonNegative = 1.0
     mask_iou_mode: Literal["raw", "threshold", "tiered"] = "raw"
-    local_model: str = "toy"
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    local_model: Text = "toy"
+    timeout_s: Above0 = 120.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -140,7 +142,7 @@ class TrainConfig:
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     weight_decay: NonNegative = 1e-2
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Above0 = 1.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = 2
@@ -166,7 +168,7 @@ class Config:
     """Everything a run depends on. ``--mesh=4x4`` is fsdp x tensor, ``--mesh=2x4x4`` data x fsdp x tensor."""
 
     seed: Count = 0
-    mesh: str = "1x1"
+    mesh: Text = "1x1"
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -184,6 +186,8 @@ class Config:
             )
         if self.reward.recipe == "sam_r1" and self.reward.server == "none":
             raise ConfigError("reward.recipe=sam_r1: scores masks, expected reward.server=local or host:port, got none")
+        if self.reward.server not in ("local", "none") and not all(map(_is_target, self.reward.server.split(","))):
+            raise ConfigError(f"reward.server={self.reward.server}: expected local, none or host:port[,host:port]")
 
 
 _ADAPTER = TypeAdapter(Config)
@@ -206,8 +210,10 @@ def all_keys() -> dict[str, Any]:
 
 def build(tree: dict[str, Any], source: str = "config") -> Config:
     """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing wrong."""
-    for key, _ in _flatten(tree):
+    for key, value in _flatten(tree):
         _check_key(key, source)
+        if isinstance(value, bool) and not isinstance(all_keys()[key], bool):  # "train.steps: yes" is not one step
+            raise ConfigError(f"{source}: {key}={value}: expected {type(all_keys()[key]).__name__}, got a yes or no")
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
@@ -230,7 +236,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if not Path(path).is_file():
             raise ConfigError(f"--config={path}: no such file; presets are in configs/")
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.load(Path(path).read_bytes(), _UniqueKeyLoader) or {}
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
@@ -241,10 +247,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if not found:
             raise ConfigError(f"--{key}: expected --{key}=value")
         _check_key(key, "command line")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+        value = _override_value(key, text)
         section = tree
         *parents, leaf = key.split(".")
         for parent in parents:
@@ -256,7 +259,17 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 def parse_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Config]:
-    """Adds ``--config`` and every dotted key to ``parser``, reads ``argv``; bad input prints one line and exits 2."""
+    """Reads ``argv`` with ``parser``'s options, ``--config`` and every dotted key; bad input is one line and exit 2."""
+    parser = _OneLineParser(
+        prog=parser.prog,
+        usage=parser.usage or "%(prog)s [options] [--config FILE] [--section.key=value ...]",
+        description=parser.description,
+        epilog=parser.epilog,
+        formatter_class=parser.formatter_class,
+        parents=[parser],
+        add_help=False,  # the parent's
+        allow_abbrev=False,  # --train.step is a mistake, not --train.steps
+    )
     parser.add_argument("--config", metavar="FILE", help="a YAML preset, see configs/; without it the embedded toy run")
     keys = parser.add_argument_group("configuration (default in brackets)")
     for key, default in all_keys().items():
@@ -272,6 +285,42 @@ def parse_command_line(
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake without repeating the usage of fifty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: plain YAML would silently drop the first, with its whole section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in seen:
+                problem = f"{key!r} is given twice" if isinstance(key, str) else f"expected a name as key, got {key!r}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override_value(key: str, text: str) -> Any:
+    """What ``--key=text`` means: the text itself where text is expected ("2026" is a name), YAML elsewhere."""
+    if isinstance(all_keys()[key], str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _is_target(target: str) -> bool:
+    host, _, port = target.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -282,14 +331,15 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
 
 def _check_key(key: str, source: str) -> None:
     known = all_keys()
-    sections = {name.rpartition(".")[0] for name in known}
+    sections = {name.rpartition(".")[0] for name in known} - {""}
     if key in known:
         return
     if key in sections:
         raise ConfigError(
             f"{source}: {key}: is a section, expected keys such as {next(k for k in known if k.startswith(key + '.'))}"
         )
-    close = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = elsewhere or difflib.get_close_matches(key, known, n=1)
     raise ConfigError(
         f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "; --help lists the keys")
     )
