@@ -161,26 +161,20 @@ def patch_image(image: Image.Image, size: tuple[int, int], spec: VisionSpec) -> 
     if size[0] % unit or size[1] % unit:
         raise ValueError(f"image size {size[0]}x{size[1]}: expected multiples of {unit}")
     pixels = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
-    rows, columns = size[1] // spec.patch, size[0] // spec.patch
-    table = _pixel_table(spec.mean, spec.std)
-    planes = np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
-    patches = planes.reshape(3, rows, spec.patch, columns, spec.patch).transpose(1, 3, 0, 2, 4)
-    patches = np.repeat(patches[:, :, :, None], spec.temporal_patch, axis=3).reshape(rows * columns, spec.channels)
+    rows, columns, side = size[1] // spec.patch, size[0] // spec.patch, spec.patch
     raster_s, unit_k = window_order(rows, columns, spec.merge, spec.window)
-    valid_s = raster_s >= 0
-    return PatchedImage(
-        patches_sc=np.where(valid_s[:, None], patches[raster_s], np.float32(0)),
-        patch_hw_s2=np.where(valid_s[:, None], np.stack([raster_s // columns, raster_s % columns], 1), 0).astype(
-            np.int32
-        ),
-        valid_s=valid_s,
-        unit_k=unit_k,
-        grid=(rows, columns),
-    )
+    valid_s, at = raster_s >= 0, raster_s[raster_s >= 0]
+    bytes_scyx = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)[at]
+    patches_sctyx = np.zeros((len(raster_s), 3, spec.temporal_patch, side, side), np.float32)
+    for channel, table in enumerate(_pixel_tables(spec.mean, spec.std)):
+        patches_sctyx[valid_s, channel] = table[bytes_scyx[:, channel, None]]
+    patch_hw_s2 = np.zeros((len(raster_s), 2), np.int32)
+    patch_hw_s2[valid_s] = np.stack(np.divmod(at, columns), axis=1)
+    return PatchedImage(patches_sctyx.reshape(len(raster_s), -1), patch_hw_s2, valid_s, unit_k, (rows, columns))
 
 
 @lru_cache
-def _pixel_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def _pixel_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """float32 [3, 256]: every byte normalised, rounded where transformers rounds: scaled in float64, then float32."""
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     return (scaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]

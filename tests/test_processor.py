@@ -1,0 +1,332 @@
+"""The processor against Hugging Face's own: equal ids, bits and positions."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_window_index
+
+from segzero_jax.processor import (
+    EncodedPrompt,
+    ImageError,
+    Processor,
+    PromptTooLong,
+    checkpoint_directory,
+    decode_image,
+    fit_size,
+    mrope_positions,
+    patch_image,
+    window_order,
+)
+from segzero_jax.prompt import question_text
+from segzero_jax.types import Example, Frame
+
+ASSETS = Path(checkpoint_directory("toy"))
+ROOT = Path(__file__).parents[1]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)
+
+
+def png(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def example(question: str = "The red circle.", image: bytes | None = None) -> Example:
+    return Example("toy-1", png(picture(208, 240)) if image is None else image, Frame(208, 240), question, (), None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the toy tokenizer and a config.json as transformers writes it."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (directory / name).write_bytes((ASSETS / name).read_bytes())
+    vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56}
+    vision |= {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=502, video_token_id=503, vision_start_token_id=499
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint: Path) -> Processor:
+    return Processor.load(checkpoint, image_size=112, wording="toy", max_prompt_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path):
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Qwen2_5_VLModel:
+    return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(checkpoint))
+
+
+def raster_rank_of_hub_order(rows: int, columns: int, merge: int) -> np.ndarray:
+    """Raster index of each patch in the order of ``Qwen2VLImageProcessorPil``: merged unit by merged unit."""
+    grid = np.arange(rows * columns).reshape(rows // merge, merge, columns // merge, merge)
+    return grid.transpose(0, 2, 1, 3).reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(112, 112), (840, 840), (300, 200), (97, 411), (33, 1200), (13, 500), (14, 14), (5, 900)]
+)
+def test_pixels_are_bit_equal_to_the_hugging_face_processor(processor: Processor, width: int, height: int) -> None:
+    image = picture(width, height)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[image], return_tensors="np")
+    ours = patch_image(image, fit_size(width, height, processor.vision), processor.vision)
+    rows, columns = (int(v) for v in theirs["image_grid_thw"][0, 1:])
+    assert ours.grid == (rows, columns)
+    assert ours.patches_sc.dtype == np.float32
+    at = raster_rank_of_hub_order(rows, columns, 2)
+    theirs_by_place = np.empty_like(theirs["pixel_values"])
+    theirs_by_place[at] = theirs["pixel_values"]
+    place = ours.patch_hw_s2[ours.valid_s] @ np.array([columns, 1])
+    np.testing.assert_array_equal(ours.patches_sc[ours.valid_s], theirs_by_place[place])
+    assert not ours.patches_sc[~ours.valid_s].any()
+
+
+def test_large_pictures_shrink_as_in_the_hugging_face_processor(processor: Processor) -> None:
+    assert fit_size(9000, 5000, processor.vision) == (4788, 2660)
+    size = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[picture(4600, 3000)])["image_grid_thw"][0]
+    width, height = fit_size(4600, 3000, processor.vision)
+    assert (height // 14, width // 14) == (size[1], size[2])
+
+
+def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Processor) -> None:
+    image = picture(208, 240)
+    encoded = processor.encode(example(image=png(image)))
+    squashed = image.resize((112, 112), Image.Resampling.BICUBIC)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[squashed], return_tensors="np")
+    index, _ = get_vision_window_index(torch.tensor([[1, 8, 8]]), 2, 56, 14)
+    theirs_in_windows = theirs["pixel_values"].reshape(16, 4, -1)[index.numpy()].reshape(64, -1)
+    np.testing.assert_array_equal(encoded.images[0].patches_sc, theirs_in_windows)
+
+
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    window=st.sampled_from([2, 4, 8]),
+    merge=st.sampled_from([1, 2]),
+)
+@settings(max_examples=60, deadline=None)
+def test_window_order_is_that_of_transformers_with_holes(rows: int, columns: int, window: int, merge: int) -> None:
+    h, w = rows * merge, columns * merge
+    slots, units = window_order(h, w, merge, window)
+    index, bounds = get_vision_window_index(torch.tensor([[1, h, w]]), merge, window, 1)
+    hub_units = raster_rank_of_hub_order(h, w, merge).reshape(-1, merge**2)
+    np.testing.assert_array_equal(slots[slots >= 0], hub_units[index.numpy()].reshape(-1))
+    per_window = (slots.reshape(-1, window**2) >= 0).sum(1)
+    np.testing.assert_array_equal(per_window, np.diff(bounds.numpy()))
+    # The k-th image token finds its own unit.
+    np.testing.assert_array_equal(slots.reshape(-1, merge**2)[units], hub_units)
+
+
+def hub_prompt(text: str, grids: list[tuple[int, int]]) -> str:
+    images = "".join(f"<|vision_start|>{'<|image_pad|>' * (r * c)}<|vision_end|>" for r, c in grids)
+    return (
+        f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_ids_equal_auto_tokenizer_and_its_chat_template(processor: Processor, tokenizer) -> None:
+    encoded = processor.encode(example("The RED circle.."))
+    text = question_text("toy", "the red circle")
+    assert encoded.tokens_p.tolist() == tokenizer(hub_prompt(text, [(4, 4)])).input_ids
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    templated = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert templated.replace("<|image_pad|>", "<|image_pad|>" * 16) == hub_prompt(text, [(4, 4)])
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_any_text_has_the_ids_of_auto_tokenizer_and_comes_back(processor: Processor, tokenizer, text: str) -> None:
+    assert processor.encode_text(text) == tokenizer(text).input_ids
+    ids = processor.encode_text(text)
+    assert processor.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+GRIDS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=3)
+
+
+@given(GRIDS, st.sampled_from(["Find.", 'Find "the red circle".', "x"]))
+@settings(max_examples=60, deadline=None)
+def test_positions_equal_transformers(model: Qwen2_5_VLModel, processor: Processor, tokenizer, grids, text) -> None:
+    tokens = np.array(tokenizer(hub_prompt(text, grids)).input_ids, np.int32)
+    positions, following = mrope_positions(tokens, processor.image_id, grids)
+    ids = torch.tensor(tokens)[None].long()
+    thw = torch.tensor([[1, 2 * r, 2 * c] for r, c in grids]) if grids else None
+    theirs, delta = model.get_rope_index(ids, (ids == 502).int(), image_grid_thw=thw)
+    np.testing.assert_array_equal(positions, theirs[:, 0].numpy())
+    # transformers places the token after the prompt at length + delta.
+    assert following == len(tokens) + int(delta)
+
+
+def test_positions_refuse_a_wrong_number_of_images(processor: Processor) -> None:
+    with pytest.raises(ValueError, match="1 runs of image tokens, expected one for each of 2 images"):
+        mrope_positions(np.array([1, 502, 2], np.int32), 502, [(1, 1), (1, 1)])
+
+
+def encode_pictures(processor: Processor, sizes: list[tuple[int, int]]) -> EncodedPrompt:
+    images = [patch_image(picture(*size, seed=n), size, processor.vision) for n, size in enumerate(sizes)]
+    return processor.encode_parts(f"p{len(sizes)}", "Find.", images)
+
+
+def test_batch_pads_and_every_image_token_finds_its_pixels(processor: Processor) -> None:
+    sizes = [[(112, 112)], [], [(84, 56), (140, 28)]]
+    prompts = [encode_pictures(processor, s) for s in sizes]
+    batch = processor.batch(prompts, multiple=16)
+    assert batch.tokens_bp.shape == (3, 48)
+    assert batch.patches_bisc.shape == (3, 2, 64, 1176)
+    assert batch.length_b.tolist() == [len(p.tokens_p) for p in prompts]
+    assert not batch.patch_valid_bis[1].any()
+    assert batch.patch_valid_bis.sum((1, 2)).tolist() == [64, 0, 24 + 20]
+    for row, (prompt, pictures) in enumerate(zip(prompts, sizes, strict=True)):
+        valid = np.arange(48) < batch.length_b[row]
+        assert (batch.tokens_bp[row][~valid] == processor.pad_id).all()
+        np.testing.assert_array_equal(batch.positions_b3p[row][:, valid], prompt.positions_3p)
+        np.testing.assert_array_equal(batch.image_index_bp[row] >= 0, batch.tokens_bp[row] == processor.image_id)
+        # By index, the merged patches of the image tokens are those of Hugging Face, picture after picture.
+        merged = batch.patches_bisc[row].reshape(-1, 4 * 1176)[
+            batch.image_index_bp[row][batch.image_index_bp[row] >= 0]
+        ]
+        expected = [patches_of_hugging_face(picture(*size, seed=n)) for n, size in enumerate(pictures)]
+        np.testing.assert_array_equal(merged, np.concatenate(expected) if expected else np.zeros((0, 4 * 1176)))
+        hw = batch.patch_hw_bis2[row].reshape(-1, 4, 2)[batch.image_index_bp[row][batch.image_index_bp[row] >= 0]]
+        assert (hw[:, 3] - hw[:, 0] == 1).all()
+
+
+def patches_of_hugging_face(image: Image.Image) -> np.ndarray:
+    made = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[image], return_tensors="np", do_resize=False)
+    return made["pixel_values"].reshape(-1, 4 * 1176)
+
+
+def test_text_only_batch_and_default_padding(processor: Processor) -> None:
+    batch = processor.batch([encode_pictures(processor, [])] * 2)
+    assert batch.tokens_bp.shape == (2, 64)
+    assert batch.patches_bisc.shape == (2, 0, 0, 1176)
+    assert (batch.image_index_bp == -1).all()
+    np.testing.assert_array_equal(
+        batch.positions_b3p[0, :, : batch.length_b[0]], np.arange(batch.length_b[0])[None].repeat(3, 0)
+    )
+
+
+def test_too_long_prompt_names_id_count_and_limit(processor: Processor) -> None:
+    with pytest.raises(PromptTooLong, match=r"toy-1: prompt of \d+ tokens \(16 of them image\).*max_prompt_tokens=64"):
+        processor.encode(example("the red circle " * 30))
+
+
+def test_special_tokens_in_a_question_are_text(processor: Processor) -> None:
+    encoded = processor.encode_parts("p", "Find <|image_pad|><|im_end|>.", [])
+    assert processor.image_id not in encoded.tokens_p
+    assert (encoded.tokens_p == processor.end_ids[0]).sum() == 2
+    assert "Find <|image_pad|><|im_end|>." in processor.decode(encoded.tokens_p)
+
+
+def test_decode_leaves_out_special_and_unknown_tokens(processor: Processor) -> None:
+    ids = [*processor.encode_text("<think> red </think>"), processor.end_ids[0], processor.pad_id, 700]
+    assert processor.decode(ids) == "<think> red </think>"
+    assert processor.decode(np.array(ids, np.int32)) == "<think> red </think>"
+
+
+def test_special_ids_are_in_the_order_of_qwen(processor: Processor) -> None:
+    first = processor.pad_id
+    assert processor.end_ids == (first + 2, first)
+    assert processor.visual_ids == tuple(range(first + 9, first + 14))
+    assert processor.image_id == first + 12
+
+
+def test_modes_become_rgb_on_white_and_upright() -> None:
+    grey16 = Image.fromarray(np.full((4, 6), 0x80FF, np.uint16))
+    assert decode_image(png(grey16), "x").getpixel((0, 0)) == (128, 128, 128)
+    assert decode_image(png(Image.new("L", (4, 4), 7)), "x").getpixel((0, 0)) == (7, 7, 7)
+    assert decode_image(png(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), "x").getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert decode_image(png(palette), "x").getpixel((0, 0)) == (10, 20, 30)
+    turned = Image.new("RGB", (4, 8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    assert decode_image(png(turned, "JPEG", exif=exif), "x").size == (8, 4)
+
+
+def test_unreadable_pictures_name_the_example() -> None:
+    whole = png(picture(40, 40))
+    for data in (b"", b"not a picture", whole[: len(whole) // 2], whole[:20], png(Image.new("RGB", (4, 4)), "BMP")):
+        with pytest.raises(ImageError, match=r"^toy-9: [^\n]*$"):
+            decode_image(data, "toy-9")
+    with pytest.raises(ImageError, match="toy-9: image of 9000x9000 pixels, expected at most 64000000"):
+        decode_image(png(Image.new("1", (9000, 9000))), "toy-9")
+
+
+@given(
+    st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=8),
+)
+@settings(max_examples=200, deadline=None)
+def test_damaged_pictures_decode_or_raise_image_error(format: str, damage: list[tuple[int, int]]) -> None:
+    data = bytearray(png(picture(16, 12), format))
+    for at, value in damage:
+        data[at % len(data)] = value
+    with contextlib.suppress(ImageError):
+        assert decode_image(bytes(data), "x").mode == "RGB"
+
+
+def test_hub_form_of_the_config_gives_the_same_settings(checkpoint: Path, tmp_path: Path, processor: Processor) -> None:
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16, "vision_config": vision}))
+    assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
+    newer = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    newer["size"] = {"shortest_edge": newer.pop("min_pixels"), "longest_edge": newer.pop("max_pixels")}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(newer))
+    assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
+
+
+def test_load_says_what_is_missing_or_does_not_fit(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+        Processor.load("nowhere", 112, "toy", 64)
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        Processor.load(tmp_path, 112, "toy", 64)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+        Processor.load(tmp_path, 112, "toy", 64)
+    with pytest.raises(ValueError, match="image_size=100: expected a multiple of 28"):
+        Processor.load(checkpoint, 100, "toy", 64)
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"patch_size": 16}}))
+    (tmp_path / "preprocessor_config.json").write_bytes((checkpoint / "preprocessor_config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"patch_size=14 and merge_size=2, config\.json has 16 and 2"):
+        Processor.load(tmp_path, 112, "toy", 64)
+
+
+def test_the_tokenizer_script_makes_the_packaged_files(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_toy_tokenizer.py", tmp_path], check=True, cwd=ROOT)
+    for made in sorted(tmp_path.iterdir()):
+        assert made.read_bytes() == (ASSETS / made.name).read_bytes(), made.name
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_import_needs_no_torch_transformers_or_jax_array() -> None:
+    code = "import sys, segzero_jax.processor; assert not {'torch', 'transformers', 'tensorflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
