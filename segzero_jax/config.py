@@ -6,9 +6,11 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
@@ -203,9 +205,10 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def all_keys() -> dict[str, Any]:
+@functools.cache
+def all_keys() -> Mapping[str, Any]:
     """Every dotted key with its default."""
-    return dict(_flatten(to_dict(Config())))
+    return MappingProxyType(dict(_flatten(to_dict(Config()))))
 
 
 def build(tree: dict[str, Any], source: str = "config") -> Config:

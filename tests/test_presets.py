@@ -1,0 +1,111 @@
+"""The files in configs/: all load, say how they are run, and hold what they claim to hold."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from segzero_jax import config
+from segzero_jax.config import Config
+from segzero_jax.mesh import parse_mesh
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "configs").rglob("*.yaml"))
+PAPER = [path for path in PRESETS if path.stem != "toy"]
+ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def header(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    return "\n".join(line.lstrip("# ") for line in lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")])
+
+
+def preset(stem: str) -> Config:
+    return config.load(ROOT / "configs" / f"{stem}.yaml")
+
+
+def test_the_presets_are_there():
+    assert {path.stem for path in PRESETS} >= {"toy", "seg_zero_3b", "seg_zero_7b", "vision_reasoner_7b", "sam_r1_7b"}
+    assert ABLATIONS
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=name)
+def test_its_header_runs_it(path):
+    """The command in the header names this very file and flags that exist; it gives the mesh that the file has."""
+    command = re.search(r"python -m segzero_jax\.train (.*)", header(path))
+    assert command, "no command in the header"
+    words = shlex.split(command.group(1))
+    assert words[:2] == ["--config", name(path)]
+    loaded = config.load(path, [word.removeprefix("--") for word in words[2:]])
+    assert set(config.differing_keys(loaded, config.load(path))) <= {"reward.server"}
+    assert "Hardware:" in header(path)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=name)
+def test_every_row_of_the_mesh_gets_prompts(path):
+    loaded = config.load(path)
+    data, fsdp, _ = parse_mesh(loaded.mesh)
+    assert loaded.train.micro_batch_size % (data * fsdp) == 0
+
+
+def test_the_toy_preset_is_the_built_in_default():
+    assert config.differing_keys(preset("toy"), Config()) == []
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name)
+def test_paper_presets_hold_the_facts_that_all_papers_share(path):
+    """arXiv 2503.06520, 2505.12081 and their released code."""
+    loaded = config.load(path)
+    assert "Expected (the paper, gIoU" in header(path)
+    assert loaded.data.image_size == 840
+    assert loaded.rollout.max_prompt_tokens == 1300
+    assert (loaded.rollout.temperature, loaded.rollout.top_p, loaded.rollout.top_k) == (1.0, 1.0, 0)
+    assert loaded.train.batch_size == 16
+    assert (loaded.train.lr, loaded.train.weight_decay, loaded.train.max_grad_norm) == (1e-6, 1e-2, 1.0)
+    assert (loaded.train.beta1, loaded.train.beta2) == (0.9, 0.999)
+    assert (loaded.grpo.clip_low, loaded.grpo.entropy_coef) == (0.2, 1e-3)
+    assert (loaded.model.compute_dtype, loaded.model.remat) == ("bfloat16", True)
+
+
+@pytest.mark.parametrize(
+    ("stem", "size", "mesh", "recipe", "prompt", "response", "kl", "clip_high"),
+    [
+        ("seg_zero_3b", "3B", "2x4", "seg_zero_strict", "seg_zero", 1300, 5e-3, 0.2),
+        ("seg_zero_7b", "7B", "4x4", "seg_zero_strict", "seg_zero", 1300, 5e-3, 0.2),
+        ("vision_reasoner_7b", "7B", "4x4", "vision_reasoner", "vision_reasoner", 2000, 1e-2, 0.2),
+        ("sam_r1_7b", "7B", "4x4", "sam_r1", "seg_zero", 1300, 5e-3, 0.3),
+    ],
+)
+def test_paper_presets_hold_what_is_their_own(stem, size, mesh, recipe, prompt, response, kl, clip_high):
+    loaded = preset(stem)
+    assert loaded.model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
+    assert (loaded.mesh, loaded.rollout.group_size) == (mesh, 8)
+    assert (loaded.reward.recipe, loaded.data.prompt) == (recipe, prompt)
+    assert loaded.rollout.max_response_tokens == response
+    assert (loaded.grpo.kl_coef, loaded.grpo.clip_high) == (kl, clip_high)
+    assert loaded.reward.mask_iou_weight == 0
+
+
+def test_each_ablation_changes_what_its_name_says():
+    baseline = preset("ablations/baseline")
+    assert config.differing_keys(baseline, preset("seg_zero_3b")) == ["reward.recipe", "run.dir"]
+    changed = {"kl": "grpo.kl_coef", "group": "rollout.group_size", "strict": "reward.recipe"}
+    for path in ABLATIONS:
+        if path.stem == "baseline":
+            continue
+        kind, _, value = path.stem.partition("_")
+        loaded = config.load(path)
+        assert config.differing_keys(loaded, baseline) == sorted([changed[kind], "run.dir"]), path
+        if value:
+            section, _, key = changed[kind].partition(".")
+            assert getattr(getattr(loaded, section), key) == float(value), path
+
+
+def test_runs_do_not_overwrite_each_other():
+    folders = [config.load(path).run.dir for path in PRESETS]
+    assert len(folders) == len(set(folders))
