@@ -121,13 +121,13 @@ def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:
 def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
     """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
     x_bpd = _embed(policy, batch.tokens_bp, setup)
-    b, images, slots, width = batch.patches_bisc.shape
+    b, images, slots, _ = batch.patches_bisc.shape
     if images == 0:
         return x_bpd
     vision = setup.dims.vision
     units = slots // vision.merge**2
     flat = lambda a: jnp.asarray(a).reshape(b * images, *a.shape[2:])  # noqa: E731
-    embedded = encode_images(
+    embedded_mud = encode_images(
         policy.vision,
         vision,
         setup.layout,
@@ -136,7 +136,9 @@ def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
         flat(batch.patch_valid_bis),
         dtype=setup.dtype,
         remat=setup.remat,
-    ).reshape(b, images * units, setup.dims.hidden)
+    )
+    rows = setup.layout.spec("batch", None, None)
+    embedded = jnp.reshape(embedded_mud, (b, images * units, setup.dims.hidden), out_sharding=rows)
     index_bp = jnp.asarray(batch.image_index_bp)
     placed = jnp.take_along_axis(embedded, jnp.maximum(index_bp, 0)[..., None], axis=1)
     return jnp.where((index_bp >= 0)[..., None], placed, x_bpd)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from segzero_jax.mesh import TRAIN, Layout
@@ -205,6 +206,7 @@ def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) 
     dims = read_dims(path)
     directory = resolve(path)
     files = _Files(directory)
+    mesh = jax.sharding.get_mesh()
     target = abstract_policy(dims, layout)
     flat = _flatten(target)
     wanted: set[str] = set()
@@ -220,7 +222,7 @@ def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) 
         shape = leaf.shape[1:] if stacked else leaf.shape
         views = [_tree_view(files.views[key], entry, shape, f"{directory}: {key}") for key in keys]
         read = _reader(views, stacked, jnp.dtype(dtype))
-        loaded[tree_path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+        loaded[tree_path] = jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), read)
     extra = sorted(files.views.keys() - wanted - ({"lm_head.weight"} if dims.tied else set()))
     if extra:
         raise CheckpointError(f"{directory}: {extra[0]} belongs to no parameter of this policy ({len(extra)} such tensors)")

@@ -1,0 +1,129 @@
+"""Rollout: one prefill per prompt, G sampled continuations, in one jitted program that ends when all have ended."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from segzero_jax.model.logprobs import pick, sampling_logits
+from segzero_jax.model.policy import DecodeCache, Pass, Policy, decode, empty_cache, logits, prefill
+from segzero_jax.types import PromptBatch, Rollout
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen (static).
+
+    Attributes:
+      group: responses per prompt.
+      max_tokens: a response ends here at the latest.
+      end_ids: tokens that end a response; the token itself belongs to it.
+      pad_id: fills the rest.
+      banned_ids: never sampled.
+      temperature: > 0.
+      top_p: smallest set of tokens with this much probability; 1 leaves it out.
+      top_k: this many tokens; 0 leaves it out.
+      greedy: the most probable token instead of a draw.
+    """
+
+    group: int
+    max_tokens: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    banned_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+
+
+class _Loop(NamedTuple):
+    step: jax.Array
+    hidden_bgd: jax.Array
+    cache: DecodeCache
+    tokens_bgr: jax.Array
+    logps_bgr: jax.Array
+    length_bg: jax.Array
+    done_bg: jax.Array
+
+
+def truncate(logits_bgv: jax.Array, top_p: float, top_k: int) -> jax.Array:
+    """Keeps the ``top_k`` largest logits and, of what is left, the smallest set with probability ``top_p``.
+
+    Ties with the last kept logit are kept. As in nucleus sampling (Holtzman et al., arXiv 1904.09751), the token that
+    crosses ``top_p`` stays.
+    """
+    ordered = jnp.sort(logits_bgv, axis=-1, descending=True)
+    smallest = ordered[..., -1:]
+    if top_k:
+        smallest = ordered[..., min(top_k, ordered.shape[-1]) - 1, None]
+        ordered = jnp.where(ordered >= smallest, ordered, -jnp.inf)
+    if top_p < 1:
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits_bgv >= smallest, logits_bgv, -jnp.inf)
+
+
+def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, setup: Pass) -> jax.Array:
+    if sampling.greedy:
+        return scaled_bgv.argmax(-1).astype(jnp.int32)
+    # The noise of row b depends on the key, b, g and v alone: not on the mesh, nor on how many rows follow.
+    spec = setup.layout.spec("mlp_batch", None, "vocab")
+    noise = jax.random.gumbel(key, scaled_bgv.shape, jnp.float32, out_sharding=spec)
+    if sampling.top_p < 1 or sampling.top_k:
+        # A sort needs the whole vocabulary in one place; only these options pay for it.
+        whole = jax.sharding.reshard(scaled_bgv, setup.layout.spec("mlp_batch", None, None))
+        scaled_bgv = jax.sharding.reshard(truncate(whole, sampling.top_p, sampling.top_k), spec)
+    return (scaled_bgv + noise).argmax(-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("setup", "sampling"))
+def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, sampling: Sampling) -> Rollout:
+    """Samples ``sampling.group`` responses to every prompt.
+
+    Args:
+      policy: weights in the layout of ``setup``.
+      batch: prompts; their number divides over the layout's batch axes.
+      key: from the seed and the step; row ``b`` of a batch draws the same tokens on every mesh.
+
+    Returns:
+      Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
+      temperature, before top-p and top-k.
+    """
+    b, g, length = batch.tokens_bp.shape[0], sampling.group, sampling.max_tokens
+    spec = setup.layout.spec
+    rows, tokens_spec = spec("batch", None), spec("batch", None, None)
+    hidden_bd, prompt = prefill(policy, batch, setup)
+    hidden = jnp.broadcast_to(hidden_bd[:, None], (b, g, hidden_bd.shape[-1]))
+    ends = jnp.asarray(sampling.end_ids, jnp.int32)
+
+    def body(loop: _Loop) -> _Loop:
+        scaled = sampling_logits(logits(policy, loop.hidden_bgd, setup), sampling.temperature, sampling.banned_ids)
+        chosen = _choose(scaled, jax.random.fold_in(key, loop.step), sampling, setup)
+        logp = pick(scaled, chosen) - jax.nn.logsumexp(scaled, axis=-1)
+        token = jnp.where(loop.done_bg, sampling.pad_id, jax.sharding.reshard(chosen, rows))
+        logp = jnp.where(loop.done_bg, 0.0, jax.sharding.reshard(logp, rows))
+        at = (0, 0, loop.step)
+        hidden, cache = decode(policy, batch, token, loop.step, loop.cache, setup)
+        return _Loop(
+            step=loop.step + 1,
+            hidden_bgd=hidden,
+            cache=cache,
+            tokens_bgr=jax.lax.dynamic_update_slice(loop.tokens_bgr, token[..., None], at),
+            logps_bgr=jax.lax.dynamic_update_slice(loop.logps_bgr, logp[..., None], at),
+            length_bg=loop.length_bg + ~loop.done_bg,
+            done_bg=loop.done_bg | (token[..., None] == ends).any(-1),
+        )
+
+    start = _Loop(
+        step=jnp.int32(0),
+        hidden_bgd=hidden,
+        cache=empty_cache(prompt, g, length, setup.layout),
+        tokens_bgr=jnp.full((b, g, length), sampling.pad_id, jnp.int32, out_sharding=tokens_spec),
+        logps_bgr=jnp.zeros((b, g, length), jnp.float32, out_sharding=tokens_spec),
+        length_bg=jnp.zeros((b, g), jnp.int32, out_sharding=rows),
+        done_bg=jnp.zeros((b, g), bool, out_sharding=rows),
+    )
+    end = jax.lax.while_loop(lambda loop: (loop.step < length) & ~loop.done_bg.all(), body, start)
+    return Rollout(end.tokens_bgr, end.length_bg, end.logps_bgr, end.done_bg)
