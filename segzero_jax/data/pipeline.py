@@ -29,6 +29,8 @@ class Source(Sequence[Example]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        if not 0 <= index < len(self):  # Iteration ends at an IndexError, which array_record does not raise.
+            raise IndexError(f"{self.name}: example {index}, expected 0 to {len(self) - 1}")
         return self._decode(self._rows[index])
 
 

@@ -1,0 +1,91 @@
+"""Batches: every example once an epoch, the same order for the same seed, an exact resume, any number of processes."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from segzero_jax.data.pipeline import training_batches
+from segzero_jax.types import Example, Frame
+
+ROOT = Path(__file__).parents[1]
+
+
+def examples(count: int) -> list[Example]:
+    return [Example(f"e{n}", b"", Frame(1, 1), "q", (), None) for n in range(count)]
+
+
+def ids(batches: list[list[Example]]) -> list[list[str]]:
+    return [[example.id for example in batch] for batch in batches]
+
+
+def take(count: int, size: int = 4, seed: int = 0, of: int = 10, process: tuple[int, int] = (0, 1)) -> list[list[str]]:
+    return ids(list(islice(training_batches(examples(of), size, seed, process), count)))
+
+
+def test_every_example_once_an_epoch_in_an_order_of_its_own() -> None:
+    flat = [name for batch in take(15) for name in batch]
+    epochs = [flat[n : n + 10] for n in range(0, 60, 10)]
+    assert all(sorted(epoch) == sorted(f"e{n}" for n in range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_seed_decides_the_order() -> None:
+    assert take(5) == take(5)
+    assert take(5) != take(5, seed=1)
+
+
+def test_a_source_smaller_than_a_batch() -> None:
+    (batch,) = take(1, size=16, of=5)
+    assert sorted(Counter(batch).values()) == [3, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_resume_is_exact_through_json(taken: int) -> None:
+    iterator = training_batches(examples(10), 4, 0, (0, 1))
+    list(islice(iterator, taken))
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = ids(list(islice(iterator, 6)))
+    fresh = training_batches(examples(10), 4, 0, (0, 1))
+    fresh.set_state(state)
+    assert ids(list(islice(fresh, 6))) == expected
+    # Back again with an iterator that has already read ahead.
+    fresh.set_state(state)
+    assert ids(list(islice(fresh, 6))) == expected
+
+
+def test_processes_share_each_batch_of_the_global_order() -> None:
+    whole = take(8)
+    halves = [take(8, process=(index, 2)) for index in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert len(first) == len(second) == 2
+        assert sorted(first + second) == sorted(batch)
+
+
+def test_position_holds_for_another_number_of_processes() -> None:
+    iterator = training_batches(examples(10), 4, 0, (0, 2))
+    list(islice(iterator, 3))
+    alone = training_batches(examples(10), 4, 0, (0, 1))
+    alone.set_state(iterator.get_state())
+    assert ids([next(alone)]) == take(4)[3:]
+
+
+def test_bad_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size=5: expected a multiple of the 2 processes"):
+        training_batches(examples(10), 5, 0, (0, 2))
+    with pytest.raises(ValueError, match="no examples to train on"):
+        training_batches([], 4, 0)
+
+
+def test_import_is_light_and_touches_no_device() -> None:
+    code = (
+        "import sys, segzero_jax.data.pipeline\n"
+        "assert not {'torch', 'tensorflow', 'transformers'} & set(sys.modules)\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
