@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,9 @@ def test_reading_a_configuration_needs_no_jax():
     """A mistake is reported before a slow import, and --mesh can set up virtual devices before JAX starts."""
     code = "import sys, segzero_jax.config; sys.exit(any(m.split('.')[0] == 'jax' for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_manual_lists_every_key_with_its_default():
+    manual = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \| \S", manual, re.MULTILINE))
+    assert {key: yaml.safe_load(value) for key, value in rows.items()} == dict(config.all_keys())
