@@ -321,7 +321,8 @@ def test_load_says_what_is_missing_or_does_not_fit(checkpoint: Path, tmp_path: P
 
 
 def test_the_tokenizer_script_makes_the_packaged_files(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_toy_tokenizer.py", tmp_path], check=True, cwd=ROOT)
+    # As a module, so that the checkout is on the path whether or not the package is installed.
+    subprocess.run([sys.executable, "-m", "scripts.make_toy_tokenizer", tmp_path], check=True, cwd=ROOT)
     for made in sorted(tmp_path.iterdir()):
         assert made.read_bytes() == (ASSETS / made.name).read_bytes(), made.name
     assert len(list(tmp_path.iterdir())) == 3
