@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import segzero_jax
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("segzero_jax", "reward_server")
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
@@ -20,7 +22,7 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 # that is not named here may stand anywhere as long as no circle arises.
 ORDER = (
     *("config", "mesh", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
-    *("rollout", "rewards", "reward_client", "local_server", "grpo", "checkpoint"),
+    *("rollout", "rewards", "reward_messages", "reward_client", "local_server", "grpo", "checkpoint"),
     *("tensorboard", "metrics", "overlay", "report"),
     *("train", "infer", "evaluate", "rescore", "plan", "export"),
 )
@@ -208,6 +210,26 @@ def test_no_test_is_skipped():
         if escape.search(line) and "re.compile" not in line
     }
     assert found == set()
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert segzero_jax.__version__ == project["version"]
+
+
+def test_pages_name_commands_and_files_that_exist():
+    """In pages and in the headers of presets: ``python -m x.y``, and paths under this repository's folders."""
+    missing = set()
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.yaml")):
+        text = page.read_text()
+        for module in re.findall(r"python -m ((?:segzero_jax|reward_server)[\w.]*)", text):
+            path = ROOT.joinpath(*module.split("."))
+            if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
+                missing.add(f"{page.relative_to(ROOT)}: python -m {module}")
+        for path in re.findall(r"\b((?:segzero_jax|reward_server|scripts|tests|docs|configs)/[\w./*-]+\w)", text):
+            if not list(ROOT.glob(path)):
+                missing.add(f"{page.relative_to(ROOT)}: {path}")
+    assert missing == set()
 
 
 def test_links_between_pages_lead_somewhere():
