@@ -1,0 +1,116 @@
+"""Text in, answers out: the question as a policy is asked it, target objects as text, and its answer as objects.
+
+The wordings of Seg-Zero and VisionReasoner are those their released checkpoints were trained with, to the letter
+(upstream: ``verl/utils/rl_dataset.py`` and ``inference_scripts/``); their sentences follow each other without a space.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from segzero_jax import answers
+from segzero_jax.types import ObjectPrompt
+
+_SEG_ZERO = (
+    "Please find '{q}' with bbox and points."
+    "Compare the difference between objects and find the most closely matched one."
+    "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+    "Output the one bbox and points of two largest inscribed circles inside the interested object in JSON format."
+    "i.e., <think> thinking process here </think>"
+    "<answer>{'bbox': [10,100,200,210], 'points_1': [30,110], 'points_2': [35,180]}</answer>"
+)
+_VISION_REASONER = (
+    'Please find "{q}" with bboxs and points.'
+    "Compare the difference between object(s) and find the most closely matched object(s)."
+    "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+    "Output the bbox(es) and point(s) inside the interested object(s) in JSON format."
+    "i.e., <think> thinking process here </think>"
+    '<answer>[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, '
+    '{"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]</answer>'
+)
+WORDINGS = {"toy": 'Find "{q}".', "seg_zero": _SEG_ZERO, "vision_reasoner": _VISION_REASONER}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a response says, in the frame of the picture the policy saw.
+
+    Attributes:
+      thinking: the reasoning, or None without a closed ``<think>`` block.
+      objects: what the segmenter is asked for; empty both for a well formed "nothing here" and for no answer at all.
+      well_formed: tells those two apart: the answer was understood whole.
+    """
+
+    thinking: str | None
+    objects: tuple[ObjectPrompt, ...]
+    well_formed: bool = True
+
+
+def question_text(wording: str, question: str) -> str:
+    """The text of the user turn that follows the image.
+
+    Args:
+      wording: "toy", "seg_zero" or "vision_reasoner".
+      question: as the data set has it; it is lower-cased and stripped of "." at both ends.
+
+    Raises:
+      ValueError: the wording is unknown.
+    """
+    if wording not in WORDINGS:
+        raise ValueError(f"prompt wording {wording!r}: expected one of {', '.join(WORDINGS)}")
+    return WORDINGS[wording].replace("{q}", question.lower().strip("."))
+
+
+def solution_text(objects: Sequence[ObjectPrompt]) -> str:
+    """Objects as VisionReasoner's JSON, spaced as in its prompt, each with its first point, numbers as whole pixels.
+
+    Raises:
+      ValueError: an object has no point, or a coordinate is not a finite number.
+    """
+    items = []
+    for obj in objects:
+        if not obj.points:
+            raise ValueError(f"solution text: expected a point for every object, got {obj}")
+        items.append(f'{{"bbox_2d": {_pixels(obj.box)}, "point_2d": {_pixels(obj.points[0])}}}')
+    return f"[{', '.join(items)}]"
+
+
+def seg_zero_solution_text(obj: ObjectPrompt) -> str:
+    """One object with two points in Seg-Zero's form, ``<box>(x1,y1),(x2,y2)</box><points>(x,y),(x,y)</points>``.
+
+    Raises:
+      ValueError: the object has not two points, or a coordinate is negative (the form has no sign) or not finite.
+    """
+    if len(obj.points) != 2:
+        raise ValueError(f"Seg-Zero solution text: expected two points, got {obj}")
+    x1, y1, x2, y2, px, py, qx, qy = numbers = json.loads(_pixels([*obj.box, *obj.points[0], *obj.points[1]]))
+    if min(numbers) < 0:
+        raise ValueError(f"Seg-Zero solution text: expected no coordinate below 0, got {obj}")
+    return f"<box>({x1},{y1}),({x2},{y2})</box><points>({px},{py}),({qx},{qy})</points>"
+
+
+def parse_solution(solution: str) -> tuple[ObjectPrompt, ...]:
+    """The target objects of a solution in Seg-Zero's form (two points) or VisionReasoner's (one each).
+
+    Raises:
+      ValueError: the solution is in neither form; the message shows it.
+    """
+    return tuple(ObjectPrompt(box=box, points=points) for box, points in answers.read_solution(solution))
+
+
+def parse_answer(text: str) -> Answer:
+    """What the segmenter is asked for, from any text; never raises. ``answers.read_answer`` has the rules.
+
+    Strict JSON: an answer that copies the single quotes of Seg-Zero's prompt is not well formed here either, as it
+    earns nothing from the rewards.
+    """
+    located = answers.read_answer(text)
+    objects = tuple(ObjectPrompt(box=box, points=points) for box, points in located or ())
+    return Answer(thinking=answers.thinking(text), objects=objects, well_formed=located is not None)
+
+
+def _pixels(values: Sequence[float]) -> str:
+    try:
+        return json.dumps([round(value) for value in values], separators=(",", ":"))
+    except (ValueError, OverflowError):
+        raise ValueError(f"solution text: expected finite coordinates, got {list(values)}") from None
