@@ -1,0 +1,95 @@
+"""``python -m segzero_jax.rescore``: scores stored responses again under any recipe, without a model.
+
+Each line of the input has ``text`` and ``solution``, and ``mask_iou`` where the recipe weighs it: a run's
+``rollouts/STEP.jsonl`` is such a file. The output holds the same rows with ``reward`` (the total) and ``components``.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segzero_jax import jsonl, rewards
+
+
+class RescoreError(ValueError):
+    """Input that cannot be scored; the message is one line that names file and line."""
+
+
+def rescore(lines: Sequence[bytes], name: str, recipe: str, weight: float, mode: str) -> list[dict[str, Any]]:
+    """The rows of JSON lines, each with ``reward`` and ``components`` of the recipe.
+
+    Args:
+      lines: one JSON object each.
+      name: of the file, for messages.
+      recipe, weight, mode: as ``rewards.score`` takes them.
+
+    Raises:
+      RescoreError: a line is not strict JSON, or lacks what the recipe needs.
+    """
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = _row(line)
+            score = rewards.score(recipe, row["text"], row["solution"], row.get("mask_iou"), weight, mode)
+        except (ValueError, RecursionError) as error:
+            raise RescoreError(f"{name}:{number}: {error}") from None
+        rows.append({**row, "reward": score.total, "components": score.components})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. On bad input: one line, exit code 2, nothing written."""
+    parser = argparse.ArgumentParser(prog="python -m segzero_jax.rescore", description="Scores stored responses again.")
+    parser.add_argument("--recipe", required=True, help=f"one of {', '.join(rewards.RECIPES)}")
+    parser.add_argument("--input", required=True, type=Path, metavar="F.jsonl", help="rows with text and solution")
+    parser.add_argument("--output", required=True, type=Path, metavar="F.jsonl", help="may be the input")
+    parser.add_argument("--mask-iou-weight", type=float, default=0.0, metavar="W", help="of each row's mask_iou [0]")
+    parser.add_argument("--mask-iou-mode", default="raw", metavar="MODE", help="raw, threshold or tiered [raw]")
+    args = parser.parse_args(argv)
+    weight, mode = args.mask_iou_weight, args.mask_iou_mode
+    try:
+        most = rewards.maximum(args.recipe, weight, mode)
+        if weight and rewards.RECIPES[args.recipe].tiers:
+            raise RescoreError(
+                f"--mask-iou-weight={weight:g}: recipe {args.recipe} weighs its mask IoU itself, leave it out"
+            )
+        if args.output.is_dir() or not args.output.parent.is_dir():
+            raise RescoreError(f"--output={args.output}: expected a file in a folder that exists")
+        lines = args.input.read_bytes().rstrip(b"\r\n").split(b"\n")
+        rows = rescore(lines, str(args.input), args.recipe, weight, mode)
+        jsonl.write(args.output, rows)
+    except (ValueError, OSError, RecursionError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    mean = sum(row["reward"] for row in rows) / len(rows)
+    print(f"wrote {len(rows)} rows to {args.output}: {args.recipe}, mean reward {mean:.4g} of at most {most:.4g}")
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    for key in ("text", "solution"):
+        if key not in row:
+            raise ValueError(f"{key} is missing")
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key}: expected a string, got {type(row[key]).__name__}")
+    iou = row.get("mask_iou")
+    if iou is not None and (isinstance(iou, bool) or not isinstance(iou, int | float)):
+        raise ValueError(f"mask_iou: expected a number or null, got {type(iou).__name__}")
+    return row
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+if __name__ == "__main__":
+    main()
