@@ -1,0 +1,335 @@
+"""What a run writes while it trains: metrics, evaluations, rollouts and pictures, and a progress display.
+
+Everything goes into the run directory (README, "A run directory") so that a run that was cut off at any moment can be
+read and resumed: metrics reach the disk line by line, other files appear whole or not at all.
+"""
+
+import hashlib
+import io
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from segzero_jax import jsonl
+from segzero_jax.tensorboard import EventFile
+
+_PLAIN_LINES = 40  # about how many progress lines a whole run leaves in a log file
+_SHOWN = (("reward/mean", "reward", ".2f"), ("kl", "KL", ".4f"), ("reward/mask_iou", "mask IoU", ".3f"))
+
+
+class MetricsError(ValueError):
+    """A step written twice, or a number that is not finite; the message names the step, the key and the value."""
+
+
+class PhaseTimer:
+    """Wall-clock seconds of the phases of a step, for ``time/<phase>``.
+
+    JAX returns before a computation is done: wait for its result inside the phase that it belongs to.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._seconds: dict[str, float] = {}
+        self._running: str | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to ``name``. Phases do not nest: shares of a step must add up."""
+        if self._running is not None:
+            raise RuntimeError(f"phase {name!r} inside phase {self._running!r}: expected one after the other")
+        self._running, begin = name, self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - begin
+            self._running = None
+
+    def take(self) -> dict[str, float]:
+        """``time/<phase>`` of every phase since the last call, and ``time/total``; starts anew."""
+        now = self._clock()
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        taken["time/total"] = now - self._start
+        self._start, self._seconds = now, {}
+        return taken
+
+
+class MetricsWriter:
+    """Writes a run directory. Use it as a context manager, or call ``close``.
+
+    Args:
+      run_dir: the run directory; made when missing.
+      total_steps: of the whole run, for the progress display.
+      show_progress: whether to report progress at all; false on all hosts but one.
+      stream: where progress goes, standard error by default. A terminal gets a bar, a file one line now and then.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, total_steps: int, show_progress: bool, stream: TextIO | None = None
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = self.run_dir / "metrics.jsonl"
+        self._evaluations = self.run_dir / "evaluations.jsonl"
+        self._events: EventFile | None = None
+        self._last_step = self._repair()
+        stream = sys.stderr if stream is None else stream
+        self._display: _Display | None = None
+        if show_progress:
+            self._display = _Bar(stream, total_steps) if stream.isatty() else _Lines(stream, total_steps)
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step in ``metrics.jsonl``, None before the first."""
+        return self._last_step
+
+    def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds the line of a step; it is on the disk when this returns.
+
+        Args:
+          step: from 1 upwards, above every step written so far.
+          metrics: numbers (Python, numpy or 0-d arrays), None for what could not be measured.
+
+        Raises:
+          MetricsError: the step was written before, or a number is not finite. Nothing is written then.
+        """
+        if self._last_step is not None and step <= self._last_step:
+            raise MetricsError(
+                f"step {step}: {self._metrics} already goes up to step {self._last_step}; "
+                "resume the run or choose another run.dir"
+            )
+        row = {key: _number(value, f"step {step}: {key}") for key, value in metrics.items()}
+        jsonl.append(self._metrics, {"step": step, **row})
+        self._last_step = step
+        self._write_events(step, row)
+        if self._display:
+            self._display.step(step, row)
+
+    def write_evaluation(
+        self,
+        step: int,
+        split: str,
+        summaries: Mapping[str, Mapping[str, Any]],
+        samples: Iterable[Mapping[str, Any]],
+    ) -> None:
+        """Writes the evaluation of a split: its numbers by mode, and its greedy answers one by one.
+
+        The same evaluation written again takes the place of the first, since a run that was cut off during an
+        evaluation repeats it.
+
+        Args:
+          step: updates done before it; 0 before training.
+          split: name of the held-out split.
+          summaries: "greedy" and "sampled" to their ``giou``, ``giou_low``, ``giou_high``, ``ciou``, ...
+          samples: rows of ``evaluations/STEP_SPLIT.jsonl``.
+
+        Raises:
+          MetricsError: a number is not finite.
+          JsonLinesError: a sample has no strict JSON form. Nothing is written in either case.
+        """
+        where = f"evaluation of {split} at step {step}: "
+        clean = {
+            mode: {key: _number(value, f"{where}{mode} {key}") for key, value in numbers.items()}
+            for mode, numbers in summaries.items()
+        }
+        rows = [{"step": step, "split": split, "mode": mode, **numbers} for mode, numbers in clean.items()]
+        folder = self.run_dir / "evaluations"
+        folder.mkdir(exist_ok=True)
+        jsonl.write(folder / f"{step}_{split}.jsonl", samples)
+        earlier = jsonl.read(self._evaluations) if self._evaluations.exists() else []
+        again = [row for row in earlier if (row["step"], row["split"]) == (step, split) and row["mode"] in clean]
+        jsonl.write(self._evaluations, [row for row in earlier if row not in again] + rows)
+        self._write_events(
+            step, {f"eval/{split}/{mode}/{key}": n for mode, numbers in clean.items() for key, n in numbers.items()}
+        )
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes ``rollouts/STEP.jsonl``, one row per sampled response. Raises as ``jsonl.dump`` does."""
+        folder = self.run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        jsonl.write(folder / f"{step}.jsonl", rows)
+
+    def write_image(self, example_id: str, image: bytes) -> str:
+        """Stores a picture once as JPEG and returns its path in the run directory, ``images/NAME.jpg``.
+
+        Args:
+          example_id: any text; it names the file as far as file names allow.
+          image: an encoded picture of any kind that Pillow reads.
+
+        Raises:
+          OSError: it is no such picture.
+        """
+        relative = f"images/{safe_name(example_id)}.jpg"
+        path = self.run_dir / relative
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            jsonl.replace(path, _as_jpeg(image))
+        return relative
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets everything past ``step``, the step a run resumes from, so that no step appears twice."""
+        for path in (self._metrics, self._evaluations):
+            if path.exists():
+                jsonl.write(path, [row for row in jsonl.read(path) if row["step"] <= step])
+        for path in [*self.run_dir.glob("rollouts/*.jsonl"), *self.run_dir.glob("evaluations/*.jsonl")]:
+            number = path.name.partition("_")[0].partition(".")[0]
+            if number.isdecimal() and int(number) > step:
+                path.unlink()
+        self._last_step = self._repair()
+        if self._display:
+            self._display.restart(self._last_step or 0)
+
+    def message(self, text: str) -> None:
+        """Says one thing beside the progress display, without disturbing it."""
+        if self._display:
+            self._display.message(text)
+
+    def close(self) -> None:
+        """Ends the progress display and closes the files."""
+        if self._display:
+            self._display.close()
+            self._display = None
+        if self._events:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _repair(self) -> int | None:
+        """Cuts off a line that a crash left unfinished; returns the last step."""
+        if not self._metrics.exists():
+            return None
+        rows = jsonl.read(self._metrics)
+        if not self._metrics.read_bytes().endswith(b"\n"):
+            jsonl.write(self._metrics, rows)
+        return max((row["step"] for row in rows), default=None)
+
+    def _write_events(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        if self._events is None:
+            folder = self.run_dir / "tensorboard"
+            resumed = any(folder.glob("events.out.tfevents.*"))
+            self._events = EventFile(folder, first_step=step if resumed else None)
+        self._events.write(step, {key: value for key, value in numbers.items() if value is not None})
+
+
+def safe_name(text: str) -> str:
+    """A file name for any text: short plain lower-case text as it is, other text cleaned and told apart by a digest."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", text):
+        return text
+    cleaned = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{cleaned}-{digest}" if cleaned else digest
+
+
+def _as_jpeg(image: bytes) -> bytes:
+    with Image.open(io.BytesIO(image)) as picture:
+        if picture.format == "JPEG":
+            return image
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, "JPEG", quality=92)
+        return buffer.getvalue()
+
+
+def _number(value: Any, what: str) -> float | int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    number = float(value)
+    if number - number != 0:  # true for NaN and both infinities
+        raise MetricsError(f"{what}={number}: expected a finite number, or None where nothing was measured")
+    return number
+
+
+class _Display(Protocol):
+    def step(self, step: int, row: Mapping[str, Any]) -> None: ...
+    def restart(self, step: int) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Lines:
+    """Progress for a log file: now and then a line that can be read alone."""
+
+    def __init__(self, stream: TextIO, total: int) -> None:
+        self._stream, self._total = stream, total
+        self._first = True
+
+    def step(self, step: int, row: Mapping[str, Any]) -> None:
+        due = self._first or step == self._total or step % max(1, self._total // _PLAIN_LINES) == 0
+        self._first = False
+        if due:
+            self.message(" | ".join([f"step {step}/{self._total}", *_readings(row), *self._left(step, row)]))
+
+    def _left(self, step: int, row: Mapping[str, Any]) -> list[str]:
+        seconds = row.get("time/total")
+        if seconds is None or step >= self._total:
+            return []
+        return [f"about {duration(seconds * (self._total - step))} left"]
+
+    def restart(self, step: int) -> None:
+        self._first = True
+
+    def message(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+class _Bar:
+    """Progress for a terminal."""
+
+    def __init__(self, stream: TextIO, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[readings]}", markup=False),
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+        )
+        self._task = self._progress.add_task("", total=total, readings="")
+        self._progress.start()
+
+    def step(self, step: int, row: Mapping[str, Any]) -> None:
+        self._progress.update(self._task, completed=step, readings="  ".join(_readings(row)))
+
+    def restart(self, step: int) -> None:
+        self._progress.reset(self._task, completed=step)
+
+    def message(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _readings(row: Mapping[str, Any]) -> list[str]:
+    readings = [f"{label} {row[key]:{form}}" for key, label, form in _SHOWN if row.get(key) is not None]
+    if row.get("time/total") is not None:
+        readings.append(f"{row['time/total']:.1f} s/step")
+    return readings
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``42 s``, ``8 min 05 s``, ``3 h 20 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,254 @@
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_tensorboard import events
+
+from segzero_jax import jsonl
+from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer, duration, safe_name
+
+NUMBERS = {"giou": 0.5, "giou_low": 0.4, "giou_high": 0.6, "ciou": 0.5, "count": 3}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def writer(run_dir, **options):
+    return MetricsWriter(run_dir, options.pop("total_steps", 10), options.pop("show_progress", False), **options)
+
+
+def png(colour=(10, 200, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_step_is_one_line_of_strict_json(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write_step(1, {"kl": np.float32(0.5), "loss": jnp.float32(2.0), "reward/zero_std_groups": 3, "x": None})
+        (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there at once, not at the end
+    assert json.loads(line) == {"step": 1, "kl": 0.5, "loss": 2.0, "reward/zero_std_groups": 3, "x": None}
+    assert metrics.last_step == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, jnp.float32(jnp.nan)])
+def test_a_number_that_is_not_finite_stops_the_step(tmp_path, value):
+    metrics = writer(tmp_path)
+    with pytest.raises(MetricsError, match=r"^step 1: kl=-?(nan|inf): expected a finite number"):
+        metrics.write_step(1, {"loss": 1.0, "kl": value})
+    with pytest.raises(MetricsError, match=r"evaluation of val at step 0: greedy giou=-?(nan|inf)"):
+        metrics.write_evaluation(0, "val", {"greedy": {"giou": value}}, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_step_is_written_twice(tmp_path):
+    metrics = writer(tmp_path)
+    metrics.write_step(5, {})
+    for step in (5, 4):
+        with pytest.raises(MetricsError, match=f"^step {step}: .* already goes up to step 5; resume"):
+            metrics.write_step(step, {})
+    with pytest.raises(MetricsError, match="already goes up to step 5"):  # another process, the same directory
+        writer(tmp_path).write_step(1, {})
+    assert [row["step"] for row in jsonl.read(tmp_path / "metrics.jsonl")] == [5]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_run_cut_off_anywhere_and_resumed_ends_as_if_it_never_was(tmp_path_factory, data):
+    """Killed after any byte of metrics.jsonl, resumed from any checkpoint that was before it."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = {step: {"reward/mean": step / 3, "kl": None} for step in range(1, 7)}
+
+    def train(restored=None):
+        with writer(folder) as metrics:
+            if restored is not None:
+                metrics.truncate_after(restored)
+            for step in range((restored or 0) + 1, 7):
+                metrics.write_rollouts(step, [{"step": step, "text": "ü"}])
+                metrics.write_evaluation(step, "val", {"greedy": NUMBERS}, [{"id": step}])
+                metrics.write_step(step, rows[step])
+
+    def content():
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.jsonl*")}
+
+    train()
+    whole = content()
+    cut = data.draw(st.integers(0, len(whole["metrics.jsonl"])))
+    left = whole["metrics.jsonl"][:cut]
+    (folder / "metrics.jsonl").write_bytes(left)
+    train(restored=data.draw(st.integers(0, left.count(b"\n"))))
+    assert content() == whole
+
+
+def test_a_line_that_a_crash_left_unfinished_is_cut_off(tmp_path):
+    writer(tmp_path).write_step(1, {"kl": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "kl"')
+    writer(tmp_path).write_step(2, {"kl": 0.25})
+    assert jsonl.read(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": 0.5}, {"step": 2, "kl": 0.25}]
+
+
+def test_what_lies_past_the_restored_step_is_forgotten_and_the_rest_kept(tmp_path):
+    with writer(tmp_path) as metrics:
+        for step in (0, 2, 10):
+            metrics.write_evaluation(step, "held_out_x", {"greedy": NUMBERS, "sampled": NUMBERS}, [{"id": "a"}])
+        for step in (1, 2, 3, 10):
+            metrics.write_rollouts(step, [{"step": step}])
+            metrics.write_step(step, {"kl": 0.0})
+        metrics.truncate_after(2)
+        assert metrics.last_step == 2
+        metrics.write_step(3, {"kl": 1.0})
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")}
+    assert names == {
+        *("metrics.jsonl", "evaluations.jsonl", "rollouts/1.jsonl", "rollouts/2.jsonl"),
+        *("evaluations/0_held_out_x.jsonl", "evaluations/2_held_out_x.jsonl"),
+    }
+    assert [(row["step"], row["kl"]) for row in jsonl.read(tmp_path / "metrics.jsonl")] == [(1, 0), (2, 0), (3, 1)]
+    modes = ("greedy", "sampled")
+    found = [(row["step"], row["mode"]) for row in jsonl.read(tmp_path / "evaluations.jsonl")]
+    assert found == [(step, mode) for step in (0, 2) for mode in modes]
+
+
+def test_an_evaluation_written_again_takes_the_place_of_the_first(tmp_path):
+    metrics = writer(tmp_path)
+    metrics.write_evaluation(0, "val", {"greedy": NUMBERS, "sampled": NUMBERS}, [{"id": "a"}])
+    metrics.write_evaluation(0, "other", {"greedy": NUMBERS}, [])
+    metrics.write_evaluation(0, "val", {"greedy": NUMBERS | {"giou": 0.7}, "sampled": NUMBERS}, [{"id": "b"}])
+    rows = jsonl.read(tmp_path / "evaluations.jsonl")
+    assert [(row["split"], row["mode"], row["giou"]) for row in rows] == [
+        ("other", "greedy", 0.5),
+        ("val", "greedy", 0.7),
+        ("val", "sampled", 0.5),
+    ]
+    assert jsonl.read(tmp_path / "evaluations/0_val.jsonl") == [{"id": "b"}]
+
+
+def test_tensorboard_gets_numbers_and_a_resumed_run_takes_over(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write_evaluation(0, "val", {"greedy": {"giou": 0.5, "ciou": None}}, [])
+        for step in (1, 2):
+            metrics.write_step(step, {"kl": 0.5, "x": None})
+    with writer(tmp_path) as metrics:
+        metrics.truncate_after(1)
+        metrics.write_step(2, {"kl": 0.25})
+    first, second = (events(path) for path in sorted((tmp_path / "tensorboard").iterdir()))
+    scalars = [(e.step, v.tag, v.simple_value) for e in first for v in e.summary.value]
+    assert scalars == [(0, "eval/val/greedy/giou", 0.5), (1, "kl", 0.5), (2, "kl", 0.5)]
+    assert [(e.step, e.session_log.status) for e in second if e.HasField("session_log")] == [(2, 1)]
+    assert [(e.step, v.tag, v.simple_value) for e in second for v in e.summary.value] == [(2, "kl", 0.25)]
+
+
+def test_a_log_file_gets_readable_lines_now_and_then(tmp_path):
+    log = io.StringIO()
+    with writer(tmp_path, total_steps=100, show_progress=True, stream=log) as metrics:
+        metrics.message("the server says [bold]hello[/bold]")
+        for step in range(1, 101):
+            metrics.write_step(step, {"reward/mean": 2.345, "kl": 0.001, "reward/mask_iou": 0.5, "time/total": 4.0})
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "the server says [bold]hello[/bold]"
+    assert lines[1].startswith("step 1/100 | reward 2.35 | KL 0.0010 | mask IoU 0.500 | 4.0 s/step | about 6 min 36 s")
+    assert lines[-1] == "step 100/100 | reward 2.35 | KL 0.0010 | mask IoU 0.500 | 4.0 s/step"
+    assert 20 <= len(lines) <= 60
+    assert "\x1b" not in log.getvalue()
+
+
+def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write_step(1, {})
+        metrics.write_step(2, {})
+    terminal = Terminal()
+    with writer(tmp_path, show_progress=True, stream=terminal) as metrics:
+        metrics.truncate_after(2)
+        metrics.message("resumed from [step 2]")
+        metrics.write_step(3, {"reward/mean": 1.5})
+    shown = terminal.getvalue()
+    assert "resumed from [step 2]" in shown
+    assert "step 3/10" in shown
+    assert "reward 1.50" in shown
+    assert shown.endswith("\x1b[?25h") or "\x1b[?25h" in shown  # the cursor is back
+
+
+def test_without_progress_nothing_is_said(tmp_path, capsys):
+    with writer(tmp_path) as metrics:
+        metrics.message("hello")
+        metrics.write_step(1, {})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_pictures_are_stored_once_as_jpeg(tmp_path):
+    metrics = writer(tmp_path)
+    relative = metrics.write_image("toy/val/1", png())
+    assert relative.startswith("images/")
+    assert relative.endswith(".jpg")
+    with Image.open(tmp_path / relative) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (6, 4))
+        assert np.abs(np.asarray(picture, int) - (10, 200, 30)).max() < 6
+    jpeg = (tmp_path / relative).read_bytes()
+    assert metrics.write_image("toy/val/1", png((0, 0, 0))) == relative
+    assert (tmp_path / relative).read_bytes() == jpeg
+    as_it_is = metrics.write_image("photo", jpeg)
+    assert (as_it_is, (tmp_path / as_it_is).read_bytes()) == ("images/photo.jpg", jpeg)
+
+
+@given(left=st.text(max_size=300), right=st.text(max_size=300))
+def test_any_id_has_a_file_name_of_its_own(left, right):
+    name = safe_name(left)
+    assert name
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_")
+    assert len(name) <= 100
+    if left != right:
+        assert name != safe_name(right)
+
+
+def test_ids_that_look_alike_have_different_files():
+    assert len({safe_name(text) for text in ("a-b", "a/b", "a b", "A-B", "a_b", "a.b", "ä-b", "a-b ")}) == 8
+
+
+@pytest.mark.parametrize("text", ["", ".", "..", "../../etc/passwd", "a/b", "A", "con\x00", "\ud800", "x" * 5000, "é"])
+def test_awkward_ids_stay_in_the_folder(tmp_path, text):
+    path = (tmp_path / writer(tmp_path).write_image(text, png())).resolve()
+    assert path.parent == (tmp_path / "images").resolve()
+    assert path.is_file()
+
+
+def test_phases_add_up_to_the_step():
+    now = [0.0]
+    timer = PhaseTimer(lambda: now[0])
+    for name, seconds in (("rollout", 2.0), ("update", 1.0), ("rollout", 0.5)):
+        with timer.phase(name):
+            now[0] += seconds
+        now[0] += 0.25
+    assert timer.take() == {"time/rollout": 2.5, "time/update": 1.0, "time/total": 4.25}
+    now[0] += 1.0
+    assert timer.take() == {"time/total": 1.0}
+
+
+def test_phases_do_not_nest_and_end_on_errors():
+    now = [0.0]
+    timer = PhaseTimer(lambda: now[0])
+    with timer.phase("outer"), pytest.raises(RuntimeError, match="'inner' inside phase 'outer'"), timer.phase("inner"):
+        pass
+
+    def fail():
+        with timer.phase("failing"):
+            now[0] += 3.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert timer.take()["time/failing"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spoken"), [(0.4, "0 s"), (59.4, "59 s"), (485, "8 min 05 s"), (12030, "3 h 20 min")]
+)
+def test_durations_are_spoken(seconds, spoken):
+    assert duration(seconds) == spoken
