@@ -1,0 +1,263 @@
+"""Boxes, points and masks drawn on a picture, so that prediction and target are told apart without colour too.
+
+The prediction is filled and hatched with solid lines, the target is a dashed outline. All coordinates are pixels of
+the picture given; the drawing is enlarged or reduced with it.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+PREDICTION = (38, 120, 220)
+TARGET = (255, 150, 30)
+_CASING = (255, 255, 255)
+_DARK = (16, 18, 22)
+_MAX_PIXELS = 4_000_000  # drawn at twice the size and reduced while that stays below this
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is drawn for one side.
+
+    Attributes:
+      boxes: (x1, y1, x2, y2) each, any corner order, inside the picture or not.
+      points: (x, y) each.
+      mask: bool ``[height, width]`` of the picture, or None.
+    """
+
+    boxes: Sequence[Sequence[float]] = ()
+    points: Sequence[Sequence[float]] = ()
+    mask: np.ndarray | None = None
+
+
+def draw(
+    picture: Image.Image, prediction: Marks | None = None, target: Marks | None = None, width: int | None = None
+) -> Image.Image:
+    """Draws both sides on a copy of a picture.
+
+    Args:
+      picture: any mode.
+      prediction: mask filled, hatched and outlined; boxes as solid lines; points as dots.
+      target: mask as a dashed outline; without a mask, boxes as dashed lines. Points are not drawn.
+      width: pixels of the result; its height follows. Default: as the picture.
+
+    Returns:
+      An RGB picture.
+
+    Raises:
+      ValueError: a mask's shape is not the picture's.
+    """
+    out_width = width or picture.width
+    out_height = max(1, round(picture.height * out_width / picture.width))
+    fine = 2 if 4 * out_width * out_height <= _MAX_PIXELS else 1
+    canvas = _Canvas(picture, (out_width * fine, out_height * fine))
+    if prediction and prediction.mask is not None:
+        canvas.fill(prediction.mask)
+        canvas.outline(prediction.mask, PREDICTION, dashed=False)
+    if target and target.mask is not None:
+        canvas.outline(target.mask, TARGET, dashed=True)
+    elif target:
+        for box in target.boxes:
+            canvas.box(box, TARGET, dashed=True)
+    if prediction:
+        for box in prediction.boxes:
+            canvas.box(box, PREDICTION, dashed=False)
+        for point in prediction.points:
+            canvas.point(point)
+    return canvas.image.resize((out_width, out_height), Image.Resampling.BOX) if fine > 1 else canvas.image
+
+
+def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
+    """A mask from COCO's compressed run lengths, as ``pycocotools.mask.decode`` gives it, but checked.
+
+    ``pycocotools`` fills what too short a string leaves open with whatever was in memory; here that is an error.
+
+    Args:
+      rle: ``height``, ``width`` and ``counts`` (text), as run files hold them.
+
+    Returns:
+      bool ``[height, width]``.
+
+    Raises:
+      ValueError: the runs do not add up to the size, or the text is not in that encoding.
+    """
+    height, width, counts = int(rle["height"]), int(rle["width"]), rle["counts"]
+    runs = _runs(counts)
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
+        raise ValueError(f"mask of {height}x{width}: expected runs of {height * width} pixels, got {sum(runs)}")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def outlines(mask: np.ndarray) -> list[np.ndarray]:
+    """The borders of a mask along pixel edges.
+
+    Args:
+      mask: bool ``[height, width]``.
+
+    Returns:
+      Closed paths, each float ``[n, 2]`` of (x, y) pixel corners without the repeated first one; the inside lies on
+      the right hand of the direction of travel as it appears on screen (y downwards), also around holes.
+    """
+    inside = np.pad(mask.astype(bool), 1)
+    following: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for dy, dx, start, step in _EDGES:
+        other = np.roll(inside, (-dy, -dx), (0, 1))
+        for y, x in np.argwhere(inside & ~other) - 1:
+            begin = (int(x) + start[0], int(y) + start[1])
+            following.setdefault(begin, []).append((begin[0] + step[0], begin[1] + step[1]))
+    paths = []
+    while following:
+        first = next(iter(following))
+        corner, heading = _advance(following, first, (0, 0))
+        path = [first]
+        while corner != first or _right_of(corner, heading) in following.get(first, ()):
+            path.append(corner)
+            corner, heading = _advance(following, corner, heading)
+        paths.append(np.array(path, float))
+    return paths
+
+
+def data_uri(picture: Image.Image, quality: int = 82) -> str:
+    """The picture as a JPEG ``data:`` address for an HTML page."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# Neighbour (dy, dx) outside the mask, where the shared edge starts seen from the pixel's corner, and its direction.
+_EDGES = (
+    (-1, 0, (0, 0), (1, 0)),
+    (0, 1, (1, 0), (0, 1)),
+    (1, 0, (1, 1), (-1, 0)),
+    (0, -1, (0, 1), (0, -1)),
+)
+
+
+def _advance(
+    following: dict[tuple[int, int], list[tuple[int, int]]], corner: tuple[int, int], heading: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Takes the next edge; where two pixels meet at a corner only, the one that turns towards the inside."""
+    ends = following[corner]
+    right = _right_of(corner, heading)
+    end = right if right in ends else ends[0]
+    ends.remove(end)
+    if not ends:
+        del following[corner]
+    return end, (end[0] - corner[0], end[1] - corner[1])
+
+
+def _right_of(corner: tuple[int, int], heading: tuple[int, int]) -> tuple[int, int]:
+    return corner[0] - heading[1], corner[1] + heading[0]
+
+
+def _runs(counts: str) -> list[int]:
+    """Run lengths from COCO's text: 5 bits a character, low bits first; later runs relative to the one before last."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 40:
+            raise ValueError(f"mask counts: expected COCO's compressed run lengths, got {counts[:40]!r}")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        if bits & 0x10:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError(f"mask counts: cut off in the middle of a number: {counts[-40:]!r}")
+    return runs
+
+
+class _Canvas:
+    """A picture at the size it is drawn in, and marks in coordinates of the original."""
+
+    def __init__(self, picture: Image.Image, size: tuple[int, int]) -> None:
+        self._original = picture.size
+        self._size = size
+        self._scale = (size[0] / picture.width, size[1] / picture.height)
+        self._unit = max(1.0, math.hypot(*size) / 480)  # line widths follow the size
+        self.image = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+    def fill(self, mask: np.ndarray) -> None:
+        """A veil of the prediction's colour with diagonal hatching."""
+        shape = self._enlarge(mask)
+        veil = Image.new("RGB", self._size, PREDICTION)
+        self.image.paste(veil, mask=shape.point(lambda value: value * 0.42))
+        hatch = Image.new("L", self._size)
+        pen = ImageDraw.Draw(hatch)
+        gap = 7 * self._unit
+        for index in range(int((self._size[0] + self._size[1]) / gap) + 1):
+            pen.line([(index * gap, 0), (index * gap - self._size[1], self._size[1])], 130, round(1.2 * self._unit))
+        self.image.paste(Image.new("RGB", self._size, _CASING), mask=ImageChops.multiply(hatch, shape))
+
+    def outline(self, mask: np.ndarray, colour: tuple[int, int, int], dashed: bool) -> None:
+        """The border of a mask, smoothed at this size."""
+        for path in outlines(np.asarray(self._enlarge(mask)) > 127):
+            self._line([tuple(corner) for corner in path], colour, dashed)
+
+    def box(self, box: Sequence[float], colour: tuple[int, int, int], dashed: bool) -> None:
+        """A rectangle; sides outside the picture are not seen, as the box is drawn where it is."""
+        (x1, y1), (x2, y2) = self._place(box[:2]), self._place(box[2:4])
+        self._line([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], colour, dashed)
+
+    def point(self, point: Sequence[float]) -> None:
+        """A ringed dot."""
+        x, y = self._place(point)
+        pen = ImageDraw.Draw(self.image)
+        for radius, colour in ((6.0, _DARK), (5.0, _CASING), (3.2, PREDICTION)):
+            reach = radius * self._unit
+            pen.ellipse([x - reach, y - reach, x + reach, y + reach], fill=colour)
+
+    def _place(self, point: Sequence[float]) -> tuple[float, float]:
+        """Scales a point; far outside the picture it is brought near, since drawing slows down with distance."""
+        near = [
+            min(max(float(value) * scale, -0.5 * size), 1.5 * size)
+            for value, scale, size in zip(point, self._scale, self._size, strict=True)
+        ]
+        return near[0], near[1]
+
+    def _enlarge(self, mask: np.ndarray) -> Image.Image:
+        if mask.shape != (self._original[1], self._original[0]):
+            raise ValueError(
+                f"mask of {mask.shape[0]}x{mask.shape[1]} (height x width) for a picture of "
+                f"{self._original[1]}x{self._original[0]}: expected the same size"
+            )
+        enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(self._size, Image.Resampling.BICUBIC)
+        smooth = enlarged.filter(ImageFilter.GaussianBlur(max(0.0, min(self._scale) / 2)))
+        return smooth.point(lambda value: 255 if value > 127 else 0)
+
+    def _line(self, corners: Sequence[tuple[float, float]], colour: tuple[int, int, int], dashed: bool) -> None:
+        """A closed line with a casing, light around dark or dark around light, that shows on any ground."""
+        pieces = _dashes(corners, 9 * self._unit, 5 * self._unit) if dashed else [[*corners, *corners[:2]]]
+        pen = ImageDraw.Draw(self.image)
+        casing = _DARK if dashed else _CASING
+        for piece in pieces:
+            pen.line(piece, casing, round(4.4 * self._unit), joint="curve")
+        for piece in pieces:
+            pen.line(piece, colour, round(2.2 * self._unit), joint="curve")
+
+
+def _dashes(corners: Sequence[tuple[float, float]], dash: float, gap: float) -> list[list[tuple[float, float]]]:
+    """Pieces of a closed path, ``dash`` long and about ``gap`` apart, equal all the way round."""
+    path = np.array([*corners, corners[0]], float)
+    lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
+    total = float(lengths[-1])
+    count = max(1, round(total / (dash + gap)))
+    pieces = []
+    for index in range(count):
+        begin = total * index / count
+        end = begin + total / count * dash / (dash + gap)
+        between = (lengths > begin) & (lengths < end)
+        places = np.concatenate([[begin], lengths[between], [end]])
+        pieces.append(list(zip(*(np.interp(places, lengths, path[:, axis]).tolist() for axis in (0, 1)), strict=True)))
+    return pieces

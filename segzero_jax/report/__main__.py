@@ -1,0 +1,26 @@
+"""``python -m segzero_jax.report RUN``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from segzero_jax.report import RunError, write_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page, says where it is; 2 and one line for a folder that is no run."""
+    parser = argparse.ArgumentParser(prog="python -m segzero_jax.report", description=__doc__)
+    parser.description = "Writes RUN/report.html: one self-contained page with curves, evaluations and rollouts."
+    parser.add_argument("run", metavar="RUN", help="a run directory, such as runs/toy; the run may still be going on")
+    args = parser.parse_args(argv)
+    try:
+        path = write_report(args.run)
+    except (RunError, OSError) as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 2
+    sys.stdout.write(f"wrote {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

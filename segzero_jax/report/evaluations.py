@@ -1,0 +1,136 @@
+"""Held-out results: before and after by split, over the steps, and as a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from segzero_jax.report import charts
+from segzero_jax.report.charts import Series
+from segzero_jax.report.markup import NOTHING, direction, fixed, signed, text
+from segzero_jax.report.run import Run, number
+
+_MODES = ("greedy", "sampled")
+_MOST_STEPS = 40
+_COLUMNS = (("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("format_rate", "well formed"))
+
+Row = Mapping[str, Any]
+
+
+def measure(run: Run) -> tuple[str, str]:
+    """Key and name of the number that stands for an evaluation: gIoU, or box accuracy in a run without masks."""
+    if any(number(row.get("giou")) is not None for row in run.evaluations):
+        return "giou", "gIoU"
+    return "box_accuracy", "box accuracy"
+
+
+def pairs(run: Run) -> list[tuple[Row, Row]]:
+    """First and last evaluation of every split and mode; the same row twice where there is one only."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in run.evaluations:
+        found.setdefault((str(row.get("split")), str(row.get("mode"))), []).append(row)
+    splits = list(dict.fromkeys(split for split, _ in found))
+    modes = [*_MODES, *sorted({mode for _, mode in found} - {*_MODES})]
+    return [(rows[0], rows[-1]) for s in splits for m in modes if (rows := found.get((s, m)))]
+
+
+def gains(run: Run) -> str:
+    """Every split and mode on one scale: where it was, where it is, how sure that is."""
+    key, name = measure(run)
+    rows = [(a, b) for a, b in pairs(run) if number(a.get(key)) is not None and number(b.get(key)) is not None]
+    if not rows:
+        return ""
+    everything = [number(row.get(k)) for pair in rows for row in pair for k in (key, f"{key}_low", f"{key}_high")]
+    known = [value for value in everything if value is not None]
+    margin = (max(known) - min(known)) * 0.06 or 0.05
+    low, high = min(known) - margin, max(known) + margin
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.2f}%"
+
+    def width(begin: float, end: float) -> str:
+        return f"left:{place(min(begin, end))};width:{100 * abs(end - begin) / (high - low):.2f}%"
+
+    lines = []
+    for before, after in rows:
+        old, new = float(before[key]), float(after[key])
+        marks = [] if before is after else [_mark(before, key, "old", place, width)]
+        marks.append(_mark(after, key, "new", place, width))
+        change = "" if before is after else f"{fixed(old)} → "
+        moved = f'&ensp;<span class="{direction(new - old)}">{signed(new - old)}</span>' if change else ""
+        lines.append(
+            f'<div class="gain"><span class="of">{text(after.get("split"))} '
+            f'<span class="mode">{text(after.get("mode"))}</span></span><span class="track">{"".join(marks)}</span>'
+            f'<span class="numbers">{change}<b>{fixed(new)}</b>{moved}</span></div>'
+        )
+    scale = "".join(f'<b style="left:{place(mark)}">{mark:g}</b>' for mark in charts.ticks(low, high, 6))
+    first, last = rows[0][0]["step"], rows[0][1]["step"]
+    when = f"at step {last}" if first == last else f"before (ring, step {first}) and after (dot, step {last})"
+    return (
+        f'<h3 style="margin-top:44px">Held-out {name}, {when}</h3><div class="gains">{"".join(lines)}'
+        f'<div class="gain scale"><span></span><span class="track">{scale}</span><span></span></div></div>'
+        '<p class="note">Lines are confidence intervals. Greedy: the most likely answer. Sampled: answers drawn at '
+        "the training temperature.</p>"
+    )
+
+
+def _mark(row: Row, key: str, kind: str, place: Any, width: Any) -> str:
+    low, high = number(row.get(f"{key}_low")), number(row.get(f"{key}_high"))
+    span = "" if low is None or high is None else f'<i class="span {kind}" style="{width(low, high)}"></i>'
+    return f'{span}<i class="dot {kind}" style="left:{place(float(row[key]))}"></i>'
+
+
+def section(run: Run) -> str:
+    """Curves where there are more than two evaluations, and the table."""
+    if not run.evaluations:
+        return ""
+    steps = sorted({row["step"] for row in run.evaluations})
+    key, name = measure(run)
+    curves = f'<div class="charts">{"".join(_curves(run, key, name))}</div>' if len(steps) > 2 else ""
+    ends = [row for row in run.evaluations if row["step"] in (steps[0], steps[-1])]
+    parts = [f'<section id="held-out"><h2>Held-out evaluations</h2>{curves}', _table(ends)]
+    if len(steps) > 2:
+        chosen = {steps[round(index)] for index in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS))}
+        many = f"All {len(steps)}" if len(chosen) == len(steps) else f"{len(chosen)} of {len(steps)}"
+        rows = [row for row in run.evaluations if row["step"] in chosen]
+        parts.append(f"<details><summary>{many} evaluations</summary>{_table(rows)}</details>")
+    return "".join(parts) + "</section>"
+
+
+def _curves(run: Run, key: str, name: str) -> list[str]:
+    figures = []
+    for split in dict.fromkeys(row.get("split") for row in run.evaluations):
+        rows = [row for row in run.evaluations if row.get("split") == split]
+        steps = sorted({row["step"] for row in rows})
+        series = []
+        for mode in _MODES:
+            by_step = {row["step"]: row for row in rows if row.get("mode") == mode}
+            columns = [[number(by_step.get(s, {}).get(k)) for s in steps] for k in (key, f"{key}_low", f"{key}_high")]
+            if any(value is not None for value in columns[0]):
+                series.append(Series(mode, columns[0], (), columns[1], columns[2]))
+        if series:
+            drawing = charts.line_chart(steps, series, f"{name} on {split} over {len(steps)} evaluations")
+            figures.append(
+                f'<figure><div class="chart-head"><h3>{text(split)}</h3><span class="now">{name}</span></div>'
+                f"{drawing}<figcaption>Shaded: confidence interval.</figcaption></figure>"
+            )
+    return figures
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{name}</th>" for _, name in _COLUMNS)
+    lines = []
+    order = list(dict.fromkeys(str(row.get("split")) for row in rows))
+    for row in sorted(rows, key=lambda r: (order.index(str(r.get("split"))), str(r.get("mode")), r["step"])):
+        low, high = row.get("giou_low"), row.get("giou_high")
+        span = "" if number(low) is None else f' <span class="range">{fixed(low)}{NOTHING}{fixed(high)}</span>'
+        cells = "".join(f"<td>{fixed(row.get(key))}</td>" for key, _ in _COLUMNS)
+        lines.append(
+            f'<tr><td>{text(row.get("split"))}</td><td class="text">{text(row.get("mode"))}</td>'
+            f"<td>{row['step']}</td><td>{fixed(row.get('giou'))}{span}</td>{cells}<td>{text(row.get('count'))}</td></tr>"
+        )
+    return (
+        '<div class="scroll" style="margin:26px 0 18px"><table class="evaluations"><tr><th class="text">split</th>'
+        f'<th class="text">answers</th><th>step</th><th>gIoU and interval</th>{head}<th>questions</th></tr>'
+        f"{''.join(lines)}</table></div>"
+    )

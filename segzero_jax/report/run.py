@@ -1,0 +1,212 @@
+"""Reads a run directory, finished or still being written, without touching it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from segzero_jax import jsonl, overlay, rewards
+
+_TIERED = rewards.maximum("vision_reasoner", 1.0, "tiered") - rewards.maximum("vision_reasoner")
+_WINDOW = 10  # steps at either end that are compared
+
+
+class RunError(ValueError):
+    """A folder that cannot be reported on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+      path: the directory.
+      name: its name.
+      config_text: ``config.yaml`` as it stands.
+      config: the same as nested values.
+      metrics: rows of ``metrics.jsonl`` by step.
+      evaluations: rows of ``evaluations.jsonl`` by step, in the order of splits in the file.
+      sample_steps: split to the steps whose evaluation wrote single answers.
+      rollout_steps: steps with a rollouts file.
+    """
+
+    path: Path
+    name: str
+    config_text: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    sample_steps: Mapping[str, Sequence[int]]
+    rollout_steps: Sequence[int]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A dotted key of the configuration."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    def column(self, key: str) -> list[float | None]:
+        """One metric over the steps, None where it was not measured."""
+        return [number(row.get(key)) for row in self.metrics]
+
+    def samples(self, step: int, split: str) -> list[dict[str, Any]]:
+        """The greedy answers of an evaluation."""
+        return _rows(self.path / "evaluations" / f"{step}_{split}.jsonl")
+
+    def rollouts(self, step: int) -> list[dict[str, Any]]:
+        """The responses sampled in a step."""
+        return _rows(self.path / "rollouts" / f"{step}.jsonl")
+
+    def picture(self, relative: Any) -> Image.Image | None:
+        """A picture of the run; None when it is missing, unreadable or outside the run directory."""
+        path = (self.path / str(relative)).resolve()
+        if not path.is_relative_to(self.path.resolve()) or not path.is_file():
+            return None
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, Image.DecompressionBombError):
+            return None
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads what is there.
+
+    Raises:
+      RunError: there is no run, or one of its files is not what it should be.
+    """
+    folder = Path(path)
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():
+        what = "no config.yaml in it" if folder.is_dir() else "no such folder"
+        raise RunError(f"{folder}: {what}; expected a run directory as train writes it, such as runs/toy")
+    try:
+        text = config_file.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{config_file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise RunError(f"{config_file}: expected sections with keys, got {type(config).__name__}")
+    metrics = _by_step(folder / "metrics.jsonl")
+    return Run(
+        path=folder,
+        name=folder.resolve().name,
+        config_text=text,
+        config=config,
+        metrics=metrics,
+        evaluations=_by_step(folder / "evaluations.jsonl"),
+        sample_steps=_sample_steps(folder / "evaluations"),
+        rollout_steps=sorted(int(f.stem) for f in (folder / "rollouts").glob("*.jsonl") if f.stem.isdecimal()),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else that a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """The most a reward can be.
+
+    Attributes:
+      total: of the weighted sum, None when the recipe is not known.
+      components: of each component by name, before its weight.
+    """
+
+    total: float | None
+    components: Mapping[str, float]
+
+
+def reward_maxima(run: Run) -> Maxima:
+    """What the configured recipe gives at most; the mask IoU counts when the run measured it."""
+    recipe, mode = run.setting("reward.recipe"), run.setting("reward.mask_iou_mode", "raw")
+    weight = number(run.setting("reward.mask_iou_weight")) or 0.0
+    measured = any("reward/mask_iou" in row for row in run.metrics)
+    try:
+        mask = rewards.maximum(recipe, 1.0, mode) - rewards.maximum(recipe, 0.0, mode)
+        total = rewards.maximum(recipe, weight if measured else 0.0, mode)
+    except ValueError:
+        return Maxima(None, {})
+    # A recipe that brings its own mask IoU has it in both maxima.
+    return Maxima(total, {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED})
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A metric at the two ends of a run: means over ``window`` steps and their standard errors (None for one step)."""
+
+    window: int
+    first: float
+    last: float
+    first_error: float | None
+    last_error: float | None
+
+
+def ends(values: Sequence[float | None]) -> Ends | None:
+    """Compares the first with the last ten measured steps, or halves of a shorter run; None for an empty one."""
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return None
+    window = max(1, min(_WINDOW, len(measured) // 2))
+    first, last = measured[:window], measured[-window:]
+    return Ends(window, float(np.mean(first)), float(np.mean(last)), _standard_error(first), _standard_error(last))
+
+
+def marks(objects: Any, mask: Any) -> overlay.Marks:
+    """What a row says of one side, as far as it can be drawn."""
+    boxes: list[list[float]] = []
+    points: list[list[float]] = []
+    for item in objects if isinstance(objects, list) else []:
+        if isinstance(item, dict) and _numbers(item.get("box"), 4):
+            boxes.append(item["box"])
+            points += [point for point in item.get("points") or [] if _numbers(point, 2)]
+    try:
+        decoded = overlay.decode_mask(mask) if isinstance(mask, dict) else None
+    except (ValueError, KeyError, TypeError):
+        decoded = None
+    return overlay.Marks(boxes, points, decoded)
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(number(item) is not None for item in value)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        return jsonl.read(path)
+    except jsonl.JsonLinesError as error:
+        raise RunError(str(error)) from None
+
+
+def _by_step(path: Path) -> list[dict[str, Any]]:
+    rows = _rows(path)
+    for index, row in enumerate(rows, start=1):
+        if not isinstance(row.get("step"), int):
+            raise RunError(f"{path}:{index}: expected a whole number under 'step', got {row.get('step')!r}")
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def _sample_steps(folder: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for path in folder.glob("*_*.jsonl"):
+        step, _, split = path.stem.partition("_")
+        if step.isdecimal():
+            found.setdefault(split, []).append(int(step))
+    return {split: sorted(steps) for split, steps in sorted(found.items())}

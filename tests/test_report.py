@@ -1,0 +1,485 @@
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from fake_run import SPLITS, write_fake_run
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from segzero_jax import jsonl, overlay, rewards
+from segzero_jax.report import RunError, charts, write_report
+from segzero_jax.report.__main__ import main
+from segzero_jax.report.cases import Case, choose
+from segzero_jax.report.charts import Series
+from segzero_jax.report.markup import MINUS, NOTHING, show
+from segzero_jax.report.run import ends, read_run, reward_maxima
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """A page taken apart: elements with their attributes, and the text, also by the class of its nearest element."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.elements, self.text, self.open = [], [], []
+        self.feed(source)
+        self.close()
+        assert self.open == [], "unclosed elements"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("class")))
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.text.append((self.open[-1] if self.open else None, data))
+
+    def words(self, kind=None):
+        """All text outside the style sheet; with ``kind`` only that directly in elements of the class."""
+        return " ".join(t for at, t in self.text if at and at[0] != "style" and (kind is None or at[1] == kind))
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def sections(self):
+        return [attrs["id"] for attrs in self.all("section")]
+
+
+def report(run):
+    return Page(write_report(run).read_text())
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "fine"
+    write_fake_run(run, steps=24, evaluated=(0, 12, 24))
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    return report(run_dir)
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path):
+    return shutil.copytree(run_dir, tmp_path / "copy")
+
+
+def rows(run, name):
+    return jsonl.read(run / name)
+
+
+def test_every_part_is_there_and_every_link_leads_to_one(page):
+    assert page.sections == ["reward", "cases", "rollouts", "held-out", "signals", "time"]
+    assert [attrs["href"] for attrs in page.all("a")] == [f"#{name}" for name in page.sections]
+    assert page.words().split()[0] == "fine"
+
+
+def test_nothing_is_fetched_and_nothing_runs(run_dir, page):
+    source = (run_dir / "report.html").read_text()
+    assert "http://" not in source
+    assert "https://" not in source
+    assert not re.search(r"@import|url\(|javascript:", source)
+    assert not {"script", "iframe", "link", "object", "embed", "form", "base"} & {tag for tag, _ in page.elements}
+    for tag, attrs in page.elements:
+        assert not [name for name in attrs if name.startswith("on")], tag
+        for name in ("src", "href", "srcset", "xlink:href", "data", "action"):
+            assert attrs.get(name, "#").startswith(("data:image/jpeg;base64,", "#")), (tag, name)
+    policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert (run_dir / "report.html").stat().st_size < 5_000_000
+
+
+def test_the_headline_says_what_the_files_say(run_dir, page):
+    reward = [row["reward/mean"] for row in rows(run_dir, "metrics.jsonl")]
+    first, last = np.array(reward[:10]), np.array(reward[-10:])
+    errors = [part.std(ddof=1) / 10**0.5 for part in (first, last)]
+    change = (last.mean() - first.mean()) / np.hypot(*errors)
+    words = page.words()
+    assert f"{first.mean():.2f} → {last.mean():.2f}" in " ".join(words.split())
+    assert f"first 10 steps ±{show(errors[0], 2)} → last 10 steps ±{show(errors[1], 2)}" in words
+    assert f"{show(change, 2)} standard errors" in words
+    assert "(of 8 at most)" in words
+    for row in rows(run_dir, "evaluations.jsonl"):
+        if row["step"] in (0, 24) and row["split"] == SPLITS[0]:
+            assert f"interval {row['giou_low']:.3f}{NOTHING}{row['giou_high']:.3f}" in words
+
+
+def test_the_evaluation_table_holds_every_row(run_dir, page):
+    source = (run_dir / "report.html").read_text()
+    first, everything = (
+        [tuple(cell.strip() for cell in re.findall(r"<td[^>]*>([^<]*)", line)) for line in table.split("<tr>")[2:]]
+        for table in re.findall(r'<table class="evaluations">.*?</table>', source)
+    )
+    expected = {}
+    for row in rows(run_dir, "evaluations.jsonl"):
+        numbers = [f"{row[key]:.3f}" for key in ("giou", "ciou", "box_accuracy", "format_rate")]
+        expected[(row["split"], row["mode"], str(row["step"]), *numbers, str(row["count"]))] = row["step"]
+    assert set(everything) == expected.keys()
+    assert set(first) == {line for line, step in expected.items() if step != 12}
+    assert (len(everything), len(first)) == (12, 8)
+
+
+def test_times_are_means_without_the_step_that_compiles(run_dir, page):
+    measured = rows(run_dir, "metrics.jsonl")[1:]
+    total = np.mean([row["time/total"] for row in measured])
+    words = page.words()
+    for phase, name in (("rollout", "rollout"), ("reward_wait", "waiting for rewards"), ("update", "update")):
+        mean = np.mean([row[f"time/{phase}"] for row in measured])
+        assert re.search(rf"{name} +{mean:.2f} s +{100 * mean / total:.1f}%", words), name
+    assert f"in all {total:.2f} s" in words
+
+
+def test_every_metric_has_its_curve_with_its_last_value(run_dir, page):
+    last = rows(run_dir, "metrics.jsonl")[-1]
+    drawn = {attrs["aria-label"].partition(":")[0]: attrs["aria-label"] for attrs in page.all("svg") if "role" in attrs}
+    for key, title in (("kl", "KL to the reference"), ("entropy", "Entropy"), ("grad_norm", "Gradient norm")):
+        assert drawn[title].endswith(f"{show(last[key])} at step 24")
+    for component in ("thinking format", "segmentation format", "accuracy", "non repeat", "mask IoU"):
+        key = "reward/" + component.lower().replace(" ", "_")
+        assert drawn[component].endswith(f"{show(last[key])} at step 24")
+    assert {"Mean reward", "Response length", "Sampler gap", "Groups without spread", "Finished"} <= drawn.keys()
+
+
+def test_the_gallery_shows_the_right_pictures_with_the_right_marks(run_dir, page):
+    """Most improved by IoU comes first; its two pictures are drawn here from the files and compared."""
+    before, after = (
+        {(s, r["id"]): r for s in SPLITS for r in rows(run_dir, f"evaluations/{n}_{s}.jsonl")} for n in (0, 24)
+    )
+    best = max(after, key=lambda key: after[key]["iou"] - before[key]["iou"])
+    pictures = page.all("img")
+    for shown, row in zip(pictures, (before[best], after[best]), strict=False):
+        sides = [
+            overlay.Marks(
+                [item["box"] for item in row[objects]],
+                [point for item in row[objects] for point in item["points"]],
+                overlay.decode_mask(row[mask]),
+            )
+            for objects, mask in (("objects", "mask"), ("target_objects", "target_mask"))
+        ]
+        with Image.open(run_dir / row["image"]) as picture:
+            expected = overlay.draw(picture, *sides, int(shown["width"]))
+        assert shown["src"] == overlay.data_uri(expected)
+        assert f"IoU {row['iou']:.3f}" in page.words("score")
+    words = page.words()
+    assert [words.count(kind + "  · ") for kind in ("Most improved", "Typical", "Worst")] == [2, 2, 2]
+    group = [row for row in rows(run_dir, "rollouts/24.jsonl") if "image" in row]
+    assert len(pictures) == 2 * 6 + len(group)
+    for row in group:
+        sign = f"{row['advantage']:+.2f}".replace("-", MINUS)
+        assert f"advantage {sign}" in words
+        assert html.unescape(row["text"].split("<think>")[1].split("</think>")[0]) in words
+
+
+def test_every_picture_opens(page):
+    for attrs in page.all("img"):
+        with Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2]))) as picture:
+            assert picture.size == (int(attrs["width"]), int(attrs["height"]))
+        assert attrs["alt"]
+
+
+ATTACK = "</style></p><script>alert(1)</script><img src=x onerror=alert(2)>\"'&<think>"
+
+
+def poison(path, keys):
+    found = jsonl.read(path)
+    for row in found:
+        row.update(dict.fromkeys(keys, ATTACK))
+        if isinstance(row.get("components"), dict):
+            row["components"][ATTACK] = 1.0
+    jsonl.write(path, found)
+
+
+def test_text_of_a_run_is_never_markup(copied):
+    for path in [*copied.glob("evaluations/*.jsonl"), *copied.glob("rollouts/*.jsonl")]:
+        poison(path, ("text", "question", "solution", "length", "sample"))
+    poison(copied / "evaluations.jsonl", ("mode", "count"))
+    metrics = rows(copied, "metrics.jsonl")
+    jsonl.write(copied / "metrics.jsonl", [row | {ATTACK: 1.0, f"reward/{ATTACK}": 2.0} for row in metrics])
+    jsonl.write(copied / "metrics.jsonl", [row | {f"time/{ATTACK}": 0.1} for row in rows(copied, "metrics.jsonl")])
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["data"]["name"] = config["reward"]["mask_iou_weight"] = ATTACK
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    renamed = copied.rename(copied.with_name("<script>alert(3)<"))
+    page = report(renamed)
+    assert page.all("script") == []
+    assert [attrs for attrs in page.all("img") if not attrs["src"].startswith("data:")] == []
+    assert not [attrs for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert page.words("answer").count("alert(1)") >= 2 * 6  # shown as text, whole
+    assert ATTACK in page.words("answer")
+    assert page.words("question").count(ATTACK) == 7
+
+
+def test_a_picture_outside_the_run_is_not_shown(copied, tmp_path):
+    Image.new("RGB", (200, 200), "red").save(tmp_path / "secret.jpg")
+    (copied / "images/broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    images = ("../secret.jpg", str(tmp_path / "secret.jpg"), "images/broken.jpg", "images/none.jpg", None, "images")
+    for path in copied.glob("evaluations/*.jsonl"):
+        found = jsonl.read(path)
+        jsonl.write(path, [row | {"image": images[i % len(images)]} for i, row in enumerate(found)])
+    page = report(copied)
+    assert len(page.all("img")) == 4  # the training group alone
+    assert page.words("missing").count("picture missing") == 12
+
+
+@pytest.mark.parametrize(
+    "mask", [None, 3, {}, {"height": 4, "width": 4, "counts": "zz"}, {"height": 1, "width": 1, "counts": "01"}]
+)
+def test_masks_that_cannot_be_drawn_are_left_out(copied, mask):
+    for path in copied.glob("evaluations/*.jsonl"):
+        odd = {"mask": mask, "objects": [{"box": [1, 2]}, None, {"box": [1, 2, 3, 4], "points": [["a", 1]]}]}
+        jsonl.write(path, [row | odd for row in jsonl.read(path)])
+    assert len(report(copied).all("img")) == 16
+
+
+@pytest.mark.parametrize(
+    ("made", "sections"),
+    [
+        ({"steps": 0, "evaluated": (), "planned": 9}, []),
+        ({"steps": 0, "evaluated": (0,), "planned": 9}, ["cases", "held-out"]),
+        ({"steps": 1, "evaluated": ()}, ["reward", "rollouts", "signals", "time"]),
+        (
+            {"steps": 2, "evaluated": (0, 2), "questions": 1},
+            ["reward", "cases", "rollouts", "held-out", "signals", "time"],
+        ),
+        (
+            {"steps": 3, "evaluated": (0, 3), "masks": False},
+            ["reward", "cases", "rollouts", "held-out", "signals", "time"],
+        ),
+        ({"steps": 3, "evaluated": (0,), "planned": 9}, ["reward", "cases", "rollouts", "held-out", "signals", "time"]),
+    ],
+    ids=["nothing", "before the first step", "one step", "one question", "no masks", "in progress"],
+)
+def test_a_run_with_less_in_it_has_a_shorter_page(tmp_path, made, sections):
+    write_fake_run(tmp_path / "run", **made)
+    page = report(tmp_path / "run")
+    assert page.sections == sections
+    words = page.words()
+    if "planned" in made:
+        state = f"{made['steps']} of 9 steps, still running or stopped early"
+        assert (state if made["steps"] else "No step yet") in words
+    if made["evaluated"] == (0,):
+        assert "Answers at step 0" in words
+        assert "Best" in words
+        assert "Most improved" not in words
+    if not made.get("masks", True):
+        assert "box accuracy, greedy, val" in words
+        assert "IoU 0." not in words
+
+
+def test_unmeasured_and_odd_values_do_not_stop_the_page(copied):
+    found = rows(copied, "metrics.jsonl")
+    for index, row in enumerate(found):
+        row["kl"] = None if index % 2 else row["kl"]
+        row["entropy"] = None
+        row["reward/std"] = None if index < 5 else row["reward/std"]
+        row["new/thing"] = -float(index)
+    jsonl.write(copied / "metrics.jsonl", found)
+    words = report(copied).words()
+    assert "new/thing" in words
+    assert "Entropy" not in words
+
+
+def test_a_run_still_being_written_is_read_up_to_its_last_whole_line(copied):
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "reward/mean": 9')
+    assert "24 steps" in report(copied).words()
+
+
+def test_a_long_run_stays_small(tmp_path):
+    write_fake_run(tmp_path / "run", steps=1, evaluated=(0,), questions=1)
+    (row,) = rows(tmp_path / "run", "metrics.jsonl")
+    (tmp_path / "run/metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"step": step, "reward/mean": step / 1000}) + "\n" for step in range(1, 5001))
+    )
+    (evaluation, *_) = rows(tmp_path / "run", "evaluations.jsonl")
+    jsonl.write(tmp_path / "run/evaluations.jsonl", [evaluation | {"step": step} for step in range(0, 5000, 10)])
+    page = report(tmp_path / "run")
+    assert (tmp_path / "run/report.html").stat().st_size < 2_000_000
+    assert "5000 steps" in page.words()
+    assert "40 of 500 evaluations" in page.words()
+    assert "Thin: means of 21 steps" in page.words()
+
+
+def test_the_command_says_what_it_wrote(copied, capsys):
+    assert main([str(copied)]) == 0
+    assert capsys.readouterr().out == f"wrote {copied / 'report.html'}\n"
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml/config.yaml").write_text("a: [")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/config.yaml").write_text("- a")
+    for folder, reason in (
+        ("none", "no such folder; expected a run directory"),
+        (".", "no config.yaml in it; expected a run directory"),
+        ("yaml", "not YAML"),
+        ("list", "expected sections with keys, got list"),
+    ):
+        assert main([str(tmp_path / folder)]) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / folder / "report.html").exists()
+
+
+def test_a_damaged_file_is_named_and_the_old_page_stays(copied, capsys):
+    write_report(copied)
+    old = (copied / "report.html").read_bytes()
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write("oops\n")
+    assert main([str(copied)]) == 2
+    assert re.fullmatch(r".*metrics\.jsonl:25: expected a JSON object on each line.*\n", capsys.readouterr().err)
+    jsonl.write(copied / "metrics.jsonl", [{"kl": 1.0}])
+    with pytest.raises(RunError, match=r"metrics\.jsonl:1: expected a whole number under 'step', got None"):
+        write_report(copied)
+    assert (copied / "report.html").read_bytes() == old
+
+
+def test_the_page_needs_no_jax():
+    code = "import sys, segzero_jax.report.__main__; print(sorted({'jax', 'torch', 'flax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@given(qualities=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30), paired=st.booleans())
+def test_cases_are_chosen_by_what_their_names_say(qualities, paired):
+    found = [
+        Case("", "val", {"id": i, "iou": before} if paired else None, {"id": i, "iou": after})
+        for i, (before, after) in enumerate(qualities)
+    ]
+    chosen = choose(found)
+    ids = [case.after["id"] for case in chosen]
+    assert len(ids) == len(set(ids))
+    kinds = {
+        kind: [case for case in chosen if case.kind == kind] for kind in ("Most improved", "Best", "Typical", "Worst")
+    }
+    each = max(1, min(3, len(found) // 3))
+    assert len(kinds["Most improved" if paired else "Best"]) == each
+    top = kinds["Most improved" if paired else "Best"]
+    rest = [case for case in found if case.after["id"] not in {c.after["id"] for c in top}]
+
+    def gain(case):
+        return case.after["iou"] - (case.before["iou"] if paired else 0.0)
+
+    if rest:
+        assert min(map(gain, top)) >= max(map(gain, rest))
+        lowest = sorted(case.after["iou"] for case in rest)[:each]
+        assert sorted(case.after["iou"] for case in kinds["Worst"]) == lowest
+
+
+@given(low=st.floats(-1e9, 1e9), span=st.floats(1e-6, 1e9), count=st.integers(2, 12))
+def test_ticks_are_few_and_inside(low, span, count):
+    found = charts.ticks(low, low + span, count)
+    assert len(found) <= count + 2
+    assert all(low - 1e-6 * (span + abs(low)) <= tick <= low + span + 1e-6 * (span + abs(low)) for tick in found)
+
+
+@given(values=st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=60), window=st.sampled_from((1, 3, 9)))
+def test_smoothing_is_a_mean_of_what_is_there(values, window):
+    half = window // 2
+    for index, smoothed in enumerate(charts.smooth(values, window)):
+        near = [value for value in values[max(0, index - half) : index + half + 1] if value is not None]
+        if values[index] is None:
+            assert smoothed is None
+        else:
+            assert smoothed == pytest.approx(np.mean(near), rel=1e-6, abs=1e-6)
+
+
+@given(
+    values=st.lists(st.none() | st.floats(-1e9, 1e9), min_size=1, max_size=500),
+    floor=st.sampled_from((None, 0.0)),
+    maximum=st.sampled_from((None, 1.0)),
+)
+def test_lines_stay_in_the_drawing_and_break_at_gaps(values, floor, maximum):
+    steps = list(range(1, len(values) + 1))
+    drawing = charts.line_chart(steps, [Series("a", values)], "x", floor=floor, maximum=maximum)
+    Page(drawing)
+    path = re.search(r'<path class="line s0" d="([^"]*)"', drawing).group(1)
+    if len(values) <= 240:
+        runs = "".join(" " if value is None else "x" for value in values).split()
+        assert path.count("M") == len(runs)
+    for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path):
+        assert 0 <= float(x) <= 350
+        assert 0 <= float(y) <= 190
+
+
+def test_higher_values_are_drawn_higher_and_later_steps_further_right():
+    drawing = charts.line_chart([1, 2, 3], [Series("a", [0.0, 1.0, 0.5])], "x", maximum=2.0, floor=0.0)
+    points = re.findall(r"[ML]([\d.]+) ([\d.]+)", re.search(r'class="line s0" d="([^"]*)"', drawing).group(1))
+    (x1, y1), (x2, y2), (x3, y3) = ((float(x), float(y)) for x, y in points)
+    assert x1 < x2 < x3
+    assert y2 < y3 < y1
+    assert y1 - y3 == pytest.approx(y3 - y2, abs=0.2)
+    assert "step 2" in drawing
+    assert '<line class="max"' in drawing
+
+
+def test_the_read_out_gives_the_step_itself_beside_the_smoothed_line(run_dir, page):
+    value = rows(run_dir, "metrics.jsonl")[11]["reward/mean"]
+    assert f"step 12  {show(value)}, smoothed " in page.words()
+
+
+def test_series_are_told_apart_without_colour(page, run_dir):
+    style = re.search(r"<style>(.*?)</style>", (run_dir / "report.html").read_text(), re.DOTALL).group(1)
+    assert "svg .line.s1 { stroke-dasharray" in style
+    assert set(page.words("name s0").split()) == {"greedy", "mean"}
+    assert set(page.words("name s1").split()) == {"sampled", "max"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (0.5, "0.500"),
+        (-1234.5, f"{MINUS}1,234"),
+        (1e-5, "1.0\N{MULTIPLICATION SIGN}10⁻⁵"),
+        (2.34567, "2.35"),
+        (None, NOTHING),
+        ("x", NOTHING),
+    ],
+)
+def test_numbers_read_well(value, shown):
+    assert show(value) == shown
+
+
+def test_ends_compare_halves_of_a_short_run():
+    assert ends([]) is None
+    assert ends([None, 2.0]).window == 1
+    short = ends([1.0, 3.0, 5.0, 7.0, None])
+    assert (short.window, short.first, short.last, short.first_error, short.last_error) == (2, 2.0, 6.0, 1.0, 1.0)
+    assert ends(list(range(40))).last == 34.5
+
+
+@pytest.mark.parametrize("recipe", sorted(rewards.RECIPES))
+def test_maxima_are_those_of_the_rewards(tmp_path, recipe):
+    write_fake_run(tmp_path / "run", steps=1, evaluated=())
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    config["reward"].update(recipe=recipe, mask_iou_weight=2.0, mask_iou_mode="tiered")
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    maxima = reward_maxima(read_run(tmp_path / "run"))
+    assert maxima.total == rewards.maximum(recipe, 2.0, "tiered")
+    assert maxima.components["mask_iou"] == rewards.mask_component(1.0, "tiered")
+    for name in rewards.component_names(recipe):
+        assert maxima.components[name] == (4.0 if name == "mask_iou" else rewards.RECIPES[recipe].maxima[name])
