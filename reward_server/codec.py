@@ -1,0 +1,95 @@
+"""Pictures and masks as they travel: checked before they are unpacked, refused with a reason."""
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from reward_server import reward_pb2
+
+MAX_IMAGE_BYTES = 16 * 2**20
+MAX_IMAGE_PIXELS = 16_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP")
+# What Pillow raises on damaged files, by format and by where the damage is.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class CodecError(ValueError):
+    """Bytes that are no acceptable picture or mask; the message is one line."""
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decodes a JPEG, PNG or WebP to uint8 RGB [height, width, 3].
+
+    Size in bytes and pixels is checked before anything is decoded. The picture is taken as stored: an EXIF rotation
+    is not applied, transparency is dropped.
+
+    Raises:
+      CodecError: too large, of another format, or damaged.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise CodecError(f"image: {len(data)} bytes, expected at most {MAX_IMAGE_BYTES}")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            if picture.width * picture.height > MAX_IMAGE_PIXELS:
+                size = f"{picture.width} x {picture.height} pixels"
+                raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
+            return np.array(picture.convert("RGB"))
+    except CodecError:
+        raise
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())
+        raise CodecError(f"image: not a whole JPEG, PNG or WebP ({len(data)} bytes): {reason}") from None
+
+
+def decode_mask(rle: reward_pb2.Rle, height: int, width: int) -> np.ndarray:
+    """Decodes a mask that must have this size, to bool [height, width]. Raises CodecError.
+
+    Not by pycocotools, whose decoder trusts its input: malformed counts corrupt its memory, short ones leave the rest
+    of the mask as the memory was.
+    """
+    if (rle.height, rle.width) != (height, width):
+        raise CodecError(f"mask: {rle.width} x {rle.height} pixels, expected the image's {width} x {height}")
+    runs = _run_lengths(rle.counts.encode(), height * width)
+    # Background and object take turns, background first, down one column after another.
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _run_lengths(counts: bytes, pixels: int) -> list[int]:
+    """Reads COCO's compressed runs, which must fill ``pixels`` exactly.
+
+    A number is written in groups of five bits, lowest first, each as a character from "0" on; the sixth bit says that
+    more follow, the highest bit of the last group is the sign. From the fourth on, a run is stored as its difference
+    to the run before the last (``rleToString`` in cocoapi's maskApi.c).
+    """
+    runs: list[int] = []
+    value, bits = 0, 0
+    for character in counts:
+        group = character - 48
+        # No run that fits a picture needs more than six groups.
+        if not 0 <= group < 64 or bits >= 30:
+            raise CodecError("mask: not COCO's compressed run lengths")
+        value |= (group & 31) << bits
+        bits += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << bits
+        if len(runs) > 2:
+            value += runs[-2]
+        if value < 0:
+            raise CodecError("mask: not COCO's compressed run lengths")
+        runs.append(value)
+        value, bits = 0, 0
+    if bits or sum(runs) != pixels:
+        raise CodecError(f"mask: runs for {sum(runs)} pixels, expected {pixels}")
+    return runs
+
+
+def encode_mask(mask: np.ndarray) -> reward_pb2.Rle:
+    """Encodes a bool [height, width] mask."""
+    rle: dict[str, Any] = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return reward_pb2.Rle(height=mask.shape[0], width=mask.shape[1], counts=rle["counts"].decode())
