@@ -1,0 +1,118 @@
+"""A reward server as a child process: started on a free port, waited for, stopped at the end."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import reward_server
+from segzero_jax.reward_client import RewardClient, RewardServerError
+
+_STOP_S = 15.0
+_PROBE_S = 1.0
+_LOG_LINES = 5
+
+
+@contextmanager
+def local_server(
+    model: str = "toy", log: str | Path = "reward_server.log", threads: int = 1, startup_timeout_s: float = 300.0
+) -> Iterator[str]:
+    """Runs ``python -m reward_server`` beside this process; gives its address once it serves.
+
+    The child stops at the end of the block, and by itself if this process is killed. Where a RewardServerError leaves
+    the block because the child has died, the error says how: its exit code and the end of its log.
+
+    Args:
+      model: what the server loads: "toy", a hub id or a directory.
+      log: where the child's standard error goes; written anew, its directory is made.
+      threads: CPU threads of the model.
+      startup_timeout_s: patience until it serves, the loading of the model included.
+
+    Raises:
+      RewardServerError: it did not come up, or died later.
+    """
+    log = Path(log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as stderr:
+        child = _start(model, threads, stderr.fileno())
+    try:
+        address = _wait_until_serving(child, log, startup_timeout_s)
+        try:
+            yield address
+        except RewardServerError:
+            if child.poll() is None:
+                raise
+            advice = "go on with --resume, or set reward.server=none to train without mask scores"
+            raise RewardServerError(f"local reward server died ({_end(child, log)}): {advice}") from None
+    finally:
+        _stop(child)
+
+
+def _start(model: str, threads: int, stderr: int) -> subprocess.Popen[str]:
+    arguments = ["--model", model, "--port", "0", "--threads", str(threads), "--exit-with-parent", str(os.getpid())]
+    # The child must find the package wherever this process found it.
+    home = str(Path(reward_server.__file__).parents[1])
+    path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH", ""), home) if part)
+    return subprocess.Popen(
+        [sys.executable, "-m", "reward_server", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=os.environ | {"PYTHONPATH": path},
+        text=True,
+        # Ctrl-C in a terminal reaches the whole group; this process decides when its server stops.
+        start_new_session=True,
+    )
+
+
+def _wait_until_serving(child: subprocess.Popen[str], log: Path, timeout_s: float) -> str:
+    """Waits for the line that names the address, then for the health service to say SERVING."""
+    assert child.stdout is not None
+    deadline = time.monotonic() + timeout_s
+    address = ""
+    while time.monotonic() < deadline:
+        if not address:
+            ready, _, _ = select.select([child.stdout], [], [], deadline - time.monotonic())
+            line = child.stdout.readline() if ready else ""
+            if line:
+                address = json.loads(line)["listening"]
+            elif ready:
+                child.wait(_STOP_S)
+        if child.poll() is not None:
+            raise RewardServerError(f"local reward server did not start ({_end(child, log)})")
+        if address and _serves(address):
+            return address
+    raise RewardServerError(f"local reward server: not serving after {timeout_s:g} s: see {log}, or give it longer")
+
+
+def _serves(address: str) -> bool:
+    with RewardClient(address, timeout_s=_PROBE_S) as client:
+        try:
+            client.wait_until_serving(_PROBE_S)
+        except RewardServerError:
+            return False
+        return True
+
+
+def _end(child: subprocess.Popen[str], log: Path) -> str:
+    """How the child ended: its exit code or signal, and what it said last."""
+    code = child.returncode
+    said = " | ".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) or "nothing"
+    return f"{signal.Signals(-code).name if code < 0 else f'exit code {code}'}; {log} ends: {said}"
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    child.terminate()
+    try:
+        child.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    assert child.stdout is not None
+    child.stdout.close()

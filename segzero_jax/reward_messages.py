@@ -1,0 +1,156 @@
+"""What travels between trainer and reward server, as the trainer's own types and as the messages of reward.proto."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reward_server import reward_pb2
+from segzero_jax.types import Frame, ObjectPrompt, RleMask
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself: see GetInfoResponse in reward.proto."""
+
+    address: str
+    api_version: int
+    server_version: str
+    model: str
+    checkpoint_sha256: str
+    dtype: str
+    device: str
+    libraries: dict[str, str]
+    max_image_bytes: int
+    max_image_pixels: int
+    max_candidates: int
+    max_objects_per_candidate: int
+    max_points_per_object: int
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One image and the responses to one question about it.
+
+    Attributes:
+      id: comes back with the answer and stands in the server's log.
+      image: the encoded picture, as stored.
+      frame: what all coordinates here refer to; usually the stored picture's size.
+      target: the mask to be compared with, of the stored picture's size, or objects whose mask SAM 2 makes.
+      candidates: per response its objects; the mask is the union of theirs.
+    """
+
+    id: str
+    image: bytes
+    frame: Frame
+    target: RleMask | tuple[ObjectPrompt, ...]
+    candidates: tuple[tuple[ObjectPrompt, ...], ...]
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """What one response's mask is worth.
+
+    Attributes:
+      iou: with the target; 1 when both are empty. None when the service refused to score: see ``error``.
+      intersection, union: pixels of the stored picture.
+      model_score: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
+      mask: where it was asked for.
+      error: why there is no score; empty when there is one.
+    """
+
+    iou: float | None
+    intersection: int
+    union: int
+    model_score: float
+    mask: RleMask | None
+    error: str
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """One response's mask, or None and the reason in ``error``; ``model_score`` as in CandidateScore."""
+
+    mask: RleMask | None
+    model_score: float
+    error: str
+
+
+def info_from(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
+    """What the server at ``address`` said of itself."""
+    return ServerInfo(
+        address=address,
+        api_version=response.api_version,
+        server_version=response.server_version,
+        model=response.model,
+        checkpoint_sha256=response.checkpoint_sha256,
+        dtype=response.dtype,
+        device=response.device,
+        libraries=dict(response.libraries),
+        max_image_bytes=response.limits.image_bytes,
+        max_image_pixels=response.limits.image_pixels,
+        max_candidates=response.limits.candidates,
+        max_objects_per_candidate=response.limits.objects_per_candidate,
+        max_points_per_object=response.limits.points_per_object,
+    )
+
+
+def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:
+    """The message that asks for a group's scores, and for its masks too."""
+    if isinstance(group.target, RleMask):
+        rle = reward_pb2.Rle(height=group.target.height, width=group.target.width, counts=group.target.counts)
+        target = reward_pb2.Target(mask=rle)
+    else:
+        target = reward_pb2.Target(objects=_candidate(group.target))
+    return reward_pb2.ScoreRequest(
+        request_id=group.id,
+        image=_image(group.image),
+        frame=reward_pb2.Frame(width=group.frame.width, height=group.frame.height),
+        target=target,
+        candidates=[_candidate(objects) for objects in group.candidates],
+        return_masks=masks,
+    )
+
+
+def segment_request(
+    id: str, image: bytes, frame: Frame, candidates: Sequence[tuple[ObjectPrompt, ...]]
+) -> reward_pb2.SegmentRequest:
+    """The message that asks for masks alone."""
+    return reward_pb2.SegmentRequest(
+        request_id=id,
+        image=_image(image),
+        frame=reward_pb2.Frame(width=frame.width, height=frame.height),
+        candidates=[_candidate(objects) for objects in candidates],
+    )
+
+
+def _image(data: bytes) -> reward_pb2.Image:
+    return reward_pb2.Image(data=data, sha256=hashlib.sha256(data).digest())
+
+
+def _candidate(objects: Sequence[ObjectPrompt]) -> reward_pb2.Candidate:
+    candidate = reward_pb2.Candidate()
+    for item in objects:
+        x1, y1, x2, y2 = item.box
+        points = [reward_pb2.Point(x=x, y=y) for x, y in item.points]
+        candidate.objects.add(box=reward_pb2.Box(x1=x1, y1=y1, x2=x2, y2=y2), points=points)
+    return candidate
+
+
+def score_from(entry: reward_pb2.CandidateScore) -> CandidateScore:
+    """One candidate's answer."""
+    if entry.status.code != 0:
+        return CandidateScore(None, 0, 0, 0.0, None, entry.status.message)
+    return CandidateScore(entry.iou, entry.intersection, entry.union, entry.model_score, _mask_from(entry), "")
+
+
+def segmentation_from(entry: reward_pb2.CandidateMask) -> Segmentation:
+    """One candidate's mask."""
+    if entry.status.code != 0:
+        return Segmentation(None, 0.0, entry.status.message)
+    return Segmentation(_mask_from(entry), entry.model_score, "")
+
+
+def _mask_from(entry: reward_pb2.CandidateScore | reward_pb2.CandidateMask) -> RleMask | None:
+    if not entry.HasField("mask"):
+        return None
+    return RleMask(entry.mask.height, entry.mask.width, entry.mask.counts)

@@ -1,0 +1,273 @@
+"""The reward client against servers that are slow, gone, foreign or wrong: one clear line each, never a zero score."""
+
+import hashlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from reward_server import reward_pb2, reward_pb2_grpc
+from segzero_jax.reward_client import RewardClient, RewardServerError, ScoreRequest
+from segzero_jax.types import Frame, ObjectPrompt, RleMask
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+ITEM = ObjectPrompt((1.5, 2.0, 30.0, 40.25), ((10.0, 11.0),))
+
+
+class Fake(reward_pb2_grpc.RewardServiceServicer):
+    """Answers a group with the number of each candidate's objects as its intersection; keeps what it was asked."""
+
+    def __init__(self, version: int = reward_pb2.API_VERSION_CURRENT) -> None:
+        self.version = version
+        self.seen: list[reward_pb2.ScoreRequest] = []
+        self.before: Callable[[reward_pb2.ScoreRequest, grpc.ServicerContext], None] = lambda request, context: None
+        self.change: Callable[[reward_pb2.ScoreResponse], None] = lambda response: None
+
+    def GetInfo(self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext) -> reward_pb2.GetInfoResponse:
+        limits = reward_pb2.Limits(image_bytes=5, candidates=7)
+        return reward_pb2.GetInfoResponse(api_version=self.version, model="fake", limits=limits)
+
+    def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
+        self.seen.append(request)
+        self.before(request, context)
+        response = reward_pb2.ScoreResponse(request_id=request.request_id)
+        for candidate in request.candidates:
+            response.candidates.add(intersection=len(candidate.objects), union=4, iou=len(candidate.objects) / 4)
+        self.change(response)
+        return response
+
+    def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
+        response = reward_pb2.SegmentResponse(request_id=request.request_id)
+        for _ in request.candidates:
+            response.candidates.add(mask=reward_pb2.Rle(height=2, width=3, counts="06"), model_score=0.5)
+        return response
+
+
+@contextmanager
+def serving(fake: Fake, status: int = SERVING, port: int = 0) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", 2**25)])
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(fake, server)
+    healthy = health.HealthServicer()
+    healthy.set(reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name, status)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def group(id: str, *counts: int, image: bytes = b"picture") -> ScoreRequest:
+    """A group whose candidates have these numbers of objects."""
+    return ScoreRequest(id, image, Frame(50, 60), RleMask(60, 50, "abc"), tuple((ITEM,) * n for n in counts))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class TestScore:
+    def test_sends_everything_and_keeps_the_order(self) -> None:
+        fake = Fake()
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            groups = [group(str(i), i % 3, 3, 0, image=bytes([i])) for i in range(16)]
+            answers = client.score(groups).result()
+        assert [[score.intersection for score in scores] for scores in answers] == [[i % 3, 3, 0] for i in range(16)]
+        assert answers[1][1].iou == 0.75
+        assert answers[1][1].error == ""
+        assert answers[1][1].mask is None
+        request = next(request for request in fake.seen if request.request_id == "1")
+        assert (request.frame.width, request.frame.height) == (50, 60)
+        assert request.image.data == b"\x01"
+        assert request.image.sha256 == hashlib.sha256(b"\x01").digest()
+        assert (request.target.mask.height, request.target.mask.width, request.target.mask.counts) == (60, 50, "abc")
+        item = request.candidates[0].objects[0]
+        assert (item.box.x1, item.box.y1, item.box.x2, item.box.y2) == ITEM.box
+        assert [(point.x, point.y) for point in item.points] == list(ITEM.points)
+        assert not request.return_masks
+
+    def test_sends_target_objects_and_brings_masks(self) -> None:
+        fake = Fake()
+        fake.change = lambda response: response.candidates[0].mask.MergeFrom(
+            reward_pb2.Rle(height=1, width=2, counts="02")
+        )
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            asked = ScoreRequest("a", b"x", Frame(5, 6), (ITEM, ITEM), ((ITEM,),))
+            scores = client.score([asked], masks=True).result()
+            masks = client.segment(b"x", Frame(5, 6), [(ITEM,), ()], id="b")
+        assert fake.seen[0].return_masks
+        assert len(fake.seen[0].target.objects.objects) == 2
+        assert scores[0][0].mask == RleMask(1, 2, "02")
+        assert [(m.mask, m.model_score, m.error) for m in masks] == [(RleMask(2, 3, "06"), 0.5, "")] * 2
+
+    def test_leaves_at_once(self) -> None:
+        fake, hold, arrived = Fake(), threading.Event(), threading.Barrier(4)
+        fake.before = lambda request, context: (arrived.wait(10), hold.wait(10))
+        with serving(fake) as address, RewardClient(address, 30) as client:
+            pending = client.score([group(name, 1) for name in "abc"])
+            # All three are at the server together while nothing here waits for an answer.
+            arrived.wait(10)
+            assert not pending.done()
+            hold.set()
+            assert [scores[0].intersection for scores in pending.result()] == [1, 1, 1]
+            assert pending.done()
+
+    def test_a_refused_candidate_or_group_has_a_reason_and_no_score(self) -> None:
+        fake = Fake()
+
+        def refuse(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+            if request.request_id == "bad":
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "image: torn")
+
+        fake.before = refuse
+        fake.change = lambda response: response.candidates[0].CopyFrom(
+            reward_pb2.CandidateScore(status=reward_pb2.Status(code=3, message="no box"))
+        )
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            good, bad = client.score([group("good", 1, 2), group("bad", 1, 2)]).result()
+        assert [(score.iou, score.error) for score in good] == [(None, "no box"), (0.5, "")]
+        assert [(score.iou, score.error) for score in bad] == [(None, "image: torn")] * 2
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda response: response.candidates.pop(),
+            lambda response: response.MergeFrom(type(response)(request_id="b")),
+        ],
+    )
+    def test_notices_an_answer_to_something_else(self, change: Callable[[reward_pb2.ScoreResponse], None]) -> None:
+        fake = Fake()
+        fake.change = change
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            pending = client.score([group("a", 1, 1)])
+            with pytest.raises(RewardServerError, match=r"asked 2 candidates of 'a', it answered [12] of '[ab]'"):
+                pending.result()
+
+    def test_retries_a_call_larger_than_grpcs_own_buffer(self) -> None:
+        fake = Fake()
+
+        def fail_once(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+            if len(fake.seen) == 1:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+
+        fake.before = fail_once
+        with serving(fake) as address, RewardClient(address, 20) as client:
+            scores = client.score([group("a", 2, image=bytes(2_000_000))]).result()
+        assert len(fake.seen) == 2
+        assert scores[0][0].iou == 0.5
+
+    def test_does_not_send_what_is_too_large(self) -> None:
+        with (
+            RewardClient("127.0.0.1:1", 1) as client,
+            pytest.raises(RewardServerError, match=r"^request 'big': 3\d+ byte"),
+        ):
+            client.score([group("big", 1, image=bytes(2**25))])
+
+
+class TestAServerThatIsNotThere:
+    def test_is_named_soon_when_nobody_waits_for_it(self) -> None:
+        address, start = f"127.0.0.1:{free_port()}", time.monotonic()
+        with RewardClient(address, 60, wait_for_ready=False) as client:
+            pending = client.score([group("a", 1)])
+            with pytest.raises(RewardServerError) as error:
+                pending.result()
+        assert time.monotonic() - start < 30
+        assert_one_line(error.value, f"reward server {address}: unreachable", "python -m reward_server")
+
+    def test_is_waited_for_until_the_deadline(self) -> None:
+        address = f"127.0.0.1:{free_port()}"
+        with RewardClient(address, 1) as client:
+            for call in (client.score([group("a", 1)]).result, client.info, lambda: client.wait_until_serving(1)):
+                with pytest.raises(RewardServerError) as error:
+                    call()
+                assert_one_line(error.value, f"reward server {address}: no answer within 1 s")
+
+    def test_is_found_when_it_comes_up(self) -> None:
+        port = free_port()
+        with RewardClient(f"127.0.0.1:{port}", 30) as client:
+            pending = client.score([group("a", 1)])
+            time.sleep(0.5)
+            with serving(Fake(), port=port):
+                assert pending.result()[0][0].iou == 0.25
+
+    def test_that_takes_too_long_is_given_up(self) -> None:
+        fake, hold = Fake(), threading.Event()
+        fake.before = lambda request, context: hold.wait(10)
+        with serving(fake) as address, RewardClient(address, 0.5) as client:
+            with pytest.raises(RewardServerError, match=r"no answer within 0\.5 s"):
+                client.score([group("a", 1)]).result()
+            hold.set()
+
+    @pytest.mark.parametrize("targets", ["", "localhost", "localhost:", ":50051", "host:0", "a:1,", "a:1;b:2"])
+    def test_needs_a_host_and_a_port(self, targets: str) -> None:
+        with pytest.raises(RewardServerError, match="expected host:port"):
+            RewardClient(targets, 1)
+
+
+class TestVersion:
+    def test_of_another_server_is_named_beside_ours(self) -> None:
+        with serving(Fake(version=99)) as address, RewardClient(address, 10) as client:
+            for call in (client.info, lambda: client.wait_until_serving(10)):
+                with pytest.raises(RewardServerError) as error:
+                    call()
+                ours = f"this client speaks {reward_pb2.API_VERSION_CURRENT}"
+                assert_one_line(error.value, address, "speaks API version 99", ours)
+
+    def test_of_another_package_is_named(self) -> None:
+        server = grpc.server(ThreadPoolExecutor(2))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            with RewardClient(f"127.0.0.1:{port}", 10) as client, pytest.raises(RewardServerError) as error:
+                client.wait_until_serving(10)
+            assert_one_line(error.value, f"127.0.0.1:{port}: does not speak segzero.reward.v1")
+        finally:
+            server.stop(None)
+
+    def test_and_limits_are_told(self) -> None:
+        with serving(Fake()) as address, RewardClient(address, 10) as client:
+            (info,) = client.wait_until_serving(10)
+            assert info == client.info()
+        assert (info.address, info.model, info.max_image_bytes, info.max_candidates) == (address, "fake", 5, 7)
+
+    def test_a_server_that_does_not_load_is_given_up(self) -> None:
+        with serving(Fake(), NOT_SERVING) as address, RewardClient(address, 10) as client:
+            with pytest.raises(RewardServerError) as error:
+                client.wait_until_serving(0.5)
+            assert_one_line(error.value, f"reward server {address}: still not serving after 0.5 s")
+
+
+def test_several_servers_take_turns() -> None:
+    fakes = [Fake(), Fake()]
+    with serving(fakes[0]) as first, serving(fakes[1]) as second, RewardClient(f"{first},{second}", 10) as client:
+        assert [info.address for info in client.wait_until_serving(10)] == [first, second]
+        for _ in range(10):
+            client.score([group("a", 1)]).result()
+    assert sum(len(fake.seen) for fake in fakes) == 10
+    assert min(len(fake.seen) for fake in fakes) >= 3
+
+
+def test_trainer_side_imports_no_torch() -> None:
+    check = (
+        "import sys, segzero_jax.reward_client, segzero_jax.local_server; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'sam2', 'transformers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def assert_one_line(error: Exception, *parts: str) -> None:
+    assert "\n" not in str(error)
+    for part in parts:
+        assert part in str(error)
