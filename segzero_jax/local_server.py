@@ -14,7 +14,7 @@ from pathlib import Path
 import reward_server
 from segzero_jax.reward_client import RewardClient, RewardServerError
 
-_STOP_S = 15.0
+_STOP_S = 30.0
 _PROBE_S = 1.0
 _LOG_LINES = 5
 
