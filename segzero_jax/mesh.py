@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
@@ -50,6 +50,11 @@ class Layout:
         """The partition of an array whose dimensions carry these logical axes."""
         return PartitionSpec(*(getattr(self, axis) if axis else None for axis in axes))
 
+    def over(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is divided over."""
+        axes = getattr(self, axis)
+        return (axes,) if isinstance(axes, str) else axes or ()
+
 
 TRAIN = Layout("train", _BATCH, _BATCH, "fsdp", "tensor", "tensor", "tensor", "tensor")
 ROLLOUT = Layout("rollout", _BATCH, "data", None, "tensor", _BOTH, _BOTH, "tensor")
@@ -65,7 +70,7 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
 
 
 def simulate_devices(count: int) -> None:
-    """Lets a CPU-only host show ``count`` virtual devices. Call before JAX touches a device; without effect on TPU and GPU."""
+    """Lets a CPU-only host show ``count`` virtual devices; without effect on TPU and GPU. Call before JAX starts."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", count)
 
@@ -79,47 +84,15 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     shape = parse_mesh(text)
     devices = jax.devices()
     needed = shape[0] * shape[1] * shape[2]
-    if needed > len(devices) or (needed < len(devices) and devices[0].platform == "tpu"):
+    if needed > len(devices) or (needed < len(devices) and devices[0].platform != "cpu"):
         kind = devices[0].device_kind
-        raise MeshError(f"--mesh={text}: needs {needed} devices, this job has {len(devices)} ({kind}); choose factors of that")
+        raise MeshError(
+            f"--mesh={text}: needs {needed} devices, this job has {len(devices)} ({kind}); choose factors of that"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:needed])
-
-
-def check_fits(mesh: jax.sharding.Mesh, *, batch: int, heads: int, kv_heads: int, sizes: dict[str, tuple[int, str]]) -> None:
-    """Refuses a mesh that cannot hold the model or the batch.
-
-    Args:
-      mesh: the mesh.
-      batch: prompts that must divide over data x fsdp.
-      heads, kv_heads: attention heads; fewer key-value heads than the tensor axis are replicated up to it.
-      sizes: what is divided: name -> (size, "fsdp", "tensor" or "fsdp*tensor").
-
-    Raises:
-      MeshError: names what does not divide by what.
-    """
-    shape = dict(mesh.shape)
-    label = "x".join(str(shape[axis]) for axis in AXES)
-    tensor, rows = shape["tensor"], shape["data"] * shape["fsdp"]
-    if batch % rows:
-        raise MeshError(f"--mesh={label}: {batch} prompts do not divide over data x fsdp = {rows}")
-    if heads % tensor:
-        raise MeshError(f"--mesh={label}: {heads} attention heads do not divide over tensor = {tensor}")
-    if kv_heads % tensor and tensor % kv_heads:
-        raise MeshError(f"--mesh={label}: {kv_heads} key-value heads and tensor = {tensor}: neither divides the other")
-    for name, (size, over) in sizes.items():
-        count = 1
-        for axis in over.split("*"):
-            count *= shape[axis]
-        if size % count:
-            raise MeshError(f"--mesh={label}: {name} {size} does not divide over {over} = {count}")
 
 
 def kv_copies(kv_heads: int) -> int:
     """How often each key-value head is repeated so that the ambient mesh's tensor axis divides them."""
     tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
     return 1 if kv_heads % tensor == 0 else tensor // kv_heads
-
-
-def named(mesh: jax.sharding.Mesh, spec: PartitionSpec) -> NamedSharding:
-    """A sharding on ``mesh``."""
-    return NamedSharding(mesh, spec)

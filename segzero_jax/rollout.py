@@ -1,13 +1,17 @@
 """Rollout: one prefill per prompt, G sampled continuations, in one jitted program that ends when all have ended."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from segzero_jax.mesh import ROLLOUT
+from segzero_jax.model.dims import Dims
 from segzero_jax.model.logprobs import pick, sampling_logits
 from segzero_jax.model.policy import DecodeCache, Pass, Policy, decode, empty_cache, logits, prefill
+from segzero_jax.model.weights import abstract_policy
 from segzero_jax.types import PromptBatch, Rollout
 
 
@@ -37,6 +41,14 @@ class Sampling(NamedTuple):
     greedy: bool = False
 
 
+def rollout_layout(dims: Dims, dtype: jnp.dtype) -> Callable[[Policy], Policy]:
+    """A function that lays the weights out for rollout under the ambient mesh: cast, and put where they are used."""
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_policy(dims, ROLLOUT))
+    return jax.jit(
+        lambda policy: jax.tree.map(lambda x, spec: jax.sharding.reshard(x.astype(dtype), spec), policy, specs)
+    )
+
+
 class _Loop(NamedTuple):
     step: jax.Array
     hidden_bgd: jax.Array
@@ -61,7 +73,7 @@ def truncate(logits_bgv: jax.Array, top_p: float, top_k: int) -> jax.Array:
     if top_p < 1:
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        smallest = jnp.where((before < top_p) & (ordered >= smallest), ordered, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits_bgv >= smallest, logits_bgv, -jnp.inf)
 
 

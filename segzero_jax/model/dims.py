@@ -66,15 +66,18 @@ def from_hf(config: dict[str, Any]) -> Dims:
     """Reads a parsed config.json: the flat form of the hub or the nested one that transformers 5 writes.
 
     Raises:
-      ModelConfigError: another architecture, or a field is missing.
+      ModelConfigError: another architecture, a field is missing, or the sizes do not go together.
     """
     if config.get("model_type") != "qwen2_5_vl":
         raise ModelConfigError(f"config.json: model_type {config.get('model_type')!r}: expected 'qwen2_5_vl'")
     text = config.get("text_config", config)
     vision = config.get("vision_config", {})
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "mrope"))
+    if kind not in ("mrope", "default"):
+        raise ModelConfigError(f"config.json: rope scaling {kind!r}: expected plain M-RoPE ('mrope' or 'default')")
     try:
-        return Dims(
+        dims = Dims(
             vocab=text["vocab_size"],
             hidden=text["hidden_size"],
             layers=text["num_hidden_layers"],
@@ -101,4 +104,28 @@ def from_hf(config: dict[str, Any]) -> Dims:
             ),
         )
     except KeyError as error:
-        raise ModelConfigError(f"config.json: {error.args[0]!r} is missing: expected a Qwen2.5-VL configuration") from None
+        raise ModelConfigError(
+            f"config.json: {error.args[0]!r} is missing: expected a Qwen2.5-VL configuration"
+        ) from None
+    _check(dims)
+    return dims
+
+
+def _check(dims: Dims) -> None:
+    vision = dims.vision
+    for whole, part, names in (
+        (dims.hidden, dims.heads, "hidden_size / num_attention_heads"),
+        (dims.heads, dims.kv_heads, "num_attention_heads / num_key_value_heads"),
+        (vision.hidden, vision.heads, "vision hidden_size / num_heads"),
+        (vision.window, vision.patch * vision.merge, "window_size / (patch_size x spatial_merge_size)"),
+    ):
+        if whole % part:
+            raise ModelConfigError(f"config.json: {names} = {whole} / {part}: expected a whole number")
+    for left, right, names in (
+        (2 * sum(dims.mrope_sections), dims.head_width, "twice the sum of mrope_section and the head width"),
+        (vision.out, dims.hidden, "out_hidden_size of the vision tower and hidden_size"),
+    ):
+        if left != right:
+            raise ModelConfigError(f"config.json: {names} are {left} and {right}: expected the same")
+    if vision.head_width % 4:
+        raise ModelConfigError(f"config.json: vision head width {vision.head_width}: expected a multiple of 4")

@@ -24,7 +24,7 @@ def constant_param(value: float, shape: tuple[int, ...], spec: PartitionSpec) ->
 
 
 def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis: statistics in float32, the scale applied in ``x``'s dtype, as Qwen2.5-VL does."""
+    """Root-mean-square norm over the last axis: statistics in float32, the scale in ``x``'s dtype, as in Qwen2.5-VL."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale_d.astype(x.dtype)
@@ -46,7 +46,7 @@ def mrope_angles(positions_b3t: Array, sections: tuple[int, int, int], theta: fl
 
 
 def axial_angles(patch_hw_bs2: Array, head_width: int, theta: float = 10000.0) -> jax.Array:
-    """Rotation angles of the vision tower: half of the frequencies turn with the row, half with the column: [b, s, h/2]."""
+    """Rotation angles of the vision tower, [b, s, h / 2]: half of them turn with the row, half with the column."""
     quarter = head_width // 4
     frequencies = theta ** -(np.arange(quarter, dtype=np.float32) / np.float32(quarter))
     hw = jnp.asarray(patch_hw_bs2).astype(jnp.float32)

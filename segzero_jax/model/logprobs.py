@@ -46,7 +46,7 @@ def response_logps(
     Returns:
       float32 ``[b, g, r]`` each, in nats. Chunks are recomputed in the backward pass: memory is one chunk of logits.
     """
-    b, g, r, d = hidden_bgrd.shape
+    b, g, r = tokens_bgr.shape
     chunk = next(size for size in range(min(_CHUNK, r), 0, -1) if r % size == 0)
     rows = setup.layout.spec("batch", None, None)
 

@@ -109,8 +109,8 @@ def _finish(block: DecoderBlock, x_btd: jax.Array, out_btnh: jax.Array, setup: P
 
 
 def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:
-    # Rows of the table stay where they are: each device looks up what it holds and the rest is a sum over the vocabulary's axes,
-    # which must not also split the tokens.
+    # Rows of the table stay where they are: each device looks up what it holds and the rest is a sum over the
+    # vocabulary's axes, which must not also split the tokens.
     spec, rest = setup.layout.spec, (None,) * (tokens.ndim - 1)
     table = jax.sharding.reshard(policy.embed_vd[...].astype(setup.dtype), spec("vocab", None))
     tokens = jax.sharding.reshard(jnp.asarray(tokens), spec("mlp_batch", *rest))
@@ -145,7 +145,7 @@ def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
 
 
 def _run_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Array, KeyValue]:
-    """Prompts alone: hidden states before the final norm, ``[b, p, d]``, and keys and values ``[layer, b, p, k, h]``."""
+    """Prompts alone: states before the final norm, ``[b, p, d]``, and keys and values, ``[layer, b, p, k, h]``."""
     x = embed_prompt(policy, batch, setup)
     angles = mrope_angles(batch.positions_b3p, setup.dims.mrope_sections, setup.dims.rope_theta)
     mask = causal_mask(x.shape[1])
@@ -162,8 +162,8 @@ def prefill(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Array,
     """Runs the prompts once.
 
     Returns:
-      The hidden state after the last token of each prompt, ``[b, d]``, final norm applied, and the keys and values of all
-      layers, ``[layer, b, p, k, h]``.
+      The hidden state after the last token of each prompt, ``[b, d]``, final norm applied, and the keys and values of
+      all layers, ``[layer, b, p, k, h]``.
     """
     x, cache = _run_prompt(policy, batch, setup)
     return rms_norm(_last_prompt(x, batch), policy.final_norm_d[...], setup.dims.norm_eps), cache
@@ -187,7 +187,7 @@ def _response_positions(batch: PromptBatch, steps: jax.Array) -> jax.Array:
 
 
 class DecodeCache(NamedTuple):
-    """Keys and values during sampling: the prompt's ``[layer, b, p, k, h]`` and the responses' ``[layer, b, g, r, k, h]``."""
+    """Keys and values during sampling: prompts' ``[layer, b, p, k, h]``, responses' ``[layer, b, g, r, k, h]``."""
 
     prompt: KeyValue
     response: KeyValue
@@ -222,12 +222,16 @@ def decode(
     own_mask = (jnp.arange(length) <= step)[None, None, None]
     prompt_mask = jnp.arange(batch.tokens_bp.shape[1])[None] < jnp.asarray(batch.length_b)[:, None]
 
-    def body(carry: tuple[jax.Array, KeyValue], layer: tuple[DecoderBlock, KeyValue, jax.Array]):  # noqa: ANN202
+    def body(
+        carry: tuple[jax.Array, KeyValue], layer: tuple[DecoderBlock, KeyValue, jax.Array]
+    ) -> tuple[tuple[jax.Array, KeyValue], None]:
         x, own = carry
         block, prompt, index = layer
         q, new = _project(block, x, angles, setup)
         at = (index, 0, 0, step, 0, 0)
-        own = KeyValue(*(jax.lax.dynamic_update_slice(room, a[None, :, :, None], at) for room, a in zip(own, new, strict=True)))
+        own = KeyValue(
+            *(jax.lax.dynamic_update_slice(room, a[None, :, :, None], at) for room, a in zip(own, new, strict=True))
+        )
         mine = KeyValue(*(jax.lax.dynamic_index_in_dim(room, index, 0, keepdims=False) for room in own))
         out = attend(q[:, :, None], mine, own_mask, prompt, prompt_mask)
         return (_finish(block, x, out[:, :, 0], setup), own), None
@@ -240,8 +244,8 @@ def decode(
 def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: Pass) -> jax.Array:
     """Hidden states that predict every response token, final norm applied: ``[b, g, r, d]``.
 
-    The state at ``[.., 0]`` is the prompt's last (shared by the group); the state at ``[.., i]`` follows response token ``i - 1``.
-    Equal, in values and gradients, to running ``prompt + response`` G times.
+    The state at ``[.., 0]`` is the prompt's last (shared by the group); the state at ``[.., i]`` follows response token
+    ``i - 1``. Equal, in values and gradients, to running ``prompt + response`` G times.
     """
     b, g, r = tokens_bgr.shape
     prompt = embed_prompt(policy, batch, setup)

@@ -76,7 +76,9 @@ def _block(
     hidden = spec("batch", None, "vision_mlp")
     gate = jnp.einsum("bsd,df->bsf", y, cast(block.gate_df), out_sharding=hidden) + cast(block.gate_bias_f)
     up = jnp.einsum("bsd,df->bsf", y, cast(block.up_df), out_sharding=hidden) + cast(block.up_bias_f)
-    down = jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, cast(block.down_fd), out_sharding=spec("batch", None, None))
+    down = jnp.einsum(
+        "bsf,fd->bsd", jax.nn.silu(gate) * up, cast(block.down_fd), out_sharding=spec("batch", None, None)
+    )
     return x_bsd + down + cast(block.down_bias_d)
 
 
@@ -103,7 +105,9 @@ def encode_images(
     """
     spec = layout.spec
     patches = jnp.asarray(patches_bsc).astype(dtype)
-    x_bsd = jnp.einsum("bsc,cd->bsd", patches, tower.patch_cd[...].astype(dtype), out_sharding=spec("batch", None, None))
+    x_bsd = jnp.einsum(
+        "bsc,cd->bsd", patches, tower.patch_cd[...].astype(dtype), out_sharding=spec("batch", None, None)
+    )
     angles = axial_angles(patch_hw_bs2, dims.head_width)
     valid_bs = jnp.asarray(valid_bs)
     windows = x_bsd.shape[1] // dims.window_slots
@@ -121,7 +125,9 @@ def encode_images(
     b, s, d = y.shape
     # In two steps: a reshape that splits and merges at once has no sharding of its own.
     y = y.reshape(b, s // dims.merge**2, dims.merge**2, d).reshape(b, s // dims.merge**2, dims.merge**2 * d)
-    up = jnp.einsum("bsd,df->bsf", y, tower.merger_up_df[...].astype(dtype), out_sharding=spec("batch", None, "vision_mlp"))
+    up = jnp.einsum(
+        "bsd,df->bsf", y, tower.merger_up_df[...].astype(dtype), out_sharding=spec("batch", None, "vision_mlp")
+    )
     up = jax.nn.gelu(up + tower.merger_up_bias_f[...].astype(dtype), approximate=False)
     down = tower.merger_down_fd[...].astype(dtype)
     out = jnp.einsum("bsf,fd->bsd", up, down, out_sharding=spec("batch", None, None))

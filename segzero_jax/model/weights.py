@@ -1,13 +1,12 @@
-"""Hugging Face checkpoints to the policy's tree and back.
+"""Hugging Face checkpoints to the policy's tree and back, and whether a mesh can hold the policy.
 
 Both key forms are read: the hub's (``visual.*``, ``model.*``, ``lm_head.weight``) and the one transformers 5 keeps in
 memory (``model.visual.*``, ``model.language_model.*``); the hub's is written. Files are mapped into memory and a
 weight's transposition is a view, so a host reads only the bytes that its shards need.
 """
 
-import json
-import mmap
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,22 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
-from safetensors.numpy import save_file
 
-from segzero_jax.mesh import TRAIN, Layout
+from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError
 from segzero_jax.model.dims import Dims, ModelConfigError, from_hf
 from segzero_jax.model.policy import Policy
+from segzero_jax.model.tensor_files import CheckpointError, map_tensors, read_json, write_tensors
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _TOY = Path(__file__).parent.parent / "assets" / "toy_policy"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold the policy: names the file or tensor, what was found and what was expected."""
+_CARRIED = (
+    *("*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("chat_template.*", "added_tokens.json", "special_tokens_map.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,31 +35,57 @@ class _Entry:
 
     Attributes:
       hf: hub key, with ``{}`` for the layer where the parameter is stacked.
-      order: the permutation that turns ``split`` into the tree's axes.
+      factors: for each axis in the file, in how many axes the tree holds it.
+      transposed: a torch Linear: ``[out, in]`` in the file, ``[in, out]`` in the tree.
     """
 
     hf: str
-    order: tuple[int, ...] = ()
+    factors: tuple[int, ...] = (1,)
+    transposed: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.hf
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation from the file's axes, factored, to the tree's."""
+        axes, first = tuple(range(sum(self.factors))), self.factors[0]
+        return axes[first:] + axes[:first] if self.transposed else axes
+
+    def factored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tree's shape in the order of the file."""
+        return tuple(shape[self.order.index(axis)] for axis in range(len(shape)))
+
+    def file_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+        """The shape in the file of what has ``shape`` in the tree."""
+        vision = dims.vision
+        if self.hf.endswith("patch_embed.proj.weight"):  # a convolution
+            return (vision.hidden, vision.channels, vision.temporal_patch, vision.patch, vision.patch)
+        rest = iter(self.factored(shape))
+        return tuple(math.prod(next(rest) for _ in range(count)) for count in self.factors)
 
 
 def _linear(hf: str, out_axes: int = 1, in_axes: int = 1) -> _Entry:
-    """A torch Linear ``[out, in]`` held as ``[in, out]``, either side possibly factored."""
-    axes = tuple(range(out_axes + in_axes))
-    return _Entry(hf, order=axes[out_axes:] + axes[:out_axes])
+    return _Entry(hf, (out_axes, in_axes), transposed=True)
+
+
+def _bias(hf: str, axes: int = 1) -> _Entry:
+    return _Entry(hf, (axes,))
 
 
 _ENTRIES: dict[tuple[str, ...], _Entry] = {
-    ("embed_vd",): _Entry("model.embed_tokens.weight"),
-    ("head_vd",): _Entry("lm_head.weight"),
+    ("embed_vd",): _Entry("model.embed_tokens.weight", (1, 1)),
+    ("head_vd",): _Entry("lm_head.weight", (1, 1)),
     ("final_norm_d",): _Entry("model.norm.weight"),
     ("blocks", "norm1_d"): _Entry("model.layers.{}.input_layernorm.weight"),
     ("blocks", "norm2_d"): _Entry("model.layers.{}.post_attention_layernorm.weight"),
     ("blocks", "q_dnh"): _linear("model.layers.{}.self_attn.q_proj.weight", out_axes=2),
-    ("blocks", "q_bias_nh"): _Entry("model.layers.{}.self_attn.q_proj.bias"),
+    ("blocks", "q_bias_nh"): _bias("model.layers.{}.self_attn.q_proj.bias", 2),
     ("blocks", "k_dkh"): _linear("model.layers.{}.self_attn.k_proj.weight", out_axes=2),
-    ("blocks", "k_bias_kh"): _Entry("model.layers.{}.self_attn.k_proj.bias"),
+    ("blocks", "k_bias_kh"): _bias("model.layers.{}.self_attn.k_proj.bias", 2),
     ("blocks", "v_dkh"): _linear("model.layers.{}.self_attn.v_proj.weight", out_axes=2),
-    ("blocks", "v_bias_kh"): _Entry("model.layers.{}.self_attn.v_proj.bias"),
+    ("blocks", "v_bias_kh"): _bias("model.layers.{}.self_attn.v_proj.bias", 2),
     ("blocks", "o_nhd"): _linear("model.layers.{}.self_attn.o_proj.weight", in_axes=2),
     ("blocks", "gate_df"): _linear("model.layers.{}.mlp.gate_proj.weight"),
     ("blocks", "up_df"): _linear("model.layers.{}.mlp.up_proj.weight"),
@@ -72,20 +94,20 @@ _ENTRIES: dict[tuple[str, ...], _Entry] = {
     ("vision", "blocks", "norm1_d"): _Entry("visual.blocks.{}.norm1.weight"),
     ("vision", "blocks", "norm2_d"): _Entry("visual.blocks.{}.norm2.weight"),
     ("vision", "blocks", "qkv_d3nh"): _linear("visual.blocks.{}.attn.qkv.weight", out_axes=3),
-    ("vision", "blocks", "qkv_bias_3nh"): _Entry("visual.blocks.{}.attn.qkv.bias"),
+    ("vision", "blocks", "qkv_bias_3nh"): _bias("visual.blocks.{}.attn.qkv.bias", 3),
     ("vision", "blocks", "out_nhd"): _linear("visual.blocks.{}.attn.proj.weight", in_axes=2),
-    ("vision", "blocks", "out_bias_d"): _Entry("visual.blocks.{}.attn.proj.bias"),
+    ("vision", "blocks", "out_bias_d"): _bias("visual.blocks.{}.attn.proj.bias"),
     ("vision", "blocks", "gate_df"): _linear("visual.blocks.{}.mlp.gate_proj.weight"),
-    ("vision", "blocks", "gate_bias_f"): _Entry("visual.blocks.{}.mlp.gate_proj.bias"),
+    ("vision", "blocks", "gate_bias_f"): _bias("visual.blocks.{}.mlp.gate_proj.bias"),
     ("vision", "blocks", "up_df"): _linear("visual.blocks.{}.mlp.up_proj.weight"),
-    ("vision", "blocks", "up_bias_f"): _Entry("visual.blocks.{}.mlp.up_proj.bias"),
+    ("vision", "blocks", "up_bias_f"): _bias("visual.blocks.{}.mlp.up_proj.bias"),
     ("vision", "blocks", "down_fd"): _linear("visual.blocks.{}.mlp.down_proj.weight"),
-    ("vision", "blocks", "down_bias_d"): _Entry("visual.blocks.{}.mlp.down_proj.bias"),
+    ("vision", "blocks", "down_bias_d"): _bias("visual.blocks.{}.mlp.down_proj.bias"),
     ("vision", "merger_norm_d"): _Entry("visual.merger.ln_q.weight"),
     ("vision", "merger_up_df"): _linear("visual.merger.mlp.0.weight"),
-    ("vision", "merger_up_bias_f"): _Entry("visual.merger.mlp.0.bias"),
+    ("vision", "merger_up_bias_f"): _bias("visual.merger.mlp.0.bias"),
     ("vision", "merger_down_fd"): _linear("visual.merger.mlp.2.weight"),
-    ("vision", "merger_down_bias_d"): _Entry("visual.merger.mlp.2.bias"),
+    ("vision", "merger_down_bias_d"): _bias("visual.merger.mlp.2.bias"),
 }
 
 
@@ -93,16 +115,18 @@ def resolve(path: str | Path) -> Path:
     """A checkpoint directory; "toy" is the one inside the package. Raises CheckpointError when there is none."""
     directory = _TOY if str(path) == "toy" else Path(path).expanduser()
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"model.path={path}: no config.json there; expected a Hugging Face checkpoint directory or 'toy'")
+        raise CheckpointError(
+            f"model.path={path}: no config.json there; expected a Hugging Face checkpoint directory or 'toy'"
+        )
     return directory
 
 
 def read_dims(path: str | Path) -> Dims:
-    """The dimensions in a checkpoint directory's config.json."""
+    """The dimensions in a checkpoint directory's config.json. Raises CheckpointError."""
     file = resolve(path) / "config.json"
     try:
-        return from_hf(json.loads(file.read_text()))
-    except (json.JSONDecodeError, ModelConfigError) as error:
+        return from_hf(read_json(file))
+    except ModelConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
 
 
@@ -111,8 +135,53 @@ def abstract_policy(dims: Dims, layout: Layout = TRAIN) -> Policy:
     return jax.eval_shape(partial(Policy, dims, layout), jax.random.key(0))
 
 
-def _flatten(policy: Policy) -> dict[tuple[str, ...], Any]:
-    return dict(nnx.to_flat_state(nnx.state(policy)))
+def check_fits(mesh: jax.sharding.Mesh, dims: Dims, batch: int, micro_batch: int) -> None:
+    """Refuses a mesh over which the policy or its batch does not divide, in training or in rollout.
+
+    Args:
+      mesh: the mesh.
+      dims: the policy's.
+      batch, micro_batch: prompts whose activations are split by prompt.
+
+    Raises:
+      MeshError: names the first thing that does not divide, by what, and the axes.
+    """
+    vision = dims.vision
+    divided = (
+        (batch, "prompts", "batch"),
+        (micro_batch, "prompts of a micro-batch", "batch"),
+        (dims.hidden, "units of the model width", "embed"),
+        (dims.heads, "attention heads", "heads"),
+        (dims.mlp, "MLP units", "mlp"),
+        (dims.vocab, "vocabulary entries", "vocab"),
+        (vision.hidden, "units of the vision tower's width", "embed"),
+        (vision.heads, "attention heads of the vision tower", "heads"),
+        (vision.mlp, "MLP units of the vision tower", "vision_mlp"),
+        (vision.hidden * vision.merge**2, "units of the vision merger", "vision_mlp"),
+        (vision.out, "units of the vision output", "embed"),
+    )
+    label = "x".join(str(mesh.shape[axis]) for axis in AXES).removeprefix("1x")
+    for layout in (TRAIN, ROLLOUT):
+        for size, name, axis in divided:
+            over = layout.over(axis)
+            count = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+            if size % count:
+                raise MeshError(
+                    f"--mesh={label}: {size} {name} do not divide by {' x '.join(over)} = {count} ({layout.name}); "
+                    f"choose another mesh or size"
+                )
+    tensor = mesh.shape["tensor"]
+    if dims.kv_heads % tensor and tensor % dims.kv_heads:
+        raise MeshError(
+            f"--mesh={label}: {dims.kv_heads} key-value heads and tensor = {tensor}: neither divides by the other; "
+            "choose another mesh"
+        )
+
+
+def _leaves(policy: Policy) -> dict[tuple[str, ...], Any]:
+    """Parameters by their path; a leaf's own last key is flax's, the same for all."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(policy)
+    return {tuple(key.name for key in path[:-1]): leaf for path, leaf in leaves}
 
 
 def _hub_key(key: str) -> str:
@@ -120,76 +189,6 @@ def _hub_key(key: str) -> str:
         if key.startswith(prefix):
             return hub + key.removeprefix(prefix)
     return key
-
-
-class _Files:
-    """The tensors of a checkpoint directory as memory-mapped views, by hub key."""
-
-    def __init__(self, directory: Path):
-        self.views: dict[str, np.ndarray] = {}
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory}: no *.safetensors file there")
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            listed = set(json.loads(index.read_text())["weight_map"].values())
-            absent = sorted(listed - {file.name for file in files})
-            if absent:
-                raise CheckpointError(f"{directory}: {index.name} lists {absent[0]}, which is not there")
-            files = [file for file in files if file.name in listed]
-        for file in files:
-            for key, view in _read_safetensors(file):
-                self.views[_hub_key(key)] = view
-
-
-def _read_safetensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    # The format (github.com/huggingface/safetensors): a little-endian header length, a JSON header, the tensors.
-    with file.open("rb") as stream:
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    length = int.from_bytes(data[:8], "little")
-    if length > len(data) - 8:
-        raise CheckpointError(f"{file}: cut short: header of {length} bytes in a file of {len(data)}")
-    header = json.loads(data[8 : 8 + length])
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{file}: {key} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-        start, end = entry["data_offsets"]
-        if 8 + length + end > len(data):
-            raise CheckpointError(f"{file}: cut short: {key} ends at byte {8 + length + end} of {len(data)}")
-        dtype = _DTYPES[entry["dtype"]]
-        count = (end - start) // dtype.itemsize
-        yield key, np.frombuffer(data, dtype, count, 8 + length + start).reshape(entry["shape"])
-
-
-def _tree_view(view: np.ndarray, entry: _Entry, shape: tuple[int, ...], key: str) -> np.ndarray:
-    """A file tensor in the tree's axes, without copying."""
-    split = tuple(shape[entry.order.index(axis)] for axis in range(len(shape))) if entry.order else shape
-    if view.size != int(np.prod(split)) or not _refines(view.shape, split):
-        raise CheckpointError(f"{key}: shape {list(view.shape)}; expected {list(_merged_like(view.shape, split))}")
-    split_view = view.reshape(split)
-    return split_view.transpose(entry.order) if entry.order else split_view
-
-
-def _refines(file_shape: tuple[int, ...], split: tuple[int, ...]) -> bool:
-    """Whether one shape is the other with neighbouring axes multiplied, so that a reshape moves no element across axes."""
-    short, long = sorted((file_shape, split), key=len)
-    return _merged_like(short, long) == short
-
-
-def _merged_like(target: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(target) >= len(shape):
-        return shape
-    merged, rest = [], list(shape)
-    for position, size in enumerate(target):
-        product = rest.pop(0)
-        while rest and product < size and len(rest) > len(target) - position - 1:
-            product *= rest.pop(0)
-        merged.append(product)
-    for left in rest:
-        merged[-1] *= left
-    return tuple(merged)
 
 
 def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) -> tuple[Policy, Dims]:
@@ -205,37 +204,42 @@ def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) 
     """
     dims = read_dims(path)
     directory = resolve(path)
-    files = _Files(directory)
+    views = {_hub_key(key): view for key, view in map_tensors(directory).items()}
     mesh = jax.sharding.get_mesh()
     target = abstract_policy(dims, layout)
-    flat = _flatten(target)
-    wanted: set[str] = set()
-    loaded = {}
-    for tree_path, variable in flat.items():
-        entry, leaf = _ENTRIES[tree_path], variable.get_value() if hasattr(variable, "get_value") else variable[...]
-        stacked = "{}" in entry.hf
-        keys = [entry.hf.format(i) for i in range(leaf.shape[0])] if stacked else [entry.hf]
-        wanted.update(keys)
-        for key in keys:
-            if key not in files.views:
+    wanted = {"lm_head.weight"} if dims.tied else set()
+    loaded = []
+    for tree_path, leaf in _leaves(target).items():
+        entry = _ENTRIES[tree_path]
+        shape = leaf.shape[1:] if entry.stacked else leaf.shape
+        file_shape = entry.file_shape(shape, dims)
+        parts = []
+        for key in [entry.hf.format(i) for i in range(leaf.shape[0])] if entry.stacked else [entry.hf]:
+            if key not in views:
                 raise CheckpointError(f"{directory}: {key} is missing")
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        views = [_tree_view(files.views[key], entry, shape, f"{directory}: {key}") for key in keys]
-        read = _reader(views, stacked, jnp.dtype(dtype))
-        loaded[tree_path] = jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), read)
-    extra = sorted(files.views.keys() - wanted - ({"lm_head.weight"} if dims.tied else set()))
+            if views[key].shape != file_shape:
+                raise CheckpointError(
+                    f"{directory}: {key} has shape {list(views[key].shape)}; config.json means {list(file_shape)}"
+                )
+            parts.append(views[key].reshape(entry.factored(shape)).transpose(entry.order))
+            wanted.add(key)
+        read = _reader(parts, entry.stacked, jnp.dtype(dtype))
+        loaded.append(jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), read))
+    extra = sorted(views.keys() - wanted)
     if extra:
-        raise CheckpointError(f"{directory}: {extra[0]} belongs to no parameter of this policy ({len(extra)} such tensors)")
-    graph = nnx.graphdef(target)
-    state = nnx.from_flat_state({path: flat[path].replace(value) for path, value in loaded.items()})
-    return nnx.merge(graph, state), dims
+        raise CheckpointError(
+            f"{directory}: {extra[0]} belongs to no parameter of this policy ({len(extra)} such tensors)"
+        )
+    return jax.tree.unflatten(jax.tree.structure(target), loaded), dims
 
 
-def _reader(views: list[np.ndarray], stacked: bool, dtype: jnp.dtype) -> Callable[[Any], np.ndarray]:
+def _reader(parts: list[np.ndarray], stacked: bool, dtype: jnp.dtype) -> Callable[[Any], np.ndarray]:
+    """What reads one shard. It copies: on a CPU an array may live in the memory it is made from, here a file's."""
+
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
-            return np.asarray(views[0][index], dtype=dtype)
-        return np.stack([np.asarray(view[index[1:]], dtype=dtype) for view in views[index[0]]])
+            return np.array(parts[0][index], dtype=dtype, order="C")
+        return np.stack([part[index[1:]].astype(dtype) for part in parts[index[0]]])
 
     return read
 
@@ -243,25 +247,13 @@ def _reader(views: list[np.ndarray], stacked: bool, dtype: jnp.dtype) -> Callabl
 def file_tensors(policy: Policy, dims: Dims, dtype: Any) -> dict[str, np.ndarray]:
     """The policy's weights under hub keys and in file layout, gathered to the host."""
     tensors = {}
-    for tree_path, variable in _flatten(policy).items():
+    for tree_path, leaf in _leaves(policy).items():
         entry = _ENTRIES[tree_path]
-        values = np.asarray(jax.device_get(variable[...])).astype(dtype)
-        stacked = "{}" in entry.hf
-        for i, value in enumerate(values if stacked else [values]):
-            value = value.transpose(np.argsort(entry.order)) if entry.order else value
-            tensors[entry.hf.format(i)] = np.ascontiguousarray(value.reshape(_file_shape(entry.hf, value.shape, dims)))
+        values = np.asarray(jax.device_get(leaf)).astype(dtype)
+        for i, value in enumerate(values if entry.stacked else [values]):
+            in_file = value.transpose(np.argsort(entry.order)).reshape(entry.file_shape(value.shape, dims))
+            tensors[entry.hf.format(i)] = np.ascontiguousarray(in_file)
     return tensors
-
-
-def _file_shape(key: str, split: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-    vision = dims.vision
-    if key.endswith("patch_embed.proj.weight"):
-        return (vision.hidden, vision.channels, vision.temporal_patch, vision.patch, vision.patch)
-    if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "qkv.weight")):
-        return (-1, split[-1])
-    if key.endswith(("o_proj.weight", "attn.proj.weight")):
-        return (split[0], -1)
-    return (-1,) if key.endswith(".bias") else split
 
 
 def save_hf(
@@ -273,7 +265,7 @@ def save_hf(
     carry_from: str | Path | None = None,
     max_file_bytes: int = 4 << 30,
 ) -> list[Path]:
-    """Writes a directory that ``transformers`` loads: config.json, safetensors shards and their index.
+    """Writes safetensors shards and their index and, with ``carry_from``, all else that ``transformers`` loads.
 
     Args:
       dtype: what the weights are rounded to.
@@ -285,30 +277,10 @@ def save_hf(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    source = resolve(carry_from) if carry_from is not None else None
     written = []
-    for file in sorted(source.glob("*.json")) if source else []:
-        if file.name != "model.safetensors.index.json" and file.resolve().parent != directory.resolve():
+    source = resolve(carry_from) if carry_from is not None else None
+    if source is not None and source.resolve() != directory.resolve():
+        for file in sorted(file for pattern in _CARRIED for file in source.glob(pattern)):
             (directory / file.name).write_bytes(file.read_bytes())
             written.append(directory / file.name)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for key, tensor in file_tensors(policy, dims, dtype).items():
-        if size + tensor.nbytes > max_file_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    names = ["model.safetensors"] if len(shards) == 1 else names
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, str(directory / name), metadata={"format": "pt"})
-        written.append(directory / name)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-        }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-        written.append(directory / "model.safetensors.index.json")
-    return written
+    return written + write_tensors(file_tensors(policy, dims, dtype), directory, max_file_bytes)

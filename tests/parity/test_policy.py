@@ -1,6 +1,5 @@
 """The policy against transformers' Qwen2_5_VLForConditionalGeneration: same weights, same prompts, float32."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +13,8 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model import load_hf, save_hf
-from segzero_jax.model.dims import Dims
-from segzero_jax.model.policy import Pass, Policy, group_hidden, logits, prompt_logits
-from segzero_jax.model.weights import CheckpointError
+from segzero_jax.model import load_hf
+from segzero_jax.model.policy import Pass, prompt_logits
 from segzero_jax.processor import EncodedPrompt, Processor, checkpoint_directory, patch_image
 
 RELATIVE = 1e-4  # of the largest logit; a contract
@@ -72,7 +69,7 @@ def raster_patches(prompt: EncodedPrompt, processor: Processor) -> list[np.ndarr
     return ordered
 
 
-def torch_logits(model: Qwen2_5_VLForConditionalGeneration, prompt: EncodedPrompt, processor: Processor, tail=()):  # noqa: ANN001, ANN201
+def torch_logits(model: Qwen2_5_VLForConditionalGeneration, prompt: EncodedPrompt, processor: Processor, tail=()):
     ids = torch.tensor(np.concatenate([prompt.tokens_p, np.asarray(tail, np.int32)]).astype(np.int64))[None]
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.images:

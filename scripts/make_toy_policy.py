@@ -1,0 +1,188 @@
+"""Makes the toy policy that ships with the package: ``python scripts/make_toy_policy.py --seconds=1500``.
+
+Supervised warm start from random weights on endless toy scenes of the training distribution, stopped well before it is
+perfect: it knows the format, names what it sees and points roughly. GRPO does the rest, without reasoning labels.
+Writes safetensors beside the configuration and tokenizer in ``segzero_jax/assets/toy_policy``.
+"""
+
+import argparse
+import dataclasses
+import io
+import multiprocessing
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from segzero_jax.data.scenes import Question, Scene, sample_lesson, sample_scene
+from segzero_jax.frames import rescale_object
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.logprobs import response_logps
+from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.model.weights import load_hf, read_dims, save_hf
+from segzero_jax.processor import EncodedPrompt, Processor
+from segzero_jax.prompt import parse_answer, question_text, solution_text
+from segzero_jax.rollout import Sampling, sample
+from segzero_jax.types import Example, Frame, ObjectPrompt, PromptBatch
+
+IMAGE_SIZE, PROMPT = 112, 64
+# A lesson is one picture with several questions: the picture is the prompt of a prefix group, and each question with
+# its answer is a response, which is exact and costs a picture once.
+LESSON_PROMPT, LESSON_QUESTIONS, LESSON_LENGTH = 32, 3, 72
+EVAL_QUESTIONS, RESPONSE = 96, 64
+WIDEN = 3.5
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+OUT = Path(__file__).parent.parent / "segzero_jax" / "assets" / "toy_policy"
+
+
+def as_example(scene: Scene, question: Question) -> tuple[Example, str]:
+    """A scene as a data set row, and the response a teacher would give."""
+    target = scene.objects[question.answer]
+    height, width = scene.image.shape[:2]
+    obj = ObjectPrompt(tuple(map(float, target.box)), (tuple(map(float, target.point)),))
+    buffer = io.BytesIO()
+    Image.fromarray(scene.image).save(buffer, "PNG", compress_level=0)
+    row = Example("scene", buffer.getvalue(), Frame(width, height), question.text, (obj,), None)
+    seen = rescale_object(obj, row.frame, Frame(IMAGE_SIZE, IMAGE_SIZE))
+    return row, f"<think> {question.reasoning} </think>\n<answer>{solution_text([seen])}</answer>"
+
+
+def make_lessons(
+    processor: Processor, size: int, easy: float, rng: np.random.Generator
+) -> tuple[PromptBatch, np.ndarray, np.ndarray]:
+    """Lessons, a share ``easy`` of them easy.
+
+    Returns:
+      Pictures as prompts, ids ``[b, g, r]`` of questions with answers, and the bool mask of the answers' tokens.
+    """
+    prompts = []
+    tokens = np.full((size, LESSON_QUESTIONS, LESSON_LENGTH), processor.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for b in range(size):
+        scene, questions = sample_lesson(LESSON_QUESTIONS, bool(rng.random() < easy), rng)
+        for g, question in enumerate(questions):
+            row, response = as_example(scene, question)
+            asked = processor.encode_text(question_text("toy", question.text) + TURN)
+            ids = [*asked, *processor.encode_text(response), processor.end_ids[0]][:LESSON_LENGTH]
+            tokens[b, g, : len(ids)] = ids
+            mask[b, g, len(asked) : len(ids)] = True
+        prompts.append(cut_after_image(processor.encode(row), processor))
+    return processor.batch(prompts, multiple=LESSON_PROMPT), tokens, mask
+
+
+def cut_after_image(prompt: EncodedPrompt, processor: Processor) -> EncodedPrompt:
+    """The part of a prompt that comes before its question."""
+    end = int(np.flatnonzero(prompt.tokens_p == processor.image_id)[-1]) + 2
+    positions = prompt.positions_3p[:, :end]
+    return dataclasses.replace(
+        prompt, tokens_p=prompt.tokens_p[:end], positions_3p=positions, next_position=int(prompt.positions_3p[0, end])
+    )
+
+
+def produce(queue: multiprocessing.Queue, size: int, easy: float, seed: int) -> None:
+    """Fills the queue with lessons forever."""
+    processor = Processor.load("toy", IMAGE_SIZE, "toy", PROMPT)
+    rng = np.random.default_rng([seed, int(1000 * easy)])
+    while True:
+        queue.put(make_lessons(processor, size, easy, rng))
+
+
+def box_iou(text: str, target: str) -> float:
+    """Overlap of the boxes in two responses, 0 without exactly one."""
+    ours, theirs = parse_answer(text).objects, parse_answer(target).objects
+    if len(ours) != 1:
+        return 0.0
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = ours[0].box, theirs[0].box
+    w, h = min(ax2, bx2) - max(ax1, bx1) + 1, min(ay2, by2) - max(ay1, by1) + 1
+    inter = max(w, 0.0) * max(h, 0.0)
+    return inter / ((ax2 - ax1 + 1) * (ay2 - ay1 + 1) + (bx2 - bx1 + 1) * (by2 - by1 + 1) - inter)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1500, help="training time; the learning rate decays over it")
+    parser.add_argument(
+        "--stop-iou", type=float, default=0.42, help="stop once greedy box IoU on held-in questions is here"
+    )
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
+    parser.add_argument("--easy", type=float, default=0.6, help="share of lessons with one or two objects")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--resume", action="store_true", help="start from the weights in --out")
+    args = parser.parse_args()
+    processor = Processor.load("toy", IMAGE_SIZE, "toy", PROMPT)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.set_mesh(make_mesh("1x1"))
+    if args.resume:
+        policy, dims = load_hf(args.out)
+    else:
+        dims = read_dims("toy")
+        policy = jax.jit(partial(Policy, dims, TRAIN))(jax.random.key(args.seed))
+        # At this width N(0, 0.02^2) leaves attention flat, and the picture unread, for a thousand steps.
+        policy = jax.tree.map(lambda x: x * WIDEN if x.std() > 0 else x, policy)
+    setup = Pass(dims, TRAIN, jnp.dtype("float32"))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.inject_hyperparams(optax.adamw)(args.lr, b1=0.9, b2=0.95, weight_decay=0.01),
+    )
+    state = jax.jit(optimizer.init)(policy)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(policy, state, batch, tokens, mask):
+        def loss(policy: Policy) -> jax.Array:
+            hidden = group_hidden(policy, batch, tokens, setup)
+            logp, _ = response_logps(policy, hidden, tokens, setup, 1.0, processor.visual_ids)
+            return -(logp * mask).sum() / mask.sum()
+
+        value, gradient = jax.value_and_grad(loss)(policy)
+        updates, state = optimizer.update(gradient, state, policy)
+        return optax.apply_updates(policy, updates), state, value
+
+    rng = np.random.default_rng(12345)
+    rows, wanted = zip(*(as_example(*sample_scene("val", rng)) for _ in range(EVAL_QUESTIONS)), strict=True)
+    held_in = processor.batch([processor.encode(row) for row in rows])
+    sampling = Sampling(1, RESPONSE, processor.end_ids, processor.pad_id, processor.visual_ids)
+
+    def evaluate(policy: Policy, greedy: bool) -> tuple[float, str]:
+        chosen = sampling._replace(greedy=greedy)
+        rollout = jax.device_get(sample(policy, held_in, jax.random.key(0), setup=setup, sampling=chosen))
+        texts = [processor.decode(row[0, : n[0]]) for row, n in zip(rollout.tokens_bgr, rollout.length_bg, strict=True)]
+        return float(np.mean([box_iou(text, want) for text, want in zip(texts, wanted, strict=True)])), texts[0]
+
+    queue: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue(8)
+    worker = multiprocessing.get_context("spawn").Process(
+        target=produce, args=(queue, args.batch, args.easy, args.seed), daemon=True
+    )
+    worker.start()
+    start, count, losses = time.time(), 0, []
+    while (spent := time.time() - start) < args.seconds:
+        rate = args.lr * min(1.0, (count + 1) / 300) * max(0.05, 1 - spent / args.seconds)
+        state[1].hyperparams["learning_rate"] = jnp.float32(rate)
+        policy, state, value = step(policy, state, *queue.get())
+        # Waiting here keeps one program in flight: the CPU client can lock up behind a long queue of them.
+        losses.append(float(value))
+        count += 1
+        if count % 250 == 0:
+            greedy, text = evaluate(policy, greedy=True)
+            sampled, _ = evaluate(policy, greedy=False)
+            loss = float(np.mean(losses[-100:]))
+            print(
+                f"step {count} {spent:.0f}s loss {loss:.4f} box IoU greedy {greedy:.3f} sampled {sampled:.3f} {text!r}",
+                flush=True,
+            )
+            save_hf(policy, dims, args.out, max_file_bytes=3_500_000)
+            if greedy >= args.stop_iou:
+                break
+    worker.terminate()
+    for file in save_hf(policy, dims, args.out, max_file_bytes=3_500_000):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

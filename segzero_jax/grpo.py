@@ -1,0 +1,231 @@
+"""Group relative policy optimization: advantages, loss and update. Knows arrays only: no text, no reward service.
+
+The algorithm is DeepSeekMath's (arXiv 2402.03300, section 4.1) as Seg-Zero runs it (arXiv 2503.06520): one update per
+rollout, a clipped ratio, and the k3 estimate of the KL to a frozen reference inside the loss.
+
+On-policy, the log-probabilities that sampled are the current ones: the ratio is ``exp(logp - stop_gradient(logp))``,
+one in value and the policy gradient in derivative, and no separate pass for "old" log-probabilities exists.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.model.logprobs import response_logps
+from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.types import Array, PromptBatch, Rollout
+
+ADVANTAGE_EPS = 1e-6
+_KL_CLAMP = 10.0
+
+
+class TrainState(NamedTuple):
+    """What an update changes; donated to it.
+
+    Attributes:
+      policy: float32 master weights.
+      optimizer: AdamW's moments and counts.
+      updates: int32, updates made.
+    """
+
+    policy: Policy
+    optimizer: optax.OptState
+    updates: jax.Array
+
+
+# Gradients and metrics, summed over micro-batches.
+Total = tuple[Policy, dict[str, jax.Array]]
+
+
+class LossSettings(NamedTuple):
+    """The static part of the loss."""
+
+    grpo: GrpoConfig
+    temperature: float
+    banned_ids: tuple[int, ...]
+    freeze_vision: bool
+
+
+class UpdateBatch(NamedTuple):
+    """What one update learns from (a pytree).
+
+    Attributes:
+      prompts: the prompts of the rollout.
+      rollout: their responses.
+      advantages_bg: float32.
+      keep_bg: bool, False for a response whose score is missing: it is no part of the loss.
+      ref_logps_bgr: float32, under the reference policy.
+    """
+
+    prompts: PromptBatch
+    rollout: Rollout
+    advantages_bg: Array
+    keep_bg: Array
+    ref_logps_bgr: Array
+
+
+def advantages(rewards_bg: np.ndarray) -> np.ndarray:
+    """Rewards relative to their group: ``(r - mean) / (std + 1e-6)``, the std with Bessel's correction.
+
+    Args:
+      rewards_bg: float; NaN where a score is missing, which then counts for nothing in its group.
+
+    Returns:
+      float32 ``[b, g]``; 0 where the score is missing or fewer than two of the group have one.
+    """
+    present = np.isfinite(rewards_bg)
+    count = present.sum(axis=1, keepdims=True)
+    least = np.min(rewards_bg, axis=1, keepdims=True, where=present, initial=np.inf)
+    # Counted from the least, equal rewards are exactly 0: a rounded mean would leave noise for AdamW to blow up.
+    above = np.where(present, rewards_bg - least, 0.0).astype(np.float64)
+    deviation = np.where(present, above - above.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+    std = np.sqrt((deviation**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return np.where(present & (count > 1), deviation / (std + ADVANTAGE_EPS), 0.0).astype(np.float32)
+
+
+def k3_kl(logp: jax.Array, ref_logp: Array) -> jax.Array:
+    """Per-token estimate of KL(policy, reference): ``exp(d) - d - 1``, ``d = ref_logp - logp``, clamped to ±10.
+
+    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; the clamp is the released Seg-Zero code's.
+    """
+    # Beyond ±20 the estimate is past its own clamp; bounding d keeps exp finite, and with it the gradient.
+    d = jnp.clip(ref_logp - logp, -20.0, 20.0)
+    return jnp.clip(jnp.exp(d) - d - 1, -_KL_CLAMP, _KL_CLAMP)
+
+
+def policy_loss(
+    logp: jax.Array, old_logp: jax.Array, advantages_bg: Array, clip_low: float, clip_high: float
+) -> tuple[jax.Array, jax.Array]:
+    """PPO's clipped surrogate per token, negated, and whether the clipping took effect.
+
+    Args:
+      logp, old_logp: ``[b, g, r]``; the old ones carry no gradient.
+      advantages_bg: one per response.
+    """
+    ratio = jnp.exp(logp - jax.lax.stop_gradient(old_logp))
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    advantage = advantages_bg[..., None]
+    return -jnp.minimum(ratio * advantage, clipped * advantage), (clipped * advantage < ratio * advantage)
+
+
+def token_mask(lengths_bg: Array, keep_bg: Array, length: int) -> jax.Array:
+    """Bool ``[b, g, r]``: tokens that are learnt from."""
+    return (jnp.arange(length) < jnp.asarray(lengths_bg)[..., None]) & jnp.asarray(keep_bg)[..., None]
+
+
+def group_loss(
+    policy: Policy, batch: UpdateBatch, token_count: jax.Array, setup: Pass, settings: LossSettings
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of some prefix groups, as their share of the mean over ``token_count`` tokens.
+
+    Summed over micro-batches this is the token mean over the whole batch, whatever the micro-batch size.
+
+    Returns:
+      The share of the loss, and shares of means over tokens: ``kl``, ``entropy``, ``clip_fraction``, ``sampler_gap``
+      (mean absolute difference between the sampler's and this pass's log-probabilities).
+    """
+    config = settings.grpo
+    if settings.freeze_vision:
+        policy = jax.tree.map(lambda x: x, policy)
+        policy.vision = jax.lax.stop_gradient(policy.vision)
+    tokens = batch.rollout.tokens_bgr
+    hidden = group_hidden(policy, batch.prompts, tokens, setup)
+    logp, entropy = response_logps(policy, hidden, tokens, setup, settings.temperature, settings.banned_ids)
+    mask = token_mask(batch.rollout.length_bg, batch.keep_bg, tokens.shape[-1])
+    mean = lambda x: jnp.where(mask, x, 0.0).sum() / token_count  # noqa: E731
+    surrogate, clipped = policy_loss(logp, logp, batch.advantages_bg, config.clip_low, config.clip_high)
+    gap = jax.lax.stop_gradient(logp) - batch.rollout.logps_bgr
+    if config.importance_cap:
+        # Truncated importance sampling: the tokens came from the sampler's distribution, not from this pass's.
+        surrogate = surrogate * jnp.minimum(jnp.exp(gap), config.importance_cap)
+    kl = k3_kl(logp, batch.ref_logps_bgr)
+    loss = mean(surrogate + config.kl_coef * kl - config.entropy_coef * entropy)
+    metrics = {
+        "loss": loss,
+        "kl": mean(kl),
+        "entropy": mean(entropy),
+        "clip_fraction": mean(clipped),
+        "sampler_gap": mean(jnp.abs(gap)),
+    }
+    return loss, metrics
+
+
+def make_optimizer(config: TrainConfig, freeze_vision: bool) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip; a frozen vision tower gets neither moments nor decay."""
+    adamw = optax.adamw(
+        config.lr, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype
+    )
+    if freeze_vision:
+        adamw = optax.partition({"train": adamw, "freeze": optax.set_to_zero()}, _label_frozen)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _label_frozen(policy: Policy) -> Policy:
+    label = lambda path, _: "freeze" if path[0].name == "vision" else "train"  # noqa: E731
+    return jax.tree_util.tree_map_with_path(label, policy)
+
+
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """``[b, ...]`` to ``[parts, b / parts, ...]``: part i holds rows i, i + parts, ...: every shard keeps its own."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+@partial(jax.jit, static_argnames=("optimizer", "setup", "settings", "micro_batches"), donate_argnames=("state",))
+def update(
+    state: TrainState,
+    batch: UpdateBatch,
+    *,
+    optimizer: optax.GradientTransformation,
+    setup: Pass,
+    settings: LossSettings,
+    micro_batches: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step: gradients of the token mean over all groups, accumulated over micro-batches, clip, AdamW.
+
+    Args:
+      state: donated.
+      micro_batches: how many parts the batch is worked through in; the result does not depend on it.
+
+    Returns:
+      The new state and float32 scalars: ``loss``, ``kl``, ``entropy``, ``clip_fraction``, ``sampler_gap``, and
+      ``grad_norm`` before clipping.
+    """
+    mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
+    count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    gradient_of = jax.value_and_grad(group_loss, has_aux=True)
+
+    def accumulate(total: Total, part: UpdateBatch) -> tuple[Total, None]:
+        (_, metrics), gradients = gradient_of(state.policy, part, count, setup, settings)
+        return jax.tree.map(jnp.add, total, (gradients, metrics)), None
+
+    if micro_batches == 1:
+        (_, metrics), gradients = gradient_of(state.policy, batch, count, setup, settings)
+    else:
+        parts = jax.tree.map(lambda x: _split_rows(jnp.asarray(x), micro_batches), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        (_, metrics), gradients = jax.eval_shape(gradient_of, state.policy, first, count, setup, settings)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), (gradients, metrics))
+        (gradients, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.policy)
+    policy = optax.apply_updates(state.policy, updates)
+    metrics["grad_norm"] = optax.global_norm(gradients)
+    return TrainState(policy, optimizer_state, state.updates + 1), metrics
+
+
+@partial(jax.jit, static_argnames=("setup", "settings"))
+def reference_logps(
+    policy: Policy, prompts: PromptBatch, tokens_bgr: Array, *, setup: Pass, settings: LossSettings
+) -> jax.Array:
+    """Log-probabilities of the responses under the frozen reference, float32 ``[b, g, r]``."""
+    hidden = group_hidden(policy, prompts, tokens_bgr, setup)
+    return response_logps(policy, hidden, tokens_bgr, setup, settings.temperature, settings.banned_ids)[0]
+
+
+def initial_state(policy: Policy, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state before its first update, made in one program: the update then compiles once for it and its successors."""
+    return TrainState(policy, *jax.jit(lambda policy: (optimizer.init(policy), jnp.int32(0)))(policy))
