@@ -168,7 +168,7 @@ def main() -> None:
         # Waiting here keeps one program in flight: the CPU client can lock up behind a long queue of them.
         losses.append(float(value))
         count += 1
-        if count % 250 == 0:
+        if count % 200 == 0:
             greedy, text = evaluate(policy, greedy=True)
             sampled, _ = evaluate(policy, greedy=False)
             loss = float(np.mean(losses[-100:]))

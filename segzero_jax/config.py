@@ -82,7 +82,7 @@ class RolloutConfig:
     top_p: Fraction = 1.0
     top_k: Count = 0
     max_prompt_tokens: Positive = 64
-    max_response_tokens: Positive = 96
+    max_response_tokens: Positive = 64
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -132,7 +132,7 @@ class TrainConfig:
       steps: updates in all.
       batch_size: prompts a step.
       micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
-      moment_dtype: of AdamW's moments.
+      moment_dtype: of AdamW's first moment; the second stays float32: with beta2 near 1 a bfloat16 one would stall.
       checkpoint_every: steps between checkpoints; one is always written at the end.
       keep_checkpoints: older ones are deleted.
     """
@@ -162,7 +162,7 @@ class EvalConfig:
 
     every: Count = 0
     examples: Positive = 64
-    samples: Positive = 4
+    samples: Positive = 8
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -105,7 +105,7 @@ class Rollout(NamedTuple):
     Attributes:
       tokens_bgr: int32 ids; past ``length_bg`` the pad id.
       length_bg: int32, tokens up to and including the end of turn.
-      logps_bgr: float32 log-probabilities under the sampling distribution at temperature, before top-p and top-k; 0 in padding.
+      logps_bgr: float32 log-probabilities under the distribution at temperature, before top-p and top-k; 0 in padding.
       finished_bg: bool, True when the response ended by itself rather than at the length limit.
     """
 

@@ -119,6 +119,23 @@ def sample_scene(split: str, rng: np.random.Generator) -> tuple[Scene, Question]
             return _paint(spots, width, height, rng), question
 
 
+def sample_lesson(count: int, easy: bool, rng: np.random.Generator) -> tuple[Scene, list[Question]]:
+    """A training scene with ``count`` questions, drawn with replacement; an ``easy`` one shows one or two objects."""
+    width, height = (int(v) for v in rng.choice(_SIDES, 2, replace=False))
+    while True:
+        kind = "attribute" if easy else str(rng.choice(KINDS, p=_KIND_SHARES))
+        pairs = _choose_pairs("train", kind, rng)
+        spots = _place(pairs[: rng.integers(1, 3)] if easy else pairs, width, height, rng)
+        asked = (
+            [_ask("train", str(k), spots, width, height, rng) for k in (kind, *rng.choice(KINDS[:3], count))]
+            if spots
+            else []
+        )
+        found = [question for question in asked if question is not None]
+        if found:
+            return _paint(spots, width, height, rng), [found[i % len(found)] for i in range(count)]
+
+
 def _split_number(split: str) -> int:
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")

@@ -1,0 +1,135 @@
+"""What a step leaves behind: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and the summary at the end."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from segzero_jax import jsonl
+from segzero_jax.evaluation import mask_row, object_rows
+from segzero_jax.scoring import Scored, answered_objects, solution
+from segzero_jax.types import Example, Frame, Rollout
+
+_ENDS = 10
+
+
+class Step(NamedTuple):
+    """One step's prompts, responses and scores, on the host.
+
+    Attributes:
+      step: its number, from 1.
+      examples: ``b`` prompts.
+      texts: responses, ``[b][g]``.
+      rollout: their tokens, as numpy arrays.
+      scored: their rewards.
+      advantages_bg: what the update learnt from.
+    """
+
+    step: int
+    examples: Sequence[Example]
+    texts: list[list[str]]
+    rollout: Rollout
+    scored: Scored
+    advantages_bg: np.ndarray
+
+
+def step_metrics(made: Step) -> dict[str, float | int | None]:
+    """Rewards, lengths and mask IoU of a step; None where no response has a score."""
+    totals = made.scored.rewards_bg
+    present = totals[np.isfinite(totals)]
+    rows = [row for group in made.scored.components for row in group if row]
+    metrics: dict[str, float | int | None] = {
+        "reward/mean": float(present.mean()) if present.size else None,
+        "reward/std": float(present.std()) if present.size else None,
+        **{f"reward/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())},
+        "reward/zero_std_groups": float((made.advantages_bg == 0).all(axis=1).mean()),
+        "reward/missing": int(totals.size - present.size),
+        "response_length/mean": float(made.rollout.length_bg.mean()),
+        "response_length/max": int(made.rollout.length_bg.max()),
+        "finished": float(made.rollout.finished_bg.mean()),
+    }
+    if made.scored.masks is not None:
+        ious = [score.iou for group in made.scored.masks for score in group if score.iou is not None]
+        metrics["mask_iou/mean"] = float(np.mean(ious)) if ious else None
+    return metrics
+
+
+def rollout_rows(
+    made: Step, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
+) -> Iterator[dict[str, Any]]:
+    """A row per response; those of the first prompt also hold what a picture of them needs.
+
+    Args:
+      frame: that the policy answers in.
+      recipe: decides the form of ``solution``.
+      store_image: ``(id, bytes) -> path`` in the run directory.
+    """
+    for b, example in enumerate(made.examples):
+        target = solution(example, frame, recipe)
+        image = store_image(example.id, example.image) if b == 0 else ""
+        for g, text in enumerate(made.texts[b]):
+            score = made.scored.masks[b][g] if made.scored.masks is not None else None
+            reward = float(made.scored.rewards_bg[b, g])
+            row: dict[str, Any] = {
+                "step": made.step,
+                "id": example.id,
+                "sample": g,
+                "question": example.question,
+                "text": text,
+                "solution": target,
+                "reward": reward if math.isfinite(reward) else None,
+                "components": made.scored.components[b][g],
+                "mask_iou": score.iou if score else None,
+                "error": score.error if score else "",
+                "length": int(made.rollout.length_bg[b, g]),
+                "finished": bool(made.rollout.finished_bg[b, g]),
+                "advantage": float(made.advantages_bg[b, g]),
+            }
+            if b == 0:
+                row |= {
+                    "image": image,
+                    "frame": [example.frame.width, example.frame.height],
+                    "objects": object_rows(answered_objects(text, example, frame)),
+                    "target_objects": object_rows(example.objects),
+                    "mask": mask_row(score.mask if score else None),
+                    "target_mask": mask_row(example.mask),
+                }
+            yield row
+
+
+def print_summary(run_dir: Path) -> None:
+    """Prints the reward at both ends of a run and the held-out numbers before and after."""
+    console = Console(highlight=False)
+    metrics = jsonl.read(run_dir / "metrics.jsonl")
+    rewards = [row["reward/mean"] for row in metrics if row["reward/mean"] is not None]
+    if len(rewards) >= 2:
+        first, last = rewards[:_ENDS], rewards[-_ENDS:]
+        console.print(
+            f"mean reward: {_mean(first)} in the first {len(first)} steps, {_mean(last)} in the last {len(last)}"
+        )
+    evaluations = jsonl.read(run_dir / "evaluations.jsonl") if (run_dir / "evaluations.jsonl").exists() else []
+    if not evaluations:
+        return
+    steps = sorted({row["step"] for row in evaluations})
+    table = Table(title=f"held-out gIoU [95% interval], before and after {steps[-1]} steps")
+    for heading in ("split", "answers", "before", "after"):
+        table.add_column(heading)
+    by_key = {(row["step"], row["split"], row["mode"]): row for row in evaluations}
+    for split, mode in sorted({(row["split"], row["mode"]) for row in evaluations}):
+        table.add_row(split, mode, *(_giou(by_key.get((step, split, mode))) for step in (steps[0], steps[-1])))
+    console.print(table)
+
+
+def _mean(values: Sequence[float]) -> str:
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return f"{float(np.mean(values)):.3f} ± {error:.3f}"
+
+
+def _giou(row: dict[str, Any] | None) -> str:
+    if row is None or row["giou"] is None:
+        return "-"
+    return f"{row['giou']:.3f} [{row['giou_low']:.3f}, {row['giou_high']:.3f}]"

@@ -1,0 +1,317 @@
+"""The main job: ``python -m segzero_jax.train --mesh=4x4``. ``train`` reads as the algorithm.
+
+For every batch of prompts: sample G responses each, send their prompts to SAM 2, run the reference policy while SAM 2
+works, turn rewards into advantages relative to the group, update.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segzero_jax import config as configs
+from segzero_jax import evaluation, jsonl
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.config import Config, ConfigError
+from segzero_jax.data.pipeline import open_split, training_batches
+from segzero_jax.grpo import (
+    LossSettings,
+    TrainState,
+    UpdateBatch,
+    advantages,
+    initial_state,
+    make_optimizer,
+    reference_logps,
+    update,
+)
+from segzero_jax.local_server import local_server
+from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh, simulate_devices
+from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
+from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims, resolve
+from segzero_jax.processor import ImageError, Processor, PromptTooLong
+from segzero_jax.record import Step, print_summary, rollout_rows, step_metrics
+from segzero_jax.report import write_report
+from segzero_jax.reward_client import RewardClient, RewardServerError
+from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.scoring import Scorer
+from segzero_jax.types import Example, Frame, PromptBatch, Rollout
+
+# What a user can get wrong; anything else is a bug and keeps its traceback.
+USER_ERRORS = (ConfigError, MeshError, CheckpointError, MetricsError, ImageError, PromptTooLong, RewardServerError)
+_SERVER_PATIENCE_S = 300.0
+_TRAIN_KEY, _EVAL_KEY = 0, 1
+
+Evaluation = Callable[[int, Policy], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same during a run."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    processor: Processor
+    frame: Frame
+    train_pass: Pass
+    rollout_pass: Pass
+    sampling: Sampling
+    loss: LossSettings
+
+    def place(self, tree: Any) -> Any:
+        """Host arrays with a leading batch axis onto the mesh."""
+
+        def put(x: np.ndarray) -> jax.Array:
+            spec = TRAIN.spec("batch", *(None,) * (x.ndim - 1))
+            return jax.make_array_from_process_local_data(jax.sharding.NamedSharding(self.mesh, spec), x)
+
+        return jax.tree.map(put, tree)
+
+    def encode(self, examples: Sequence[Example]) -> PromptBatch:
+        """Examples as prompts on the mesh."""
+        prompts = [self.processor.encode(example) for example in examples]
+        return self.place(self.processor.batch(prompts, multiple=_multiple(self.config.rollout.max_prompt_tokens)))
+
+    def texts(self, rollout: Rollout) -> list[list[str]]:
+        """Responses as text, ``[b][g]``."""
+        tokens, lengths = jax.device_get((rollout.tokens_bgr, rollout.length_bg))
+        return [
+            [self.processor.decode(row[:length]) for row, length in zip(group, counts, strict=True)]
+            for group, counts in zip(tokens, lengths, strict=True)
+        ]
+
+
+def _multiple(limit: int) -> int:
+    """Lengths are padded to multiples of this: few programs to compile, few padding tokens to compute."""
+    return 16 if limit <= 256 else 128
+
+
+def _crop(rollout: Rollout) -> Rollout:
+    """Cuts the padding that no response of the batch needs, to one of few static lengths."""
+    limit = rollout.tokens_bgr.shape[-1]
+    multiple = _multiple(limit)
+    longest = int(jax.device_get(rollout.length_bg).max())
+    length = min(limit, -(-longest // multiple) * multiple)
+    return rollout._replace(tokens_bgr=rollout.tokens_bgr[..., :length], logps_bgr=rollout.logps_bgr[..., :length])
+
+
+def train(
+    job: Job,
+    state: TrainState,
+    reference: Policy,
+    batches: grain.DatasetIterator[list[Example]],
+    scorer: Scorer,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    evaluate: Evaluation,
+    first_step: int,
+) -> TrainState:
+    """GRPO from ``first_step`` to ``train.steps``."""
+    config, timer = job.config, PhaseTimer()
+    optimizer = make_optimizer(config.train, config.model.freeze_vision)
+    to_rollout = rollout_layout(job.train_pass.dims, job.rollout_pass.dtype)
+    micro_batches = config.train.batch_size // config.train.micro_batch_size
+    for step in range(first_step, config.train.steps + 1):
+        with timer.phase("data"):
+            examples = next(batches)
+            prompts = job.encode(examples)
+        with timer.phase("rollout"):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
+            weights = to_rollout(state.policy)
+            rollout = sample(weights, prompts, key, setup=job.rollout_pass, sampling=job.sampling)
+            texts = job.texts(rollout)
+        pending = scorer.send(examples, texts, masks=True)
+        with timer.phase("reference"):
+            rollout = _crop(rollout)
+            setup = job.train_pass._replace(remat=False)
+            ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
+            ref_logps.block_until_ready()
+        with timer.phase("reward_wait"):
+            scored = pending.result()
+        with timer.phase("update"):
+            advantages_bg = advantages(scored.rewards_bg)
+            learnt, kept = job.place((advantages_bg, np.isfinite(scored.rewards_bg)))
+            batch = UpdateBatch(prompts, rollout, learnt, kept, ref_logps)
+            state, losses = update(
+                state, batch, optimizer=optimizer, setup=job.train_pass, settings=job.loss, micro_batches=micro_batches
+            )
+            losses = jax.device_get(losses)
+        made = Step(step, examples, texts, jax.device_get(rollout), scored, advantages_bg)
+        times = timer.take()
+        numbers = {**step_metrics(made), **{name: float(value) for name, value in losses.items()}, **times}
+        tokens = int(prompts.length_b.sum()) + int(rollout.length_bg.sum())
+        writer.write_step(step, {**numbers, "tokens_per_second": tokens / times["time/total"]})
+        writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
+        last = step == config.train.steps
+        if last or step % config.train.checkpoint_every == 0:
+            checkpoints.save(step, state, batches.get_state(), config)
+        if last or (config.eval.every and step % config.eval.every == 0):
+            evaluate(step, to_rollout(state.policy))
+            timer.take()
+    return state
+
+
+def answer(job: Job, weights: Policy, examples: Sequence[Example], greedy: bool) -> list[list[str]]:
+    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones."""
+    size = job.config.train.batch_size
+    sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
+    base = jax.random.fold_in(jax.random.key(job.config.seed), _EVAL_KEY)
+    texts: list[list[str]] = []
+    for start in range(0, len(examples), size):
+        rows = list(examples[start : start + size])
+        # A short last batch is filled up with its first row: every batch has one shape.
+        filled = rows + rows[:1] * (size - len(rows))
+        key = jax.random.fold_in(base, start)
+        rollout = sample(weights, job.encode(filled), key, setup=job.rollout_pass, sampling=sampling)
+        texts += job.texts(rollout)[: len(rows)]
+    return texts
+
+
+def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluation:
+    """A function ``(step, rollout weights)`` that evaluates every held-out split and writes what it finds."""
+    config = job.config
+    splits = {}
+    for name in config.data.eval_splits:
+        source = open_split(config.data.name, name, Path(config.data.dir).expanduser())
+        splits[name] = [source[i] for i in range(min(config.eval.examples, len(source)))]
+
+    def evaluate(step: int, weights: Policy) -> None:
+        for name, examples in splits.items():
+            writer.message(f"evaluating {name} after {step} steps: {len(examples)} questions")
+            summaries, rows = evaluation.evaluate_split(
+                examples,
+                lambda asked, greedy: answer(job, weights, asked, greedy),
+                scorer,
+                job.frame,
+                config.reward.recipe,
+                lambda example: writer.write_image(example.id, example.image),
+            )
+            writer.write_evaluation(step, name, summaries, rows)
+
+    return evaluate
+
+
+def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, Policy]:
+    """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits."""
+    processor = Processor.load(
+        resolve(config.model.path), config.data.image_size, config.data.prompt, config.rollout.max_prompt_tokens
+    )
+    dims = read_dims(config.model.path)
+    check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
+    dtype = jnp.dtype(config.model.compute_dtype)
+    policy, _ = load_hf(config.model.path)
+    # A second reading rather than a copy: the state's buffers are donated to the update.
+    reference, _ = load_hf(config.model.path, dtype=dtype)
+    rollout = config.rollout
+    job = Job(
+        config=config,
+        mesh=mesh,
+        processor=processor,
+        frame=Frame(config.data.image_size, config.data.image_size),
+        train_pass=Pass(dims, TRAIN, dtype, config.model.remat),
+        rollout_pass=Pass(dims, ROLLOUT, dtype),
+        sampling=Sampling(
+            group=rollout.group_size,
+            max_tokens=rollout.max_response_tokens,
+            end_ids=processor.end_ids,
+            pad_id=processor.pad_id,
+            banned_ids=processor.visual_ids,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        ),
+        loss=LossSettings(config.grpo, rollout.temperature, processor.visual_ids, config.model.freeze_vision),
+    )
+    return job, initial_state(policy, make_optimizer(config.train, config.model.freeze_vision)), reference
+
+
+@contextlib.contextmanager
+def reward_service(config: Config, run_dir: Path) -> Iterator[RewardClient | None]:
+    """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it."""
+    reward = config.reward
+    with contextlib.ExitStack() as stack:
+        if reward.server == "none":
+            yield None
+            return
+        local = reward.server == "local"
+        address = reward.server
+        if local:
+            address = stack.enter_context(local_server(reward.local_model, run_dir / "reward_server.log"))
+        client = stack.enter_context(RewardClient(address, reward.timeout_s, wait_for_ready=not local))
+        client.wait_until_serving(_SERVER_PATIENCE_S if local else reward.timeout_s)
+        yield client
+
+
+def open_run(config: Config, resume: bool) -> Path:
+    """Makes the run directory and writes ``config.yaml``; refuses to mix two runs in one directory."""
+    run_dir = Path(config.run.dir).expanduser()
+    if not resume and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"run.dir={run_dir}: holds a run already; add --resume to go on with it, or choose another run.dir"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    jsonl.replace(run_dir / "config.yaml", configs.to_yaml(config).encode())
+    return run_dir
+
+
+def run(config: Config, resume: bool) -> None:
+    """One run from configuration to report."""
+    mesh = make_mesh(config.mesh)
+    if resume and not (Path(config.run.dir).expanduser() / "checkpoints").is_dir():
+        raise ConfigError(f"run.dir={config.run.dir}: no checkpoint to resume from; start without --resume")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        job, state, reference = prepare(config, mesh)
+        train_split = open_split(config.data.name, "train", Path(config.data.dir).expanduser())
+        batches = training_batches(train_split, config.train.batch_size, config.seed)
+        run_dir = open_run(config, resume)
+        checkpoints = stack.enter_context(Checkpoints(run_dir, config.train.keep_checkpoints))
+        first_step = 1
+        if resume:
+            restored = checkpoints.restore(state, config)
+            state, first_step = restored.state, restored.step + 1
+            batches.set_state(restored.data)
+        scorer = Scorer(config.reward, job.frame, stack.enter_context(reward_service(config, run_dir)))
+        is_first_host = jax.process_index() == 0
+        writer = stack.enter_context(MetricsWriter(run_dir, config.train.steps, show_progress=is_first_host))
+        evaluate = make_evaluation(job, scorer, writer)
+        if resume:
+            writer.truncate_after(first_step - 1)
+        else:
+            evaluate(0, rollout_layout(job.train_pass.dims, job.rollout_pass.dtype)(state.policy))
+        train(job, state, reference, batches, scorer, checkpoints, writer, evaluate, first_step)
+        checkpoints.wait()
+    print_summary(run_dir)
+    print(f"report: {write_report(run_dir)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="segzero_jax.train", description="Trains a policy with GRPO; without --config, the toy run."
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
+    args, config = configs.parse_command_line(parser, argv)
+    try:
+        data, fsdp, tensor = parse_mesh(config.mesh)
+        simulate_devices(data * fsdp * tensor)
+        run(config, args.resume)
+    except USER_ERRORS as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; --resume goes on from the last checkpoint in {config.run.dir}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The main job as a user runs it: a command, a run directory, a report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segzero_jax import train
+from segzero_jax.grpo import update
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]
+SMALL += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Built once for the session; under xdist each worker has its own."""
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_mesh_4x4_on_a_cpu_trains_against_sam_2(tmp_path: Path, data_dir: str) -> None:
+    """The command of the README, in a process of its own: local SAM 2 server, 16 virtual devices, all files written."""
+    command = [sys.executable, "-m", "segzero_jax.train", "--mesh=4x4", "--train.steps=2", f"--run.dir={tmp_path}/run"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    small = ["--eval.examples=4", "--data.eval_splits=[val]", f"--data.dir={data_dir}", "--train.micro_batch_size=8"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    metrics = lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert 0 <= row["reward/mask_iou"] <= 1
+        assert row["reward/missing"] == 0
+        assert row["kl"] >= 0
+        assert row["grad_norm"] > 0
+        assert row["sampler_gap"] < 1e-4
+    rollouts = lines(run / "rollouts" / "2.jsonl")
+    assert len(rollouts) == 16 * 8
+    for row in rollouts:
+        weighted = sum(row["components"].values())
+        assert row["reward"] == pytest.approx(weighted)
+    assert {(row["step"], row["mode"]) for row in lines(run / "evaluations.jsonl")} == {
+        (step, mode) for step in (0, 2) for mode in ("greedy", "sampled")
+    }
+    assert (run / "report.html").stat().st_size > 10_000
+    assert "report:" in done.stdout
+    assert "held-out gIoU" in done.stdout
+
+
+@pytest.mark.slow
+def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: Path, data_dir: str) -> None:
+    arguments = [*SMALL, f"--data.dir={data_dir}", "--reward.server=none", "--train.checkpoint_every=2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    update.clear_cache()
+    assert train.main([*arguments, "--train.steps=4", f"--run.dir={whole}"]) == 0
+    assert update._cache_size() == 1
+    assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}"]) == 0
+    assert train.main([*arguments, "--train.steps=4", f"--run.dir={parts}", "--resume"]) == 0
+    timeless = lambda row: {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}  # noqa: E731
+    assert [timeless(row) for row in lines(parts / "metrics.jsonl")] == [
+        timeless(row) for row in lines(whole / "metrics.jsonl")
+    ]
+    assert lines(parts / "rollouts" / "4.jsonl") == lines(whole / "rollouts" / "4.jsonl")
+
+
+BAD = {
+    "unknown key": (["--train.stepz=2"], "did you mean 'train.steps'"),
+    "mesh text": (["--mesh=4by4"], "expected FSDPxTENSOR"),
+    "mesh and heads": (["--mesh=1x3"], "8 attention heads do not divide by tensor = 3"),
+    "mesh and batch": (["--mesh=3x1"], "do not divide by"),
+    "no checkpoint": (["--resume"], "no checkpoint to resume from"),
+    "no model": (["--model.path=nowhere"], "model.path=nowhere"),
+    "prompt too long": (
+        ["--rollout.max_prompt_tokens=40", "--reward.server=none"],
+        "expected at most max_prompt_tokens=40",
+    ),
+    "server away": (["--reward.server=localhost:9", "--reward.timeout_s=1"], "reward server localhost:9"),
+    "no such data": (["--data.name=nothing"], "data set 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: str, tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = BAD[case]
+    run = tmp_path / "run"
+    try:
+        code = train.main([f"--data.dir={data_dir}", f"--run.dir={run}", *SMALL, *arguments])
+    except SystemExit as left:
+        code = left.code
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2
+    assert expected in complaint
+    assert complaint.startswith("segzero_jax.train: ")
+    assert not list(run.rglob("*.jsonl"))
+
+
+def test_a_second_run_does_not_mix_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert train.main([f"--run.dir={tmp_path}", "--reward.server=none"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
