@@ -53,7 +53,7 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def box_hits(answer: Sequence[ObjectPrompt], target: Sequence[ObjectPrompt]) -> float:
-    """Pairs with IoU above 0.5 in the best one-to-one matching, over the larger number of boxes; 1 when both are empty."""
+    """Pairs with IoU above 0.5 in the best one-to-one matching, over the larger number of boxes; 1 for none at all."""
     if not answer or not target:
         return float(not answer and not target)
     ious = np.array([[box_iou(a.box, t.box) for t in target] for a in answer])
@@ -119,7 +119,7 @@ def judge(examples: Sequence[Example], texts: list[list[str]], scored: Scored, f
 def sample_row(
     example: Example, text: str, scored: Scored, index: int, frame: Frame, recipe: str, image: str
 ) -> dict[str, Any]:
-    """A line of ``evaluations/STEP_SPLIT.jsonl``: the first answer to question ``index`` and what a picture of it needs."""
+    """A line of ``evaluations/STEP_SPLIT.jsonl``: the first answer to question ``index``, and what shows it."""
     score = scored.masks[index][0] if scored.masks is not None else None
     reward = scored.rewards_bg[index, 0]
     return {

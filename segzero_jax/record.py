@@ -1,4 +1,4 @@
-"""What a step leaves behind: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and the summary at the end."""
+"""What a step leaves: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and the summary of a run."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
