@@ -20,6 +20,7 @@ help:
 	@echo "Needs Python 3.11 or newer: make demo PYTHON=python3.12"
 
 demo: $(STAMP)
+	@if test -e runs/toy/metrics.jsonl; then old=runs/toy-$$(date +%Y%m%d-%H%M%S); mv runs/toy $$old; echo "The last demo is kept in $$old."; fi
 	$(BIN)/python -m segzero_jax.train --config configs/toy.yaml
 
 # One thread per test process: two processes whose libraries each take every core slow each other down.
