@@ -69,8 +69,10 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def simulate_devices(count: int) -> None:
+def prepare_cpu(count: int) -> None:
     """Lets a CPU-only host show ``count`` virtual devices; without effect on TPU and GPU. Call before JAX starts."""
+    # The CPU client can lock up behind a queue of dependent programs: one at a time.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", count)
 

@@ -47,7 +47,7 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
         "reward/std": float(present.std()) if present.size else None,
         **{f"reward/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())},
         "reward/zero_std_groups": float((made.advantages_bg == 0).all(axis=1).mean()),
-        "reward/missing": int(totals.size - present.size),
+        "missing_scores": int(totals.size - present.size),
         "response_length/mean": float(made.rollout.length_bg.mean()),
         "response_length/max": int(made.rollout.length_bg.max()),
         "finished": float(made.rollout.finished_bg.mean()),

@@ -33,7 +33,7 @@ from segzero_jax.grpo import (
     update,
 )
 from segzero_jax.local_server import local_server
-from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh, simulate_devices
+from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims, resolve
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = configs.parse_command_line(parser, argv)
     try:
         data, fsdp, tensor = parse_mesh(config.mesh)
-        simulate_devices(data * fsdp * tensor)
+        prepare_cpu(data * fsdp * tensor)
         run(config, args.resume)
     except USER_ERRORS as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

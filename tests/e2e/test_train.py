@@ -39,7 +39,7 @@ def test_mesh_4x4_on_a_cpu_trains_against_sam_2(tmp_path: Path, data_dir: str) -
     assert [row["step"] for row in metrics] == [1, 2]
     for row in metrics:
         assert 0 <= row["reward/mask_iou"] <= 1
-        assert row["reward/missing"] == 0
+        assert row["missing_scores"] == 0
         assert row["kl"] >= 0
         assert row["grad_norm"] > 0
         assert row["sampler_gap"] < 1e-4
