@@ -1,0 +1,148 @@
+"""A policy that can be asked: any checkpoint, with all that its weights do not say of themselves, and one response."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from segzero_jax import config as configs
+from segzero_jax.checkpoint import load_policy
+from segzero_jax.config import Config
+from segzero_jax.mesh import TRAIN
+from segzero_jax.model.dims import Dims
+from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.weights import CheckpointError
+from segzero_jax.processor import Processor
+from segzero_jax.rollout import Sampling, sample
+from segzero_jax.types import Example
+
+_DEFAULT_RUN = Path("runs/toy")
+_LARGE_SAM = "facebook/sam2.1-hiera-large"
+# What a Hugging Face directory does not say of itself: how VisionReasoner's released checkpoints were trained.
+_RELEASED = {
+    "model.compute_dtype": "bfloat16",
+    "data.image_size": 840,
+    "data.prompt": "vision_reasoner",
+    "rollout.max_prompt_tokens": 1300,
+    "rollout.max_response_tokens": 2000,
+    "reward.local_model": _LARGE_SAM,
+}
+_UNIT = 28  # pixels along the side of what becomes one image token
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A policy that can be asked.
+
+    Attributes:
+      name: where it comes from, a run's step included.
+      config: of its run, or what stands in for one; ``data`` and ``rollout`` say how it is asked.
+    """
+
+    name: str
+    policy: Policy
+    dims: Dims
+    processor: Processor
+    config: Config
+
+
+def find_checkpoint(given: str | None) -> str:
+    """What ``--checkpoint`` means: a run directory stands for its newest step, nothing for the toy run or "toy"."""
+    if given is None:
+        return _newest(_DEFAULT_RUN) or "toy"
+    directory = Path(given).expanduser()
+    return given if (directory / "config.json").is_file() else _newest(directory) or given
+
+
+def _newest(run: Path) -> str | None:
+    # Orbax names a checkpoint by its step alone only once it is complete.
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return str(run / "checkpoints" / str(max(steps))) if steps else None
+
+
+def load(name: str, image_size: int | None = None, prompt: str | None = None) -> Loaded:
+    """Loads a policy and its processor onto the ambient mesh.
+
+    Args:
+      name: a run's ``checkpoints/STEP``, a run directory, a Hugging Face directory, or "toy".
+      image_size, prompt: take the place of the run's own ``data.image_size`` and ``data.prompt``.
+
+    Raises:
+      CheckpointError: there is no such policy, or it is damaged.
+      ConfigError: the picture size or the wording is none.
+    """
+    released = name != "toy" and (Path(name).expanduser() / "config.json").is_file()
+    try:
+        # Released weights are read in the precision they come in; a run's is known only once it is read.
+        policy, dims, config = load_policy(name, jnp.bfloat16 if released else jnp.float32)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, OSError) as error:  # what Orbax, safetensors and json raise on damaged files
+        raise CheckpointError(f"{name}: the checkpoint cannot be read: {error}") from None
+    if config is None:
+        config = configs.replace(Config(), **_RELEASED, **{"model.path": name}) if released else Config()
+    else:
+        dtype = jnp.dtype(config.model.compute_dtype)
+        policy = jax.tree.map(lambda x: x.astype(dtype), policy)
+    config = _asked_differently(config, image_size, prompt)
+    data, limit = config.data, config.rollout.max_prompt_tokens
+    try:
+        processor = Processor.load(config.model.path, data.image_size, data.prompt, limit)
+    except (ValueError, KeyError, OSError) as error:  # missing or damaged tokenizer.json, preprocessor_config.json
+        raise CheckpointError(f"{name}: no tokenizer or picture settings for it: {error}") from None
+    return Loaded(name, policy, dims, processor, config)
+
+
+def _asked_differently(config: Config, image_size: int | None, prompt: str | None) -> Config:
+    """The configuration with another picture size, whose tokens come on top of the prompt's limit, or wording."""
+    before = (config.data.image_size // _UNIT) ** 2
+    after = ((image_size or config.data.image_size) // _UNIT) ** 2
+    changes: dict[str, Any] = {"rollout.max_prompt_tokens": config.rollout.max_prompt_tokens + after - before}
+    if image_size is not None:
+        changes["data.image_size"] = image_size
+    if prompt is not None:
+        changes["data.prompt"] = prompt
+    return configs.replace(config, **changes)
+
+
+def default_sam(config: Config) -> str:
+    """The SAM 2 that a policy was trained with; the best one where it was trained with none, or with one elsewhere."""
+    mine = config.model.path == "toy" or config.reward.server == "local"
+    return config.reward.local_model if mine else _LARGE_SAM
+
+
+def respond(
+    loaded: Loaded, example: Example, seed: int | None = None, temperature: float | None = None
+) -> tuple[str, bool]:
+    """The policy's response to one question.
+
+    Args:
+      loaded: on the ambient mesh.
+      seed: None for the most probable tokens, else of the draw.
+      temperature: of the draw; the run's own by default, like top-p and top-k.
+
+    Returns:
+      The text, and whether it ended by itself rather than at the length limit.
+
+    Raises:
+      ImageError, PromptTooLong: see ``Processor.encode``.
+    """
+    processor, rollout = loaded.processor, loaded.config.rollout
+    sampling = Sampling(
+        group=1,
+        max_tokens=rollout.max_response_tokens,
+        end_ids=processor.end_ids,
+        pad_id=processor.pad_id,
+        banned_ids=processor.visual_ids,
+        temperature=temperature or rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        greedy=seed is None,
+    )
+    batch = processor.batch([processor.encode(example)])
+    setup = Pass(loaded.dims, TRAIN, jnp.dtype(loaded.config.model.compute_dtype))
+    key = jax.random.key(seed or 0)
+    drawn = jax.device_get(sample(loaded.policy, batch, key, setup=setup, sampling=sampling))
+    return processor.decode(drawn.tokens_bgr[0, 0, : drawn.length_bg[0, 0]]), bool(drawn.finished_bg[0, 0])

@@ -1,0 +1,469 @@
+"""The infer command: a picture and a question in, reasoning, box and mask out; bad input is one line."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from PIL import Image
+
+from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server.codec import decode_image, encode_mask
+from segzero_jax import asking, infer
+from segzero_jax import config as configs
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.config import Config
+from segzero_jax.data.scenes import Scene, make_example_scene
+from segzero_jax.frames import rescale_object
+from segzero_jax.grpo import TrainState
+from segzero_jax.mesh import make_mesh
+from segzero_jax.model import load_hf, save_hf
+from segzero_jax.overlay import decode_mask
+from segzero_jax.processor import Processor, checkpoint_directory
+from segzero_jax.prompt import parse_answer
+from segzero_jax.rollout import Sampling
+from segzero_jax.types import Frame, Rollout
+
+SIDE = 112
+ROTATED = 6  # EXIF: turn clockwise by a quarter to see it upright
+TORCH = {"torch", "torchvision", "sam2", "transformers", "tensorflow"}
+
+
+def simple_scene() -> tuple[Scene, str]:
+    """One large object alone in a picture that is not square: what any trained toy policy finds."""
+    for index in range(1000):
+        scene, question = make_example_scene("val", index)
+        if len(scene.objects) == 1 and scene.objects[0].mask.mean() > 0.05 and question.kind == "attribute":
+            return scene, question.text
+    raise AssertionError("no such scene")
+
+
+SCENE, QUESTION = simple_scene()
+PICTURE = Image.fromarray(SCENE.image)
+FRAME = Frame(*PICTURE.size)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated(kind: str, **options: Any) -> bytes:
+    """The picture as a camera held sideways stores it."""
+    exif = Image.Exif()
+    exif[0x0112] = ROTATED
+    return encoded(PICTURE.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, **options)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    path.write_bytes(encoded(PICTURE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Hugging Face directory with a tiny policy that has learnt nothing."""
+    directory = tmp_path_factory.mktemp("babbler")
+    with jax.set_mesh(make_mesh("1x1")):
+        save_hf(tiny.random_policy(), tiny.DIMS, directory, carry_from="toy")
+    (directory / "config.json").write_text(json.dumps(tiny.hf_config()))
+    return str(directory)
+
+
+def ask(image: Path, *more: str, query: str = QUESTION, checkpoint: str = "toy") -> dict[str, Any]:
+    """Runs the command in this process; returns the JSON."""
+    out = image.parent / "out"
+    arguments = ["--image", str(image), "--query", query, "--checkpoint", checkpoint, "--out", str(out)]
+    assert infer.main([*arguments, *more]) == 0
+    return json.loads((out / f"{image.stem}.json").read_text())
+
+
+def mask_file(image: Path) -> np.ndarray:
+    picture = Image.open(image.parent / "out" / f"{image.stem}_mask.png")
+    assert picture.mode == "L"
+    return np.asarray(picture)
+
+
+class BoxServer(reward_pb2_grpc.RewardServiceServicer):
+    """Reads pictures and frames as the real server does; its masks are the boxes themselves."""
+
+    def __init__(self, version: int = reward_pb2.API_VERSION_CURRENT, pixels: int = 10**6) -> None:
+        self.version = version
+        self.pixels = pixels
+        self.seen: list[reward_pb2.SegmentRequest] = []
+        self.change: Callable[[reward_pb2.SegmentResponse], None] = lambda response: None
+
+    def GetInfo(self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext) -> reward_pb2.GetInfoResponse:
+        limits = reward_pb2.Limits(image_bytes=2**20, image_pixels=self.pixels)
+        return reward_pb2.GetInfoResponse(api_version=self.version, model="boxes", limits=limits)
+
+    def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
+        self.seen.append(request)
+        height, width = decode_image(request.image.data).shape[:2]
+        scale = width / request.frame.width, height / request.frame.height
+        response = reward_pb2.SegmentResponse(request_id=request.request_id)
+        for candidate in request.candidates:
+            mask = np.zeros((height, width), bool)
+            for item in candidate.objects:
+                x1, y1, x2, y2 = item.box.x1, item.box.y1, item.box.x2, item.box.y2
+                rows, columns = round(y1 * scale[1]), round(x1 * scale[0])
+                mask[rows : round(y2 * scale[1]), columns : round(x2 * scale[0])] = True
+            response.candidates.add(mask=encode_mask(mask), model_score=0.5)
+        self.change(response)
+        return response
+
+
+@contextmanager
+def serving(servicer: BoxServer) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
+    healthy = health.HealthServicer()
+    name = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
+    healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def test_the_shipped_policy_and_sam_find_an_object(image: Path) -> None:
+    """The command as a user types it, in a fresh process and an empty directory."""
+    program = (
+        "import sys; from segzero_jax.infer import main; code = main(sys.argv[1:]); "
+        f"assert not {TORCH!r} & set(sys.modules); sys.exit(code)"
+    )
+    arguments = ["--image", "scene.png", "--query", QUESTION]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=image.parent, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    folder = image.parent / "infer"
+    names = ("scene_overlay.png", "scene_mask.png", "scene.json")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    first, thinking, answer, mask_line, wrote = done.stdout.splitlines()
+    assert first.startswith("policy: toy (the default")
+    assert wrote == "wrote " + ", ".join(f"infer/{name}" for name in names)
+
+    row = json.loads((folder / "scene.json").read_text())
+    assert thinking == f"thinking: {row['thinking'].strip()}"
+    assert (row["question"], row["checkpoint"], row["sam"]) == (QUESTION, "toy", "toy")
+    assert row["frame"] == [FRAME.width, FRAME.height]
+    (obj,) = (rescale_object(obj, Frame(SIDE, SIDE), FRAME) for obj in parse_answer(row["text"]).objects)
+    assert row["objects"] == [{"box": list(obj.box), "points": [list(point) for point in obj.points]}]
+    assert f"{obj.box[0]:.6g}, {obj.box[1]:.6g}" in answer
+
+    mask = decode_mask(row["mask"])
+    target = SCENE.objects[0].mask
+    assert (mask & target).sum() / (mask | target).sum() > 0.6
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "scene_mask.png")), mask * np.uint8(255))
+    assert mask_line.startswith(f"mask: {mask.sum()} of {mask.size} pixels, SAM 2 (toy) expects an IoU of 0.")
+    overlay = Image.open(folder / "scene_overlay.png")
+    assert (overlay.mode, overlay.size) == ("RGB", PICTURE.size)
+    changed = differing(folder / "scene_overlay.png")
+    assert changed[mask].mean() > 10 * changed[~mask].mean()
+
+
+def test_policy_and_server_agree_on_the_picture(image: Path) -> None:
+    """Stored upright, rotated or with transparency: one picture, one answer, one mask."""
+    server = BoxServer()
+    with serving(server) as address:
+        upright = ask(image, "--server", address)
+        assert server.seen[0].image.data == image.read_bytes()
+        assert (server.seen[0].frame.width, server.seen[0].frame.height) == PICTURE.size
+        mask = mask_file(image)
+        (obj,) = upright["objects"]
+        x1, y1, x2, y2 = (round(v) for v in obj["box"])
+        assert set(np.unique(mask)) == {0, 255}
+        assert mask[y1:y2, x1:x2].all()
+        assert mask.sum() == 255 * (x2 - x1) * (y2 - y1)
+        assert (upright["sam"], upright["model_score"]) == ("boxes", 0.5)
+
+        transparent = PICTURE.convert("RGBA")
+        transparent.putalpha(Image.fromarray(np.where(SCENE.objects[0].mask, 0, 255).astype(np.uint8)))
+        for data, same in ((rotated("PNG"), True), (encoded(transparent), False)):
+            image.write_bytes(data)
+            row = ask(image, "--server", address)
+            seen = decode_image(server.seen[-1].image.data)
+            assert (row["frame"], row["mask"]["width"]) == ([FRAME.width, FRAME.height], FRAME.width)
+            if same:
+                np.testing.assert_array_equal(seen, SCENE.image)
+                np.testing.assert_array_equal(mask_file(image), mask)
+                assert row == upright
+            else:
+                assert (seen[SCENE.objects[0].mask] == 255).all(), "transparency is white for the policy"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (encoded(PICTURE), None),
+        (encoded(PICTURE, "JPEG"), None),
+        (encoded(PICTURE.convert("L")), None),
+        (rotated("JPEG", quality=95), "JPEG"),
+        (rotated("WEBP", lossless=True), "PNG"),
+        (encoded(Image.fromarray(np.full((5, 7), 40_000, np.uint16))), "PNG"),
+    ],
+    ids=["PNG", "JPEG", "grey", "rotated JPEG", "rotated WebP", "16 bits"],
+)
+def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, kind: str | None) -> None:
+    upright = infer.decode_image(data, "it")
+    sent = infer.as_seen(data, upright)
+    assert (sent is data) == (kind is None)
+    if kind:
+        assert Image.open(io.BytesIO(sent)).format == kind
+    difference = np.abs(decode_image(sent).astype(int) - np.asarray(upright))
+    assert difference.mean() < (3 if kind == "JPEG" else 1e-9)
+
+
+def test_a_drawn_answer_follows_its_seed_and_may_be_malformed(
+    image: Path, babbler: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a run in half precision, on two devices; no server is started, as there is nothing to ask it."""
+    changes = {"rollout.max_response_tokens": 12, "model.path": babbler, "model.compute_dtype": "bfloat16"}
+    run = save_run(image.parent / "run", configs.replace(Config(), **changes), 3)
+    asked = ("--sample", "--mesh=1x2", "--server=local")
+    first = ask(image, *asked, checkpoint=run)
+    printed = capsys.readouterr().out
+    assert "answer: malformed (cut at 12 tokens), there is nothing to segment; the policy said: " in printed
+    assert not {chr(code) for code in range(32)} & set(printed) - {"\n"}
+    assert (first["well_formed"], first["objects"], first["sam"]) == (False, [], "")
+    assert (first["checkpoint"], first["answer_frame"]) == (f"{run}/checkpoints/3", [112, 112])
+    assert not decode_mask(first["mask"]).any()
+    assert mask_file(image).shape == (FRAME.height, FRAME.width)
+    assert not mask_file(image).any()
+    assert differing(image.parent / "out/scene_overlay.png").mean() < 0.01
+    assert ask(image, *asked, "--seed=0", checkpoint=run)["text"] == first["text"]
+    assert ask(image, *asked, "--seed=1", checkpoint=run)["text"] != first["text"]
+
+
+def test_options_reach_the_sampler_and_any_answer_is_understood(
+    image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Sampling] = []
+    processor = Processor.load("toy", SIDE, "toy", 64)
+
+    def says(text: str, finished: bool = True) -> None:
+        def sample(policy: object, batch: object, key: object, *, setup: object, sampling: Sampling) -> Rollout:
+            asked.append(sampling)
+            tokens = np.array([[[*processor.encode_text(text), 0]]])
+            return Rollout(tokens, np.array([[tokens.size - 1]]), np.zeros(tokens.shape), np.array([[finished]]))
+
+        monkeypatch.setattr(asking, "sample", sample)
+
+    says("<think>none here</think><answer>[]</answer>")
+    row = ask(image)
+    assert (row["thinking"], row["well_formed"], row["objects"]) == ("none here", True, [])
+    assert not mask_file(image).any()
+    printed = capsys.readouterr().out
+    assert "thinking: none here\nanswer: no such object in the picture\nmask: 0 of " in printed
+
+    says('<answer>{"bbox": [28,14,84,56], "points_1": [56,28], "points_2": [1e5,0]}</answer>', finished=False)
+    row = ask(image, "--sample", "--temperature=0.5", "--server=none")
+    w, h = FRAME.width / 4, FRAME.height / 8
+    (obj,) = row["objects"]
+    assert obj["box"] == pytest.approx([w, h, 3 * w, 4 * h])
+    assert obj["points"][0] == pytest.approx([2 * w, 2 * h])
+    assert len(obj["points"]) == 2
+    assert row["thinking"] is None
+
+    assert [(sampling.greedy, sampling.group) for sampling in asked] == [(True, 1), (False, 1)]
+    assert asked[1].temperature == 0.5
+    assert asked[1].max_tokens == Config().rollout.max_response_tokens
+    assert set(asked[1].banned_ids) == set(processor.visual_ids)
+
+
+def differing(path: Path) -> np.ndarray:
+    """bool [h, w]: where a drawing shows on the picture, which drawing softens a little."""
+    return np.abs(np.asarray(Image.open(path), int) - SCENE.image).max(-1) > 48
+
+
+def save_run(run: Path, config: Config, *steps: int) -> str:
+    """A run directory with the weights of ``model.path`` as these steps; returns where it is."""
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(run, keep=len(steps)) as checkpoints:
+        policy, _ = load_hf(config.model.path)
+        for step in steps:
+            checkpoints.save(step, TrainState(policy, (), jnp.int32(step)), {}, config)
+        checkpoints.wait()
+    return str(run)
+
+
+def test_without_a_server_there_is_no_mask(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = ask(image, "--reward.server", "none")
+    assert row["objects"]
+    assert (row["mask"], row["model_score"]) == (None, 0)
+    assert sorted(path.name for path in (image.parent / "out").iterdir()) == ["scene.json", "scene_overlay.png"]
+    assert "mask: none was asked for" in capsys.readouterr().out
+
+
+def test_the_newest_checkpoint_of_the_toy_run_is_the_default(
+    image: Path, babbler: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(image.parent)
+    assert asking.find_checkpoint(None) == "toy"
+    config = configs.replace(Config(), **{"rollout.max_response_tokens": 12, "model.path": babbler})
+    save_run(Path("runs/toy"), config, 9, 10)
+    assert infer.main(["--image", "scene.png", "--query", QUESTION]) == 0
+    assert "policy: runs/toy/checkpoints/10 (the default" in capsys.readouterr().out
+    assert json.loads(Path("infer/scene.json").read_text())["checkpoint"] == "runs/toy/checkpoints/10"
+    assert asking.find_checkpoint("runs/toy") == "runs/toy/checkpoints/10"
+    assert asking.find_checkpoint("runs/toy/checkpoints/9") == "runs/toy/checkpoints/9"
+
+    Path("runs/toy/checkpoints/11").mkdir()
+    refused(capsys, ["--image", "scene.png", "--query", "x", "--out", "new"], "runs/toy/checkpoints/11")
+    refused(
+        capsys,
+        ["--image", "scene.png", "--query", "x", "--out", "new", "--checkpoint", "runs/toy/checkpoints/8"],
+        "runs/toy/checkpoints/8: no complete checkpoint there",
+    )
+
+
+def test_a_hugging_face_directory_is_asked_as_told(babbler: str) -> None:
+    with jax.set_mesh(make_mesh("1x1")):
+        loaded = asking.load(babbler)
+        config = loaded.config
+        other = asking.load(babbler, image_size=112, prompt="seg_zero")
+        larger = asking.load("toy", image_size=140).config
+    assert (config.data.image_size, config.data.prompt) == (840, "vision_reasoner")
+    assert (config.rollout.max_prompt_tokens, config.model.compute_dtype) == (1300, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.policy)} == {jnp.dtype("bfloat16")}
+    assert (other.processor.image_size, other.config.data.prompt) == (112, "seg_zero")
+    assert asking.default_sam(config) == "facebook/sam2.1-hiera-large"
+    assert asking.default_sam(larger) == "toy"
+    assert larger.rollout.max_prompt_tokens == Config().rollout.max_prompt_tokens + 25 - 16, "the question has its room"
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
+    """The command ends with 2 and one line that has these parts, and makes no directory for its output."""
+    capsys.readouterr()
+    try:
+        code = infer.main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    printed = capsys.readouterr().err
+    assert code == 2, printed
+    assert printed.startswith("python -m segzero_jax.infer: ")
+    assert printed.count("\n") == 1
+    for part in parts:
+        assert part in printed
+    out = Path(arguments[arguments.index("--out") + 1])
+    assert not out.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"--image": "absent.png"}, ("absent.png: no such file",)),
+        ({"--image": "."}, ("--image=.: no such file",)),
+        ({"--image": "text.png"}, ("text.png: image cannot be read",)),
+        ({"--image": "empty.png"}, ("empty.png: no image, expected",)),
+        ({"--image": "cut.png"}, ("cut.png: image cannot be read",)),
+        ({"--query": " . "}, ("--query: expected a question",)),
+        ({"--query": "the \udcff"}, ("--query: expected UTF-8",)),
+        ({"--query": "the red circle " * 30}, ("scene.png: prompt of", "max_prompt_tokens=64")),
+        ({"--checkpoint": "absent"}, ("absent: expected a run directory", "'toy'")),
+        ({"--checkpoint": "damaged"}, ("damaged", "cut short")),
+        ({"--image-size": "100"}, ("data.image_size=100", "multiple of 28")),
+        ({"--prompt": "poem"}, ("--prompt", "'poem'", "vision_reasoner")),
+        ({"--out": "taken"}, ("--out=taken: is a file",)),
+        ({"--server": "nowhere"}, ("'nowhere': expected host:port",)),
+        ({"--server": "127.0.0.1:1"}, ("127.0.0.1:1: unreachable", "reward.server")),
+        ({"--seed": "3"}, ("expected --sample",)),
+        ({"--sample": None, "--seed": "-1"}, ("--seed=-1: expected 0 to",)),
+        ({"--sample": None, "--temperature": "0"}, ("--temperature", "'0'")),
+        ({"--mesh": "2x2"}, ("--mesh: 2x2: expected 1xTENSOR",)),
+        ({"--mesh": "1x99"}, ("needs 99 devices",)),
+        ({"--chekpoint": "toy"}, ("--chekpoint", "--help")),
+    ],
+)
+def test_bad_input_is_one_line(
+    image: Path,
+    changes: dict[str, str | None],
+    parts: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(image.parent)
+    Path("text.png").write_text("not a picture")
+    Path("empty.png").touch()
+    Path("cut.png").write_bytes(encoded(PICTURE)[:2000])
+    Path("taken").touch()
+    Path("damaged").mkdir()
+    for file in checkpoint_directory("toy").iterdir():
+        whole = file.read_bytes()
+        Path("damaged", file.name).write_bytes(whole[:5000] if file.suffix == ".safetensors" else whole)
+    options = {"--image": "scene.png", "--query": "x", "--checkpoint": "toy", "--out": "out", "--server": "none"}
+    arguments = [part for item in (options | changes).items() for part in item if part is not None]
+    refused(capsys, arguments, *parts)
+
+
+def test_a_server_that_cannot_help_is_explained(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def arguments(address: str) -> list[str]:
+        out = str(image.parent / "none")
+        return ["--image", str(image), "--query", QUESTION, "--checkpoint=toy", "--out", out, "--server", address]
+
+    def half(response: reward_pb2.SegmentResponse) -> None:
+        response.candidates[0].mask.width //= 2
+
+    with serving(BoxServer(version=99)) as address:
+        refused(capsys, arguments(address), address, "99", f"this client speaks {reward_pb2.API_VERSION_CURRENT}")
+    assert "policy:" not in capsys.readouterr().out
+    with serving(BoxServer(pixels=100)) as address:
+        refused(capsys, arguments(address), "scene.png: ", "takes at most 100 pixels", "shrink")
+    server = BoxServer()
+    server.change = half
+    with serving(server) as address:
+        refused(capsys, arguments(address), f"expected a mask of {FRAME.width}x{FRAME.height} pixels")
+
+
+def test_an_answer_that_sam_refuses_is_kept_without_a_mask(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(response: reward_pb2.SegmentResponse) -> None:
+        response.candidates[0].status.CopyFrom(reward_pb2.Status(code=3, message="objects[0]: far away"))
+
+    server = BoxServer()
+    server.change = refuse
+    with serving(server) as address:
+        row = ask(image, "--server", address)
+    assert (row["mask"], row["error"]) == (None, "objects[0]: far away")
+    assert "mask: none, SAM 2 refused the answer: objects[0]: far away" in capsys.readouterr().out
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "out"
+    infer.write_together(folder, {"a": b"old"})
+    with pytest.raises(FileNotFoundError):
+        infer.write_together(folder, {"a": b"new", "b/c": b"new"})
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"old"]
+    infer.write_together(folder, {"a": b"1", "b": b"2"})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"1", "b": b"2"}
+
+
+def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    infer._say("a\x1b[2Jb\u202ec é\n猫")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\u202ec é\n猫\n"
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        infer.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("image", "query", "checkpoint", "out", "server", "sam", "image-size", "prompt", "sample", "mesh"):
+        assert f"--{option}" in printed
