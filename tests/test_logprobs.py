@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import DIMS, random_policy
+
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.logprobs import response_logps, sampling_logits
+from segzero_jax.model.policy import Pass
+
+BANNED = (3, 500)
+SETUP = Pass(DIMS, TRAIN, jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("length", [1, 12, 64])  # one chunk of an odd size, one chunk, two chunks
+def test_log_probabilities_and_entropy_are_those_of_a_plain_softmax(length):
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((2, 3, length, DIMS.hidden)).astype(np.float32)
+    tokens = rng.integers(4, 500, (2, 3, length), dtype=np.int32)
+    with jax.set_mesh(make_mesh("1x1")):
+        policy = random_policy()
+        logp, entropy = jax.jit(lambda *args: response_logps(*args, SETUP, 0.7, BANNED))(policy, hidden, tokens)
+    scaled = (hidden.astype(np.float64) @ np.asarray(policy.embed_vd[...], np.float64).T) / 0.7
+    scaled[..., list(BANNED)] = -np.inf
+    every = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    expected = np.take_along_axis(every, tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(logp, expected, atol=1e-5)
+    possible = np.delete(every, BANNED, axis=-1)
+    np.testing.assert_allclose(entropy, -(np.exp(possible) * possible).sum(-1), atol=1e-5)
+
+
+def test_a_banned_token_has_no_probability_and_none_banned_changes_nothing():
+    with jax.set_mesh(make_mesh("1x1")):
+        raw = jnp.asarray(np.random.default_rng(0).standard_normal((2, 512)), jnp.float32)
+        probabilities = np.asarray(jax.nn.softmax(sampling_logits(raw, 2.0, BANNED)))
+        free = sampling_logits(raw, 2.0, ())
+    assert (probabilities[:, BANNED] == 0).all()
+    assert (np.delete(probabilities, BANNED, axis=1) > 0).all()
+    np.testing.assert_array_equal(free, raw / 2)
