@@ -197,23 +197,23 @@ def update(
     """
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
     count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
-    gradient_of = jax.value_and_grad(group_loss, has_aux=True)
 
-    def accumulate(total: Total, part: UpdateBatch) -> tuple[Total, None]:
+    def learn(part: UpdateBatch) -> Total:
+        gradient_of = jax.value_and_grad(group_loss, has_aux=True)
         (_, metrics), gradients = gradient_of(state.policy, part, count, setup, settings)
-        return jax.tree.map(jnp.add, total, (gradients, metrics)), None
+        return gradients, metrics
 
     if micro_batches == 1:
-        (_, metrics), gradients = gradient_of(state.policy, batch, count, setup, settings)
+        gradients, metrics = learn(batch)
     else:
         parts = jax.tree.map(lambda x: _split_rows(jnp.asarray(x), micro_batches), batch)
-        first = jax.tree.map(lambda x: x[0], parts)
-        (_, metrics), gradients = jax.eval_shape(gradient_of, state.policy, first, count, setup, settings)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), (gradients, metrics))
-        (gradients, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
+        like = jax.eval_shape(lambda parts: learn(jax.tree.map(lambda x: x[0], parts)), parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), like)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, learn(part)), None)  # noqa: E731
+        (gradients, metrics), _ = jax.lax.scan(add, zeros, parts)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.policy)
     policy = optax.apply_updates(state.policy, updates)
-    metrics["grad_norm"] = optax.global_norm(gradients)
+    metrics["grad_norm"] = optax.tree.norm(gradients)
     return TrainState(policy, optimizer_state, state.updates + 1), metrics
 
 

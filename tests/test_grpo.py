@@ -1,0 +1,303 @@
+"""GRPO's arithmetic against numbers worked out by hand, and the update on a small policy."""
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import DIMS, load_processor, prompts, random_policy
+
+from segzero_jax import grpo
+from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.grpo import (
+    LossSettings,
+    UpdateBatch,
+    advantages,
+    group_loss,
+    initial_state,
+    k3_kl,
+    make_optimizer,
+    policy_loss,
+    token_mask,
+    update,
+)
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.policy import Pass
+from segzero_jax.types import Rollout
+
+NAN = math.nan
+SETUP = Pass(DIMS, TRAIN, jnp.dtype("float32"))
+
+
+# Advantages.
+
+
+def test_advantages_divide_by_the_sample_deviation():
+    found = advantages(np.array([[1, 2, 3, 6], [0, 1e-6, NAN, NAN]]))
+    std = math.sqrt((4 + 1 + 0 + 9) / 3)  # Bessel: 3, not 4
+    np.testing.assert_allclose(found[0], [-2 / std, -1 / std, 0, 3 / std], rtol=1e-6)
+    # A spread as small as epsilon: 5e-7 / (7.0711e-7 + 1e-6).
+    np.testing.assert_allclose(found[1], [-0.292893, 0.292893, 0, 0], rtol=1e-5)
+    assert found.dtype == np.float32
+
+
+def test_a_missing_score_is_not_a_zero():
+    found = advantages(np.array([[1, NAN, 3]]))
+    np.testing.assert_allclose(found, [[-1 / math.sqrt(2), 0, 1 / math.sqrt(2)]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rewards", [[0.1, 0.1, 0.1], [NAN, 5.0, NAN], [NAN, NAN, NAN], [1e9 / 3] * 3])
+def test_a_group_without_a_difference_teaches_nothing(rewards):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (advantages(np.array([rewards])) == 0).all()
+
+
+REWARDS = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=8)
+
+
+@given(REWARDS, st.floats(-5, 5), st.permutations(range(8)))
+def test_advantages_ignore_the_level_of_rewards_and_their_order(rewards, level, order):
+    plain = advantages(np.array([rewards]))[0]
+    np.testing.assert_allclose(advantages(np.array([rewards]) + level)[0], plain, atol=1e-4)
+    order = [i for i in order if i < len(rewards)]
+    np.testing.assert_allclose(advantages(np.array([rewards])[:, order])[0], plain[order], atol=1e-5)
+    assert abs(plain.sum()) < 1e-4
+    best = np.array(rewards) == max(rewards)
+    assert (plain[best] == plain.max()).all()
+
+
+# KL and surrogate.
+
+
+def test_kl_estimate_and_its_clamp():
+    d = jnp.array([0, math.log(2), -1, 2, 5, -15])
+    np.testing.assert_allclose(k3_kl(-d, jnp.zeros(6)), [0, 0.306853, 0.367879, 4.389056, 10, 10], atol=1e-6)
+
+
+def test_kl_has_a_finite_gradient_wherever_the_policies_part():
+    gradient = jax.vmap(jax.grad(lambda logp: k3_kl(logp, jnp.zeros(()))))
+    # 1 - exp(d) inside the clamp, 0 outside.
+    np.testing.assert_allclose(
+        gradient(jnp.array([0.0, -math.log(2), 1.0, -1000.0, 1000.0])), [0, -1, 0.632121, 0, 0], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clip_high", "loss", "clipped", "gradient"),
+    [
+        (1.5, 1, 0.2, -1.2, True, 0),
+        (1.5, -1, 0.2, 1.5, False, 1.5),
+        (0.5, 1, 0.2, -0.5, False, -0.5),
+        (0.5, -1, 0.2, 0.8, True, 0),
+        (1.25, 1, 0.2, -1.2, True, 0),
+        (1.25, 1, 0.3, -1.25, False, -1.25),  # clip-higher
+        (0.75, -2, 0.3, 1.6, True, 0),  # which leaves the lower side alone
+        (1.0, 3, 0.2, -3, False, -3),
+    ],
+)
+def test_clipped_surrogate(ratio, advantage, clip_high, loss, clipped, gradient):
+    old = jnp.full((1, 1, 1), -2.0)
+    value = lambda logp: policy_loss(logp, old, jnp.full((1, 1), float(advantage)), 0.2, clip_high)  # noqa: E731
+    found, was_clipped = value(old + math.log(ratio))
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    assert bool(was_clipped) == clipped
+    np.testing.assert_allclose(jax.grad(lambda x: value(x)[0].sum())(old + math.log(ratio)), gradient, rtol=1e-5)
+
+
+def test_the_old_log_probabilities_carry_no_gradient():
+    logp = jnp.full((1, 1, 1), -2.0)
+    gradient = jax.grad(lambda old: policy_loss(logp, old, jnp.ones((1, 1)), 0.2, 0.2)[0].sum())(logp)
+    assert float(gradient.sum()) == 0
+
+
+# The loss of a group, of given log-probabilities. Six of the twelve tokens count.
+
+LENGTHS, KEEP = np.array([[3, 1], [2, 3]], np.int32), np.array([[True, True], [True, False]])
+ADVANTAGES = np.array([[1, -1], [0.5, 9]], np.float32)
+PER_TOKEN = np.where((np.arange(3) < LENGTHS[..., None]) & KEEP[..., None], ADVANTAGES[..., None], 0) / 6
+AT = (0, 0, 0)  # a token that counts
+
+
+@pytest.fixture
+def loss_of(monkeypatch):
+    """``(config, sampler's logps, reference's logps) -> loss, metrics, gradient by log-probability and by entropy``."""
+    logp = jnp.asarray(np.random.default_rng(0).uniform(-3, -1, (2, 2, 3)), jnp.float32)
+    policy = {"logp": logp, "entropy": jnp.arange(12.0).reshape(2, 2, 3)}
+    monkeypatch.setattr(grpo, "group_hidden", lambda policy, *_: None)
+    monkeypatch.setattr(grpo, "response_logps", lambda policy, *_: (policy["logp"], policy["entropy"]))
+
+    def loss_of(config, sampler_gap=0.0, ref_gap=0.0):
+        rollout = Rollout(np.zeros((2, 2, 3), np.int32), LENGTHS, logp - sampler_gap, KEEP)
+        batch = UpdateBatch(None, rollout, ADVANTAGES, KEEP, logp + ref_gap)
+        plain = LossSettings(config, 1.0, (), freeze_vision=False)
+        value = jax.value_and_grad(group_loss, has_aux=True)
+        (loss, metrics), gradient = value(policy, batch, jnp.float32(6), SETUP, plain)
+        return float(loss), {name: float(x) for name, x in metrics.items()}, gradient["logp"], gradient["entropy"]
+
+    return loss_of
+
+
+def gap_at(value: float) -> jax.Array:
+    """A difference at the one token, and a large one where nothing counts."""
+    gap = np.where(PER_TOKEN == 0, 50.0, 0.0)
+    gap[AT] = value
+    return jnp.asarray(gap, jnp.float32)
+
+
+def test_on_policy_the_gradient_is_the_policy_gradient(loss_of):
+    """-A / tokens by each log-probability: a mean over the tokens of the batch, dropped rows and padding left out."""
+    loss, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0), ref_gap=gap_at(0))
+    np.testing.assert_allclose(by_logp, -PER_TOKEN, rtol=1e-6)
+    assert loss == pytest.approx(-(3 * 1 - 1 + 2 * 0.5) / 6)
+    assert metrics["clip_fraction"] == 0
+
+
+def test_kl_is_in_the_loss(loss_of):
+    loss, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0.3), ref_gap=gap_at(math.log(2)))
+    assert metrics["kl"] == pytest.approx(0.306853 / 6, rel=1e-5)
+    assert loss == pytest.approx(-0.5 + 0.3 * 0.306853 / 6, rel=1e-5)
+    np.testing.assert_allclose(by_logp[AT], -PER_TOKEN[AT] + 0.3 * (1 - 2) / 6, rtol=1e-5)
+
+
+def test_entropy_is_a_bonus(loss_of):
+    loss, metrics, _, by_entropy = loss_of(GrpoConfig(kl_coef=0, entropy_coef=0.1))
+    assert metrics["entropy"] == pytest.approx((0 + 1 + 2 + 3 + 6 + 7) / 6)
+    assert loss == pytest.approx(-0.5 - 0.1 * 19 / 6)
+    np.testing.assert_allclose(by_entropy, np.where(PER_TOKEN != 0, -0.1 / 6, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(3, 2), (0.5, 0.5), (2, 2)])
+def test_importance_weights_are_capped(loss_of, ratio, weight):
+    """exp(trainer - sampler), at most 2; it scales the policy gradient and nothing else."""
+    gap = gap_at(math.log(ratio))
+    _, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0.3, importance_cap=2), sampler_gap=gap)
+    assert metrics["sampler_gap"] == pytest.approx(abs(math.log(ratio)) / 6, rel=1e-5)
+    np.testing.assert_allclose(by_logp[AT], -PER_TOKEN[AT] * weight, rtol=1e-5)
+    np.testing.assert_allclose(by_logp[0, 0, 1], -PER_TOKEN[0, 0, 1], rtol=1e-6)
+    _, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0.3, importance_cap=0), sampler_gap=gap)
+    np.testing.assert_allclose(by_logp[AT], -PER_TOKEN[AT], rtol=1e-6)
+
+
+def test_token_mask_counts_lengths_and_kept_rows():
+    assert token_mask(LENGTHS, KEEP, 3).sum() == 6
+
+
+# The optimizer, on a plain tree.
+
+
+def numpy_adamw(values, gradients, config):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) behind a clip of the global norm."""
+    mu = {name: np.zeros_like(x) for name, x in values.items()}
+    nu = {name: np.zeros_like(x) for name, x in values.items()}
+    for count, gradient in enumerate(gradients, 1):
+        norm = math.sqrt(sum((x**2).sum() for x in gradient.values()))
+        scale = min(1, config.max_grad_norm / norm)
+        for name, g in gradient.items():
+            mu[name] = config.beta1 * mu[name] + (1 - config.beta1) * g * scale
+            nu[name] = config.beta2 * nu[name] + (1 - config.beta2) * (g * scale) ** 2
+            step = mu[name] / (1 - config.beta1**count) / (np.sqrt(nu[name] / (1 - config.beta2**count)) + 1e-8)
+            values = values | {name: values[name] - config.lr * (step + config.weight_decay * values[name])}
+    return values
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([0.01, 0.9, 50.0]))
+def test_adamw_with_clipping(seed, max_grad_norm):
+    config = TrainConfig(lr=0.1, weight_decay=0.05, beta1=0.8, beta2=0.95, max_grad_norm=max_grad_norm)
+    rng = np.random.default_rng(seed)
+    draw = lambda: {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal(4)}  # noqa: E731
+    values, gradients = draw(), [draw() for _ in range(3)]
+    expected = numpy_adamw(values, gradients, config)
+    optimizer = make_optimizer(config, freeze_vision=False)
+    values = jax.tree.map(jnp.float32, values)
+    state = optimizer.init(values)
+    for gradient in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, values)
+        values = optax.apply_updates(values, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), values, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_has_its_dtype_and_the_second_stays_wide(dtype):
+    """With beta2 at 0.999 a step changes the second moment by less than bfloat16 resolves."""
+    optimizer = make_optimizer(TrainConfig(moment_dtype=dtype), freeze_vision=False)
+    values = {"a": jnp.ones(3)}
+    _, state = optimizer.update({"a": jnp.array([0.1, 0.2, 0.3])}, optimizer.init(values), values)
+    assert optax.tree.get(state, "mu")["a"].dtype == dtype
+    assert optax.tree.get(state, "nu")["a"].dtype == "float32"
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["a"], [0.01, 0.02, 0.03], rtol=1e-2)
+
+
+# The update, on a policy.
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with jax.set_mesh(make_mesh("1x1")) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def batch() -> UpdateBatch:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, (4, 2), dtype=np.int32)
+    keep = np.array([[True, True], [False, True], [True, True], [False, False]])
+    rollout = Rollout(rng.integers(0, 490, (4, 2, 8), dtype=np.int32), lengths, np.zeros((4, 2, 8), np.float32), keep)
+    learnt = rng.standard_normal((4, 2)).astype(np.float32)
+    return UpdateBatch(prompts(4, load_processor()), rollout, learnt, keep, np.full((4, 2, 8), -6, np.float32))
+
+
+def loss_settings(freeze_vision: bool) -> LossSettings:
+    return LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, load_processor().visual_ids, freeze_vision)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_the_update_does_not_depend_on_micro_batches(batch):
+    """Plain gradient descent, so that what is compared is the gradient itself. Relative to each tensor's largest."""
+    optimizer = optax.sgd(1.0)
+    results = []
+    for parts in (1, 2, 4):
+        policy = random_policy()
+        before = jax.device_get(policy)
+        state, metrics = update(
+            initial_state(policy, optimizer),
+            batch,
+            optimizer=optimizer,
+            setup=SETUP,
+            settings=loss_settings(freeze_vision=True),
+            micro_batches=parts,
+        )
+        results.append((jax.tree.map(np.subtract, before, jax.device_get(state.policy)), metrics))
+    (whole, metrics), *others = results
+    assert metrics.keys() == {"loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad_norm"}
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(whole)), rel=1e-3)
+    for gradients, numbers in others:
+        for name, value in metrics.items():
+            assert float(numbers[name]) == pytest.approx(float(value), rel=1e-4), name
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max()), gradients, whole)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_frozen_vision_tower_stays_bit_for_bit_and_the_rest_learns(batch):
+    optimizer = make_optimizer(TrainConfig(lr=1e-3, weight_decay=0.1), freeze_vision=True)
+    state = initial_state(random_policy(), optimizer)
+    # Copied: a view of a buffer would keep it from being donated.
+    before, donated = jax.tree.map(np.array, state.policy), jax.tree.leaves(state)
+    moments = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    assert not [path for path, _ in moments if "vision" in jax.tree_util.keystr(path)]
+    state, metrics = update(
+        state, batch, optimizer=optimizer, setup=SETUP, settings=loss_settings(freeze_vision=True), micro_batches=1
+    )
+    assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
+    assert int(state.updates) == 1
+    assert float(metrics["grad_norm"]) > 0
+    for path, after in jax.tree_util.tree_leaves_with_path(jax.device_get(state.policy)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        same = np.array_equal(after, dict(jax.tree_util.tree_leaves_with_path(before))[path])
+        assert same == name.startswith("vision/"), name
