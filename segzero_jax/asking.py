@@ -79,8 +79,10 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         policy, dims, config = load_policy(name, jnp.bfloat16 if released else jnp.float32)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, OSError) as error:  # what Orbax, safetensors and json raise on damaged files
-        raise CheckpointError(f"{name}: the checkpoint cannot be read: {error}") from None
+    # What Orbax, safetensors and json raise on damaged files, and JAX where a weight does not divide over the mesh.
+    except (ValueError, KeyError, OSError) as error:
+        mesh = "x".join(map(str, jax.sharding.get_mesh().axis_sizes))
+        raise CheckpointError(f"{name}: the checkpoint cannot be read onto mesh {mesh}: {error}") from None
     if config is None:
         config = configs.replace(Config(), **_RELEASED, **{"model.path": name}) if released else Config()
     else:

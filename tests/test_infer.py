@@ -172,7 +172,7 @@ def test_the_shipped_policy_and_sam_find_an_object(image: Path) -> None:
 
     mask = decode_mask(row["mask"])
     target = SCENE.objects[0].mask
-    assert (mask & target).sum() / (mask | target).sum() > 0.6
+    assert (mask & target).sum() / (mask | target).sum() > 0.5
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "scene_mask.png")), mask * np.uint8(255))
     assert mask_line.startswith(f"mask: {mask.sum()} of {mask.size} pixels, SAM 2 (toy) expects an IoU of 0.")
     overlay = Image.open(folder / "scene_overlay.png")
@@ -390,6 +390,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--sample": None, "--temperature": "0"}, ("--temperature", "'0'")),
         ({"--mesh": "2x2"}, ("--mesh: 2x2: expected 1xTENSOR",)),
         ({"--mesh": "1x99"}, ("needs 99 devices",)),
+        ({"--mesh": "1x3"}, ("toy: ", "mesh 1x1x3", "does not evenly divide")),
         ({"--chekpoint": "toy"}, ("--chekpoint", "--help")),
     ],
 )
