@@ -1,0 +1,107 @@
+"""Responses to rewards: frames, missing scores, answers that cannot be read."""
+
+import numpy as np
+import pytest
+
+from segzero_jax import rewards
+from segzero_jax.config import RewardConfig
+from segzero_jax.record import Step, rollout_rows, step_metrics
+from segzero_jax.reward_messages import CandidateScore, ScoreRequest
+from segzero_jax.scoring import Scored, Scorer, solution
+from segzero_jax.types import Example, Frame, ObjectPrompt, Rollout
+
+FRAME = Frame(100, 100)
+GOOD = '<think> there </think>\n<answer>[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}]</answer>'
+BROKEN = "<think> there </think>\n<answer>[{'bbox_2d': [10,20,50,60]}]</answer>"
+
+
+def example(*objects: ObjectPrompt) -> Example:
+    return Example("row-1", b"", Frame(200, 400), "the thing", objects, None)
+
+
+TARGET = ObjectPrompt((20.0, 80.0, 100.0, 240.0), ((60.0, 160.0),))  # GOOD's box and point in the stored picture
+
+
+class Answered:
+    """A client that says what it was asked and answers with given scores."""
+
+    def __init__(self, scores: list[CandidateScore]):
+        self.scores = scores
+        self.asked: list[ScoreRequest] = []
+
+    def score(self, groups: list[ScoreRequest], masks: bool = False) -> "Answered":
+        self.asked += groups
+        return self
+
+    def result(self) -> list[list[CandidateScore]]:
+        return [self.scores for _ in self.asked]
+
+
+def scored(iou: float | None, error: str = "") -> CandidateScore:
+    return CandidateScore(iou, 0 if iou is None else round(100 * iou), 100, 0.5, None, error)
+
+
+def test_targets_and_answers_change_frames() -> None:
+    client = Answered([scored(0.5)])
+    Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD]])
+    assert solution(example(TARGET), FRAME, "vision_reasoner") == '[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}]'
+    (request,) = client.asked
+    assert request.candidates == ((TARGET,),)
+    assert (request.frame, request.target) == (Frame(200, 400), (TARGET,))
+
+
+def test_text_rewards_need_no_server() -> None:
+    result = Scorer(RewardConfig(), FRAME, None).send([example(TARGET)], [[GOOD, BROKEN]]).result()
+    text = solution(example(TARGET), FRAME, "vision_reasoner")
+    assert result.rewards_bg.tolist() == [[rewards.score("vision_reasoner", t, text).total for t in (GOOD, BROKEN)]]
+    assert result.rewards_bg[0, 0] == rewards.maximum("vision_reasoner")
+    assert result.masks is None
+
+
+def test_mask_iou_is_a_component_with_its_weight() -> None:
+    config = RewardConfig(mask_iou_weight=2.0)
+    result = Scorer(config, FRAME, Answered([scored(0.25)])).send([example(TARGET)], [[GOOD]]).result()
+    assert result.rewards_bg[0, 0] == rewards.maximum("vision_reasoner") + 0.5
+    assert result.components[0][0]["mask_iou"] == 0.25
+
+
+def test_a_missing_score_is_never_a_zero() -> None:
+    client = Answered([scored(None, "the box is not finite"), scored(0.5)])
+    result = Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD, GOOD]]).result()
+    assert np.isnan(result.rewards_bg[0, 0])
+    assert np.isfinite(result.rewards_bg[0, 1])
+    assert result.components[0][0] == {}
+    numbers = step_metrics(step(result))
+    assert numbers["missing_scores"] == 1
+    assert numbers["reward/mean"] == pytest.approx(result.rewards_bg[0, 1])
+    assert numbers["mask_iou/mean"] == 0.5
+    row, _ = rollout_rows(step(result), FRAME, "vision_reasoner", lambda *_: "images/row-1.jpg")
+    assert (row["reward"], row["mask_iou"], row["error"]) == (None, None, "the box is not finite")
+
+
+def test_an_unreadable_answer_does_not_earn_what_nothing_here_earns() -> None:
+    client = Answered([scored(1.0), scored(1.0)])  # an empty mask equals an empty target
+    texts = [[BROKEN, "<think> none </think>\n<answer>[]</answer>"]]
+    result = Scorer(RewardConfig(), FRAME, client).send([example()], texts).result()
+    assert [row["mask_iou"] for row in result.components[0]] == [0.0, 1.0]
+
+
+def step(result: Scored) -> Step:
+    rollout = Rollout(np.zeros((1, 2, 4), int), np.array([[3, 4]]), np.zeros((1, 2, 4)), np.array([[True, False]]))
+    return Step(1, [example(TARGET)], [[GOOD, GOOD]], rollout, result, np.array([[0.0, 1.0]]))
+
+
+def test_a_row_holds_what_a_picture_of_it_needs() -> None:
+    result = Scorer(RewardConfig(), FRAME, Answered([scored(0.5)] * 2)).send([example(TARGET)], [[GOOD, GOOD]]).result()
+    made = step(result)
+    rows = list(rollout_rows(made, FRAME, "vision_reasoner", lambda name, data: f"images/{name}.jpg"))
+    assert [(row["sample"], row["length"], row["finished"], row["advantage"]) for row in rows] == [
+        (0, 3, True, 0.0),
+        (1, 4, False, 1.0),
+    ]
+    assert rows[0]["image"] == "images/row-1.jpg"
+    assert rows[0]["objects"] == rows[0]["target_objects"] == [{"box": list(TARGET.box), "points": [[60.0, 160.0]]}]
+    numbers = step_metrics(made)
+    assert numbers["response_length/mean"] == 3.5
+    assert numbers["finished"] == 0.5
+    assert numbers["reward/zero_std_groups"] == 0.0
