@@ -14,8 +14,11 @@ from segzero_jax.model.weights import resolve
 from segzero_jax.processor import EncodedPrompt, Processor
 
 
-def make_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
-    """A checkpoint in the hub's file form beside the toy tokenizer: biases and norms not at their defaults."""
+def make_checkpoint(directory: Path, config: dict[str, Any], scale: float, seed: int = 0) -> Path:
+    """A checkpoint in the hub's file form beside the toy tokenizer: biases and norms not at their defaults.
+
+    Matrices are ``scale`` times as large as a fresh model's, so that what a token sees decides what it says.
+    """
     source = resolve("toy")
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copy(source / name, directory / name)
@@ -27,7 +30,7 @@ def make_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> P
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
-                parameter.mul_(2.0)
+                parameter.mul_(scale)
     model.save_pretrained(directory / "saved")
     for file in (directory / "saved").glob("*.safetensors"):
         shutil.move(file, directory / file.name)

@@ -33,7 +33,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """The toy configuration with random weights, by whether the head is tied."""
     config = json.loads((resolve("toy") / "config.json").read_text())
     return {
-        tied: make_checkpoint(tmp_path_factory.mktemp("checkpoint"), config | {"tie_word_embeddings": tied})
+        tied: make_checkpoint(tmp_path_factory.mktemp("checkpoint"), config | {"tie_word_embeddings": tied}, scale=4)
         for tied in (True, False)
     }
 

@@ -66,7 +66,7 @@ def token_count(batch: UpdateBatch) -> float:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hf_config())
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hf_config(), scale=6)
 
 
 @pytest.fixture(scope="module")
