@@ -74,7 +74,13 @@ class Checkpoints:
             # What a killed run left half-written goes.
             else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Named here rather than at the first save: a fresh process could not read what another has written.
+        handlers = {
+            "policy": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "run": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self

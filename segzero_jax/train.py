@@ -21,7 +21,7 @@ from segzero_jax import config as configs
 from segzero_jax import evaluation, jsonl
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.pipeline import open_split, training_batches
+from segzero_jax.data.pipeline import DataError, open_split, training_batches
 from segzero_jax.grpo import (
     LossSettings,
     TrainState,
@@ -46,7 +46,16 @@ from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, PromptBatch, Rollout
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
-USER_ERRORS = (ConfigError, MeshError, CheckpointError, MetricsError, ImageError, PromptTooLong, RewardServerError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    MeshError,
+    CheckpointError,
+    MetricsError,
+    ImageError,
+    PromptTooLong,
+    RewardServerError,
+)
 _SERVER_PATIENCE_S = 300.0
 _TRAIN_KEY, _EVAL_KEY = 0, 1
 

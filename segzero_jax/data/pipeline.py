@@ -13,6 +13,10 @@ from segzero_jax.data.toy import prepared_builder
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 
+class DataError(ValueError):
+    """A data set or split that there is none of; one line."""
+
+
 class Source(Sequence[Example]):
     """Random access to a stored split, decoded row by row.
 
@@ -38,13 +42,13 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     """Opens a split, building the data set under ``data_dir`` first when it is not there.
 
     Raises:
-      ValueError: an unknown data set or split.
+      DataError: an unknown data set or split.
       OSError: ``data_dir`` cannot be written or its files cannot be read.
     """
     if name != "toy":
-        raise ValueError(f"data set {name!r}: expected toy")
+        raise DataError(f"data set {name!r}: expected toy")
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} of data set toy: expected one of {', '.join(SPLITS)}")
+        raise DataError(f"split {split!r} of data set toy: expected one of {', '.join(SPLITS)}")
     builder = prepared_builder(data_dir)
     rows = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     return Source(f"{name}/{split}", rows, _toy_example)
