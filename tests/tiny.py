@@ -60,9 +60,9 @@ def encode(processor: Processor, text: str, sizes: list[tuple[int, int]], seed: 
     return processor.encode_parts(f"prompt {seed}", text, images)
 
 
-def prompts(count: int, processor: Processor) -> PromptBatch:
+def prompts(count: int, processor: Processor, multiple: int = 8) -> PromptBatch:
     """Prompts of different lengths: whole windows, partial windows, and every fourth without a picture."""
     sizes = [[(56, 56)], [(84, 56)], [(56, 28)], []]
     texts = ["the red one", "left", "which circle is it?"]
     rows = [encode(processor, f"{texts[i % 3]} {i}", sizes[i % 4], seed=i) for i in range(count)]
-    return processor.batch(rows, multiple=8)
+    return processor.batch(rows, multiple)

@@ -1,0 +1,176 @@
+"""Every phase on meshes of up to sixteen devices: the same numbers as on one, in shards as the table says.
+
+Tolerances are contracts, float32: log-probabilities 1e-5 of the largest, gradients 1e-4 of each tensor's largest.
+With tensor = 4 the two key-value heads are fewer than the axis and are repeated up to it.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import DIMS, load_processor, prompts, random_policy
+
+from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.grpo import (
+    LossSettings,
+    TrainState,
+    UpdateBatch,
+    initial_state,
+    make_optimizer,
+    reference_logps,
+    update,
+)
+from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
+from segzero_jax.model.policy import Pass, Policy, prompt_logits
+from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.types import Rollout
+
+LOGPS, GRADIENTS = 1e-5, 1e-4
+MESHES = ["4x4", "2x4x2", "16x1", "1x4"]
+FLOAT32 = jnp.dtype("float32")
+PROCESSOR = load_processor()
+BATCH, GROUP, LENGTH = 16, 2, 8
+SAMPLING = Sampling(GROUP, LENGTH, PROCESSOR.end_ids, PROCESSOR.pad_id, PROCESSOR.visual_ids)
+LOSS = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, PROCESSOR.visual_ids, freeze_vision=False)
+OPTIMIZER = make_optimizer(TrainConfig(lr=1e-2, max_grad_norm=0.1), freeze_vision=False)
+
+
+class Phases(NamedTuple):
+    """What one training step makes, on the host, and the state as it lies on the mesh."""
+
+    logits: np.ndarray
+    rollout: Rollout
+    ref_logps: np.ndarray
+    metrics: dict[str, float]
+    gradients: Any
+    policy: Any
+    state: TrainState
+    weights: Policy
+
+
+def place(tree: Any) -> Any:
+    put = lambda x: jax.device_put(x, TRAIN.spec("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    return jax.tree.map(put, tree)
+
+
+def run_phases(mesh: str, tokens: Rollout | None) -> Phases:
+    """Logits, sampling, reference and update; the last two on given responses, or on those sampled here."""
+    rng = np.random.default_rng(0)
+    setup = Pass(DIMS, TRAIN, FLOAT32)
+    with jax.set_mesh(make_mesh(mesh)):
+        policy, reference, batch = random_policy(), random_policy(seed=1), place(prompts(BATCH, PROCESSOR))
+        logits = jax.jit(lambda policy, batch: prompt_logits(policy, batch, setup))(policy, batch)
+        weights = rollout_layout(DIMS, FLOAT32)(policy)
+        rollout = sample(weights, batch, jax.random.key(0), setup=Pass(DIMS, ROLLOUT, FLOAT32), sampling=SAMPLING)
+        rollout = jax.device_get(rollout)
+        learnt = place(tokens or rollout)
+        ref_logps = reference_logps(reference, batch, learnt.tokens_bgr, setup=setup, settings=LOSS)
+        advantages, keep = place(
+            (rng.standard_normal((BATCH, GROUP)).astype(np.float32), rng.random((BATCH, GROUP)) < 0.9)
+        )
+        whole = UpdateBatch(batch, learnt, advantages, keep, ref_logps)
+        # A policy of its own: its buffers are donated.
+        state = initial_state(random_policy(), OPTIMIZER)
+        state, metrics = update(state, whole, optimizer=OPTIMIZER, setup=setup, settings=LOSS, micro_batches=1)
+        host = jax.tree.map(np.array, (logits, ref_logps, optax.tree.get(state.optimizer, "mu"), state.policy))
+        logits, ref_logps, gradients, updated = host
+        return Phases(logits, rollout, ref_logps, jax.tree.map(float, metrics), gradients, updated, state, weights)
+
+
+@pytest.fixture(scope="module")
+def one() -> Phases:
+    return run_phases("1x1", None)
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def many(request, one: Phases) -> tuple[str, Phases]:
+    return request.param, run_phases(request.param, one.rollout)
+
+
+def test_the_same_numbers_as_on_one_device(one: Phases, many: tuple[str, Phases]) -> None:
+    _, found = many
+    assert_close(found.logits, one.logits, LOGPS)
+    np.testing.assert_array_equal(found.rollout.tokens_bgr, one.rollout.tokens_bgr)
+    np.testing.assert_array_equal(found.rollout.length_bg, one.rollout.length_bg)
+    assert_close(found.rollout.logps_bgr, one.rollout.logps_bgr, LOGPS)
+    assert_close(found.ref_logps, one.ref_logps, LOGPS)
+    assert found.metrics == pytest.approx(one.metrics, rel=GRADIENTS, abs=1e-5)
+    # AdamW's first moment after one step is the clipped gradient times 1 - beta1.
+    jax.tree.map(lambda x, y: assert_close(x, y, GRADIENTS), found.gradients, one.gradients)
+    jax.tree.map(assert_same_step, found.policy, one.policy, one.gradients)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, relative: float) -> None:
+    assert np.abs(expected).max() > 0
+    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
+
+
+def assert_same_step(found: np.ndarray, expected: np.ndarray, gradient: np.ndarray) -> None:
+    """AdamW's first step is the gradient's sign wherever it is not rounding noise; elsewhere at most one step apart."""
+    clear = np.abs(gradient) > 1e-2 * np.abs(gradient).max()
+    np.testing.assert_allclose(found[clear], expected[clear], atol=1e-5)
+    assert np.abs(found - expected).max() <= 2.01e-2
+
+
+def test_parameters_and_moments_lie_in_shards_as_the_table_says(many: tuple[str, Phases]) -> None:
+    mesh, found = many
+    data, fsdp, tensor = (1, *map(int, mesh.split("x")))[-3:]
+    kv = 2 // tensor if tensor <= 2 else 2  # held whole where the axis is longer
+    trained = {
+        "q_dnh": (2, 64 // fsdp, 8 // tensor, 8),
+        "k_dkh": (2, 64 // fsdp, kv, 8),
+        "o_nhd": (2, 8 // tensor, 8, 64 // fsdp),
+        "gate_df": (2, 64 // fsdp, 128 // tensor),
+        "down_fd": (2, 128 // tensor, 64 // fsdp),
+    }
+    rolled = {
+        "q_dnh": (2, 64, 8 // tensor, 8),
+        "k_dkh": (2, 64, kv, 8),
+        "o_nhd": (2, 8 // tensor, 8, 64),
+        "gate_df": (2, 64, 128 // (fsdp * tensor)),
+        "down_fd": (2, 128 // (fsdp * tensor), 64),
+    }
+    count = data * fsdp * tensor
+    policy, moments, weights = found.state.policy, optax.tree.get(found.state.optimizer, "nu"), found.weights
+    for name in trained:
+        for tree, shapes in ((policy, trained), (moments, trained), (weights, rolled)):
+            assert_shards(getattr(tree.blocks, name)[...], shapes[name], count)
+    assert_shards(policy.embed_vd[...], (512 // tensor, 64 // fsdp), count)
+    assert_shards(weights.embed_vd[...], (512 // (fsdp * tensor), 64), count)
+    assert_shards(policy.vision.blocks.qkv_d3nh[...], (2, 32 // fsdp, 3, 4 // tensor, 8), count)
+    assert_shards(policy.vision.merger_up_df[...], (128 // fsdp, 128 // tensor), count)
+
+
+def assert_shards(array: jax.Array, shape: tuple[int, ...], devices: int) -> None:
+    assert {shard.data.shape for shard in array.addressable_shards} == {shape}
+    assert len(array.sharding.device_set) == devices
+
+
+def gathered_sizes(layout: Layout, mesh: str) -> set[int]:
+    """How many numbers a device holds after each all-gather of the compiled sampling program."""
+    with jax.set_mesh(make_mesh(mesh)):
+        policy = random_policy(DIMS, layout)
+        assert all(leaf.size % 3 for leaf in jax.tree.leaves(policy.blocks))
+        batch = place(prompts(BATCH, PROCESSOR, multiple=48))
+        setup, sampling = Pass(DIMS, layout, FLOAT32), SAMPLING._replace(group=3)
+        text = sample.lower(policy, batch, jax.random.key(0), setup=setup, sampling=sampling).compile().as_text()
+    assert " while(" in text
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
+    return {math.prod(int(size) for size in shape.split(",") if size) for shape in shapes}
+
+
+def test_no_weight_moves_while_sampling() -> None:
+    """Group and prompt length are multiples of 3 and no weight's size is, so sizes tell activations from weights.
+
+    The training layout gathers weights where they are used, which shows that the search finds them: queries, the MLP,
+    the embedding, each still split over tensor.
+    """
+    rollout = gathered_sizes(ROLLOUT, "4x4")
+    assert rollout, "activations should be gathered"
+    assert {size for size in rollout if size % 3} == set()
+    assert gathered_sizes(TRAIN, "4x4") >= {64 * 2 * 8, 64 * 32, 128 * 64}
