@@ -6,7 +6,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax
+import jax  # noqa: E402  (after the environment)
 
 # Programs run one after another: on two cores, sixteen devices behind a queue of dependent programs can lock up.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
