@@ -63,7 +63,7 @@ ROLLOUT = Layout("rollout", _BATCH, "data", None, "tensor", _BOTH, _BOTH, "tenso
 def parse_mesh(text: str) -> tuple[int, int, int]:
     """``"4x4"`` (fsdp x tensor) or ``"2x4x4"`` (data x fsdp x tensor) -> (data, fsdp, tensor). Raises MeshError."""
     parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise MeshError(f"--mesh={text}: expected FSDPxTENSOR or DATAxFSDPxTENSOR, such as 4x4 or 2x4x4")
     data, fsdp, tensor = (1, *map(int, parts))[-3:]
     return data, fsdp, tensor

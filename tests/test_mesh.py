@@ -1,49 +1,147 @@
-"""Which meshes are meshes, and which fit."""
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from tiny import DIMS
 
-from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh
+from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, MeshError, kv_copies, make_mesh, parse_mesh
+from segzero_jax.model.dims import Dims, VisionDims
 from segzero_jax.model.weights import check_fits, read_dims
 
-
-def test_two_numbers_are_fsdp_and_tensor_three_begin_with_data() -> None:
-    assert parse_mesh("4x2") == (1, 4, 2)
-    assert parse_mesh("2x4x2") == (2, 4, 2)
-    assert dict(make_mesh("4x2").shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert make_mesh("2x2x2").axis_types == (AxisType.Explicit,) * 3
+SIZES = st.integers(1, 4096)
+VISION = VisionDims(hidden=1280, depth=32, heads=16, mlp=3420, out=3584)
+SEVEN = Dims(152064, 3584, 28, 28, 4, 18944, (16, 24, 24), tied=False, vision=VISION)
+THREE = Dims(151936, 2048, 36, 16, 2, 11008, (16, 24, 24), True, dataclasses.replace(VISION, out=2048))
 
 
-@pytest.mark.parametrize("text", ["", "4", "4x", "0x4", "-1x4", "4x4x4x4", "axb", "4*4"])
-def test_other_text_is_refused(text: str) -> None:
-    with pytest.raises(MeshError, match="expected"):
+@given(SIZES, SIZES, SIZES)
+def test_a_mesh_is_two_or_three_sizes(data, fsdp, tensor):
+    assert parse_mesh(f"{fsdp}x{tensor}") == (1, fsdp, tensor)
+    assert parse_mesh(f"{data}X{fsdp}x{tensor}") == (data, fsdp, tensor)
+
+
+@pytest.mark.parametrize("text", ["", "4", "4x", "x4", "0x4", "4x4x4x4", "-1x4", "4 x 4", "4x4.0", "²x2", "fourxfour"])
+def test_anything_else_is_refused_in_one_line(text):
+    with pytest.raises(MeshError) as error:
         parse_mesh(text)
+    assert str(error.value) == f"--mesh={text}: expected FSDPxTENSOR or DATAxFSDPxTENSOR, such as 4x4 or 2x4x4"
 
 
-def test_a_mesh_larger_than_the_job_names_both_sides() -> None:
-    with pytest.raises(MeshError, match=rf"64 devices.*{len(jax.devices())}"):
-        make_mesh("8x8")
+@pytest.mark.parametrize(("text", "shape"), [("1x1", (1, 1, 1)), ("4x4", (1, 4, 4)), ("2x4x2", (2, 4, 2))])
+def test_a_mesh_has_explicit_axes_over_the_first_devices(text, shape):
+    mesh = make_mesh(text)
+    assert mesh.axis_names == AXES
+    assert tuple(mesh.shape.values()) == shape
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    assert set(mesh.devices.flat) <= set(jax.devices())
 
 
-def test_layouts_name_mesh_axes() -> None:
-    assert TRAIN.spec("batch", None, "heads") == P(("data", "fsdp"), None, "tensor")
-    assert TRAIN.spec("embed", "mlp") == P("fsdp", "tensor")
-    assert ROLLOUT.spec("embed", "mlp") == P(None, ("fsdp", "tensor"))
-    assert ROLLOUT.spec("mlp_batch", None, "vocab") == P("data", None, ("fsdp", "tensor"))
+def test_too_few_devices_are_named():
+    with pytest.raises(
+        MeshError, match=r"^--mesh=8x4: needs 32 devices, this job has 16 \(cpu\); choose factors of that$"
+    ):
+        make_mesh("8x4")
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "4x4", "2x4x2", "16x1", "1x8", "2x1x8"])
-def test_the_toy_policy_fits(mesh: str) -> None:
-    if mesh in ("1x8", "2x1x8"):
-        with pytest.raises(MeshError, match="4 attention heads of the vision tower do not divide by tensor = 8"):
-            check_fits(make_mesh(mesh), read_dims("toy"), 16, 16)
-    else:
-        check_fits(make_mesh(mesh), read_dims("toy"), 16, 16)
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_accelerators_must_all_be_used(platform, monkeypatch):
+    devices = [SimpleNamespace(platform=platform, device_kind="some chip")] * 8
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(MeshError, match="needs 4 devices, this job has 8"):
+        make_mesh("2x2")
 
 
-@pytest.mark.parametrize(("batch", "micro"), [(6, 4), (8, 2)])
-def test_prompts_must_divide(batch: int, micro: int) -> None:
-    with pytest.raises(MeshError, match=r"prompts.* do not divide by .*= 4"):
-        check_fits(make_mesh("4x2"), read_dims("toy"), batch, micro)
+def test_a_cpu_shows_as_many_devices_as_asked_for():
+    code = "from segzero_jax import mesh; mesh.prepare_cpu(6); print(mesh.make_mesh('3x2').size)"
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "6\n", done.stderr
+
+
+def test_a_layout_turns_logical_axes_into_mesh_axes():
+    assert TRAIN.spec(None, "embed", "heads", None) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert TRAIN.spec("batch", None) == PartitionSpec(("data", "fsdp"), None)
+    assert ROLLOUT.spec("vocab", "embed") == PartitionSpec(("fsdp", "tensor"), None)
+    assert TRAIN.over("heads") == ("tensor",)
+    assert ROLLOUT.over("mlp") == ("fsdp", "tensor")
+    assert ROLLOUT.over("embed") == ()
+
+
+@pytest.mark.parametrize(("mesh", "copies"), [("1x1", 1), ("1x2", 1), ("1x4", 2), ("2x8", 4)])
+def test_two_key_value_heads_are_repeated_up_to_the_tensor_axis(mesh, copies):
+    with jax.set_mesh(make_mesh(mesh)):
+        assert kv_copies(2) == copies
+
+
+def abstract(text: str) -> AbstractMesh:
+    return AbstractMesh(parse_mesh(text), AXES)
+
+
+@pytest.mark.parametrize(
+    ("dims", "mesh", "batch"),
+    [
+        *((read_dims("toy"), mesh, 16) for mesh in ("1x1", "4x4", "2x4x2", "16x1")),
+        (SEVEN, "4x4", 16),
+        (SEVEN, "2x4x4", 16),
+        (SEVEN, "8x4", 128),
+        (THREE, "2x4", 16),
+        (THREE, "4x4", 16),
+        (DIMS, "4x4", 16),
+    ],
+)
+def test_what_fits(dims, mesh, batch):
+    check_fits(abstract(mesh), dims, batch, batch)
+
+
+REFUSED = [
+    (DIMS, "4x4", 6, 6, "6 prompts do not divide by data x fsdp = 4 (train)"),
+    (DIMS, "2x4x2", 16, 4, "4 prompts of a micro-batch do not divide by data x fsdp = 8 (train)"),
+    (SEVEN, "2x8", 16, 16, "28 attention heads do not divide by tensor = 8 (train)"),
+    (THREE, "3x1", 3, 3, "2048 units of the model width do not divide by fsdp = 3 (train)"),
+    (dataclasses.replace(DIMS, mlp=126), "1x4", 16, 16, "126 MLP units do not divide by tensor = 4 (train)"),
+    (dataclasses.replace(DIMS, mlp=136), "4x4", 16, 16, "136 MLP units do not divide by fsdp x tensor = 16 (rollout)"),
+    (
+        dataclasses.replace(DIMS, vocab=500),
+        "4x4",
+        16,
+        16,
+        "500 vocabulary entries do not divide by fsdp x tensor = 16 (rollout)",
+    ),
+    (
+        dataclasses.replace(DIMS, heads=18, kv_heads=3, hidden=144),
+        "1x2",
+        16,
+        16,
+        "3 key-value heads and tensor = 2: neither divides by the other",
+    ),
+    (DIMS, "1x8", 16, 16, "4 attention heads of the vision tower do not divide by tensor = 8 (train)"),
+]
+
+
+@pytest.mark.parametrize(("dims", "mesh", "batch", "micro_batch", "message"), REFUSED)
+def test_what_does_not_fit_is_named_in_one_line(dims, mesh, batch, micro_batch, message):
+    with pytest.raises(MeshError) as error:
+        check_fits(abstract(mesh), dims, batch, micro_batch)
+    assert str(error.value).startswith(f"--mesh={mesh}: {message}; choose another mesh")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 36}, "36 units of the vision tower's width do not divide by fsdp = 8"),
+        ({"mlp": 66}, "66 MLP units of the vision tower do not divide by tensor = 4"),
+        ({"hidden": 24, "heads": 16, "merge": 1}, "24 units of the vision merger do not divide by tensor = 16"),
+        ({"out": 68}, "68 units of the vision output do not divide by fsdp = 8"),
+    ],
+)
+def test_the_vision_tower_must_fit_too(change, message):
+    dims = dataclasses.replace(DIMS, vision=dataclasses.replace(DIMS.vision, **change))
+    with pytest.raises(MeshError, match=message):
+        check_fits(abstract("8x16" if "heads" in change else "8x4"), dataclasses.replace(dims, heads=16), 16, 16)
