@@ -1,9 +1,11 @@
 """What is saved is what is restored: bits, position, and on whatever mesh."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import DIMS, hf_config, random_policy
@@ -96,3 +98,52 @@ def test_nothing_to_resume_from_is_said(config: Config, tmp_path: Path) -> None:
             checkpoints.restore(make_state(config, seed=0), config)
         with pytest.raises(CheckpointError, match="expected a run directory"):
             load_policy(tmp_path / "nowhere", np.float32)
+
+
+def test_what_a_killed_run_left_half_written_goes(config: Config) -> None:
+    save(config, (1,))
+    directory = Path(config.run.dir) / "checkpoints"
+    half = directory / "2.orbax-checkpoint-tmp"
+    shutil.copytree(directory / "1", half)
+    (half / "commit_success.txt").unlink(missing_ok=True)
+    with jax.set_mesh(make_mesh("1x1")):
+        load_policy(config.run.dir, np.float32)
+        assert half.exists(), "a look changes nothing"
+        with Checkpoints(config.run.dir) as checkpoints:
+            assert checkpoints.steps == [1]
+            assert checkpoints.restore(make_state(config, seed=0), config).step == 1
+    assert not half.exists()
+
+
+def test_the_state_may_be_donated_as_soon_as_it_is_being_saved(config: Config) -> None:
+    with jax.set_mesh(make_mesh("4x4")), Checkpoints(config.run.dir) as checkpoints:
+        state = make_state(config, seed=1)
+        checkpoints.save(1, state, DATA, config)
+        jax.tree.map(lambda x: x.delete(), state)
+        checkpoints.wait()
+        restored = checkpoints.restore(make_state(config, seed=0), config)
+        for got, want in zip(leaves(restored.state.policy), leaves(random_policy(seed=1)), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_the_checkpoint_of_another_model_is_refused(config: Config) -> None:
+    save(config, (1,))
+    other = hf_config(intermediate_size=256)
+    (Path(config.model.path) / "config.json").write_text(json.dumps(other))
+    with jax.set_mesh(make_mesh("1x1")), pytest.raises(CheckpointError) as error:
+        load_policy(config.run.dir, np.float32)
+    assert "blocks/down_fd/value has shape (2, 128, 64), model.path means (2, 256, 64)" in str(error.value)
+
+
+def test_a_directory_without_a_complete_checkpoint_says_so(config: Config) -> None:
+    (Path(config.run.dir) / "checkpoints").mkdir(parents=True)
+    with jax.set_mesh(make_mesh("1x1")), pytest.raises(CheckpointError, match="no complete checkpoint there"):
+        load_policy(config.run.dir, np.float32)
+
+
+def test_weights_are_cast_for_inference(config: Config) -> None:
+    save(config, (1,))
+    with jax.set_mesh(make_mesh("1x1")):
+        for path in (config.run.dir, config.model.path):
+            policy, _, _ = load_policy(path, jnp.bfloat16)
+            assert {leaf.dtype for leaf in jax.tree.leaves(policy)} == {jnp.dtype("bfloat16")}
