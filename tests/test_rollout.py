@@ -248,7 +248,7 @@ def test_the_loop_ends_when_all_have_ended(directory, monkeypatch):
         ([0.3, 0.2, 0.3, 0.2], 1.0, 3, [0, 1, 2, 3]),
         ([0.4, 0.3, 0.2, 0.1], 0.5, 3, [0, 1]),  # of the three: 0.444, 0.333, 0.222
         ([0.4, 0.3, 0.2, 0.1], 0.42, 3, [0]),
-        ([0.4, 0.3, 0.2, 0.1], 1 - 1e-9, 2, [0, 1]),
+        ([3 / 13, 1 / 13, 2 / 13, 7 / 13], 1 - 1e-9, 3, [0, 2, 3]),  # the three sum to less than 1 in float32
     ],
 )
 def test_truncation_by_hand(probabilities, top_p, top_k, kept):

@@ -45,21 +45,24 @@ def attend(
     q = q_bgtnh.reshape(b, g, t, kv_heads, n // kv_heads, h) * jnp.asarray(h**-0.5, q_bgtnh.dtype)
     scores = jnp.einsum("bgtkqh,bgskh->bgkqts", q, own.k, preferred_element_type=jnp.float32)
     scores = jnp.where(own_mask[:, :, None, None], scores, _MASKED)
-    if prompt is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum("bgkqts,bgskh->bgtkqh", weights, own.v)
-        return out.reshape(b, g, t, n, h)
-    assert prompt_mask_bp is not None
-    prompt_scores = jnp.einsum("bgtkqh,bpkh->bgkqtp", q, prompt.k, preferred_element_type=jnp.float32)
-    prompt_scores = jnp.where(prompt_mask_bp[:, None, None, None, None], prompt_scores, _MASKED)
-    # The softmax over both parts without joining them: a joined array would be copied twice.
-    top = jnp.maximum(scores.max(-1, keepdims=True), prompt_scores.max(-1, keepdims=True))
+    top = scores.max(-1, keepdims=True)
+    if prompt is not None:
+        assert prompt_mask_bp is not None
+        prompt_scores = jnp.einsum("bgtkqh,bpkh->bgkqtp", q, prompt.k, preferred_element_type=jnp.float32)
+        prompt_scores = jnp.where(prompt_mask_bp[:, None, None, None, None], prompt_scores, _MASKED)
+        top = jnp.maximum(top, prompt_scores.max(-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
-    scores, prompt_scores = jnp.exp(scores - top), jnp.exp(prompt_scores - top)
-    total = scores.sum(-1, keepdims=True) + prompt_scores.sum(-1, keepdims=True)
-    out = jnp.einsum("bgkqts,bgskh->bgtkqh", (scores / total).astype(q.dtype), own.v)
-    out += jnp.einsum("bgkqtp,bpkh->bgtkqh", (prompt_scores / total).astype(q.dtype), prompt.v)
-    return out.reshape(b, g, t, n, h)
+    # The softmax over both parts without joining them: sums of the parts are divided at the end, by the sum of both.
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1)
+    out = jnp.einsum("bgkqts,bgskh->bgtkqh", weights.astype(q.dtype), own.v, preferred_element_type=jnp.float32)
+    if prompt is not None:
+        weights = jnp.exp(prompt_scores - top)
+        total += weights.sum(-1)
+        weights = weights.astype(q.dtype)
+        out += jnp.einsum("bgkqtp,bpkh->bgtkqh", weights, prompt.v, preferred_element_type=jnp.float32)
+    out = out / jnp.moveaxis(total, -1, 2)[..., None]
+    return out.reshape(b, g, t, n, h).astype(q.dtype)
 
 
 def causal_mask(length: int) -> jax.Array:
