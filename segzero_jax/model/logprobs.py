@@ -4,6 +4,8 @@ Logits are divided by the sampling temperature, and the visual special tokens ar
 ``<|image_pad|>`` is not an image. Full logits of a batch never exist: the vocabulary is walked in chunks of tokens.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,9 @@ from segzero_jax.model.policy import Pass, Policy, logits
 from segzero_jax.types import Array
 
 _IMPOSSIBLE = -1e30
-_CHUNK = 32
+# A chunk has this many tokens on each device, in whole positions and at least _POSITIONS of them. A larger one needs
+# more memory for logits; a smaller one gathers the head and reduces its gradient more often.
+_TOKENS, _POSITIONS = 1024, 32
 
 
 def sampling_logits(raw: jax.Array, temperature: float, banned_ids: tuple[int, ...]) -> jax.Array:
@@ -47,7 +51,9 @@ def response_logps(
       float32 ``[b, g, r]`` each, in nats. Chunks are recomputed in the backward pass: memory is one chunk of logits.
     """
     b, g, r = tokens_bgr.shape
-    chunk = next(size for size in range(min(_CHUNK, r), 0, -1) if r % size == 0)
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in setup.layout.over("batch"))
+    limit = min(r, max(_POSITIONS, _TOKENS * devices // (b * g)))
+    chunk = next(size for size in range(limit, 0, -1) if r % size == 0)
     rows = setup.layout.spec("batch", None, None)
 
     @jax.checkpoint
