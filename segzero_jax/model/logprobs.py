@@ -62,7 +62,9 @@ def response_logps(
         total = jax.nn.logsumexp(scaled, axis=-1)
         tokens = jax.sharding.reshard(tokens, setup.layout.spec("mlp_batch", None, None))
         logp = pick(scaled, tokens) - total
-        entropy = total - jnp.where(scaled > _IMPOSSIBLE, jnp.exp(scaled - total[..., None]) * scaled, 0).sum(-1)
+        # Not total - sum(p * scaled): where one token is nearly certain, that would be a difference of large numbers.
+        every = scaled - total[..., None]
+        entropy = -jnp.where(scaled > _IMPOSSIBLE, jnp.exp(every) * every, 0).sum(-1)
         return jax.sharding.reshard(logp, rows), jax.sharding.reshard(entropy, rows)
 
     chunks = lambda a: jnp.moveaxis(jnp.asarray(a).reshape(b, g, r // chunk, chunk, *a.shape[3:]), 2, 0)  # noqa: E731
