@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import load_policy
-from segzero_jax.config import Config
+from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.mesh import TRAIN
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Pass, Policy
@@ -89,12 +89,30 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         dtype = jnp.dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
     config = _asked_differently(config, image_size, prompt)
+    return Loaded(name, policy, dims, load_processor(config, name), config)
+
+
+def load_processor(config: Config, name: str) -> Processor:
+    """The processor of ``model.path``; what it lacks is said of ``name``. Raises CheckpointError."""
     data, limit = config.data, config.rollout.max_prompt_tokens
     try:
-        processor = Processor.load(config.model.path, data.image_size, data.prompt, limit)
+        return Processor.load(config.model.path, data.image_size, data.prompt, limit)
     except (ValueError, KeyError, OSError) as error:  # missing or damaged tokenizer.json, preprocessor_config.json
         raise CheckpointError(f"{name}: no tokenizer or picture settings for it: {error}") from None
-    return Loaded(name, policy, dims, processor, config)
+
+
+def make_sampling(config: RolloutConfig, processor: Processor) -> Sampling:
+    """How a configuration says that groups are sampled, with the tokenizer's special ids."""
+    return Sampling(
+        group=config.group_size,
+        max_tokens=config.max_response_tokens,
+        end_ids=processor.end_ids,
+        pad_id=processor.pad_id,
+        banned_ids=processor.visual_ids,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+    )
 
 
 def _asked_differently(config: Config, image_size: int | None, prompt: str | None) -> Config:
@@ -132,16 +150,8 @@ def respond(
       ImageError, PromptTooLong: see ``Processor.encode``.
     """
     processor, rollout = loaded.processor, loaded.config.rollout
-    sampling = Sampling(
-        group=1,
-        max_tokens=rollout.max_response_tokens,
-        end_ids=processor.end_ids,
-        pad_id=processor.pad_id,
-        banned_ids=processor.visual_ids,
-        temperature=temperature or rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        greedy=seed is None,
+    sampling = make_sampling(rollout, processor)._replace(
+        group=1, temperature=temperature or rollout.temperature, greedy=seed is None
     )
     batch = processor.batch([processor.encode(example)])
     setup = Pass(loaded.dims, TRAIN, jnp.dtype(loaded.config.model.compute_dtype))

@@ -195,6 +195,11 @@ class Config:
 _ADAPTER = TypeAdapter(Config)
 
 
+def model_directory(path: str | Path) -> Path:
+    """Where a ``model.path`` lies: "toy" is inside the package. Whether anything is there is not looked at."""
+    return Path(__file__).parent / "assets" / "toy_policy" if str(path) == "toy" else Path(path).expanduser()
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain YAML-ready values."""
     return _ADAPTER.dump_python(config, mode="json")
@@ -263,7 +268,7 @@ def parse_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Config]:
     """Reads ``argv`` with ``parser``'s options, ``--config`` and every dotted key; bad input is one line and exit 2."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog=parser.prog,
         usage=parser.usage or "%(prog)s [options] [--config FILE] [--section.key=value ...]",
         description=parser.description,
@@ -288,8 +293,8 @@ def parse_command_line(
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake without repeating the usage of fifty options."""
+class OneLineParser(argparse.ArgumentParser):
+    """A command line that reports a mistake in one line, without repeating the usage of fifty options."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")

@@ -169,7 +169,7 @@ def evaluate_split(
     """
     greedy, sampled = answer(examples, True), answer(examples, False)
     together = [first + more for first, more in zip(greedy, sampled, strict=True)]
-    scored = scorer.send(examples, together, masks=True).result()
+    scored = scorer.send(examples, together, masks=len(examples)).result()
     judged = judge(examples, together, scored, frame)
     summaries = {"greedy": summary(_answers(judged, slice(0, 1))), "sampled": summary(_answers(judged, slice(1, None)))}
     rows = [

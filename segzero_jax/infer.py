@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from segzero_jax.asking import default_sam, find_checkpoint, load, respond
-from segzero_jax.config import ConfigError
+from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.frames import rescale_object
 from segzero_jax.local_server import local_server
@@ -253,13 +252,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake without repeating the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
-
-
 def _query(text: str) -> str:
     if not text.strip(" \t\r\n."):
         raise argparse.ArgumentTypeError(f"expected a question such as 'the red circle', got {text!r}")
@@ -286,7 +278,7 @@ def _above_zero(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="python -m segzero_jax.infer",
         description="Asks a policy for something in a picture: it thinks and points, SAM 2 makes the mask. "
         "Writes STEM_overlay.png, STEM_mask.png (0 and 255) and STEM.json, STEM being the picture's name.",

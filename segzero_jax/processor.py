@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+from segzero_jax.config import model_directory
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
 
@@ -353,9 +353,7 @@ class Processor:
 
 def checkpoint_directory(path: str | Path) -> Path:
     """The directory that "toy" (inside the package) or a path means; raises FileNotFoundError."""
-    directory = (
-        Path(str(files("segzero_jax") / "assets" / "toy_policy")) if str(path) == "toy" else Path(path).expanduser()
-    )
+    directory = model_directory(path)
     if not directory.is_dir():
         raise FileNotFoundError(f'{path}: no such directory, expected "toy" or a Hugging Face checkpoint directory')
     return directory

@@ -15,6 +15,8 @@ from segzero_jax.scoring import Scored, answered_objects, solution
 from segzero_jax.types import Example, Frame, Rollout
 
 _ENDS = 10
+# So many prompts of a step are kept with picture and masks.
+DRAWN_PROMPTS = 1
 
 
 class Step(NamedTuple):
@@ -61,7 +63,7 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
 def rollout_rows(
     made: Step, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
 ) -> Iterator[dict[str, Any]]:
-    """A row per response; those of the first prompt also hold what a picture of them needs.
+    """A row per response; those of the first DRAWN_PROMPTS also hold what a picture of them needs.
 
     Args:
       frame: that the policy answers in.
@@ -70,7 +72,7 @@ def rollout_rows(
     """
     for b, example in enumerate(made.examples):
         target = solution(example, frame, recipe)
-        image = store_image(example.id, example.image) if b == 0 else ""
+        image = store_image(example.id, example.image) if b < DRAWN_PROMPTS else ""
         for g, text in enumerate(made.texts[b]):
             score = made.scored.masks[b][g] if made.scored.masks is not None else None
             reward = float(made.scored.rewards_bg[b, g])
@@ -89,7 +91,7 @@ def rollout_rows(
                 "finished": bool(made.rollout.finished_bg[b, g]),
                 "advantage": float(made.advantages_bg[b, g]),
             }
-            if b == 0:
+            if b < DRAWN_PROMPTS:
                 row |= {
                     "image": image,
                     "frame": [example.frame.width, example.frame.height],

@@ -50,15 +50,13 @@ class Scorer:
         self._frame = frame
         self._client = client
 
-    def send(
-        self, examples: Sequence[Example], texts: Sequence[Sequence[str]], masks: bool = False
-    ) -> "PendingRewards":
+    def send(self, examples: Sequence[Example], texts: Sequence[Sequence[str]], masks: int = 0) -> "PendingRewards":
         """Sends one call per prompt and returns at once.
 
         Args:
           examples: ``b`` of them.
           texts: ``[b][g]``.
-          masks: bring the predicted masks back too.
+          masks: so many of the first prompts bring their predicted masks back too.
         """
         pending = None
         if self._client is not None:
@@ -72,7 +70,8 @@ class Scorer:
                 )
                 for example, group in zip(examples, texts, strict=True)
             ]
-            pending = self._client.score(requests, masks=masks)
+            parts = ((requests[:masks], True), (requests[masks:], False))
+            pending = [self._client.score(part, masks=wanted) for part, wanted in parts if part]
         solutions = [solution(example, self._frame, self._config.recipe) for example in examples]
         return PendingRewards(self._config, texts, solutions, pending)
 
@@ -84,7 +83,7 @@ class PendingRewards:
     config: RewardConfig
     texts: Sequence[Sequence[str]]
     solutions: Sequence[str]
-    pending: PendingScores | None
+    pending: Sequence[PendingScores] | None
 
     def result(self) -> Scored:
         """Waits for SAM 2. Raises RewardServerError when the service cannot be reached."""
@@ -110,6 +109,7 @@ class PendingRewards:
     def _masks(self) -> list[list[CandidateScore]] | None:
         if self.pending is None:
             return None
+        answers = [row for part in self.pending for row in part.result()]
         # An answer that cannot be read asks for nothing, and nothing is the right mask where there is no target:
         # it must not earn what "nothing here" earns.
         return [
@@ -119,5 +119,5 @@ class PendingRewards:
                 else replace(score, iou=0.0, intersection=0)
                 for score, text in zip(row, group, strict=True)
             ]
-            for row, group in zip(self.pending.result(), self.texts, strict=True)
+            for row, group in zip(answers, self.texts, strict=True)
         ]

@@ -16,9 +16,11 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from segzero_jax import config as configs
 from segzero_jax import evaluation, jsonl
+from segzero_jax.asking import load_processor, make_sampling
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.pipeline import DataError, open_split, training_batches
@@ -36,9 +38,9 @@ from segzero_jax.local_server import local_server
 from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
 from segzero_jax.model.policy import Pass, Policy
-from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims, resolve
+from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims
 from segzero_jax.processor import ImageError, Processor, PromptTooLong
-from segzero_jax.record import Step, print_summary, rollout_rows, step_metrics
+from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics
 from segzero_jax.report import write_report
 from segzero_jax.reward_client import RewardClient, RewardServerError
 from segzero_jax.rollout import Sampling, rollout_layout, sample
@@ -74,6 +76,8 @@ class Job:
     rollout_pass: Pass
     sampling: Sampling
     loss: LossSettings
+    optimizer: optax.GradientTransformation
+    to_rollout: Callable[[Policy], Policy]
 
     def place(self, tree: Any) -> Any:
         """Host arrays with a leading batch axis onto the mesh."""
@@ -90,11 +94,10 @@ class Job:
         return self.place(self.processor.batch(prompts, multiple=_multiple(self.config.rollout.max_prompt_tokens)))
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
-        """Responses as text, ``[b][g]``."""
-        tokens, lengths = jax.device_get((rollout.tokens_bgr, rollout.length_bg))
+        """Responses on the host as text, ``[b][g]``."""
         return [
             [self.processor.decode(row[:length]) for row, length in zip(group, counts, strict=True)]
-            for group, counts in zip(tokens, lengths, strict=True)
+            for group, counts in zip(rollout.tokens_bgr, rollout.length_bg, strict=True)
         ]
 
 
@@ -103,11 +106,10 @@ def _multiple(limit: int) -> int:
     return 16 if limit <= 256 else 128
 
 
-def _crop(rollout: Rollout) -> Rollout:
-    """Cuts the padding that no response of the batch needs, to one of few static lengths."""
+def _crop(rollout: Rollout, longest: int) -> Rollout:
+    """Cuts the padding that not even the longest response needs, to one of few static lengths."""
     limit = rollout.tokens_bgr.shape[-1]
     multiple = _multiple(limit)
-    longest = int(jax.device_get(rollout.length_bg).max())
     length = min(limit, -(-longest // multiple) * multiple)
     return rollout._replace(tokens_bgr=rollout.tokens_bgr[..., :length], logps_bgr=rollout.logps_bgr[..., :length])
 
@@ -125,8 +127,6 @@ def train(
 ) -> TrainState:
     """GRPO from ``first_step`` to ``train.steps``."""
     config, timer = job.config, PhaseTimer()
-    optimizer = make_optimizer(config.train, config.model.freeze_vision)
-    to_rollout = rollout_layout(job.train_pass.dims, job.rollout_pass.dtype)
     micro_batches = config.train.batch_size // config.train.micro_batch_size
     for step in range(first_step, config.train.steps + 1):
         with timer.phase("data"):
@@ -134,12 +134,13 @@ def train(
             prompts = job.encode(examples)
         with timer.phase("rollout"):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
-            weights = to_rollout(state.policy)
+            weights = job.to_rollout(state.policy)
             rollout = sample(weights, prompts, key, setup=job.rollout_pass, sampling=job.sampling)
-            texts = job.texts(rollout)
-        pending = scorer.send(examples, texts, masks=True)
+            said = jax.device_get(rollout)
+            texts = job.texts(said)
+        pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS)
         with timer.phase("reference"):
-            rollout = _crop(rollout)
+            rollout = _crop(rollout, int(said.length_bg.max()))
             setup = job.train_pass._replace(remat=False)
             ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
             ref_logps.block_until_ready()
@@ -150,20 +151,25 @@ def train(
             learnt, kept = job.place((advantages_bg, np.isfinite(scored.rewards_bg)))
             batch = UpdateBatch(prompts, rollout, learnt, kept, ref_logps)
             state, losses = update(
-                state, batch, optimizer=optimizer, setup=job.train_pass, settings=job.loss, micro_batches=micro_batches
+                state,
+                batch,
+                optimizer=job.optimizer,
+                setup=job.train_pass,
+                settings=job.loss,
+                micro_batches=micro_batches,
             )
             losses = jax.device_get(losses)
-        made = Step(step, examples, texts, jax.device_get(rollout), scored, advantages_bg)
+        made = Step(step, examples, texts, said, scored, advantages_bg)
         times = timer.take()
         numbers = {**step_metrics(made), **{name: float(value) for name, value in losses.items()}, **times}
-        tokens = int(prompts.length_b.sum()) + int(rollout.length_bg.sum())
+        tokens = int(jax.device_get(prompts.length_b).sum()) + int(said.length_bg.sum())
         writer.write_step(step, {**numbers, "tokens_per_second": tokens / times["time/total"]})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
         last = step == config.train.steps
         if last or step % config.train.checkpoint_every == 0:
             checkpoints.save(step, state, batches.get_state(), config)
         if last or (config.eval.every and step % config.eval.every == 0):
-            evaluate(step, to_rollout(state.policy))
+            evaluate(step, job.to_rollout(state.policy))
             timer.take()
     return state
 
@@ -180,7 +186,7 @@ def answer(job: Job, weights: Policy, examples: Sequence[Example], greedy: bool)
         filled = rows + rows[:1] * (size - len(rows))
         key = jax.random.fold_in(base, start)
         rollout = sample(weights, job.encode(filled), key, setup=job.rollout_pass, sampling=sampling)
-        texts += job.texts(rollout)[: len(rows)]
+        texts += job.texts(jax.device_get(rollout))[: len(rows)]
     return texts
 
 
@@ -210,16 +216,13 @@ def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluati
 
 def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, Policy]:
     """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits."""
-    processor = Processor.load(
-        resolve(config.model.path), config.data.image_size, config.data.prompt, config.rollout.max_prompt_tokens
-    )
     dims = read_dims(config.model.path)
+    processor = load_processor(config, f"model.path={config.model.path}")
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
     dtype = jnp.dtype(config.model.compute_dtype)
     policy, _ = load_hf(config.model.path)
     # A second reading rather than a copy: the state's buffers are donated to the update.
     reference, _ = load_hf(config.model.path, dtype=dtype)
-    rollout = config.rollout
     job = Job(
         config=config,
         mesh=mesh,
@@ -227,19 +230,12 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, P
         frame=Frame(config.data.image_size, config.data.image_size),
         train_pass=Pass(dims, TRAIN, dtype, config.model.remat),
         rollout_pass=Pass(dims, ROLLOUT, dtype),
-        sampling=Sampling(
-            group=rollout.group_size,
-            max_tokens=rollout.max_response_tokens,
-            end_ids=processor.end_ids,
-            pad_id=processor.pad_id,
-            banned_ids=processor.visual_ids,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-        ),
-        loss=LossSettings(config.grpo, rollout.temperature, processor.visual_ids, config.model.freeze_vision),
+        sampling=make_sampling(config.rollout, processor),
+        loss=LossSettings(config.grpo, config.rollout.temperature, processor.visual_ids, config.model.freeze_vision),
+        optimizer=make_optimizer(config.train, config.model.freeze_vision),
+        to_rollout=rollout_layout(dims, dtype),
     )
-    return job, initial_state(policy, make_optimizer(config.train, config.model.freeze_vision)), reference
+    return job, initial_state(policy, job.optimizer), reference
 
 
 @contextlib.contextmanager
@@ -295,7 +291,7 @@ def run(config: Config, resume: bool) -> None:
         if resume:
             writer.truncate_after(first_step - 1)
         else:
-            evaluate(0, rollout_layout(job.train_pass.dims, job.rollout_pass.dtype)(state.policy))
+            evaluate(0, job.to_rollout(state.policy))
         train(job, state, reference, batches, scorer, checkpoints, writer, evaluate, first_step)
         checkpoints.wait()
     print_summary(run_dir)

@@ -1,5 +1,7 @@
 """Responses to rewards: frames, missing scores, answers that cannot be read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -25,13 +27,15 @@ TARGET = ObjectPrompt((20.0, 80.0, 100.0, 240.0), ((60.0, 160.0),))  # GOOD's bo
 class Answered:
     """A client that says what it was asked and answers with given scores."""
 
-    def __init__(self, scores: list[CandidateScore]):
+    def __init__(self, scores: list[CandidateScore], asked: list[ScoreRequest] | None = None):
         self.scores = scores
-        self.asked: list[ScoreRequest] = []
+        self.asked = asked or []
+        self.drawn: list[str] = []
 
     def score(self, groups: list[ScoreRequest], masks: bool = False) -> "Answered":
         self.asked += groups
-        return self
+        self.drawn += [group.id for group in groups if masks]
+        return Answered(self.scores, list(groups))
 
     def result(self) -> list[list[CandidateScore]]:
         return [self.scores for _ in self.asked]
@@ -48,6 +52,15 @@ def test_targets_and_answers_change_frames() -> None:
     (request,) = client.asked
     assert request.candidates == ((TARGET,),)
     assert (request.frame, request.target) == (Frame(200, 400), (TARGET,))
+
+
+def test_masks_come_back_for_the_first_prompts_alone() -> None:
+    client = Answered([scored(0.5)])
+    rows = [replace(example(TARGET), id=f"row-{i}") for i in range(3)]
+    result = Scorer(RewardConfig(), FRAME, client).send(rows, [[GOOD]] * 3, masks=1).result()
+    assert [request.id for request in client.asked] == ["row-0", "row-1", "row-2"]
+    assert client.drawn == ["row-0"]
+    assert result.masks == [[scored(0.5)]] * 3
 
 
 def test_text_rewards_need_no_server() -> None:

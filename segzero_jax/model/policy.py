@@ -8,7 +8,6 @@ keys are arranged for the one attention function:
 - ``group_hidden``: ``t`` = prompt followed by its G responses.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -74,9 +73,6 @@ class Pass(NamedTuple):
     layout: Layout
     dtype: jnp.dtype
     remat: bool = False
-
-
-Attention = Callable[[jax.Array, KeyValue], tuple[jax.Array, KeyValue]]
 
 
 def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
@@ -180,6 +176,11 @@ def _last_prompt(x_bpd: jax.Array, batch: PromptBatch) -> jax.Array:
     return jnp.take_along_axis(x_bpd, last, axis=1)[:, 0]
 
 
+def _prompt_mask(batch: PromptBatch) -> jax.Array:
+    """Bool ``[b, p]``: which prompt tokens are real."""
+    return jnp.arange(batch.tokens_bp.shape[1])[None] < jnp.asarray(batch.length_b)[:, None]
+
+
 def _response_positions(batch: PromptBatch, steps: jax.Array) -> jax.Array:
     """M-RoPE positions of response tokens: text, so the three axes agree: ``[b, 3, t]``."""
     positions = jnp.asarray(batch.next_position_b)[:, None, None] + steps[None, None]
@@ -220,7 +221,7 @@ def decode(
     angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
     length = cache.response.k.shape[3]
     own_mask = (jnp.arange(length) <= step)[None, None, None]
-    prompt_mask = jnp.arange(batch.tokens_bp.shape[1])[None] < jnp.asarray(batch.length_b)[:, None]
+    prompt_mask = _prompt_mask(batch)
 
     def body(
         carry: tuple[jax.Array, KeyValue], layer: tuple[DecoderBlock, KeyValue, jax.Array]
@@ -255,7 +256,7 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: P
     response_positions = jnp.tile(_response_positions(batch, jnp.arange(r)), (1, 1, g))
     positions = jnp.concatenate([jnp.asarray(batch.positions_b3p), response_positions], axis=2)
     angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
-    prompt_mask = jnp.arange(p)[None] < jnp.asarray(batch.length_b)[:, None]
+    prompt_mask = _prompt_mask(batch)
     prompt_causal, response_causal = causal_mask(p), causal_mask(r)
     grouped = lambda a: a[:, p:].reshape(b, g, r, *a.shape[2:])  # noqa: E731
 

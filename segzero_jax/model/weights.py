@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from segzero_jax.config import model_directory
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError
 from segzero_jax.model.dims import Dims, ModelConfigError, from_hf
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.tensor_files import CheckpointError, map_tensors, read_json, write_tensors
 
-_TOY = Path(__file__).parent.parent / "assets" / "toy_policy"
 _CARRIED = (
     *("*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
     *("chat_template.*", "added_tokens.json", "special_tokens_map.json"),
@@ -113,7 +113,7 @@ _ENTRIES: dict[tuple[str, ...], _Entry] = {
 
 def resolve(path: str | Path) -> Path:
     """A checkpoint directory; "toy" is the one inside the package. Raises CheckpointError when there is none."""
-    directory = _TOY if str(path) == "toy" else Path(path).expanduser()
+    directory = model_directory(path)
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"model.path={path}: no config.json there; expected a Hugging Face checkpoint directory or 'toy'"

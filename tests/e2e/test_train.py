@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from segzero_jax import train
+from segzero_jax.config import model_directory
 from segzero_jax.grpo import update
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert expected in complaint
     assert complaint.startswith("segzero_jax.train: ")
     assert not list(run.rglob("*.jsonl"))
+
+
+def test_a_checkpoint_without_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((model_directory("toy") / name).read_bytes())
+    assert train.main([f"--model.path={tmp_path}", f"--run.dir={tmp_path}/run"]) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert "tokenizer.json: no such file" in complaint
+    assert len(complaint.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_does_not_mix_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
