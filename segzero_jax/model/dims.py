@@ -127,5 +127,11 @@ def _check(dims: Dims) -> None:
     ):
         if left != right:
             raise ModelConfigError(f"config.json: {names} are {left} and {right}: expected the same")
+    stride = vision.full_attention[0] + 1 if vision.full_attention else 0
+    if not stride or vision.depth % stride or vision.full_attention != tuple(range(stride - 1, vision.depth, stride)):
+        raise ModelConfigError(
+            f"config.json: fullatt_block_indexes {list(vision.full_attention)} of {vision.depth} vision blocks: "
+            f"expected every n-th block and the last, such as [7, 15, 23, 31] of 32"
+        )
     if vision.head_width % 4:
         raise ModelConfigError(f"config.json: vision head width {vision.head_width}: expected a multiple of 4")
