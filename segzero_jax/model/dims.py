@@ -1,6 +1,6 @@
 """The dimensions of a Qwen2.5-VL policy, read from and written as Hugging Face's config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _ROPE_THETA = 1e6
@@ -135,3 +135,31 @@ def _check(dims: Dims) -> None:
         )
     if vision.head_width % 4:
         raise ModelConfigError(f"config.json: vision head width {vision.head_width}: expected a multiple of 4")
+
+
+_RELEASED_VISION = VisionDims(hidden=1280, depth=32, heads=16, mlp=3420, out=2048)
+# The models that the presets name, by hub id: what their config.json says, for planning without their files.
+RELEASED = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": Dims(
+        vocab=151936,
+        hidden=2048,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        mlp=11008,
+        mrope_sections=(16, 24, 24),
+        tied=True,
+        vision=_RELEASED_VISION,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Dims(
+        vocab=152064,
+        hidden=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        mlp=18944,
+        mrope_sections=(16, 24, 24),
+        tied=False,
+        vision=replace(_RELEASED_VISION, out=3584),
+    ),
+}

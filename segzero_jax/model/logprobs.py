@@ -21,7 +21,7 @@ _TOKENS, _POSITIONS = 1024, 32
 def sampling_logits(
     raw: jax.Array, temperature: float, banned_ids: tuple[int, ...], first_id: int | jax.Array = 0
 ) -> jax.Array:
-    """Logits of the distribution that is sampled from, float32 ``[..., v]``; ``first_id`` is the first of these ``v``."""
+    """Logits of the distribution that is sampled from, float32 ``[..., v]``, of ``v`` tokens from ``first_id`` on."""
     vocabulary = first_id + jax.lax.broadcasted_iota(jnp.int32, (raw.shape[-1],), 0)
     banned = jnp.isin(vocabulary, jnp.asarray(banned_ids, jnp.int32))
     banned = jax.sharding.reshard(banned, PartitionSpec(jax.typeof(raw).sharding.spec[-1]))
@@ -88,6 +88,6 @@ def response_logps(
 
     hidden_spec = layout.spec("batch", None, None, None)
     hidden_bgrd = jax.sharding.reshard(hidden_bgrd, hidden_spec)
-    tokens_bgr = jax.sharding.reshard(jnp.asarray(tokens_bgr), row_spec)
+    tokens = jax.sharding.reshard(jnp.asarray(tokens_bgr), row_spec)
     specs = (layout.spec("vocab", None), hidden_spec, row_spec)
-    return jax.shard_map(local, in_specs=specs, out_specs=(row_spec, row_spec))(head_vd, hidden_bgrd, tokens_bgr)
+    return jax.shard_map(local, in_specs=specs, out_specs=(row_spec, row_spec))(head_vd, hidden_bgrd, tokens)

@@ -8,6 +8,7 @@ keys are arranged for the one attention function:
 - ``group_hidden``: ``t`` = prompt followed by its G responses.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -113,18 +114,13 @@ def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:
     return jax.sharding.reshard(embedded.astype(setup.dtype), spec("batch", *rest, None))
 
 
-def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
-    """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
-    x_bpd = _embed(policy, batch.tokens_bp, setup)
+def _encode_images(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+    """Embeddings of all images of each prompt, one after another: ``[b, u, d]``."""
     b, images, slots, _ = batch.patches_bisc.shape
-    if images == 0:
-        return x_bpd
-    vision = setup.dims.vision
-    units = slots // vision.merge**2
     flat = lambda a: jnp.asarray(a).reshape(b * images, *a.shape[2:])  # noqa: E731
     embedded_mud = encode_images(
         policy.vision,
-        vision,
+        setup.dims.vision,
         setup.layout,
         flat(batch.patches_bisc),
         flat(batch.patch_hw_bis2),
@@ -133,8 +129,33 @@ def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
         kernel=setup.kernel,
         remat=setup.remat,
     )
+    units = images * slots // setup.dims.vision.merge**2
     rows = setup.layout.spec("batch", None, None)
-    embedded = jnp.reshape(embedded_mud, (b, images * units, setup.dims.hidden), out_sharding=rows)
+    return jnp.reshape(embedded_mud, (b, units, setup.dims.hidden), out_sharding=rows)
+
+
+@partial(jax.jit, static_argnames="setup")
+def embed_images(policy: Policy, batch: PromptBatch, *, setup: Pass) -> PromptBatch:
+    """The batch with its images' embeddings in place of their patches: for passes that leave the vision tower alone."""
+    if batch.patches_bisc.shape[1] == 0:
+        return batch
+    return batch._replace(
+        embedded_bud=_encode_images(policy, batch, setup),
+        patches_bisc=batch.patches_bisc[:, :0],
+        patch_hw_bis2=batch.patch_hw_bis2[:, :0],
+        patch_valid_bis=batch.patch_valid_bis[:, :0],
+    )
+
+
+def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+    """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
+    x_bpd = _embed(policy, batch.tokens_bp, setup)
+    if batch.embedded_bud is not None:
+        embedded = jnp.asarray(batch.embedded_bud)
+    elif batch.patches_bisc.shape[1]:
+        embedded = _encode_images(policy, batch, setup)
+    else:
+        return x_bpd
     index_bp = jnp.asarray(batch.image_index_bp)
     placed = jnp.take_along_axis(embedded, jnp.maximum(index_bp, 0)[..., None], axis=1)
     return jnp.where((index_bp >= 0)[..., None], placed, x_bpd)

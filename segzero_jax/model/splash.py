@@ -11,6 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
+from segzero_jax.types import Array
+
 _LANES, _BLOCK = 128, 512
 # A query's code: its position in the low bits, its distance from the start of its response above them.
 _POSITION_BITS = 17
@@ -38,7 +40,7 @@ class PrefixGroupMask(masks.Mask):
         into_response = np.where(position < prompt, 0, (position - prompt) % max(length, 1))
         self.q_sequence = (into_response << _POSITION_BITS | position).astype(np.int32)
 
-    def mask_function(self, code: jax.Array, key: jax.Array) -> jax.Array:
+    def mask_function(self, code: Array, key: Array) -> Array:
         """Whether the query with this code sees the key at this position; numpy or traced, broadcast."""
         query = code & (_MAX_TOKENS - 1)
         response_start = query - (code >> _POSITION_BITS)
@@ -50,7 +52,7 @@ class PrefixGroupMask(masks.Mask):
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         queries, keys = index
-        return np.asarray(self.mask_function(self.q_sequence[queries][:, None], np.arange(self._tokens)[keys][None]))
+        return np.asarray(self.mask_function(self.q_sequence[queries, None], np.arange(self._tokens)[None, keys]))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PrefixGroupMask) and self._key() == other._key()
@@ -92,9 +94,14 @@ def splash_attention(
     padded = padded_length(tokens)
     block = min(_BLOCK, padded)
     sizes = splash.BlockSizes(
-        **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block),
-        **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block),
-        **dict.fromkeys(("block_q_dq", "block_kv_dq"), block),
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
@@ -112,3 +119,11 @@ def splash_attention(
     specs = (spec, spec, spec, PartitionSpec(spec[0], None))
     # check_vma: the kernel's own calls do not say over which axes their results vary.
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(q_btnh, k_btkh, v_btkh, real_bt)
+
+
+def live_scores(prompt: int, length: int, tokens: int) -> int:
+    """Scores that the kernel computes for one head of a stream: those in blocks that the mask does not leave empty."""
+    mask = PrefixGroupMask(prompt, length, padded_length(tokens))
+    block = min(_BLOCK, padded_length(tokens))
+    edges = [slice(first, first + block) for first in range(0, padded_length(tokens), block)]
+    return sum(block**2 for queries in edges for keys in edges if mask[queries, keys].any())

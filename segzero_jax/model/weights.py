@@ -8,7 +8,6 @@ weight's transposition is a view, so a host reads only the bytes that its shards
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
