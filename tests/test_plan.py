@@ -17,7 +17,7 @@ from segzero_jax.model.dims import RELEASED
 from segzero_jax.plan import CHIPS, PhasePlan, Plan, PlanError, advise, kernel_flops, make_topology_mesh, read_topology
 
 ROOT = Path(__file__).parent.parent
-PHASES = ["reshard", "prefill", "decode", "rollout", "reference", "update"]
+PHASES = ["reshard", "prefill", "decode", "reference", "update"]
 
 
 def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,14 +70,13 @@ def test_its_flops_are_the_hand_count(toy):
 
 
 @pytest.mark.slow
-def test_a_rollout_is_its_prefill_and_its_steps(toy):
+def test_a_step_is_its_phases(toy):
     phases = {phase["phase"]: phase for phase in toy["phases"]}
     assert phases["decode"]["runs"] == toy["response_tokens"] == 64
-    for key in ("flops", "bytes", "seconds"):
-        assert phases["rollout"][key] == pytest.approx(phases["prefill"][key] + 64 * phases["decode"][key])
-    whole = [phases[name]["seconds"] for name in ("reshard", "rollout", "reference", "update")]
-    assert toy["seconds_per_step"] == pytest.approx(sum(whole))
-    assert toy["samples_per_second_per_chip"] == pytest.approx(128 / sum(whole) / 4)
+    assert [phase["runs"] for name, phase in phases.items() if name != "decode"] == [1] * 4
+    seconds = sum(phase["runs"] * phase["seconds"] for phase in toy["phases"])
+    assert toy["seconds_per_step"] == pytest.approx(seconds)
+    assert toy["samples_per_second_per_chip"] == pytest.approx(128 / seconds / 4)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    found = planning.analyse(planning._Work("update", Lowered, 1, (beside,)), CHIPS["v5e"], {})
+    (found,) = planning.analyse(planning._Work("update", Lowered, (beside,)), CHIPS["v5e"], {})
     assert (found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (False, 61.5, 1.0, None)
 
 
