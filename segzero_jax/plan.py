@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich import box
@@ -171,8 +170,7 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
         if "libtpu" in reason.lower() or "not found" in reason.lower():
             raise PlanError(f"--topology={topology}: libtpu is missing: pip install 'jax[tpu]' ({reason})") from None
         raise PlanError(f"--topology={topology}: no such slice: {reason}") from None
-    devices = np.asarray(slice_.devices, object).reshape(sizes)
-    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=slice_.devices)
 
 
 def find_dims(path: str) -> Dims:
