@@ -23,11 +23,12 @@ from segzero_jax.grpo import (
     k3_kl,
     make_optimizer,
     policy_loss,
+    reference_logps,
     token_mask,
     update,
 )
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.policy import Pass, embed_images
 from segzero_jax.types import Rollout
 
 NAN = math.nan
@@ -301,3 +302,20 @@ def test_a_frozen_vision_tower_stays_bit_for_bit_and_the_rest_learns(batch):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         same = np.array_equal(after, dict(jax.tree_util.tree_leaves_with_path(before))[path])
         assert same == name.startswith("vision/"), name
+
+
+@pytest.mark.usefixtures("mesh")
+def test_images_embedded_once_teach_the_same(batch):
+    """With a frozen tower, embeddings computed beforehand give the loss, gradients and reference of the patches."""
+    policy, losses = random_policy(), loss_settings(freeze_vision=True)
+    embedded = batch._replace(prompts=embed_images(policy, batch.prompts, setup=SETUP))
+    assert embedded.prompts.patches_bisc.shape[1] == 0
+    assert embed_images(policy, embedded.prompts, setup=SETUP) is not None  # there is nothing left to embed
+    optimizer, results = optax.sgd(1.0), []
+    for chosen in (batch, embedded):
+        tokens = chosen.rollout.tokens_bgr
+        logps = reference_logps(policy, chosen.prompts, tokens, setup=SETUP, settings=losses)
+        state = initial_state(random_policy(), optimizer)
+        state, metrics = update(state, chosen, optimizer=optimizer, setup=SETUP, settings=losses, micro_batches=2)
+        results.append(jax.device_get((logps, metrics, state.policy)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tiny import DIMS, random_policy
 
+from segzero_jax.hlo import Program
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.logprobs import response_logps, sampling_logits
 from segzero_jax.model.policy import Pass
@@ -40,3 +41,17 @@ def test_a_banned_token_has_no_probability_and_none_banned_changes_nothing():
     assert (probabilities[:, BANNED] == 0).all()
     assert (np.delete(probabilities, BANNED, axis=1) > 0).all()
     np.testing.assert_array_equal(free, raw / 2)
+
+
+def test_no_array_holds_the_vocabulary_for_every_token():
+    """Forward and backward, logits exist for a chunk of 32 positions; three chunks of them exist nowhere."""
+    b, g, r = 16, 3, 96
+    with jax.set_mesh(make_mesh("1x1")):
+        policy = random_policy()
+        hidden = jnp.zeros((b, g, r, DIMS.hidden))
+        tokens = jnp.zeros((b, g, r), jnp.int32)
+        loss = lambda policy, hidden: sum(x.sum() for x in response_logps(policy, hidden, tokens, SETUP, 1.0, BANNED))  # noqa: E731
+        program = Program(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(policy, hidden).compile().as_text())
+    arrays = [array for body in program.computations.values() for line in body.values() for array in line.arrays]
+    wide = [np.prod(array.shape) // DIMS.vocab for array in arrays if DIMS.vocab in array.shape]
+    assert max(wide) == b * g * 32

@@ -35,13 +35,13 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 DIMS = from_hf(hf_config())
 
 
-def random_policy(dims: Dims = DIMS, layout: Layout = TRAIN, seed: int = 0) -> Policy:
+def random_policy(dims: Dims = DIMS, layout: Layout = TRAIN, seed: int = 0, scale: float = 0.15) -> Policy:
     """Weights on the ambient mesh, the same on every mesh; no bias is 0 and no norm is 1."""
     target, mesh = abstract_policy(dims, layout), jax.sharding.get_mesh()
     rng = np.random.default_rng(seed)
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        values = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32) + ("norm" in path[-2].name)
+        values = scale * rng.standard_normal(leaf.shape).astype(np.float32) + ("norm" in path[-2].name)
         return jax.device_put(values, NamedSharding(mesh, leaf.sharding.spec))
 
     return jax.tree_util.tree_map_with_path(fill, target)
