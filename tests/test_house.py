@@ -24,7 +24,7 @@ ORDER = (
     *("config", "mesh", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
     *("rollout", "rewards", "reward_messages", "reward_client", "local_server", "grpo", "checkpoint"),
     *("tensorboard", "metrics", "overlay", "report", "scoring", "evaluation", "record", "asking"),
-    *("train", "infer", "evaluate", "rescore", "plan", "export"),
+    *("train", "infer", "evaluate", "rescore", "hlo", "plan", "export"),
 )
 # What a part must not know of, however indirectly: (part, its business, what would be somebody else's).
 IGNORANCE = (

@@ -22,8 +22,12 @@ PHASES = ["reshard", "prefill", "decode", "reference", "update"]
 
 def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a user types it, in a process that has not started JAX."""
+    return run_python("-m", "segzero_jax.plan", *arguments)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [sys.executable, "-m", "segzero_jax.plan", *arguments]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -77,6 +81,38 @@ def test_a_step_is_its_phases(toy):
     seconds = sum(phase["runs"] * phase["seconds"] for phase in toy["phases"])
     assert toy["seconds_per_step"] == pytest.approx(seconds)
     assert toy["samples_per_second_per_chip"] == pytest.approx(128 / seconds / 4)
+
+
+UPDATE_OF_THE_7B = """
+import json, jax
+from dataclasses import asdict
+from segzero_jax import config
+from segzero_jax.plan import CHIPS, Step, analyse, find_dims, make_topology_mesh
+jax.config.update("jax_platforms", "cpu")
+run = config.load("configs/seg_zero_7b.yaml")
+mesh = make_topology_mesh(run.mesh, "v5e:4x4")
+with jax.set_mesh(mesh):
+    step = Step(run, find_dims(run.model.path), mesh)
+    name, lower, beside = list(step.programs())[-1]
+    print(json.dumps(asdict(analyse(name, lower, beside, CHIPS["v5e"], step.attention_scores())[0])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_7b_updates_on_sixteen_chips_of_16_gb():
+    """The preset as it is: 16 prompts with 8 answers of up to 1,300 tokens, all parameters trained."""
+    found = run_python("-c", UPDATE_OF_THE_7B)
+    assert found.returncode == 0, found.stderr
+    update = json.loads(found.stdout)
+    assert update["phase"] == "update"
+    assert update["fits"]
+    assert 12 < update["hbm_gib"] <= 15.75
+    # Decoder and head, forward, recomputed and backward; the last product of a recomputed block is not needed.
+    layer = 3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944
+    tokens, answered = 16 * (1408 + 8 * 1300), 16 * 8 * 1300
+    flops = 28 * 2 * tokens * (4 * layer - 3584 * 18944) + 4 * 2 * answered * 152064 * 3584
+    assert 1.0 < update["flops"] * 16 / flops < 1.1
 
 
 @pytest.mark.parametrize(
