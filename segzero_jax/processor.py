@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from segzero_jax.config import model_directory
+from segzero_jax.hub import model_directory
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
 
