@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from segzero_jax.hub import HubError, model_directory
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError
 from segzero_jax.model.dims import Dims, ModelConfigError, from_hf, with_dtype
+from segzero_jax.model.hf_layout import ENTRIES, Entry, hub_key
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.tensor_files import CheckpointError, StoredTensor, find_tensors, read_json, write_tensors
 
@@ -31,92 +32,6 @@ _CARRIED = (
 )
 _CHECKED_BYTES = 64 << 20  # looked through for NaN at once: a bound on the scratch memory of that
 _LINE_BYTES = 2048
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """How one parameter of the tree lies in the file.
-
-    Attributes:
-      hf: hub key, with ``{}`` for the layer where the parameter is stacked.
-      factors: for each axis in the file, in how many axes the tree holds it.
-      transposed: a torch Linear: ``[out, in]`` in the file, ``[in, out]`` in the tree.
-    """
-
-    hf: str
-    factors: tuple[int, ...] = (1,)
-    transposed: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        return "{}" in self.hf
-
-    def keys(self, shape: tuple[int, ...]) -> list[str]:
-        """The hub keys of what has ``shape`` in the tree: one, or one for each layer."""
-        return [self.hf.format(layer) for layer in range(shape[0])] if self.stacked else [self.hf]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The permutation from the file's axes, factored, to the tree's."""
-        axes, first = tuple(range(sum(self.factors))), self.factors[0]
-        return axes[first:] + axes[:first] if self.transposed else axes
-
-    def factored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tree's shape in the order of the file."""
-        return tuple(shape[self.order.index(axis)] for axis in range(len(shape)))
-
-    def file_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-        """The shape in the file of what has ``shape`` in the tree."""
-        vision = dims.vision
-        if self.hf.endswith("patch_embed.proj.weight"):  # a convolution
-            return (vision.hidden, vision.channels, vision.temporal_patch, vision.patch, vision.patch)
-        rest = iter(self.factored(shape))
-        return tuple(math.prod(next(rest) for _ in range(count)) for count in self.factors)
-
-
-def _linear(hf: str, out_axes: int = 1, in_axes: int = 1) -> _Entry:
-    return _Entry(hf, (out_axes, in_axes), transposed=True)
-
-
-def _bias(hf: str, axes: int = 1) -> _Entry:
-    return _Entry(hf, (axes,))
-
-
-_ENTRIES: dict[tuple[str, ...], _Entry] = {
-    ("embed_vd",): _Entry("model.embed_tokens.weight", (1, 1)),
-    ("head_vd",): _Entry("lm_head.weight", (1, 1)),
-    ("final_norm_d",): _Entry("model.norm.weight"),
-    ("blocks", "norm1_d"): _Entry("model.layers.{}.input_layernorm.weight"),
-    ("blocks", "norm2_d"): _Entry("model.layers.{}.post_attention_layernorm.weight"),
-    ("blocks", "q_dnh"): _linear("model.layers.{}.self_attn.q_proj.weight", out_axes=2),
-    ("blocks", "q_bias_nh"): _bias("model.layers.{}.self_attn.q_proj.bias", 2),
-    ("blocks", "k_dkh"): _linear("model.layers.{}.self_attn.k_proj.weight", out_axes=2),
-    ("blocks", "k_bias_kh"): _bias("model.layers.{}.self_attn.k_proj.bias", 2),
-    ("blocks", "v_dkh"): _linear("model.layers.{}.self_attn.v_proj.weight", out_axes=2),
-    ("blocks", "v_bias_kh"): _bias("model.layers.{}.self_attn.v_proj.bias", 2),
-    ("blocks", "o_nhd"): _linear("model.layers.{}.self_attn.o_proj.weight", in_axes=2),
-    ("blocks", "gate_df"): _linear("model.layers.{}.mlp.gate_proj.weight"),
-    ("blocks", "up_df"): _linear("model.layers.{}.mlp.up_proj.weight"),
-    ("blocks", "down_fd"): _linear("model.layers.{}.mlp.down_proj.weight"),
-    ("vision", "patch_cd"): _linear("visual.patch_embed.proj.weight"),
-    ("vision", "blocks", "norm1_d"): _Entry("visual.blocks.{}.norm1.weight"),
-    ("vision", "blocks", "norm2_d"): _Entry("visual.blocks.{}.norm2.weight"),
-    ("vision", "blocks", "qkv_d3nh"): _linear("visual.blocks.{}.attn.qkv.weight", out_axes=3),
-    ("vision", "blocks", "qkv_bias_3nh"): _bias("visual.blocks.{}.attn.qkv.bias", 3),
-    ("vision", "blocks", "out_nhd"): _linear("visual.blocks.{}.attn.proj.weight", in_axes=2),
-    ("vision", "blocks", "out_bias_d"): _bias("visual.blocks.{}.attn.proj.bias"),
-    ("vision", "blocks", "gate_df"): _linear("visual.blocks.{}.mlp.gate_proj.weight"),
-    ("vision", "blocks", "gate_bias_f"): _bias("visual.blocks.{}.mlp.gate_proj.bias"),
-    ("vision", "blocks", "up_df"): _linear("visual.blocks.{}.mlp.up_proj.weight"),
-    ("vision", "blocks", "up_bias_f"): _bias("visual.blocks.{}.mlp.up_proj.bias"),
-    ("vision", "blocks", "down_fd"): _linear("visual.blocks.{}.mlp.down_proj.weight"),
-    ("vision", "blocks", "down_bias_d"): _bias("visual.blocks.{}.mlp.down_proj.bias"),
-    ("vision", "merger_norm_d"): _Entry("visual.merger.ln_q.weight"),
-    ("vision", "merger_up_df"): _linear("visual.merger.mlp.0.weight"),
-    ("vision", "merger_up_bias_f"): _bias("visual.merger.mlp.0.bias"),
-    ("vision", "merger_down_fd"): _linear("visual.merger.mlp.2.weight"),
-    ("vision", "merger_down_bias_d"): _bias("visual.merger.mlp.2.bias"),
-}
 
 
 def resolve(path: str | Path) -> Path:
@@ -195,13 +110,6 @@ def _leaves(policy: Policy) -> dict[tuple[str, ...], Any]:
     return {tuple(key.name for key in path[:-1]): leaf for path, leaf in leaves}
 
 
-def _hub_key(key: str) -> str:
-    for prefix, hub in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if key.startswith(prefix):
-            return hub + key.removeprefix(prefix)
-    return key
-
-
 @dataclass(frozen=True)
 class _Parameter:
     """Where one parameter of the tree lies: its tensors by layer, or the one that it is.
@@ -211,7 +119,7 @@ class _Parameter:
       shape: in the tree, of what one tensor holds.
     """
 
-    entry: _Entry
+    entry: Entry
     leaf: jax.ShapeDtypeStruct
     shape: tuple[int, ...]
     tensors: list[StoredTensor]
@@ -245,11 +153,11 @@ def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) 
 
 
 def _match(directory: Path, target: Policy, dims: Dims) -> list[_Parameter]:
-    """Finds the parameters in the files, in the order of the tree's leaves, from headers alone. Raises CheckpointError."""
-    stored = {_hub_key(key): tensor for key, tensor in find_tensors(directory).items()}
+    """The parameters in the order of the tree's leaves, found from the files' headers alone. Raises CheckpointError."""
+    stored = {hub_key(key): tensor for key, tensor in find_tensors(directory).items()}
     found = []
     for tree_path, leaf in _leaves(target).items():
-        entry = _ENTRIES[tree_path]
+        entry = ENTRIES[tree_path]
         shape = leaf.shape[1:] if entry.stacked else leaf.shape
         file_shape = entry.file_shape(shape, dims)
         keys = entry.keys(leaf.shape)
@@ -333,9 +241,9 @@ def _in_files(policy: Policy, dims: Dims, dtype: np.dtype) -> tuple[dict[str, in
     A value is gathered to the host when it is taken; of several processes each must take all of them, in order.
     """
     parts = [
-        (layer, key, _ENTRIES[path], leaf)
+        (layer, key, ENTRIES[path], leaf)
         for path, leaf in _leaves(policy).items()
-        for layer, key in enumerate(_ENTRIES[path].keys(leaf.shape))
+        for layer, key in enumerate(ENTRIES[path].keys(leaf.shape))
     ]
     parts.sort(key=lambda part: part[0])
     sizes = {
