@@ -1,8 +1,8 @@
 """Whole prompts against the Hugging Face processor: ids, pixels, token kinds and M-RoPE positions, all exactly.
 
-The oracle is ``Qwen2_5_VLProcessor`` (with its PIL image processor) and ``get_rope_index``. The released tokenizer is not
-part of this repository; what stands in for it has Qwen2's splitting expression, byte-level BPE with merges learnt from
-the toy world, and Qwen2.5's 22 added tokens under their real ids, 151643 to 151664.
+The oracle is ``Qwen2_5_VLProcessor`` (with its PIL image processor) and ``get_rope_index``. The released tokenizer is
+not part of this repository; what stands in for it has Qwen2's splitting expression, byte-level BPE with merges learnt
+from the toy world, and Qwen2.5's 22 added tokens under their real ids, 151643 to 151664.
 """
 
 import json
