@@ -386,9 +386,7 @@ def _read_vision(directory: Path) -> VisionSpec:
         images = _read_json(directory, "preprocessor_config.json")
     for key in ("image_mean", "image_std"):
         if len(images.get(key) or ()) != 3:
-            raise ValueError(
-                f"{directory}: {key} is {images.get(key)!r} in the picture settings: expected three numbers"
-            )
+            raise ValueError(f"{directory}: picture settings have {key} {images.get(key)!r}: expected three numbers")
     patch, merge = model.get("patch_size", 14), model.get("spatial_merge_size", 2)
     if (images.get("patch_size", patch), images.get("merge_size", merge)) != (patch, merge):
         raise ValueError(
