@@ -12,6 +12,7 @@ from segzero_jax.checkpoint import load_policy
 from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import TRAIN
+from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import CheckpointError
@@ -154,7 +155,8 @@ def respond(
         group=1, temperature=temperature or rollout.temperature, greedy=seed is None
     )
     batch = processor.batch([processor.encode(example)])
-    setup = Pass(loaded.dims, TRAIN, jnp.dtype(loaded.config.model.compute_dtype))
+    dtype, kernel = jnp.dtype(loaded.config.model.compute_dtype), choose_kernel(jax.sharding.get_mesh())
+    setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel)
     key = jax.random.key(seed or 0)
     drawn = jax.device_get(sample(loaded.policy, batch, key, setup=setup, sampling=sampling))
     return processor.decode(drawn.tokens_bgr[0, 0, : drawn.length_bg[0, 0]]), bool(drawn.finished_bg[0, 0])

@@ -31,6 +31,7 @@ class Layout:
     Attributes:
       batch: prompts, wherever activations are split by prompt.
       mlp_batch: prompts, inside the MLP and the output head.
+      lookup_batch: prompts, while token embeddings are looked up.
       embed: rows of a weight matrix along the model width.
       heads: attention heads of queries, and of keys and values when there are enough of them.
       mlp, vocab: hidden units of the decoder's MLP; the vocabulary.
@@ -40,6 +41,7 @@ class Layout:
     name: str
     batch: str | tuple[str, ...] | None
     mlp_batch: str | tuple[str, ...] | None
+    lookup_batch: str | tuple[str, ...] | None
     embed: str | tuple[str, ...] | None
     heads: str | None
     mlp: str | tuple[str, ...] | None
@@ -56,8 +58,8 @@ class Layout:
         return (axes,) if isinstance(axes, str) else axes or ()
 
 
-TRAIN = Layout("train", _BATCH, _BATCH, "fsdp", "tensor", "tensor", "tensor", "tensor")
-ROLLOUT = Layout("rollout", _BATCH, "data", None, "tensor", _BOTH, _BOTH, "tensor")
+TRAIN = Layout("train", _BATCH, _BATCH, "data", "fsdp", "tensor", "tensor", "tensor", "tensor")
+ROLLOUT = Layout("rollout", _BATCH, "data", "data", None, "tensor", _BOTH, _BOTH, "tensor")
 
 
 def parse_mesh(text: str) -> tuple[int, int, int]:

@@ -1,6 +1,5 @@
 """Rollout: one prefill per prompt, G sampled continuations, in one jitted program that ends when all have ended."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from segzero_jax.mesh import ROLLOUT
+from segzero_jax.model.attention import KeyValue
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.logprobs import pick, sampling_logits
 from segzero_jax.model.policy import DecodeCache, Pass, Policy, decode, empty_cache, logits, prefill
@@ -41,15 +41,22 @@ class Sampling(NamedTuple):
     greedy: bool = False
 
 
-def rollout_layout(dims: Dims, dtype: jnp.dtype) -> Callable[[Policy], Policy]:
-    """A function that lays the weights out for rollout under the ambient mesh: cast, and put where they are used."""
+def padding_multiple(limit: int) -> int:
+    """Lengths up to ``limit`` are padded to multiples of this: few programs to compile, few padding tokens to run."""
+    return 16 if limit <= 256 else 128
+
+
+def rollout_layout(dims: Dims, dtype: jnp.dtype) -> jax.stages.Wrapped:
+    """A jitted ``Policy -> Policy`` that lays weights out for rollout under the ambient mesh: cast, put where used."""
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_policy(dims, ROLLOUT))
     return jax.jit(
         lambda policy: jax.tree.map(lambda x, spec: jax.sharding.reshard(x.astype(dtype), spec), policy, specs)
     )
 
 
-class _Loop(NamedTuple):
+class Progress(NamedTuple):
+    """The state of sampling: tokens made so far, and the hidden states ``[b, g, d]`` that predict the next ones."""
+
     step: jax.Array
     hidden_bgd: jax.Array
     cache: DecodeCache
@@ -90,6 +97,45 @@ def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, setup: Pa
     return (scaled_bgv + noise).argmax(-1).astype(jnp.int32)
 
 
+def start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Sampling) -> Progress:
+    """Nothing sampled yet, behind prefilled prompts."""
+    b, g, length = hidden_bd.shape[0], sampling.group, sampling.max_tokens
+    rows, tokens = setup.layout.spec("batch", None), setup.layout.spec("batch", None, None)
+    return Progress(
+        step=jnp.int32(0),
+        hidden_bgd=jnp.broadcast_to(hidden_bd[:, None], (b, g, hidden_bd.shape[-1])),
+        cache=empty_cache(prompt, g, length, setup.layout),
+        tokens_bgr=jnp.full((b, g, length), sampling.pad_id, jnp.int32, out_sharding=tokens),
+        logps_bgr=jnp.zeros((b, g, length), jnp.float32, out_sharding=tokens),
+        length_bg=jnp.zeros((b, g), jnp.int32, out_sharding=rows),
+        done_bg=jnp.zeros((b, g), bool, out_sharding=rows),
+    )
+
+
+def decode_step(
+    policy: Policy, batch: PromptBatch, key: jax.Array, progress: Progress, setup: Pass, sampling: Sampling
+) -> Progress:
+    """Samples one more token of every response that has not ended, and runs the policy on it."""
+    step, done = progress.step, progress.done_bg
+    rows = setup.layout.spec("batch", None)
+    scaled = sampling_logits(logits(policy, progress.hidden_bgd, setup), sampling.temperature, sampling.banned_ids)
+    chosen = _choose(scaled, jax.random.fold_in(key, step), sampling, setup)
+    logp = pick(scaled, chosen) - jax.nn.logsumexp(scaled, axis=-1)
+    token = jnp.where(done, sampling.pad_id, jax.sharding.reshard(chosen, rows))
+    logp = jnp.where(done, 0.0, jax.sharding.reshard(logp, rows))
+    hidden, cache = decode(policy, batch, token, step, progress.cache, setup)
+    at = (0, 0, step)
+    return Progress(
+        step=step + 1,
+        hidden_bgd=hidden,
+        cache=cache,
+        tokens_bgr=jax.lax.dynamic_update_slice(progress.tokens_bgr, token[..., None], at),
+        logps_bgr=jax.lax.dynamic_update_slice(progress.logps_bgr, logp[..., None], at),
+        length_bg=progress.length_bg + ~done,
+        done_bg=done | (token[..., None] == jnp.asarray(sampling.end_ids, jnp.int32)).any(-1),
+    )
+
+
 @partial(jax.jit, static_argnames=("setup", "sampling"))
 def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, sampling: Sampling) -> Rollout:
     """Samples ``sampling.group`` responses to every prompt.
@@ -103,39 +149,10 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, s
       Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
       temperature, before top-p and top-k.
     """
-    b, g, length = batch.tokens_bp.shape[0], sampling.group, sampling.max_tokens
-    spec = setup.layout.spec
-    rows, tokens_spec = spec("batch", None), spec("batch", None, None)
     hidden_bd, prompt = prefill(policy, batch, setup)
-    hidden = jnp.broadcast_to(hidden_bd[:, None], (b, g, hidden_bd.shape[-1]))
-    ends = jnp.asarray(sampling.end_ids, jnp.int32)
-
-    def body(loop: _Loop) -> _Loop:
-        scaled = sampling_logits(logits(policy, loop.hidden_bgd, setup), sampling.temperature, sampling.banned_ids)
-        chosen = _choose(scaled, jax.random.fold_in(key, loop.step), sampling, setup)
-        logp = pick(scaled, chosen) - jax.nn.logsumexp(scaled, axis=-1)
-        token = jnp.where(loop.done_bg, sampling.pad_id, jax.sharding.reshard(chosen, rows))
-        logp = jnp.where(loop.done_bg, 0.0, jax.sharding.reshard(logp, rows))
-        at = (0, 0, loop.step)
-        hidden, cache = decode(policy, batch, token, loop.step, loop.cache, setup)
-        return _Loop(
-            step=loop.step + 1,
-            hidden_bgd=hidden,
-            cache=cache,
-            tokens_bgr=jax.lax.dynamic_update_slice(loop.tokens_bgr, token[..., None], at),
-            logps_bgr=jax.lax.dynamic_update_slice(loop.logps_bgr, logp[..., None], at),
-            length_bg=loop.length_bg + ~loop.done_bg,
-            done_bg=loop.done_bg | (token[..., None] == ends).any(-1),
-        )
-
-    start = _Loop(
-        step=jnp.int32(0),
-        hidden_bgd=hidden,
-        cache=empty_cache(prompt, g, length, setup.layout),
-        tokens_bgr=jnp.full((b, g, length), sampling.pad_id, jnp.int32, out_sharding=tokens_spec),
-        logps_bgr=jnp.zeros((b, g, length), jnp.float32, out_sharding=tokens_spec),
-        length_bg=jnp.zeros((b, g), jnp.int32, out_sharding=rows),
-        done_bg=jnp.zeros((b, g), bool, out_sharding=rows),
+    end = jax.lax.while_loop(
+        lambda progress: (progress.step < sampling.max_tokens) & ~progress.done_bg.all(),
+        lambda progress: decode_step(policy, batch, key, progress, setup, sampling),
+        start(hidden_bd, prompt, setup, sampling),
     )
-    end = jax.lax.while_loop(lambda loop: (loop.step < length) & ~loop.done_bg.all(), body, start)
     return Rollout(end.tokens_bgr, end.length_bg, end.logps_bgr, end.done_bg)

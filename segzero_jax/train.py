@@ -37,13 +37,14 @@ from segzero_jax.grpo import (
 from segzero_jax.local_server import local_server
 from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
-from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.attention import choose_kernel
+from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims
 from segzero_jax.processor import ImageError, Processor, PromptTooLong
 from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics
 from segzero_jax.report import write_report
 from segzero_jax.reward_client import RewardClient, RewardServerError
-from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, PromptBatch, Rollout
 
@@ -91,7 +92,9 @@ class Job:
     def encode(self, examples: Sequence[Example]) -> PromptBatch:
         """Examples as prompts on the mesh."""
         prompts = [self.processor.encode(example) for example in examples]
-        return self.place(self.processor.batch(prompts, multiple=_multiple(self.config.rollout.max_prompt_tokens)))
+        return self.place(
+            self.processor.batch(prompts, multiple=padding_multiple(self.config.rollout.max_prompt_tokens))
+        )
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Responses on the host as text, ``[b][g]``."""
@@ -101,15 +104,10 @@ class Job:
         ]
 
 
-def _multiple(limit: int) -> int:
-    """Lengths are padded to multiples of this: few programs to compile, few padding tokens to compute."""
-    return 16 if limit <= 256 else 128
-
-
 def _crop(rollout: Rollout, longest: int) -> Rollout:
     """Cuts the padding that not even the longest response needs, to one of few static lengths."""
     limit = rollout.tokens_bgr.shape[-1]
-    multiple = _multiple(limit)
+    multiple = padding_multiple(limit)
     length = min(limit, -(-longest // multiple) * multiple)
     return rollout._replace(tokens_bgr=rollout.tokens_bgr[..., :length], logps_bgr=rollout.logps_bgr[..., :length])
 
@@ -133,9 +131,12 @@ def train(
             examples = next(batches)
             prompts = job.encode(examples)
         with timer.phase("rollout"):
+            if config.model.freeze_vision:
+                # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
+                prompts = embed_images(state.policy, prompts, setup=job.train_pass)
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
-            weights = job.to_rollout(state.policy)
-            rollout = sample(weights, prompts, key, setup=job.rollout_pass, sampling=job.sampling)
+            # The copy in rollout layout lives no longer than the call.
+            rollout = sample(job.to_rollout(state.policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
             said = jax.device_get(rollout)
             texts = job.texts(said)
         pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS)
@@ -219,7 +220,7 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, P
     dims = read_dims(config.model.path)
     processor = load_processor(config, f"model.path={config.model.path}")
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
-    dtype = jnp.dtype(config.model.compute_dtype)
+    dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
     policy, _ = load_hf(config.model.path)
     # A second reading rather than a copy: the state's buffers are donated to the update.
     reference, _ = load_hf(config.model.path, dtype=dtype)
@@ -228,8 +229,8 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, P
         mesh=mesh,
         processor=processor,
         frame=Frame(config.data.image_size, config.data.image_size),
-        train_pass=Pass(dims, TRAIN, dtype, config.model.remat),
-        rollout_pass=Pass(dims, ROLLOUT, dtype),
+        train_pass=Pass(dims, TRAIN, dtype, config.model.remat, kernel),
+        rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel),
         sampling=make_sampling(config.rollout, processor),
         loss=LossSettings(config.grpo, config.rollout.temperature, processor.visual_ids, config.model.freeze_vision),
         optimizer=make_optimizer(config.train, config.model.freeze_vision),

@@ -1,15 +1,25 @@
-"""The prefix group: one prompt, G responses, one attention function for prefill, decode, reference, update and vision.
+"""Attention, in one place: what attends to what, and which kernel computes it.
 
-A prompt token sees earlier prompt tokens; a response token sees the whole prompt and its own earlier
-tokens. Keys and values of the prompt exist once for the G responses, so a decode step reads them
-once and an update computes them once. Nothing is approximated: for each response this is the attention of
-the sequence ``prompt + response``.
+The prefix group is one prompt and its G responses, a stream of tokens ``[prompt | r1 | ... | rG]``. A prompt token sees
+earlier prompt tokens; a response token sees the whole prompt and its own earlier tokens. Keys and values of the prompt
+exist once for the G responses, so a decode step reads them once and an update computes them once. Nothing is
+approximated: for each response this is the attention of the sequence ``prompt + response``.
+
+``attend_stream`` is the joint pass (prefill is a stream without responses), ``attend_image`` the vision tower's full
+attention. Both run as Pallas splash attention on TPU and as ``attend`` elsewhere. ``attend`` is plain XLA; decode steps
+and windows always use it: they are short, or bound by reading their keys.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import FullMask
+from jax.sharding import PartitionSpec
+
+from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_attention
+
+Kernel = Literal["xla", "splash", "splash_interpreted"]
 
 _MASKED = -1e30
 
@@ -68,3 +78,67 @@ def attend(
 def causal_mask(length: int) -> jax.Array:
     """Bool ``[1, 1, length, length]``: a query sees itself and what came before."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+class Stream(NamedTuple):
+    """How many tokens of a stream are prompt, how many responses follow, and how long each is (static)."""
+
+    prompt: int
+    group: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.group * self.length
+
+
+def choose_kernel(mesh: jax.sharding.Mesh) -> Kernel:
+    """Splash attention on TPU, XLA's elsewhere."""
+    return "splash" if mesh.devices.flat[0].platform == "tpu" else "xla"
+
+
+def attend_stream(
+    q_btnh: jax.Array, kv: KeyValue, stream: Stream, prompt_mask_bp: jax.Array, kernel: Kernel, spec: PartitionSpec
+) -> jax.Array:
+    """Causal attention of prefix groups.
+
+    Args:
+      q_btnh: queries of the whole stream, ``t = stream.tokens``.
+      kv: keys and values ``[b, t, k, h]``; ``n`` is a multiple of ``k``.
+      stream: which tokens are prompt and which belong to which response.
+      prompt_mask_bp: bool, which prompt tokens are real. Padding of a response needs no mask: nothing real follows it.
+      kernel: what computes it.
+      spec: the partition of ``[b, t, n, h]``, batch and heads.
+
+    Returns:
+      ``[b, t, n, h]`` in the dtype of ``q``; scores and softmax are float32. Rows of padding hold numbers that nothing
+      reads.
+    """
+    p, g, r = stream
+    if kernel != "xla":
+        prompt_mask = jax.sharding.reshard(prompt_mask_bp, PartitionSpec(spec[0], None))
+        real_bt = jnp.pad(prompt_mask, ((0, 0), (0, g * r)), constant_values=True)
+        mask = PrefixGroupMask(p, r, padded_length(stream.tokens))
+        return splash_attention(q_btnh, kv.k, kv.v, real_bt, mask, spec, interpret=kernel == "splash_interpreted")
+    b = q_btnh.shape[0]
+    shared = KeyValue(kv.k[:, :p], kv.v[:, :p])
+    prompt = attend(q_btnh[:, None, :p], KeyValue(shared.k[:, None], shared.v[:, None]), causal_mask(p))[:, 0]
+    if not g:
+        return prompt
+    grouped = lambda a: a[:, p:].reshape(b, g, r, *a.shape[2:])  # noqa: E731
+    own = KeyValue(grouped(kv.k), grouped(kv.v))
+    responses = attend(grouped(q_btnh), own, causal_mask(r), shared, prompt_mask_bp)
+    return jnp.concatenate([prompt, responses.reshape(b, g * r, *q_btnh.shape[2:])], axis=1)
+
+
+def attend_image(
+    q_bsnh: jax.Array, kv: KeyValue, valid_bs: jax.Array, kernel: Kernel, spec: PartitionSpec
+) -> jax.Array:
+    """Attention among all valid patches of an image, ``[b, s, n, h]``; arguments as in ``attend_stream``."""
+    if kernel != "xla":
+        valid_bs = jax.sharding.reshard(valid_bs, PartitionSpec(spec[0], None))
+        padded = padded_length(q_bsnh.shape[1])
+        mask = FullMask((padded, padded))
+        return splash_attention(q_bsnh, kv.k, kv.v, valid_bs, mask, spec, interpret=kernel == "splash_interpreted")
+    own = KeyValue(kv.k[:, None], kv.v[:, None])
+    return attend(q_bsnh[:, None], own, valid_bs[:, None, None])[:, 0]

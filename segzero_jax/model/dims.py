@@ -1,6 +1,6 @@
 """The dimensions of a Qwen2.5-VL policy, read from and written as Hugging Face's config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _ROPE_THETA = 1e6
@@ -182,5 +182,39 @@ def _check(dims: Dims) -> None:
     ):
         if left != right:
             raise ModelConfigError(f"config.json: {names} are {left} and {right}: expected the same")
+    stride = vision.full_attention[0] + 1 if vision.full_attention else 0
+    if not stride or vision.depth % stride or vision.full_attention != tuple(range(stride - 1, vision.depth, stride)):
+        raise ModelConfigError(
+            f"config.json: fullatt_block_indexes {list(vision.full_attention)} of {vision.depth} vision blocks: "
+            f"expected every n-th block and the last, such as [7, 15, 23, 31] of 32"
+        )
     if vision.head_width % 4:
         raise ModelConfigError(f"config.json: vision head width {vision.head_width}: expected a multiple of 4")
+
+
+_RELEASED_VISION = VisionDims(hidden=1280, depth=32, heads=16, mlp=3420, out=2048)
+# The models that the presets name, by hub id: what their config.json says, for planning without their files.
+RELEASED = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": Dims(
+        vocab=151936,
+        hidden=2048,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        mlp=11008,
+        mrope_sections=(16, 24, 24),
+        tied=True,
+        vision=_RELEASED_VISION,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Dims(
+        vocab=152064,
+        hidden=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        mlp=18944,
+        mrope_sections=(16, 24, 24),
+        tied=False,
+        vision=replace(_RELEASED_VISION, out=3584),
+    ),
+}

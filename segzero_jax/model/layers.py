@@ -1,6 +1,7 @@
-"""Norms, rotary embeddings and parameter creation, shared by the decoder and the vision tower."""
+"""Linear layers, norms, rotary embeddings and parameter creation, shared by the decoder and the vision tower."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,98 @@ def constant_param(value: float, shape: tuple[int, ...], spec: PartitionSpec) ->
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
+def linear(
+    subscripts: str,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    out_sharding: PartitionSpec,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """``einsum(subscripts, x, weight) + bias``, computed in the dtype of ``x``.
+
+    The gradients of weight and bias stay float32 from the matrix product through the sum over devices, where plain
+    differentiation would round every device's share to the dtype of ``x`` first.
+
+    Args:
+      subscripts: as for ``einsum``, without an ellipsis; every letter stands in two of the three arrays.
+      weight: float32 or already in the dtype of ``x``.
+      bias: its axes are those of ``weight`` that ``x`` does not have, in that order.
+      out_sharding: of the result.
+      out_dtype: of the result, where it is not the dtype of ``x``.
+    """
+    y = jnp.einsum(
+        subscripts, x, weight.astype(x.dtype), out_sharding=out_sharding, preferred_element_type=out_dtype or x.dtype
+    )
+    return y if bias is None else y + _spread(subscripts, bias).astype(y.dtype)
+
+
+def _letters(subscripts: str) -> tuple[str, str, str, str]:
+    """Letters of input, weight, result and bias."""
+    operands, out = subscripts.split("->")
+    x, weight = operands.split(",")
+    return x, weight, out, "".join(letter for letter in weight if letter not in x)
+
+
+def _spread(subscripts: str, bias: jax.Array) -> jax.Array:
+    """The bias with an axis of one for every other axis of the result."""
+    _, _, out, own = _letters(subscripts)
+    assert [letter for letter in out if letter in own] == list(own), "bias axes keep their order"
+    return jnp.expand_dims(bias, [axis for axis, letter in enumerate(out) if letter not in own])
+
+
+def _linear_forward(
+    subscripts: str,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    out_sharding: PartitionSpec,
+    out_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    return linear(subscripts, x, weight, bias, out_sharding, out_dtype), (x, weight, bias)
+
+
+def _linear_backward(
+    subscripts: str,
+    out_sharding: PartitionSpec,
+    out_dtype: jnp.dtype | None,
+    saved: tuple[jax.Array, jax.Array, jax.Array | None],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    x, weight, bias = saved
+    x_letters, w_letters, out, own = _letters(subscripts)
+    narrow = gradient.astype(x.dtype)
+    dx = jnp.einsum(
+        f"{out},{w_letters}->{x_letters}",
+        narrow,
+        weight.astype(x.dtype),
+        out_sharding=jax.typeof(x).sharding.spec,
+        preferred_element_type=x.dtype,
+    )
+    dw = jnp.einsum(
+        f"{x_letters},{out}->{w_letters}",
+        x,
+        narrow,
+        out_sharding=jax.typeof(weight).sharding.spec,
+        preferred_element_type=weight.dtype,
+    )
+    if bias is None:
+        return dx, dw, None
+    others = tuple(axis for axis, letter in enumerate(out) if letter not in own)
+    return dx, dw, gradient.sum(others, dtype=jnp.float32).astype(bias.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis: statistics in float32, the scale in ``x``'s dtype, as in Qwen2.5-VL."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale_d.astype(x.dtype)
+    # The product of two narrow numbers, taken in float32 so that the gradient of the scale is summed in float32.
+    scaled = normed.astype(x.dtype).astype(jnp.float32) * scale_d.astype(x.dtype).astype(jnp.float32)
+    return scaled.astype(x.dtype)
 
 
 def mrope_angles(positions_b3t: Array, sections: tuple[int, int, int], theta: float) -> jax.Array:

@@ -8,6 +8,7 @@ keys are arranged for the one attention function:
 - ``group_hidden``: ``t`` = prompt followed by its G responses.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segzero_jax.mesh import Layout, kv_copies
-from segzero_jax.model.attention import KeyValue, attend, causal_mask
+from segzero_jax.model.attention import Kernel, KeyValue, Stream, attend, attend_stream
 from segzero_jax.model.dims import Dims
-from segzero_jax.model.layers import constant_param, mrope_angles, normal_param, rms_norm, rotate
+from segzero_jax.model.layers import constant_param, linear, mrope_angles, normal_param, rms_norm, rotate
 from segzero_jax.model.vision import VisionTower, encode_images
 from segzero_jax.types import Array, PromptBatch
 
@@ -67,74 +68,94 @@ class Pass(NamedTuple):
       layout: the phase's sharding table.
       dtype: of activations.
       remat: recompute blocks in the backward pass.
+      kernel: what computes attention over whole streams.
     """
 
     dims: Dims
     layout: Layout
     dtype: jnp.dtype
     remat: bool = False
+    kernel: Kernel = "xla"
 
 
 def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
     spec, dims = setup.layout.spec, setup.dims
-    cast = lambda param: param[...].astype(x_btd.dtype)  # noqa: E731
     y = rms_norm(x_btd, block.norm1_d[...], dims.norm_eps)
     copies = kv_copies(dims.kv_heads)
-    kv = spec("batch", None, "heads" if copies == 1 else None, None)
-    q = jnp.einsum("btd,dnh->btnh", y, cast(block.q_dnh), out_sharding=spec("batch", None, "heads", None))
-    k = jnp.einsum("btd,dkh->btkh", y, cast(block.k_dkh), out_sharding=kv) + cast(block.k_bias_kh)
-    v = jnp.einsum("btd,dkh->btkh", y, cast(block.v_dkh), out_sharding=kv) + cast(block.v_bias_kh)
-    q, k = rotate(q + cast(block.q_bias_nh), angles), rotate(k, angles)
+    heads = spec("batch", None, "heads", None)
+    kv = heads if copies == 1 else spec("batch", None, None, None)
+    q = linear("btd,dnh->btnh", y, block.q_dnh[...], block.q_bias_nh[...], heads)
+    k = linear("btd,dkh->btkh", y, block.k_dkh[...], block.k_bias_kh[...], kv)
+    v = linear("btd,dkh->btkh", y, block.v_dkh[...], block.v_bias_kh[...], kv)
+    q, k = rotate(q, angles), rotate(k, angles)
     if copies > 1:
-        heads = spec("batch", None, "heads", None)
         k, v = (jax.sharding.reshard(jnp.repeat(a, copies, axis=2), heads) for a in (k, v))
     return q, KeyValue(k, v)
 
 
 def _finish(block: DecoderBlock, x_btd: jax.Array, out_btnh: jax.Array, setup: Pass) -> jax.Array:
     spec = setup.layout.spec
-    cast = lambda param: param[...].astype(x_btd.dtype)  # noqa: E731
     rows = spec("batch", None, None)
-    x_btd = x_btd + jnp.einsum("btnh,nhd->btd", out_btnh, cast(block.o_nhd), out_sharding=rows)
+    x_btd = x_btd + linear("btnh,nhd->btd", out_btnh, block.o_nhd[...], None, rows)
     y = rms_norm(x_btd, block.norm2_d[...], setup.dims.norm_eps)
     y = jax.sharding.reshard(y, spec("mlp_batch", None, None))
     hidden = spec("mlp_batch", None, "mlp")
-    gate = jnp.einsum("btd,df->btf", y, cast(block.gate_df), out_sharding=hidden)
-    up = jnp.einsum("btd,df->btf", y, cast(block.up_df), out_sharding=hidden)
-    return x_btd + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, cast(block.down_fd), out_sharding=rows)
+    gate = linear("btd,df->btf", y, block.gate_df[...], None, hidden)
+    up = linear("btd,df->btf", y, block.up_df[...], None, hidden)
+    return x_btd + linear("btf,fd->btd", jax.nn.silu(gate) * up, block.down_fd[...], None, rows)
 
 
 def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:
-    # Rows of the table stay where they are: each device looks up what it holds and the rest is a sum over the
-    # vocabulary's axes, which must not also split the tokens.
+    # The table stays where it is: each device looks up its part of the vocabulary and of the width, for all tokens, and
+    # the results move. In float32, so that the gradients of a token's many places are summed in float32.
     spec, rest = setup.layout.spec, (None,) * (tokens.ndim - 1)
-    table = jax.sharding.reshard(policy.embed_vd[...].astype(setup.dtype), spec("vocab", None))
-    tokens = jax.sharding.reshard(jnp.asarray(tokens), spec("mlp_batch", *rest))
-    embedded = table.at[tokens].get(out_sharding=spec("mlp_batch", *rest, None))
-    return jax.sharding.reshard(embedded, spec("batch", *rest, None))
+    tokens = jax.sharding.reshard(jnp.asarray(tokens), spec("lookup_batch", *rest))
+    embedded = policy.embed_vd[...].at[tokens].get(out_sharding=spec("lookup_batch", *rest, "embed"))
+    return jax.sharding.reshard(embedded.astype(setup.dtype), spec("batch", *rest, None))
 
 
-def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
-    """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
-    x_bpd = _embed(policy, batch.tokens_bp, setup)
+def _encode_images(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+    """Embeddings of all images of each prompt, one after another: ``[b, u, d]``."""
     b, images, slots, _ = batch.patches_bisc.shape
-    if images == 0:
-        return x_bpd
-    vision = setup.dims.vision
-    units = slots // vision.merge**2
     flat = lambda a: jnp.asarray(a).reshape(b * images, *a.shape[2:])  # noqa: E731
     embedded_mud = encode_images(
         policy.vision,
-        vision,
+        setup.dims.vision,
         setup.layout,
         flat(batch.patches_bisc),
         flat(batch.patch_hw_bis2),
         flat(batch.patch_valid_bis),
         dtype=setup.dtype,
+        kernel=setup.kernel,
         remat=setup.remat,
     )
+    units = images * slots // setup.dims.vision.merge**2
     rows = setup.layout.spec("batch", None, None)
-    embedded = jnp.reshape(embedded_mud, (b, images * units, setup.dims.hidden), out_sharding=rows)
+    return jnp.reshape(embedded_mud, (b, units, setup.dims.hidden), out_sharding=rows)
+
+
+@partial(jax.jit, static_argnames="setup")
+def embed_images(policy: Policy, batch: PromptBatch, *, setup: Pass) -> PromptBatch:
+    """The batch with its images' embeddings in place of their patches: for passes that leave the vision tower alone."""
+    if batch.patches_bisc.shape[1] == 0:
+        return batch
+    return batch._replace(
+        embedded_bud=_encode_images(policy, batch, setup),
+        patches_bisc=batch.patches_bisc[:, :0],
+        patch_hw_bis2=batch.patch_hw_bis2[:, :0],
+        patch_valid_bis=batch.patch_valid_bis[:, :0],
+    )
+
+
+def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+    """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
+    x_bpd = _embed(policy, batch.tokens_bp, setup)
+    if batch.embedded_bud is not None:
+        embedded = jnp.asarray(batch.embedded_bud)
+    elif batch.patches_bisc.shape[1]:
+        embedded = _encode_images(policy, batch, setup)
+    else:
+        return x_bpd
     index_bp = jnp.asarray(batch.image_index_bp)
     placed = jnp.take_along_axis(embedded, jnp.maximum(index_bp, 0)[..., None], axis=1)
     return jnp.where((index_bp >= 0)[..., None], placed, x_bpd)
@@ -144,12 +165,13 @@ def _run_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Ar
     """Prompts alone: states before the final norm, ``[b, p, d]``, and keys and values, ``[layer, b, p, k, h]``."""
     x = embed_prompt(policy, batch, setup)
     angles = mrope_angles(batch.positions_b3p, setup.dims.mrope_sections, setup.dims.rope_theta)
-    mask = causal_mask(x.shape[1])
+    prompt_mask = _prompt_mask(batch)
+    heads = setup.layout.spec("batch", None, "heads", None)
 
     def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, KeyValue]:
         q, kv = _project(block, x, angles, setup)
-        out = attend(q[:, None], KeyValue(kv.k[:, None], kv.v[:, None]), mask)
-        return _finish(block, x, out[:, 0], setup), kv
+        out = attend_stream(q, kv, Stream(x.shape[1], 0, 0), prompt_mask, setup.kernel, heads)
+        return _finish(block, x, out, setup), kv
 
     return jax.lax.scan(body, x, policy.blocks)
 
@@ -257,28 +279,26 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: P
     positions = jnp.concatenate([jnp.asarray(batch.positions_b3p), response_positions], axis=2)
     angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
     prompt_mask = _prompt_mask(batch)
-    prompt_causal, response_causal = causal_mask(p), causal_mask(r)
-    grouped = lambda a: a[:, p:].reshape(b, g, r, *a.shape[2:])  # noqa: E731
+    heads = setup.layout.spec("batch", None, "heads", None)
 
     def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, None]:
         q, kv = _project(block, x, angles, setup)
-        shared = KeyValue(kv.k[:, :p], kv.v[:, :p])
-        out_prompt = attend(q[:, None, :p], KeyValue(shared.k[:, None], shared.v[:, None]), prompt_causal)[:, 0]
-        own = KeyValue(grouped(kv.k), grouped(kv.v))
-        out_responses = attend(grouped(q), own, response_causal, shared, prompt_mask)
-        out = jnp.concatenate([out_prompt, out_responses.reshape(b, g * r, *q.shape[2:])], axis=1)
+        out = attend_stream(q, kv, Stream(p, g, r), prompt_mask, setup.kernel, heads)
         return _finish(block, x, out, setup), None
 
     x, _ = jax.lax.scan(jax.checkpoint(body) if setup.remat else body, x, policy.blocks)
     first = jnp.broadcast_to(_last_prompt(x[:, :p], batch)[:, None, None], (b, g, 1, d))
-    predicting = jnp.concatenate([first, grouped(x)[:, :, :-1]], axis=2)
+    predicting = jnp.concatenate([first, x[:, p:].reshape(b, g, r, d)[:, :, :-1]], axis=2)
     return rms_norm(predicting, policy.final_norm_d[...], setup.dims.norm_eps)
 
 
-def logits(policy: Policy, hidden: jax.Array, setup: Pass) -> jax.Array:
-    """Float32 logits of normed hidden states ``[b, ..., d]``, vocabulary sharded: ``[b, ..., v]``."""
-    head_vd = (policy.embed_vd if setup.dims.tied else policy.head_vd)[...].astype(hidden.dtype)
-    middle = (None,) * (hidden.ndim - 2)
-    hidden = jax.sharding.reshard(hidden, setup.layout.spec("mlp_batch", *middle, None))
-    out = setup.layout.spec("mlp_batch", *middle, "vocab")
-    return jnp.einsum("...d,vd->...v", hidden, head_vd, preferred_element_type=jnp.float32, out_sharding=out)
+def head_weights(policy: Policy, setup: Pass) -> jax.Array:
+    """The output head, ``[v, d]``: the embedding table where they are tied."""
+    return (policy.embed_vd if setup.dims.tied else policy.head_vd)[...]
+
+
+def logits(policy: Policy, hidden_bgd: jax.Array, setup: Pass) -> jax.Array:
+    """Float32 logits of normed hidden states ``[b, g, d]``, vocabulary sharded: ``[b, g, v]``."""
+    hidden = jax.sharding.reshard(hidden_bgd, setup.layout.spec("mlp_batch", None, None))
+    out = setup.layout.spec("mlp_batch", None, "vocab")
+    return linear("bgd,vd->bgv", hidden, head_weights(policy, setup), None, out, jnp.float32)

@@ -5,15 +5,17 @@ attention is a batch of small squares and needs no sequence mask.
 Reference: transformers, ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from segzero_jax.mesh import Layout
-from segzero_jax.model.attention import KeyValue, attend
+from segzero_jax.model.attention import Kernel, KeyValue, attend, attend_image
 from segzero_jax.model.dims import VisionDims
-from segzero_jax.model.layers import axial_angles, constant_param, normal_param, rms_norm, rotate
+from segzero_jax.model.layers import axial_angles, constant_param, linear, normal_param, rms_norm, rotate
 from segzero_jax.types import Array
 
 _EPS = 1e-6
@@ -57,29 +59,33 @@ class VisionTower(nnx.Module):
 
 
 def _block(
-    block: VisionBlock, x_bsd: jax.Array, angles: jax.Array, valid_bs: jax.Array, groups: int, layout: Layout
+    block: VisionBlock,
+    x_bsd: jax.Array,
+    angles: jax.Array,
+    valid_bs: jax.Array,
+    windows: int,
+    layout: Layout,
+    kernel: Kernel,
 ) -> jax.Array:
-    """One block; attention within each of ``groups`` equal runs of slots (windows, or 1 for the whole image)."""
+    """One block; attention within each of ``windows`` equal runs of slots, or among all of them where it is 0."""
     b, s, _ = x_bsd.shape
     spec = layout.spec
-    cast = lambda param: param[...].astype(x_bsd.dtype)  # noqa: E731
+    rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
+    heads = spec("batch", None, "heads", None)
     y = rms_norm(x_bsd, block.norm1_d[...], _EPS)
-    qkv = jnp.einsum("bsd,dcnh->cbsnh", y, cast(block.qkv_d3nh), out_sharding=spec(None, "batch", None, "heads", None))
-    qkv = qkv + cast(block.qkv_bias_3nh)[:, None, None]
-    split = lambda a: a.reshape(b, groups, s // groups, *a.shape[2:])  # noqa: E731
-    q, k, v = split(rotate(qkv[0], angles)), split(rotate(qkv[1], angles)), split(qkv[2])
-    out = attend(q, KeyValue(k, v), split(valid_bs)[:, :, None]).reshape(b, s, *q.shape[3:])
-    x_bsd = x_bsd + jnp.einsum("bsnh,nhd->bsd", out, cast(block.out_nhd), out_sharding=spec("batch", None, None))
-    x_bsd = x_bsd + cast(block.out_bias_d)
+    qkv = linear("bsd,dcnh->cbsnh", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], PartitionSpec(None, *heads))
+    q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
+    if windows:
+        split = lambda a: a.reshape(b, windows, s // windows, *a.shape[2:])  # noqa: E731
+        out = attend(split(q), KeyValue(split(k), split(v)), split(valid_bs)[:, :, None]).reshape(q.shape)
+    else:
+        out = attend_image(q, KeyValue(k, v), valid_bs, kernel, heads)
+    x_bsd = x_bsd + linear("bsnh,nhd->bsd", out, block.out_nhd[...], block.out_bias_d[...], rows)
 
     y = rms_norm(x_bsd, block.norm2_d[...], _EPS)
-    hidden = spec("batch", None, "vision_mlp")
-    gate = jnp.einsum("bsd,df->bsf", y, cast(block.gate_df), out_sharding=hidden) + cast(block.gate_bias_f)
-    up = jnp.einsum("bsd,df->bsf", y, cast(block.up_df), out_sharding=hidden) + cast(block.up_bias_f)
-    down = jnp.einsum(
-        "bsf,fd->bsd", jax.nn.silu(gate) * up, cast(block.down_fd), out_sharding=spec("batch", None, None)
-    )
-    return x_bsd + down + cast(block.down_bias_d)
+    gate = linear("bsd,df->bsf", y, block.gate_df[...], block.gate_bias_f[...], hidden)
+    up = linear("bsd,df->bsf", y, block.up_df[...], block.up_bias_f[...], hidden)
+    return x_bsd + linear("bsf,fd->bsd", jax.nn.silu(gate) * up, block.down_fd[...], block.down_bias_d[...], rows)
 
 
 def encode_images(
@@ -91,6 +97,7 @@ def encode_images(
     valid_bs: Array,
     *,
     dtype: jnp.dtype,
+    kernel: Kernel,
     remat: bool,
 ) -> jax.Array:
     """Images to embeddings of merged units, in window order.
@@ -104,31 +111,30 @@ def encode_images(
       ``[b, s / merge**2, out]`` in ``dtype``; padding units hold numbers that nothing reads.
     """
     spec = layout.spec
-    patches = jnp.asarray(patches_bsc).astype(dtype)
-    x_bsd = jnp.einsum(
-        "bsc,cd->bsd", patches, tower.patch_cd[...].astype(dtype), out_sharding=spec("batch", None, None)
-    )
+    rows = spec("batch", None, None)
+    x_bsd = linear("bsc,cd->bsd", jnp.asarray(patches_bsc).astype(dtype), tower.patch_cd[...], None, rows)
     angles = axial_angles(patch_hw_bs2, dims.head_width)
     valid_bs = jnp.asarray(valid_bs)
     windows = x_bsd.shape[1] // dims.window_slots
-    is_full = np.isin(np.arange(dims.depth), dims.full_attention)
+    # Every stride-th block sees the whole image: the same few blocks, again and again.
+    stride = dims.full_attention[0] + 1
+    strides = jax.tree.map(lambda a: a.reshape(dims.depth // stride, stride, *a.shape[1:]), tower.blocks)
 
-    def body(x: jax.Array, layer: tuple[VisionBlock, jax.Array]) -> tuple[jax.Array, None]:
-        block, full = layer
-        whole = lambda x: _block(block, x, angles, valid_bs, 1, layout)  # noqa: E731
-        windowed = lambda x: _block(block, x, angles, valid_bs, windows, layout)  # noqa: E731
-        return jax.lax.cond(full, whole, windowed, x), None
+    def step(count: int) -> Callable[[jax.Array, VisionBlock], tuple[jax.Array, None]]:
+        body = lambda x, block: (_block(block, x, angles, valid_bs, count, layout, kernel), None)  # noqa: E731
+        return jax.checkpoint(body) if remat else body
 
-    x_bsd, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x_bsd, (tower.blocks, jnp.asarray(is_full)))
+    def run(x: jax.Array, blocks: VisionBlock) -> tuple[jax.Array, None]:
+        x, _ = jax.lax.scan(step(windows), x, jax.tree.map(lambda a: a[:-1], blocks))
+        return step(0)(x, jax.tree.map(lambda a: a[-1], blocks))
+
+    x_bsd, _ = jax.lax.scan(run, x_bsd, strides)
 
     y = rms_norm(x_bsd, tower.merger_norm_d[...], _EPS)
     b, s, d = y.shape
     # In two steps: a reshape that splits and merges at once has no sharding of its own.
     y = y.reshape(b, s // dims.merge**2, dims.merge**2, d).reshape(b, s // dims.merge**2, dims.merge**2 * d)
-    up = jnp.einsum(
-        "bsd,df->bsf", y, tower.merger_up_df[...].astype(dtype), out_sharding=spec("batch", None, "vision_mlp")
-    )
-    up = jax.nn.gelu(up + tower.merger_up_bias_f[...].astype(dtype), approximate=False)
-    down = tower.merger_down_fd[...].astype(dtype)
-    out = jnp.einsum("bsf,fd->bsd", up, down, out_sharding=spec("batch", None, None))
-    return out + tower.merger_down_bias_d[...].astype(dtype)
+    hidden = spec("batch", None, "vision_mlp")
+    up = linear("bsd,df->bsf", y, tower.merger_up_df[...], tower.merger_up_bias_f[...], hidden)
+    up = jax.nn.gelu(up, approximate=False)
+    return linear("bsf,fd->bsd", up, tower.merger_down_fd[...], tower.merger_down_bias_d[...], rows)

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def read_dims(path: str | Path) -> Dims:
 
 def abstract_policy(dims: Dims, layout: Layout = TRAIN) -> Policy:
     """Shapes and shardings of a policy under the ambient mesh, without its numbers."""
-    return jax.eval_shape(partial(Policy, dims, layout), jax.random.key(0))
+    return jax.eval_shape(lambda: Policy(dims, layout, jax.random.key(0)))
 
 
 def check_fits(mesh: jax.sharding.Mesh, dims: Dims, batch: int, micro_batch: int) -> None:

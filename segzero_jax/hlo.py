@@ -1,0 +1,402 @@
+"""What a compiled XLA program costs one chip: FLOPs, bytes of main memory, bytes over the links.
+
+XLA's own ``cost_analysis`` counts the body of a loop once. Here the text of the optimized program is walked and every
+body is counted as often as its loop runs. Only matrix products count as FLOPs (on TPU they are convolutions), one
+multiplication and one addition each. Memory traffic is what each instruction reads and writes outside on-chip memory;
+a fusion that uses a slice of an array reads that slice.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
+_BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions that move nothing by themselves.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "conditional", "call", "optimization-barrier", "add-dependency"),
+}
+
+
+class HloError(ValueError):
+    """A program text that this module does not understand; one line."""
+
+
+class Array(NamedTuple):
+    """One array of an instruction's result: bytes, shape, and whether it lies in main memory."""
+
+    bytes: float
+    shape: tuple[int, ...]
+    in_main_memory: bool
+
+    @property
+    def traffic(self) -> float:
+        return self.bytes if self.in_main_memory else 0.0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def called(self) -> list[str]:
+        """Computations that this instruction runs as its own body."""
+        return _CALLED.findall(self.attributes)
+
+    def attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else None
+
+    def named(self, key: str) -> str:
+        """The computation that an attribute names. Raises HloError when there is none."""
+        found = self.attribute(rf"\b{key}=%?([\w.\-]+)")
+        if found is None:
+            raise HloError(f"{self.name}: expected {key}= in {self.attributes[:80]}")
+        return found
+
+    @property
+    def traffic(self) -> float:
+        """Bytes of the result that lie in main memory."""
+        return sum(array.traffic for array in self.arrays)
+
+
+class Kernel(NamedTuple):
+    """A Pallas kernel's calls: how many, and the shapes of its array operands."""
+
+    name: str
+    calls: int
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Cost:
+    """One chip's share of a program.
+
+    Attributes:
+      flops: of matrix products, kernels excepted.
+      bytes: read and written in main memory.
+      collectives: bytes that the chip sends, by kind of collective.
+      kernels: Pallas calls, which the walk cannot price.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[str, float] = field(default_factory=dict)
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+        for kind, size in other.collectives.items():
+            self.collectives[kind] = self.collectives.get(kind, 0.0) + times * size
+        self.kernels += [kernel._replace(calls=times * kernel.calls) for kernel in other.kernels]
+
+
+class Program:
+    """The text of an optimized program (``compiled.as_text()``), parsed."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] | None = None
+        for line in text.splitlines():
+            header = _COMPUTATION.match(line)
+            if header:
+                current = self.computations.setdefault(header[2], {})
+                if header[1]:
+                    self.entry = header[2]
+            elif current is not None and _INSTRUCTION.match(line):
+                instruction = _parse(line)
+                current[instruction.name] = instruction
+        if not self.entry:
+            raise HloError("no ENTRY computation: expected the text of a compiled program")
+
+    @cached_property
+    def cost(self) -> Cost:
+        """The whole program's, every loop as often as it runs."""
+        return self._of(self.entry)
+
+    def collectives(self) -> Iterator[tuple[str, Instruction]]:
+        """Every collective with its kind, once, wherever it is in the program."""
+        seen: set[tuple[str | None, tuple[Array, ...]]] = set()
+        for name, body in self.computations.items():
+            for instruction in body.values():
+                kind = _kind(instruction, name)
+                # A collective that runs beside other work is repeated in each computation it runs beside.
+                key = (instruction.attribute(r"channel_id=(\d+)"), instruction.arrays)
+                if kind and key not in seen:
+                    seen.add(key)
+                    yield kind, instruction
+
+    def _of(self, name: str) -> Cost:
+        body, cost = self.computations[name], Cost()
+        beside: set[tuple[str | None, tuple[Array, ...]]] = set()
+        for instruction in body.values():
+            if instruction.opcode == "while":
+                condition, inner = (
+                    instruction.attribute(r"condition=%?([\w.\-]+)"),
+                    instruction.attribute(r"body=%?([\w.\-]+)"),
+                )
+                assert condition
+                assert inner
+                cost.add(self._of(inner), self.trip_count(condition))
+            elif instruction.opcode in ("call", "async-start"):
+                for called in instruction.called():
+                    cost.add(self._of(called))
+            elif instruction.opcode == "conditional":
+                raise HloError(f"{name}: {instruction.name} is a conditional, whose branches cannot be counted")
+            else:
+                self._add(instruction, name, cost, beside)
+        return cost
+
+    def _add(
+        self, instruction: Instruction, name: str, cost: Cost, beside: set[tuple[str | None, tuple[Array, ...]]]
+    ) -> None:
+        body = self.computations[name]
+        if instruction.opcode == "fusion":
+            (called,) = instruction.called()
+            for inner in self._inside(called):
+                cost.flops += self._flops(*inner)
+                holder, part = inner
+                kind = _kind(part, holder)
+                key = (part.attribute(r"channel_id=(\d+)"), part.arrays)
+                if kind and key not in beside:
+                    beside.add(key)
+                    _send(cost, kind, part)
+            cost.bytes += self._fusion_bytes(instruction, called, body)
+            return
+        cost.flops += self._flops(name, instruction)
+        kind = _kind(instruction, name)
+        if kind:
+            _send(cost, kind, instruction)
+        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+            shapes = tuple(array.shape for operand in instruction.operands for array in body[operand].arrays)
+            cost.kernels.append(Kernel(instruction.name, 1, shapes))
+        cost.bytes += _bytes(instruction, body)
+
+    def _inside(self, name: str) -> Iterator[tuple[str, Instruction]]:
+        """All instructions of a fused computation and of those fused into it."""
+        for instruction in self.computations[name].values():
+            if instruction.opcode == "fusion":
+                for called in instruction.called():
+                    yield from self._inside(called)
+            else:
+                yield name, instruction
+
+    def trip_count(self, condition: str) -> int:
+        """How often a loop runs: it counts from 0 up to the constant that its condition compares with."""
+        body = self.computations[condition]
+        for instruction in body.values():
+            called = instruction.called() if instruction.opcode == "fusion" else []
+            compares = [instruction] if instruction.opcode == "compare" else []
+            compares += [part for name in called for _, part in self._inside(name) if part.opcode == "compare"]
+            if any("direction=LT" in compare.attributes for compare in compares):
+                limits = [
+                    body[operand].attribute(r"^(\d+)\)")
+                    for operand in instruction.operands
+                    if body[operand].opcode == "constant"
+                ]
+                inner = [
+                    part.attribute(r"^(\d+)\)")
+                    for name in called
+                    for _, part in self._inside(name)
+                    if part.opcode == "constant"
+                ]
+                found = [int(limit) for limit in limits + inner if limit is not None]
+                if len(found) == 1:
+                    return found[0]
+        raise HloError(f"{condition}: expected a loop that counts up to a constant")
+
+    def _flops(self, name: str, instruction: Instruction) -> float:
+        if instruction.opcode not in ("dot", "convolution"):
+            return 0.0
+        body = self.computations[name]
+        left, right = (body[operand].arrays[0].shape for operand in instruction.operands[:2])
+        (out,) = instruction.arrays
+        if instruction.opcode == "dot":
+            contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+            return 2.0 * math.prod(out.shape) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return _convolution_flops(left, right, out.shape, instruction)
+
+    def _fusion_bytes(self, fusion: Instruction, called: str, body: dict[str, Instruction]) -> float:
+        inner = self.computations[called]
+        parameters = {
+            int(part.attribute(r"^(\d+)\)") or 0): part for part in inner.values() if part.opcode == "parameter"
+        }
+        total = 0.0
+        for index, operand in enumerate(fusion.operands):
+            if body[operand].traffic:
+                total += min(body[operand].traffic, self._read(called, parameters[index].name))
+        (root,) = (part for part in inner.values() if part.is_root)
+        return total + min(fusion.traffic, self._written(called, root, fusion.traffic))
+
+    def _read(self, name: str, parameter: str) -> float:
+        """Bytes of a fused computation's parameter that are read: all, or the slices that are taken of it."""
+        body = self.computations[name]
+        total = 0.0
+        for user in body.values():
+            if parameter not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += sum(array.bytes for array in user.arrays)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter:
+                continue
+            elif user.opcode == "bitcast":
+                total += self._read(name, user.name)
+            elif user.opcode == "fusion":
+                (called,) = user.called()
+                inner = [part for part in self.computations[called].values() if part.opcode == "parameter"]
+                for part in inner:
+                    if user.operands[int(part.attribute(r"^(\d+)\)") or 0)] == parameter:
+                        total += self._read(called, part.name)
+            else:
+                return math.inf
+        return total
+
+    def _written(self, name: str, root: Instruction, whole: float) -> float:
+        """Bytes that a fused computation writes: its results, or the slices that it puts into an array."""
+        body = self.computations[name]
+        if root.opcode == "dynamic-update-slice":
+            return sum(array.bytes for array in body[root.operands[1]].arrays)
+        if root.opcode == "bitcast" and root.operands[0] in body:
+            return self._written(name, body[root.operands[0]], whole)
+        if root.opcode == "fusion":
+            (called,) = root.called()
+            (inner,) = (part for part in self.computations[called].values() if part.is_root)
+            return self._written(called, inner, whole)
+        if root.opcode == "tuple":
+            parts = [body[operand] for operand in root.operands]
+            return sum(self._written(name, part, sum(array.bytes for array in part.arrays)) for part in parts)
+        return whole
+
+
+def _parse(line: str) -> Instruction:
+    match = _INSTRUCTION.match(line)
+    assert match
+    rest = line[match.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, arguments = rest.partition("(")
+    close = _closing("(" + arguments, 0) - 1
+    inside, after = arguments[:close], arguments[close + 1 :]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    # A constant's value and a parameter's number stand where operands do.
+    attributes = f"{inside}){after}" if opcode in ("constant", "parameter") else after
+    return Instruction(match[2], opcode, _arrays(kind), operands, attributes, bool(match[1]))
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if not depth:
+            return index
+    raise HloError(f"unbalanced parentheses: {text[:80]}")
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    arrays = []
+    for dtype, sizes, layout in _ARRAY.findall(kind):
+        if dtype in _BITS:
+            shape = tuple(int(size) for size in sizes.split(",") if size)
+            arrays.append(Array(math.prod(shape) * _BITS[dtype] / 8, shape, "S(" not in layout))
+    return tuple(arrays)
+
+
+def _kind(instruction: Instruction, computation: str) -> str | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode not in _COLLECTIVES:
+        return None
+    # How XLA writes a reduce-scatter for TPU.
+    return "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
+
+
+def _send(cost: Cost, kind: str, instruction: Instruction) -> None:
+    size = max((array.bytes for array in instruction.arrays), default=0.0)
+    if kind in ("all-reduce", "reduce-scatter", "all-to-all"):
+        size = sum(array.bytes for array in instruction.arrays)
+    n = _group_size(instruction)
+    if kind == "collective-permute":
+        sent = size
+    elif kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
+        sent = size * (n - 1)
+    else:
+        sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+    cost.collectives[kind] = cost.collectives.get(kind, 0.0) + sent
+
+
+def _group_size(instruction: Instruction) -> int:
+    """Chips that take part together: from a list of groups, from [groups,size], or from named axes of a mesh."""
+    listed = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
+    if listed is not None:
+        return len(listed.split(","))
+    tiled = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]")
+    if tiled is not None:
+        return int(tiled)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    return 1
+
+
+def _bytes(instruction: Instruction, body: dict[str, Instruction]) -> float:
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0.0
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return instruction.traffic + min(instruction.traffic, sum(body[o].traffic for o in instruction.operands[:1]))
+    if opcode == "dynamic-update-slice":
+        return 2 * min(instruction.traffic, body[instruction.operands[1]].arrays[0].bytes)
+    if opcode.endswith("-start"):
+        # Beside what it makes, the result names the operands again: after it for a copy, before it otherwise.
+        made = instruction.arrays[0 if opcode == "copy-start" else len(instruction.operands)]
+        reads = any(body[operand].traffic for operand in instruction.operands)
+        return made.traffic + (made.bytes if reads else 0.0)
+    return instruction.traffic + sum(body[operand].traffic for operand in instruction.operands)
+
+
+def _convolution_flops(
+    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], instruction: Instruction
+) -> float:
+    """Multiplications by real numbers only: those by padding and by the zeros of a dilation are not made."""
+    labels = instruction.attribute(r"dim_labels=([\w\->]+)")
+    assert labels
+    left_labels, right_labels, out_labels = re.split(r"_|->", labels)
+    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    options = dict(item.split("=") for item in window.split())
+    count = sum(label.isdigit() for label in left_labels)
+    per_axis = lambda key, default: options[key].split("x") if key in options else [default] * count  # noqa: E731
+    sizes, strides = per_axis("size", "1"), per_axis("stride", "1")
+    pads, left_dilations = per_axis("pad", "0_0"), per_axis("lhs_dilate", "1")
+    right_dilations = per_axis("rhs_dilate", "1")
+    products = 1.0
+    for axis in range(count):
+        label = str(axis)
+        length = left[left_labels.index(label)]
+        results = out[out_labels.index(label)]
+        size, stride, low = int(sizes[axis]), int(strides[axis]), int(pads[axis].split("_")[0])
+        spread, step = int(left_dilations[axis]), int(right_dilations[axis])
+        reach = (length - 1) * spread + 1
+        products *= sum(
+            0 <= place < reach and place % spread == 0
+            for k in range(size)
+            for place in range(k * step - low, k * step - low + results * stride, stride)
+        )
+    features = right[right_labels.index("i")]
+    return 2.0 * products * features * left[left_labels.index("b")] * out[out_labels.index("f")]

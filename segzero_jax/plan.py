@@ -1,0 +1,504 @@
+"""Whether a run fits a TPU slice and what it costs there: ``python -m segzero_jax.plan --config C --topology v5e:4x4``.
+
+Every phase of a step is compiled for the named slice by the TPU compiler itself, on a machine without one (libtpu, the
+extra ``tpu``), with the shapes, shardings and programs of ``train``. Memory is what the compiler reserves; FLOPs, bytes
+and collectives are counted in the programs it made (``hlo.py``); seconds are a roofline from published peaks and assume
+that computing, memory and links overlap perfectly: a lower bound, not a forecast.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from segzero_jax import config as configs
+from segzero_jax.config import Config, ConfigError, model_directory
+from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, reference_logps, update
+from segzero_jax.hlo import Kernel, Program
+from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError, parse_mesh
+from segzero_jax.model.attention import Stream, choose_kernel
+from segzero_jax.model.dims import RELEASED, Dims
+from segzero_jax.model.policy import Pass, Policy, embed_images, prefill
+from segzero_jax.model.splash import live_scores, padded_length
+from segzero_jax.model.weights import CheckpointError, abstract_policy, check_fits, read_dims
+from segzero_jax.rollout import Sampling, decode_step, padding_multiple, rollout_layout, sample, start
+from segzero_jax.types import PromptBatch, Rollout
+
+_GIB = 2**30
+# Which tokens end a response or are never sampled decides nothing about cost: Qwen2.5-VL's.
+_END_IDS, _PAD_ID, _VISUAL_IDS = (151645, 151643), 151643, (151652, 151653, 151654, 151655, 151656)
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; one line."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip (docs.cloud.google.com/tpu/docs: v5e, v5p, v6e).
+
+    Attributes:
+      hbm_gib: what the compiler lets a program use.
+      flops: bfloat16, per second.
+      hbm: bytes per second.
+      link: bytes per second one way over one of the chip's links. A mesh axis is taken to have one link each way, as at
+        the end of a row; a ring that closes has two.
+    """
+
+    hbm_gib: float
+    flops: float
+    hbm: float
+    link: float
+
+
+CHIPS: Mapping[str, Chip] = {
+    "v5e": Chip(15.75, 197e12, 819e9, 400e9 / 8),
+    "v5p": Chip(95.74, 459e12, 2765e9, 1200e9 / 12),
+    "v6e": Chip(31.25, 918e12, 1638e9, 800e9 / 8),
+}
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase on one chip. GiB, FLOPs, bytes and seconds are of one run of the phase.
+
+    Attributes:
+      phase: its name.
+      runs: how often it runs in a step.
+      arguments_gib, temporaries_gib: of its program; results that take their arguments' place are counted once.
+      resident_gib: what else of the run lies in memory meanwhile.
+      hbm_gib: the sum.
+      fits: whether that is within the chip's limit.
+      flops, bytes: of matrix products; of main memory. None where the program could not be compiled.
+      collective_bytes: sent over the links, by kind.
+      seconds: the longest of computing, memory and links.
+      bound: which of them that is.
+    """
+
+    phase: str
+    runs: int
+    arguments_gib: float
+    temporaries_gib: float
+    resident_gib: float
+    hbm_gib: float
+    fits: bool
+    flops: float | None
+    bytes: float | None
+    collective_bytes: dict[str, float] | None
+    seconds: float | None
+    bound: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``--json`` prints."""
+
+    config: str | None
+    mesh: str
+    topology: str
+    chips: int
+    hbm_limit_gib: float
+    prompt_tokens: int
+    response_tokens: int
+    fits: bool
+    seconds_per_step: float | None
+    samples_per_second_per_chip: float | None
+    phases: list[PhasePlan]
+    advice: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A phase before it is compiled: its program, how often it runs, and what is in memory beside its arguments."""
+
+    name: str
+    lower: Callable[[], Any]
+    runs: int
+    beside: Sequence[Any]
+
+
+def read_topology(text: str) -> tuple[Chip, str, tuple[int, ...]]:
+    """``"v5e:4x4"`` -> the chip, its generation, and the slice's shape. Raises PlanError."""
+    generation, _, shape = text.partition(":")
+    sizes = shape.split("x")
+    flat = 2 if generation in ("v5e", "v6e") else 3
+    if generation not in CHIPS or len(sizes) != flat or not all(size.isdigit() and int(size) for size in sizes):
+        raise PlanError(f"--topology={text}: expected v5e:4x4, v6e:4x4 or v5p:2x2x4, sizes as you like")
+    return CHIPS[generation], generation, tuple(map(int, sizes))
+
+
+def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
+    """The mesh over the chips of a slice that is not there.
+
+    Raises:
+      PlanError: no such slice, or libtpu is not installed.
+      MeshError: the mesh has another number of chips.
+    """
+    _, _, shape = read_topology(topology)
+    sizes = parse_mesh(mesh)
+    if math.prod(sizes) != math.prod(shape):
+        raise MeshError(
+            f"--mesh={mesh}: {math.prod(sizes)} chips, --topology={topology} has {math.prod(shape)}; make them equal"
+        )
+    # What libtpu asks of a machine that has no TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # A host has 2 x 2 chips, or is smaller than that.
+    host = (*(min(2, size) for size in shape[:2]), 1)
+    try:
+        slice_ = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chips_per_host_bounds=host, num_slices=1
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        if "libtpu" in reason.lower() or "not found" in reason.lower():
+            raise PlanError(f"--topology={topology}: libtpu is missing: pip install 'jax[tpu]' ({reason})") from None
+        raise PlanError(f"--topology={topology}: no such slice: {reason}") from None
+    devices = np.asarray(slice_.devices, object).reshape(sizes)
+    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def find_dims(path: str) -> Dims:
+    """The dimensions of ``model.path``: of a directory, or of a released model, whose weights need not be here."""
+    if path in RELEASED and not model_directory(path).is_dir():
+        return RELEASED[path]
+    return read_dims(path)
+
+
+class _Shapes:
+    """Abstract values of a run on a mesh: what ``train`` puts there, without its numbers."""
+
+    def __init__(self, config: Config, dims: Dims, mesh: jax.sharding.Mesh) -> None:
+        self.config, self.dims, self.mesh = config, dims, mesh
+        limits = config.rollout
+        multiple = padding_multiple(limits.max_prompt_tokens)
+        self.prompt_tokens = -(-limits.max_prompt_tokens // multiple) * multiple
+        self.response_tokens = limits.max_response_tokens
+
+    def array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.array(shape, dtype, TRAIN.spec("batch", *(None,) * (len(shape) - 1)))
+
+    def on_mesh(self, tree: Any, dtype: Any = None) -> Any:
+        """What ``jax.eval_shape`` made, with its shardings on the mesh."""
+        spec = lambda leaf: leaf.sharding.spec if leaf.sharding else PartitionSpec()  # noqa: E731
+        return jax.tree.map(lambda leaf: self.array(leaf.shape, dtype or leaf.dtype, spec(leaf)), tree)
+
+    def policy(self, layout: Layout, dtype: Any) -> Policy:
+        return self.on_mesh(abstract_policy(self.dims, layout), dtype)
+
+    def prompts(self) -> PromptBatch:
+        b, p, vision = self.config.train.batch_size, self.prompt_tokens, self.dims.vision
+        windows = -(-self.config.data.image_size // vision.window)
+        slots = windows**2 * vision.window_slots
+        return PromptBatch(
+            tokens_bp=self.rows((b, p), jnp.int32),
+            length_b=self.rows((b,), jnp.int32),
+            positions_b3p=self.rows((b, 3, p), jnp.int32),
+            next_position_b=self.rows((b,), jnp.int32),
+            image_index_bp=self.rows((b, p), jnp.int32),
+            patches_bisc=self.rows((b, 1, slots, vision.patch_width), jnp.float32),
+            patch_hw_bis2=self.rows((b, 1, slots, 2), jnp.int32),
+            patch_valid_bis=self.rows((b, 1, slots), jnp.bool_),
+        )
+
+    def rollout(self) -> Rollout:
+        b, g, r = self.config.train.batch_size, self.config.rollout.group_size, self.response_tokens
+        return Rollout(
+            tokens_bgr=self.rows((b, g, r), jnp.int32),
+            length_bg=self.rows((b, g), jnp.int32),
+            logps_bgr=self.rows((b, g, r), jnp.float32),
+            finished_bg=self.rows((b, g), jnp.bool_),
+        )
+
+
+def work(config: Config, dims: Dims, mesh: jax.sharding.Mesh) -> Iterator[_Work]:
+    """The phases of a training step in their order, under the ambient mesh."""
+    shapes = _Shapes(config, dims, mesh)
+    dtype, kernel, limits = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh), config.rollout
+    train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
+    rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
+    sampling = Sampling(
+        limits.group_size, limits.max_response_tokens, _END_IDS, _PAD_ID, _VISUAL_IDS, limits.temperature, limits.top_p,
+        limits.top_k,
+    )  # fmt: skip
+    loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)
+    optimizer = make_optimizer(config.train, config.model.freeze_vision)
+
+    master, reference, weights = (
+        shapes.policy(TRAIN, jnp.float32), shapes.policy(TRAIN, dtype), shapes.policy(ROLLOUT, dtype)
+    )  # fmt: skip
+    state = shapes.on_mesh(jax.eval_shape(partial(initial_state, optimizer=optimizer), master))
+    prompts, rollout = shapes.prompts(), shapes.rollout()
+    if config.model.freeze_vision:
+        images = prompts
+        once = lambda: embed_images.lower(master, images, setup=train_pass)  # noqa: E731
+        yield _Work("vision", once, 1, (state.optimizer, reference))
+        prompts = shapes.on_mesh(jax.eval_shape(partial(embed_images, setup=train_pass), master, images))
+    key = shapes.on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
+    b, g, r = rollout.tokens_bgr.shape
+
+    yield _Work("reshard", lambda: rollout_layout(dims, dtype).lower(master), 1, (state.optimizer, reference))
+    run_prompts = jax.jit(partial(prefill, setup=rollout_pass))
+    yield _Work("prefill", lambda: run_prompts.lower(weights, prompts), 1, (state, reference))
+    step = jax.jit(partial(decode_step, setup=rollout_pass, sampling=sampling), donate_argnums=3)
+    first = lambda weights, prompts: start(*prefill(weights, prompts, rollout_pass), rollout_pass, sampling)  # noqa: E731
+    progress = shapes.on_mesh(jax.eval_shape(first, weights, prompts))
+    yield _Work("decode", lambda: step.lower(weights, prompts, key, progress), r, (state, reference))
+    whole = lambda: sample.lower(weights, prompts, key, setup=rollout_pass, sampling=sampling)  # noqa: E731
+    yield _Work("rollout", whole, 0, (state, reference))
+    passed = train_pass._replace(remat=False)
+    yield _Work(
+        "reference",
+        lambda: reference_logps.lower(reference, prompts, rollout.tokens_bgr, setup=passed, settings=loss),
+        1,
+        (state, rollout),
+    )
+    scores = (shapes.rows((b, g), jnp.float32), shapes.rows((b, g), jnp.bool_), shapes.rows((b, g, r), jnp.float32))
+    parts = config.train.batch_size // config.train.micro_batch_size
+    yield _Work(
+        "update",
+        lambda: update.lower(
+            state,
+            UpdateBatch(prompts, rollout, *scores),
+            optimizer=optimizer,
+            setup=train_pass,
+            settings=loss,
+            micro_batches=parts,
+        ),
+        1,
+        (reference,),
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one chip holds of abstract values."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def analyse(task: _Work, chip: Chip, attention: Mapping[int, int]) -> PhasePlan:
+    """Compiles a phase and reads its cost from the program.
+
+    Args:
+      attention: scores that the attention kernel computes for one head, by the padded length of its sequence.
+    """
+    resident = shard_bytes(task.beside)
+    try:
+        compiled = task.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"\(?([\d.]+)([MG])\)? exceeds|Used ([\d.]+)([MG])", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        size, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
+        temporaries = float(size) / (1024 if unit == "M" else 1)
+        hbm = temporaries + resident / _GIB
+        return PhasePlan(
+            task.name, task.runs, 0.0, temporaries, resident / _GIB, hbm, False, None, None, None, None, None
+        )
+    memory = compiled.memory_analysis()
+    # Results in the place of arguments take no room of their own.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries = memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes
+    hbm = (memory.argument_size_in_bytes + temporaries + resident) / _GIB
+    cost = Program(compiled.as_text()).cost
+    flops = cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
+    times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
+    times["interconnect"] = sum(cost.collectives.values()) / chip.link
+    bound = max(times, key=times.__getitem__)
+    return PhasePlan(
+        phase=task.name,
+        runs=task.runs,
+        arguments_gib=memory.argument_size_in_bytes / _GIB,
+        temporaries_gib=temporaries / _GIB,
+        resident_gib=resident / _GIB,
+        hbm_gib=hbm,
+        fits=hbm <= chip.hbm_gib,
+        flops=flops,
+        bytes=cost.bytes,
+        collective_bytes=cost.collectives,
+        seconds=times[bound],
+        bound=bound,
+    )
+
+
+def kernel_flops(kernel: Kernel, attention: Mapping[int, int]) -> float:
+    """FLOPs of a splash attention call: its forward pass is 2 matrix products a block, its backward passes 3 and 4."""
+    products = next((n for name, n in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name in kernel.name), None)
+    queries = next(shape for shape in kernel.shapes if len(shape) >= 3 and shape[-2] in attention)
+    if products is None:
+        raise PlanError(f"kernel {kernel.name}: expected one of splash attention's")
+    return kernel.calls * 2.0 * products * math.prod(queries[:-2]) * attention[queries[-2]] * queries[-1]
+
+
+def make_plan(config: Config, config_path: str | None, topology: str, report: Callable[[str], None]) -> Plan:
+    """Compiles all phases of a step of this run for a slice.
+
+    Args:
+      config: its mesh has as many chips as the slice.
+      config_path: named in the result.
+      topology: such as "v5e:4x4".
+      report: told which phase is being compiled; it takes minutes.
+
+    Raises:
+      PlanError, MeshError, CheckpointError: the slice, the mesh or the model is not one, or they do not go together.
+    """
+    chip, _, _ = read_topology(topology)
+    mesh = make_topology_mesh(config.mesh, topology)
+    dims = find_dims(config.model.path)
+    check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
+    shapes = _Shapes(config, dims, mesh)
+    stream = Stream(shapes.prompt_tokens, config.rollout.group_size, shapes.response_tokens)
+    slots = shapes.prompts().patches_bisc.shape[2]
+    attention = {
+        padded_length(slots): padded_length(slots) ** 2,
+        padded_length(stream.prompt): live_scores(stream.prompt, 1, stream.prompt),
+        padded_length(stream.tokens): live_scores(stream.prompt, stream.length, stream.tokens),
+    }
+    phases = []
+    with jax.set_mesh(mesh):
+        for task in work(config, dims, mesh):
+            report(task.name)
+            phases.append(analyse(task, chip, attention))
+    by_name = {phase.phase: phase for phase in phases}
+    by_name["rollout"] = whole_rollout(by_name)
+    # Prefill and decode steps are the rollout's parts.
+    times = [phase.seconds for name, phase in by_name.items() if name not in ("prefill", "decode")]
+    seconds = None if None in times else float(sum(time for time in times if time is not None))
+    samples = config.train.batch_size * config.rollout.group_size
+    return Plan(
+        config=config_path,
+        mesh=config.mesh,
+        topology=topology,
+        chips=mesh.size,
+        hbm_limit_gib=chip.hbm_gib,
+        prompt_tokens=shapes.prompt_tokens,
+        response_tokens=shapes.response_tokens,
+        fits=all(phase.fits for phase in phases),
+        seconds_per_step=seconds,
+        samples_per_second_per_chip=samples / seconds / mesh.size if seconds else None,
+        phases=list(by_name.values()),
+        advice=advise(config, [phase for phase in phases if not phase.fits]),
+    )
+
+
+def whole_rollout(phases: Mapping[str, PhasePlan]) -> PhasePlan:
+    """The rollout's cost as its prefill and all its decode steps; its memory is that of the one program that runs."""
+    rollout, parts = phases["rollout"], (phases["prefill"], phases["decode"])
+    if any(part.seconds is None for part in parts):
+        return replace(rollout, runs=1)
+    total = lambda name: sum(part.runs * getattr(part, name) for part in parts)  # noqa: E731
+    kinds = {kind for part in parts for kind in part.collective_bytes or {}}
+    sent = {kind: sum(part.runs * (part.collective_bytes or {}).get(kind, 0.0) for part in parts) for kind in kinds}
+    longest = max(parts, key=lambda part: part.runs * (part.seconds or 0.0))
+    return replace(
+        rollout,
+        runs=1,
+        flops=total("flops"),
+        bytes=total("bytes"),
+        collective_bytes=sent,
+        seconds=total("seconds"),
+        bound=longest.bound,
+    )
+
+
+def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
+    """What to change so that the phases that do not fit may."""
+    advice = []
+    data, fsdp, tensor = parse_mesh(config.mesh)
+    for phase in over:
+        if phase.phase == "update":
+            if not config.model.remat:
+                advice.append("--model.remat=true: recompute blocks in the backward pass")
+            if config.train.micro_batch_size > data * fsdp:
+                advice.append(f"--train.micro_batch_size={data * fsdp}: one prompt with its answers a row of the mesh")
+            if config.train.moment_dtype == "float32":
+                advice.append("--train.moment_dtype=bfloat16: 2 bytes less a parameter")
+            if not config.model.freeze_vision:
+                advice.append("--model.freeze_vision=true: no moments of the vision tower, no backward pass through it")
+        if config.model.compute_dtype == "float32":
+            advice.append("--model.compute_dtype=bfloat16: half the bytes of activations, reference and caches")
+        if phase.phase in ("reference", "update", "rollout", "decode"):
+            shorter = config.rollout.max_response_tokens // 2
+            advice.append(f"--rollout.max_response_tokens={shorter}: shorter answers")
+        if phase.phase in ("rollout", "prefill", "decode") and config.train.batch_size > data * fsdp:
+            advice.append(f"--train.batch_size={data * fsdp}: fewer prompts a step")
+    if over:
+        advice.append(f"a larger slice, such as --mesh={2 * fsdp * data}x{tensor}: weights and moments spread over it")
+    return list(dict.fromkeys(advice))
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """A table for people, and the verdict."""
+    table = Table(
+        title=f"{plan.config or 'the toy run'} on {plan.topology}, mesh {plan.mesh}",
+        caption=f"prompts of {plan.prompt_tokens}, answers of {plan.response_tokens} tokens; "
+        "one chip's memory in GiB and traffic in GB; seconds are a lower bound",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for title in ("phase", "runs", "args", "temps", "beside", "HBM", "TFLOP", "GB", "sent", "s"):
+        table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
+    table.add_column("bound", no_wrap=True)
+    for phase in plan.phases:
+        known = phase.seconds is not None
+        sent = sum((phase.collective_bytes or {}).values())
+        gib = (phase.arguments_gib, phase.temporaries_gib, phase.resident_gib, phase.hbm_gib)
+        cost = ((phase.flops or 0) / 1e12, (phase.bytes or 0) / 1e9, sent / 1e9, phase.seconds or 0)
+        row = [f"{value:.2f}" for value in gib] + [f"{value:.3g}" if known else "?" for value in cost]
+        table.add_row(phase.phase, str(phase.runs), *row, phase.bound or "?", style=None if phase.fits else "bold red")
+    console.print(table)
+    peak = max(plan.phases, key=lambda phase: phase.hbm_gib)
+    verdict = "fits" if plan.fits else "does not fit"
+    print(f"{verdict}: {peak.hbm_gib:.2f} GiB of {plan.hbm_limit_gib:.2f} GiB a chip, in {peak.phase}")
+    if plan.seconds_per_step:
+        rate = plan.samples_per_second_per_chip
+        print(f"at least {plan.seconds_per_step:.1f} s a step, at most {rate:.3g} samples/s a chip (roofline)")
+    if plan.advice:
+        print("to make it fit:\n" + "\n".join(f"  {line}" for line in plan.advice))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 when all phases fit, 1 when one does not, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="segzero_jax.plan", description="Compiles a training step for a TPU slice without one: memory, cost, time."
+    )
+    parser.add_argument("--topology", required=True, metavar="NAME", help="the slice: v5e:4x4, v6e:4x4, v5p:2x2x4")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    args, config = configs.parse_command_line(parser, argv)
+    # Nothing runs here: on a TPU host, the chips stay free.
+    jax.config.update("jax_platforms", "cpu")
+    console = Console(stderr=True)
+    try:
+        with console.status("compiling") as status:
+            tell = lambda name: status.update(f"compiling {name}")  # noqa: E731
+            plan = make_plan(config, args.config, args.topology, tell)
+    except (PlanError, ConfigError, MeshError, CheckpointError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(asdict(plan), indent=1))
+    else:
+        print_plan(plan, Console())
+    return 0 if plan.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
