@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf, save_hf, weights
-from segzero_jax.model.dims import from_hf, with_dtype
+from segzero_jax.model.dims import RELEASED, from_hf, with_dtype
 from segzero_jax.model.hf_layout import hub_key
 from segzero_jax.model.weights import CheckpointError, abstract_policy, read_dims
 
@@ -93,6 +93,8 @@ def test_the_released_layouts_are_read_in_full_depth(name: str, tmp_path: Path) 
     if size.tied:
         assert theirs.pop("lm_head.weight") == theirs["model.embed_tokens.weight"]
     assert shapes == theirs
+
+    assert from_hf(config) == next(dims for hub_id, dims in RELEASED.items() if name in hub_id)
 
     (tmp_path / "config.json").write_text(json.dumps(config))
     sparse(tmp_path / "model.safetensors", shapes)

@@ -29,12 +29,12 @@ from segzero_jax.processor import EncodedPrompt, Processor, fit_size, patch_imag
 RELATIVE = 1e-4
 # bfloat16 keeps 8 bits, so two right programs differ by their roundings. The judge is transformers in float32 with the
 # same weights: the root mean square of our error against it is at most this many times that of transformers' bfloat16.
-# Seen: up to 1.21 where pictures are (we round before a bias is added, torch's Linear after), 1.03 in text.
-BFLOAT16 = 1.5
+# Seen: up to 1.12 behind the vision tower, 1.04 where there is only text.
+BFLOAT16 = 1.25
 
 CUTS: dict[str, Size] = {
-    "3B": SIZES["3B"].cut(layers=2, depth=2, vocab=512, mlp=2752),
-    "7B": SIZES["7B"].cut(layers=1, depth=2, vocab=512, mlp=4736),
+    "3B": SIZES["3B"].cut(layers=2, depth=2, vocab=512, mlp=1376),
+    "7B": SIZES["7B"].cut(layers=1, depth=2, vocab=512, mlp=2368),
 }
 # (width, height) before resizing: no multiples of 28. One whole window; partial windows, wide and tall; no picture.
 PICTURES = [[(111, 115)], [(203, 61), (50, 291)], []]
@@ -54,16 +54,20 @@ def make_prompts(processor: Processor) -> list[EncodedPrompt]:
     return prompts
 
 
-def unrolled(runs: list[list[jax.Array]]) -> Callable[..., Any]:
-    """``jax.lax.scan`` without a loop; what is carried, from the initial value on, is appended to ``runs``."""
+def unrolled(carried: list[jax.Array]) -> Callable[..., Any]:
+    """``jax.lax.scan`` without a loop; what is carried into, between and out of its steps is appended, each once."""
+
+    def keep(value: Any) -> None:
+        if not any(value is known for known in carried):
+            carried.append(value)
 
     def scan(body: Callable[..., Any], init: Any, xs: Any) -> Any:
-        carry, states, ys = init, [init], []
+        carry, ys = init, []
+        keep(carry)
         for i in range(jax.tree.leaves(xs)[0].shape[0]):
             carry, y = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
-            states.append(carry)
+            keep(carry)
             ys.append(y)
-        runs.append(states)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
     return scan
@@ -77,15 +81,15 @@ def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], proces
 
         @jax.jit
         def run(policy: Any, batch: Any) -> Any:
-            runs: list[list[jax.Array]] = []
+            carried: list[jax.Array] = []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(jax.lax, "scan", unrolled(runs))
+                patch.setattr(jax.lax, "scan", unrolled(carried))
                 logits = prompt_logits(policy, batch, setup)
-            return logits, runs
+            return logits, carried
 
-        logits, runs = jax.tree.map(lambda x: np.asarray(x, np.float32), run(policy, batch))
-    vision = next(run for run in runs if run[0].shape[-1] == dims.vision.hidden)
-    decoder = next(run for run in runs if run[0].shape[-1] == dims.hidden)
+        logits, carried = jax.tree.map(lambda x: np.asarray(x, np.float32), run(policy, batch))
+    vision = [x for x in carried if x.shape[-1] == dims.vision.hidden]
+    decoder = [x for x in carried if x.shape[-1] == dims.hidden]
     assert (len(vision), len(decoder)) == (dims.vision.depth + 1, dims.layers + 1)
     states = []
     for row, prompt in enumerate(prompts):
