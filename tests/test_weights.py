@@ -19,6 +19,8 @@ from tiny import DIMS, hf_config, random_policy
 from torch_policy import load_torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from segzero_jax import train
+from segzero_jax.hub import TOY
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf, save_hf, weights
 from segzero_jax.model.dims import RELEASED, from_hf, with_dtype
@@ -365,6 +367,26 @@ def test_a_damaged_checkpoint_is_named(saved: Path, case: str) -> None:
         load_hf(saved)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["NaN", "truncated", "missing", "another architecture"])
+def test_training_does_not_begin_from_a_damaged_checkpoint(
+    saved: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (saved / name).write_bytes((TOY / name).read_bytes())
+    if case == "another architecture":
+        named = "model_type 'qwen2_vl': expected 'qwen2_5_vl'"
+        (saved / "config.json").write_text(json.dumps(hf_config(model_type="qwen2_vl")))
+    else:
+        named = damage(saved, case)
+    run = saved / "run"
+    assert train.main([f"--model.path={saved}", f"--run.dir={run}", "--reward.server=none"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert named in said
+    assert str(saved) in said
+    assert len(said.splitlines()) == 1
+    assert not run.exists()
 
 
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
