@@ -131,6 +131,26 @@ class Program:
         """The whole program's, every loop as often as it runs."""
         return self._of(self.entry)
 
+    def split(self, scope: str) -> tuple[Cost, Cost, int]:
+        """The program around the one loop whose body is a ``jax.named_scope``: cost around it, of one turn, and turns.
+
+        Raises:
+          HloError: there is not one such loop at the top of the program.
+        """
+        loops = [
+            loop
+            for loop in self.computations[self.entry].values()
+            if loop.opcode == "while" and self._mentions(loop.named("body"), f"/{scope}/")
+        ]
+        if len(loops) != 1:
+            raise HloError(f"expected one loop over {scope} in the program, found {len(loops)}")
+        (loop,) = loops
+        turn = self._of(loop.named("body"))
+        return self._of(self.entry, without=loop), turn, self.trip_count(loop.named("condition"))
+
+    def _mentions(self, name: str, scope: str) -> bool:
+        return any(scope in (i.attribute(r'op_name="([^"]*)"') or "") for i in self.computations[name].values())
+
     def collectives(self) -> Iterator[tuple[str, Instruction]]:
         """Every collective with its kind, once, wherever it is in the program."""
         seen: set[tuple[str | None, tuple[Array, ...]]] = set()
@@ -143,10 +163,12 @@ class Program:
                     seen.add(key)
                     yield kind, instruction
 
-    def _of(self, name: str) -> Cost:
+    def _of(self, name: str, without: Instruction | None = None) -> Cost:
         body, cost = self.computations[name], Cost()
         beside: set[tuple[str | None, tuple[Array, ...]]] = set()
         for instruction in body.values():
+            if instruction is without:
+                continue
             if instruction.opcode == "while":
                 condition, inner = (
                     instruction.attribute(r"condition=%?([\w.\-]+)"),

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from segzero_jax.hlo import Kernel, Program
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError, parse_mesh
 from segzero_jax.model.attention import Stream, choose_kernel
 from segzero_jax.model.dims import RELEASED, Dims
-from segzero_jax.model.policy import Pass, Policy, embed_images, prefill
+from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.splash import live_scores, padded_length
 from segzero_jax.model.weights import CheckpointError, abstract_policy, check_fits, read_dims
-from segzero_jax.rollout import Sampling, decode_step, padding_multiple, rollout_layout, sample, start
+from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 
 _GIB = 2**30
@@ -76,12 +76,12 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase on one chip. GiB, FLOPs, bytes and seconds are of one run of the phase.
+    """One phase on one chip. FLOPs, bytes and seconds are of one run of the phase.
 
     Attributes:
-      phase: its name.
-      runs: how often it runs in a step.
-      arguments_gib, temporaries_gib: of its program; results that take their arguments' place are counted once.
+      phase: its name. Prefill and decode are parts of one program and share its memory.
+      runs: how often it runs in a step: decode once a token.
+      arguments_gib, temporaries_gib: of its program; results in the place of arguments are counted once.
       resident_gib: what else of the run lies in memory meanwhile.
       hbm_gib: the sum.
       fits: whether that is within the chip's limit.
@@ -98,11 +98,11 @@ class PhasePlan:
     resident_gib: float
     hbm_gib: float
     fits: bool
-    flops: float | None
-    bytes: float | None
-    collective_bytes: dict[str, float] | None
-    seconds: float | None
-    bound: str | None
+    flops: float | None = None
+    bytes: float | None = None
+    collective_bytes: dict[str, float] | None = None
+    seconds: float | None = None
+    bound: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Work:
-    """A phase before it is compiled: its program, how often it runs, and what is in memory beside its arguments."""
+    """A program of a step before it is compiled, and what is in memory beside its arguments."""
 
     name: str
     lower: Callable[[], Any]
-    runs: int
     beside: Sequence[Any]
 
 
@@ -160,6 +159,8 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # The compiler takes no chip: it may run beside another process that has libtpu loaded.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # A host has 2 x 2 chips, or is smaller than that.
     host = (*(min(2, size) for size in shape[:2]), 1)
     try:
@@ -252,25 +253,18 @@ def work(config: Config, dims: Dims, mesh: jax.sharding.Mesh) -> Iterator[_Work]
     if config.model.freeze_vision:
         images = prompts
         once = lambda: embed_images.lower(master, images, setup=train_pass)  # noqa: E731
-        yield _Work("vision", once, 1, (state.optimizer, reference))
+        yield _Work("vision", once, (state.optimizer, reference))
         prompts = shapes.on_mesh(jax.eval_shape(partial(embed_images, setup=train_pass), master, images))
     key = shapes.on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
     b, g, r = rollout.tokens_bgr.shape
 
-    yield _Work("reshard", lambda: rollout_layout(dims, dtype).lower(master), 1, (state.optimizer, reference))
-    run_prompts = jax.jit(partial(prefill, setup=rollout_pass))
-    yield _Work("prefill", lambda: run_prompts.lower(weights, prompts), 1, (state, reference))
-    step = jax.jit(partial(decode_step, setup=rollout_pass, sampling=sampling), donate_argnums=3)
-    first = lambda weights, prompts: start(*prefill(weights, prompts, rollout_pass), rollout_pass, sampling)  # noqa: E731
-    progress = shapes.on_mesh(jax.eval_shape(first, weights, prompts))
-    yield _Work("decode", lambda: step.lower(weights, prompts, key, progress), r, (state, reference))
+    yield _Work("reshard", lambda: rollout_layout(dims, dtype).lower(master), (state.optimizer, reference))
     whole = lambda: sample.lower(weights, prompts, key, setup=rollout_pass, sampling=sampling)  # noqa: E731
-    yield _Work("rollout", whole, 0, (state, reference))
+    yield _Work("rollout", whole, (state, reference))
     passed = train_pass._replace(remat=False)
     yield _Work(
         "reference",
         lambda: reference_logps.lower(reference, prompts, rollout.tokens_bgr, setup=passed, settings=loss),
-        1,
         (state, rollout),
     )
     scores = (shapes.rows((b, g), jnp.float32), shapes.rows((b, g), jnp.bool_), shapes.rows((b, g, r), jnp.float32))
@@ -285,7 +279,6 @@ def work(config: Config, dims: Dims, mesh: jax.sharding.Mesh) -> Iterator[_Work]
             settings=loss,
             micro_batches=parts,
         ),
-        1,
         (reference,),
     )
 
@@ -295,13 +288,14 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def analyse(task: _Work, chip: Chip, attention: Mapping[int, int]) -> PhasePlan:
-    """Compiles a phase and reads its cost from the program.
+def analyse(task: _Work, chip: Chip, attention: Mapping[int, int]) -> list[PhasePlan]:
+    """Compiles a program and reads its memory and cost from it. The rollout is two phases: prefill and decode.
 
     Args:
       attention: scores that the attention kernel computes for one head, by the padded length of its sequence.
     """
-    resident = shard_bytes(task.beside)
+    names = ["prefill", "decode"] if task.name == "rollout" else [task.name]
+    resident = shard_bytes(task.beside) / _GIB
     try:
         compiled = task.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -309,35 +303,40 @@ def analyse(task: _Work, chip: Chip, attention: Mapping[int, int]) -> PhasePlan:
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
         size, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
-        temporaries = float(size) / (1024 if unit == "M" else 1)
-        hbm = temporaries + resident / _GIB
-        return PhasePlan(
-            task.name, task.runs, 0.0, temporaries, resident / _GIB, hbm, False, None, None, None, None, None
-        )
+        own = float(size) / (1024 if unit == "M" else 1)
+        return [PhasePlan(name, 1, 0.0, own, resident, own + resident, fits=False) for name in names]
     memory = compiled.memory_analysis()
-    # Results in the place of arguments take no room of their own.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries = memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes
-    hbm = (memory.argument_size_in_bytes + temporaries + resident) / _GIB
-    cost = Program(compiled.as_text()).cost
-    flops = cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
-    times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
-    times["interconnect"] = sum(cost.collectives.values()) / chip.link
-    bound = max(times, key=times.__getitem__)
-    return PhasePlan(
-        phase=task.name,
-        runs=task.runs,
-        arguments_gib=memory.argument_size_in_bytes / _GIB,
-        temporaries_gib=temporaries / _GIB,
-        resident_gib=resident / _GIB,
-        hbm_gib=hbm,
-        fits=hbm <= chip.hbm_gib,
-        flops=flops,
-        bytes=cost.bytes,
-        collective_bytes=cost.collectives,
-        seconds=times[bound],
-        bound=bound,
-    )
+    own = (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / _GIB
+    arguments = memory.argument_size_in_bytes / _GIB
+    program = Program(compiled.as_text())
+    if task.name == "rollout":
+        around, turn, turns = program.split("decode_step")
+        costs = [(around, 1), (turn, turns)]
+    else:
+        costs = [(program.cost, 1)]
+    phases = []
+    for name, (cost, runs) in zip(names, costs, strict=True):
+        flops = cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
+        times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
+        times["interconnect"] = sum(cost.collectives.values()) / chip.link
+        bound = max(times, key=times.__getitem__)
+        phases.append(
+            PhasePlan(
+                phase=name,
+                runs=runs,
+                arguments_gib=arguments,
+                temporaries_gib=own - arguments,
+                resident_gib=resident,
+                hbm_gib=own + resident,
+                fits=own + resident <= chip.hbm_gib,
+                flops=flops,
+                bytes=cost.bytes,
+                collective_bytes=cost.collectives,
+                seconds=times[bound],
+                bound=bound,
+            )
+        )
+    return phases
 
 
 def kernel_flops(kernel: Kernel, attention: Mapping[int, int]) -> float:
@@ -373,16 +372,13 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
         padded_length(stream.prompt): live_scores(stream.prompt, 1, stream.prompt),
         padded_length(stream.tokens): live_scores(stream.prompt, stream.length, stream.tokens),
     }
-    phases = []
+    phases: list[PhasePlan] = []
     with jax.set_mesh(mesh):
         for task in work(config, dims, mesh):
             report(task.name)
-            phases.append(analyse(task, chip, attention))
-    by_name = {phase.phase: phase for phase in phases}
-    by_name["rollout"] = whole_rollout(by_name)
-    # Prefill and decode steps are the rollout's parts.
-    times = [phase.seconds for name, phase in by_name.items() if name not in ("prefill", "decode")]
-    seconds = None if None in times else float(sum(time for time in times if time is not None))
+            phases += analyse(task, chip, attention)
+    times = [phase.runs * phase.seconds for phase in phases if phase.seconds is not None]
+    seconds = sum(times) if len(times) == len(phases) else None
     samples = config.train.batch_size * config.rollout.group_size
     return Plan(
         config=config_path,
@@ -395,28 +391,8 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
         fits=all(phase.fits for phase in phases),
         seconds_per_step=seconds,
         samples_per_second_per_chip=samples / seconds / mesh.size if seconds else None,
-        phases=list(by_name.values()),
+        phases=phases,
         advice=advise(config, [phase for phase in phases if not phase.fits]),
-    )
-
-
-def whole_rollout(phases: Mapping[str, PhasePlan]) -> PhasePlan:
-    """The rollout's cost as its prefill and all its decode steps; its memory is that of the one program that runs."""
-    rollout, parts = phases["rollout"], (phases["prefill"], phases["decode"])
-    if any(part.seconds is None for part in parts):
-        return replace(rollout, runs=1)
-    total = lambda name: sum(part.runs * getattr(part, name) for part in parts)  # noqa: E731
-    kinds = {kind for part in parts for kind in part.collective_bytes or {}}
-    sent = {kind: sum(part.runs * (part.collective_bytes or {}).get(kind, 0.0) for part in parts) for kind in kinds}
-    longest = max(parts, key=lambda part: part.runs * (part.seconds or 0.0))
-    return replace(
-        rollout,
-        runs=1,
-        flops=total("flops"),
-        bytes=total("bytes"),
-        collective_bytes=sent,
-        seconds=total("seconds"),
-        bound=longest.bound,
     )
 
 
@@ -436,10 +412,10 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
                 advice.append("--model.freeze_vision=true: no moments of the vision tower, no backward pass through it")
         if config.model.compute_dtype == "float32":
             advice.append("--model.compute_dtype=bfloat16: half the bytes of activations, reference and caches")
-        if phase.phase in ("reference", "update", "rollout", "decode"):
+        if phase.phase in ("reference", "update", "decode"):
             shorter = config.rollout.max_response_tokens // 2
             advice.append(f"--rollout.max_response_tokens={shorter}: shorter answers")
-        if phase.phase in ("rollout", "prefill", "decode") and config.train.batch_size > data * fsdp:
+        if phase.phase in ("prefill", "decode") and config.train.batch_size > data * fsdp:
             advice.append(f"--train.batch_size={data * fsdp}: fewer prompts a step")
     if over:
         advice.append(f"a larger slice, such as --mesh={2 * fsdp * data}x{tensor}: weights and moments spread over it")

@@ -54,7 +54,7 @@ def rollout_layout(dims: Dims, dtype: jnp.dtype) -> jax.stages.Wrapped:
     )
 
 
-class Progress(NamedTuple):
+class _Progress(NamedTuple):
     """The state of sampling: tokens made so far, and the hidden states ``[b, g, d]`` that predict the next ones."""
 
     step: jax.Array
@@ -97,11 +97,11 @@ def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, setup: Pa
     return (scaled_bgv + noise).argmax(-1).astype(jnp.int32)
 
 
-def start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Sampling) -> Progress:
+def _start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Sampling) -> _Progress:
     """Nothing sampled yet, behind prefilled prompts."""
     b, g, length = hidden_bd.shape[0], sampling.group, sampling.max_tokens
     rows, tokens = setup.layout.spec("batch", None), setup.layout.spec("batch", None, None)
-    return Progress(
+    return _Progress(
         step=jnp.int32(0),
         hidden_bgd=jnp.broadcast_to(hidden_bd[:, None], (b, g, hidden_bd.shape[-1])),
         cache=empty_cache(prompt, g, length, setup.layout),
@@ -112,9 +112,10 @@ def start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Samplin
     )
 
 
-def decode_step(
-    policy: Policy, batch: PromptBatch, key: jax.Array, progress: Progress, setup: Pass, sampling: Sampling
-) -> Progress:
+@jax.named_scope("decode_step")
+def _decode_step(
+    policy: Policy, batch: PromptBatch, key: jax.Array, progress: _Progress, setup: Pass, sampling: Sampling
+) -> _Progress:
     """Samples one more token of every response that has not ended, and runs the policy on it."""
     step, done = progress.step, progress.done_bg
     rows = setup.layout.spec("batch", None)
@@ -125,7 +126,7 @@ def decode_step(
     logp = jnp.where(done, 0.0, jax.sharding.reshard(logp, rows))
     hidden, cache = decode(policy, batch, token, step, progress.cache, setup)
     at = (0, 0, step)
-    return Progress(
+    return _Progress(
         step=step + 1,
         hidden_bgd=hidden,
         cache=cache,
@@ -152,7 +153,7 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, s
     hidden_bd, prompt = prefill(policy, batch, setup)
     end = jax.lax.while_loop(
         lambda progress: (progress.step < sampling.max_tokens) & ~progress.done_bg.all(),
-        lambda progress: decode_step(policy, batch, key, progress, setup, sampling),
-        start(hidden_bd, prompt, setup, sampling),
+        lambda progress: _decode_step(policy, batch, key, progress, setup, sampling),
+        _start(hidden_bd, prompt, setup, sampling),
     )
     return Rollout(end.tokens_bgr, end.length_bg, end.logps_bgr, end.done_bg)

@@ -87,7 +87,7 @@ class PromptBatch(NamedTuple):
       patches_bisc: float32 normalised pixels, ``c = channels * temporal_patch * patch**2``.
       patch_hw_bis2: int32 row and column of each patch in its image.
       patch_valid_bis: bool, False for the slots that fill up partial windows and absent images.
-      embedded_bud: the images' merged embeddings, where they have been computed already (``u = I * S / merge**2``); there
+      embedded_bud: the images' merged embeddings where they are computed already, ``u = I * S / merge**2``; there
         are no patches then, ``I`` is 0 in their arrays.
     """
 

@@ -1,0 +1,146 @@
+"""The two ways of computing attention over a stream: splash attention's kernel, interpreted on CPU, and XLA.
+
+Contract: results and gradients of the kernel are within 2e-6 of XLA's in float32, and within 1e-2 in bfloat16, relative
+to the largest number of each. Rows of padding are not compared: nothing reads them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import DIMS, load_processor, prompts, random_policy
+
+from segzero_jax.config import GrpoConfig
+from segzero_jax.grpo import LossSettings, UpdateBatch, group_loss
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.attention import Kernel, KeyValue, Stream, attend_image, attend_stream, choose_kernel
+from segzero_jax.model.policy import Pass
+from segzero_jax.model.splash import PrefixGroupMask, live_scores, padded_length
+from segzero_jax.types import Rollout
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+SPEC = TRAIN.spec("batch", None, "heads", None)
+
+
+class Case(NamedTuple):
+    """A stream, how many tokens of each prompt are real, and the heads."""
+
+    stream: Stream
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    width: int
+
+
+CASES = {
+    "grouped heads, a padded prompt": Case(Stream(72, 3, 40), (72, 50), 4, 2, 128),
+    "several blocks": Case(Stream(300, 2, 170), (211,), 4, 2, 128),
+    "narrow heads": Case(Stream(40, 8, 16), (40, 1), 2, 2, 24),
+    "no responses": Case(Stream(130, 0, 0), (130, 99), 2, 2, 80),
+}
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.device_put(jnp.asarray(rng.standard_normal(shape), dtype), SPEC)
+
+
+def real_tokens(case: Case) -> np.ndarray:
+    """Bool ``[b, t]``."""
+    prompt = np.arange(case.stream.prompt)[None] < np.asarray(case.lengths)[:, None]
+    return np.pad(prompt, ((0, 0), (0, case.stream.tokens - case.stream.prompt)), constant_values=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_a_stream_with_its_gradients(name: str, dtype: str) -> None:
+    case, rng = CASES[name], np.random.default_rng(0)
+    b, t = len(case.lengths), case.stream.tokens
+    real = real_tokens(case)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
+        mask = jnp.asarray(real[:, : case.stream.prompt])
+        out = attend_stream(q, KeyValue(k, v), case.stream, mask, kernel, SPEC)
+        return (out * weights * real[..., None, None]).astype(jnp.float32).sum(), out
+
+    with jax.set_mesh(make_mesh("1x1")):
+        q = normal(rng, (b, t, case.heads, case.width), dtype)
+        k, v = (normal(rng, (b, t, case.kv_heads, case.width), dtype) for _ in range(2))
+        weights = normal(rng, (b, t, case.heads, case.width), dtype)
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+        found, expected = (jax.device_get(run(q, k, v, kernel)) for kernel in ("splash_interpreted", "xla"))
+    (gradients, out), (expected_gradients, expected_out) = found, expected
+    for left, right in zip((*gradients, out[real]), (*expected_gradients, expected_out[real]), strict=True):
+        left, right = left.astype(np.float32), right.astype(np.float32)
+        assert np.abs(left - right).max() <= TOLERANCE[dtype] * np.abs(right).max()
+
+
+def test_an_image_with_invalid_slots() -> None:
+    rng = np.random.default_rng(0)
+    valid = rng.random((2, 192)) < 0.8
+    with jax.set_mesh(make_mesh("1x1")):
+        q, k, v = (normal(rng, (2, 192, 2, 80), "float32") for _ in range(3))
+        run = jax.jit(attend_image, static_argnums=(3, 4))
+        found, expected = (run(q, KeyValue(k, v), valid, kernel, SPEC) for kernel in ("splash_interpreted", "xla"))
+    difference = np.abs(np.asarray(found) - np.asarray(expected))[valid]
+    assert difference.max() <= 2e-6 * np.abs(expected).max()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 4), st.integers(1, 20), st.integers(0), st.integers(0))
+def test_who_sees_whom(prompt: int, group: int, length: int, query: int, key: int) -> None:
+    """A prompt token sees earlier prompt tokens; a response token sees the prompt and its own earlier tokens."""
+    tokens = prompt + group * length
+    query, key = query % tokens, key % tokens
+    response = lambda token: -1 if token < prompt else (token - prompt) // length  # noqa: E731
+    seen = key <= query and response(key) in (-1, response(query))
+    mask = PrefixGroupMask(prompt, length, padded_length(tokens))
+    assert mask[query : query + 1, key : key + 1].item() == seen
+
+
+def test_empty_blocks_are_skipped() -> None:
+    """At P = 1024, G = 8, R = 512: 27 of 100 blocks, where causal attention computes 55."""
+    assert live_scores(1024, 512, 1024 + 8 * 512) == 27 * 512**2
+    assert live_scores(5120, 1, 5120) == 55 * 512**2
+
+
+def test_a_stream_too_long_for_the_kernel_is_one_line() -> None:
+    with pytest.raises(ValueError, match="expected at most 131072 and 16384"):
+        PrefixGroupMask(1000, 20000, 21504)
+
+
+def test_a_mesh_of_cpus_uses_xla() -> None:
+    assert choose_kernel(make_mesh("1x1")) == "xla"
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+def test_the_whole_policy_with_the_kernel(mesh: str) -> None:
+    """Loss and gradients of prefix groups with pictures, each device with its own rows and heads."""
+    processor, rng = load_processor(), np.random.default_rng(0)
+    b, g, r = 4, 2, 8
+    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, freeze_vision=False)
+    rollout = Rollout(
+        tokens_bgr=rng.integers(300, 500, (b, g, r), dtype=np.int32),
+        length_bg=rng.integers(1, r + 1, (b, g), dtype=np.int32),
+        logps_bgr=-rng.random((b, g, r), np.float32),
+        finished_bg=np.ones((b, g), bool),
+    )
+    batch = UpdateBatch(
+        prompts(b, processor), rollout, rng.standard_normal((b, g)).astype(np.float32), np.ones((b, g), bool),
+        -rng.random((b, g, r), np.float32),
+    )  # fmt: skip
+    put = lambda x: jax.device_put(x, TRAIN.spec("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    results = []
+    with jax.set_mesh(make_mesh(mesh)):
+        policy, placed = random_policy(), jax.tree.map(put, batch)
+        for kernel in ("splash_interpreted", "xla"):
+            setup = Pass(DIMS, TRAIN, jnp.dtype("float32"), remat=True, kernel=kernel)
+            run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, placed, jnp.float32(9), s, losses)[0]))
+            results.append(jax.device_get(run(policy)))
+    (loss, gradients), (expected_loss, expected_gradients) = results
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for left, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert np.abs(left - right).max() <= 1e-5 * max(np.abs(right).max(), 1e-3)

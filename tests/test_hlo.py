@@ -1,0 +1,110 @@
+"""Costs of compiled programs against numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from segzero_jax.hlo import HloError, Kernel, Program
+from segzero_jax.mesh import make_mesh
+
+
+def compiled(function, *shapes: tuple[int, ...]) -> Program:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return Program(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+    def step(x, w):
+        return jnp.tanh(x @ w), None
+
+    program = compiled(lambda x, ws: jax.lax.scan(step, x, ws)[0], (8, 32), (7, 32, 32))
+    assert program.cost.flops == 7 * 2 * 8 * 32 * 32
+
+
+def test_loops_in_loops():
+    def outer(x, ws):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0] * 2.0, None
+
+    program = compiled(lambda x, ws: jax.lax.scan(outer, x, ws)[0], (8, 32), (3, 5, 32, 32))
+    assert program.cost.flops == 3 * 5 * 2 * 8 * 32 * 32
+
+
+def test_a_slice_is_read_not_the_array_it_is_taken_of():
+    """Twenty layers are read once in twenty steps, not twenty times."""
+    program = compiled(lambda x, ws: jax.lax.scan(lambda x, w: (x + w.sum(0), None), x, ws)[0], (128,), (20, 512, 128))
+    layer = 4 * 512 * 128
+    assert 20 * layer <= program.cost.bytes <= 20 * layer * 4
+
+
+def test_a_loop_without_a_constant_end_is_refused():
+    with pytest.raises(HloError, match="counts up to a constant"):
+        _ = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x * 1.5, x), (8,)).cost
+
+
+def test_a_conditional_is_refused():
+    with pytest.raises(HloError, match="conditional"):
+        _ = compiled(lambda x: jax.lax.cond(x.sum() < 3, jnp.sin, jnp.cos, x), (8,)).cost
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(HloError, match="ENTRY"):
+        Program("HloModule empty")
+
+
+def test_collectives_by_kind_and_bytes_sent():
+    """Over 4 chips in a ring a chip sends 3/4 of a gathered array, and twice 3/4 of a summed one."""
+    with jax.set_mesh(make_mesh("4x1")):
+        spec = PartitionSpec("fsdp", None)
+
+        def run(x):
+            whole = jax.sharding.reshard(x, PartitionSpec(None, None))
+            return jnp.einsum("ij,ik->jk", x, x, out_sharding=PartitionSpec(None, None)), whole * 2
+
+        x = jax.ShapeDtypeStruct(
+            (64, 16), jnp.float32, sharding=jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+        )
+        program = Program(jax.jit(run).lower(x).compile().as_text())
+    assert program.cost.collectives == {"all-gather": 64 * 16 * 4 * 3 / 4, "all-reduce": 2 * 16 * 16 * 4 * 3 / 4}
+    assert sorted(kind for kind, _ in program.collectives()) == ["all-gather", "all-reduce"]
+
+
+TPU = """HloModule tpu
+
+%all-reduce-scatter.1 (input.1: f32[64,32]) -> f32[64,8] {
+  %input.1 = f32[64,32]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,32]{1,0:T(8,128)} all-reduce(%input.1), channel_id=3, replica_groups={{0,4,8,12}}
+  ROOT %slice.1 = f32[64,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={64,8}
+}
+
+%batched (a: bf16[4,16,8], b: bf16[4,16,8]) -> f32[4,16,16] {
+  %a = bf16[4,16,8]{2,1,0} parameter(0)
+  %b = bf16[4,16,8]{2,1,0} parameter(1)
+  ROOT %c = f32[4,16,16]{2,1,0:S(1)} convolution(%a, %b), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0oi->0bf
+}
+
+ENTRY %main (x: bf16[4,16,8], y: f32[64,32]) -> f32[64,8] {
+  %x = bf16[4,16,8]{2,1,0} parameter(0)
+  %y = f32[64,32]{1,0} parameter(1)
+  %plain = bf16[16,32]{1,0:T(8,128)(2,1)} convolution(%p, %q), dim_labels=bf_io->bf
+  %p = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} copy(%x)
+  %q = bf16[8,32]{1,0} copy(%x)
+  %scores = f32[4,16,16]{2,1,0:T(8,128)S(1)} fusion(%x, %x), kind=kOutput, calls=%batched
+  %kernel.5 = bf16[2,512,128]{2,1,0} custom-call(%k), custom_call_target="tpu_custom_call"
+  %k = bf16[2,512,128]{2,1,0:S(1)} broadcast(%x)
+  ROOT %out = f32[64,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_the_forms_that_a_tpu_program_has():
+    """Matrix products are convolutions, a batch is a dilation, a reduce-scatter is a fusion; S(1) is on-chip memory."""
+    cost = Program(TPU).cost
+    assert cost.flops == 2 * 16 * 8 * 32 + 4 * 2 * 16 * 16 * 8
+    assert cost.collectives == {"reduce-scatter": 64 * 32 * 4 * 3 / 4}
+    assert cost.kernels == [Kernel("kernel.5", 1, ((2, 512, 128),))]
+    x, y = 2 * 4 * 16 * 8, 4 * 64 * 32
+    copies = (x + 0) + (x + 2 * 8 * 32)  # p is written on-chip
+    products = (0 + 2 * 8 * 32 + 2 * 16 * 32) + 2 * x  # p is read on-chip, the scores stay there
+    kernel = 0 + 2 * 2 * 512 * 128 + x  # its operand is on-chip
+    assert cost.bytes == copies + products + kernel + y + 4 * 64 * 8

@@ -1,0 +1,166 @@
+"""Plans, made by the TPU compiler on this CPU."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from segzero_jax import config as configs
+from segzero_jax import plan as planning
+from segzero_jax.hlo import Kernel
+from segzero_jax.model.dims import RELEASED
+from segzero_jax.plan import CHIPS, PhasePlan, Plan, PlanError, advise, kernel_flops, make_topology_mesh, read_topology
+
+ROOT = Path(__file__).parent.parent
+PHASES = ["reshard", "prefill", "decode", "reference", "update"]
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user types it, in a process that has not started JAX."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "segzero_jax.plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def toy() -> dict:
+    found = run_plan("--topology=v5e:2x2", "--mesh=2x2", "--json")
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+@pytest.mark.slow
+def test_the_toy_run_compiles_for_four_chips(toy):
+    assert [phase["phase"] for phase in toy["phases"]] == PHASES
+    assert toy["fits"]
+    assert all(phase["fits"] for phase in toy["phases"])
+    for phase in toy["phases"]:
+        assert phase["hbm_gib"] == pytest.approx(
+            phase["arguments_gib"] + phase["temporaries_gib"] + phase["resident_gib"]
+        )
+        assert 0 < phase["hbm_gib"] < toy["hbm_limit_gib"] == 15.75
+        assert phase["bytes"] > 0
+        assert phase["seconds"] > 0
+        assert sum(phase["collective_bytes"].values()) > 0
+
+
+@pytest.mark.slow
+def test_its_flops_are_the_hand_count(toy):
+    """Matrix products of the decoder alone, which has 8/9 of them; the rest is the vision tower and attention."""
+    phases = {phase["phase"]: phase for phase in toy["phases"]}
+    dims = planning.find_dims("toy")
+    d, n, k, h, f = dims.hidden, dims.heads, dims.kv_heads, dims.head_width, dims.mlp
+    layer = d * (n + 2 * k) * h + n * h * d + 3 * d * f
+    chips, b, g, r, p = 4, 16, 8, 64, 64
+    decode = 2 * b * g * (dims.layers * layer + dims.vocab * d) / chips
+    # Attention of one new token to all keys of its prompt and its response.
+    decode += dims.layers * 4 * b * g * (p + r) * n * h / chips
+    assert phases["decode"]["flops"] == pytest.approx(decode, rel=0.02)
+    tokens, answered = b * (p + g * r), b * g * r
+    reference = 2 * (tokens * dims.layers * layer + answered * dims.vocab * d) / chips
+    assert reference < phases["reference"]["flops"] < 1.25 * reference
+    # Backward is twice forward; the head's chunks are computed once more.
+    update = 3 * reference + 2 * answered * dims.vocab * d / chips
+    assert update < phases["update"]["flops"] < 1.25 * update
+
+
+@pytest.mark.slow
+def test_a_step_is_its_phases(toy):
+    phases = {phase["phase"]: phase for phase in toy["phases"]}
+    assert phases["decode"]["runs"] == toy["response_tokens"] == 64
+    assert [phase["runs"] for name, phase in phases.items() if name != "decode"] == [1] * 4
+    seconds = sum(phase["runs"] * phase["seconds"] for phase in toy["phases"])
+    assert toy["seconds_per_step"] == pytest.approx(seconds)
+    assert toy["samples_per_second_per_chip"] == pytest.approx(128 / seconds / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology=v5e:4by4"], "--topology=v5e:4by4: expected v5e:4x4, v6e:4x4 or v5p:2x2x4"),
+        (["--topology=v9:4x4"], "--topology=v9:4x4: expected"),
+        (["--topology=v5e:4x4x1"], "--topology=v5e:4x4x1: expected"),
+        (["--topology=v5e:4x4", "--mesh=2x2"], "--mesh=2x2: 4 chips, --topology=v5e:4x4 has 16; make them equal"),
+        (["--topology=v5e:2x2", "--mesh=1x4", "--model.path=none"], "model.path=none: no config.json"),
+        (["--topology=v5e:3x5", "--mesh=3x5"], "no such slice"),
+        (["--topology=v5e:2x4", "--mesh=1x8"], "8 (train)"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, capsys):
+    assert planning.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("segzero_jax.plan: ")
+    assert error.count("\n") == 1
+
+
+def test_every_chip_has_a_slice():
+    for name, shape, mesh in (
+        ("v5e", "4x4", "4x4"),
+        ("v6e", "2x4", "2x4"),
+        ("v5p", "2x2x4", "4x4"),
+        ("v5e", "1x1", "1x1"),
+    ):
+        found = make_topology_mesh(mesh, f"{name}:{shape}")
+        assert found.size == math.prod(map(int, shape.split("x")))
+        assert read_topology(f"{name}:{shape}")[0] is CHIPS[name]
+    assert make_topology_mesh("16x16", "v5e:16x16").size == 256
+
+
+def test_released_models_are_planned_without_their_files():
+    seven = planning.find_dims("Qwen/Qwen2.5-VL-7B-Instruct")
+    assert seven == RELEASED["Qwen/Qwen2.5-VL-7B-Instruct"]
+    assert (seven.head_width, seven.vision.head_width, seven.vision.patch_width) == (128, 80, 1176)
+
+
+def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
+    """Its size is read from what the compiler says, and what else is in memory is added."""
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.50G) "
+                "exceeds available HBM (15.75G)."
+            )
+
+    beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    (found,) = planning.analyse(planning._Work("update", Lowered, (beside,)), CHIPS["v5e"], {})
+    assert (found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (False, 61.5, 1.0, None)
+
+
+def phase(name: str) -> PhasePlan:
+    return PhasePlan(name, 1, 1.0, 20.0, 1.0, 22.0, False, 1e12, 1e9, {}, 1.0, "HBM")
+
+
+def test_advice_names_what_is_not_yet_done():
+    preset = configs.load(ROOT / "configs/seg_zero_7b.yaml")
+    wasteful = configs.replace(preset, **{"model.remat": False, "train.micro_batch_size": 16})
+    said = "\n".join(advise(wasteful, [phase("update")]))
+    assert "--model.remat=true" in said
+    assert "--train.micro_batch_size=4" in said
+    assert "remat" not in "\n".join(advise(preset, [phase("update")]))
+    assert advise(preset, []) == []
+
+
+def test_an_attention_kernel_costs_its_live_blocks():
+    forward = Kernel("splash_mha_fwd_segmented.3", 5, ((1, 8, 8), (2, 7, 1024, 128), (2, 1, 1024, 128)))
+    assert kernel_flops(forward, {1024: 500}) == 5 * 2 * 2 * 2 * 7 * 500 * 128
+    assert kernel_flops(forward._replace(name="splash_mha_dkv.1"), {1024: 500}) == 5 * 2 * 4 * 2 * 7 * 500 * 128
+    with pytest.raises(PlanError, match="unknown_kernel"):
+        kernel_flops(forward._replace(name="unknown_kernel"), {1024: 500})
+
+
+def test_the_table_fits_a_narrow_terminal(capsys):
+    planning.print_plan(
+        Plan("configs/x.yaml", "4x4", "v5e:4x4", 16, 15.75, 1408, 1300, False, 12.0, 0.67, [phase("update")], ["more"]),
+        planning.Console(width=80),
+    )
+    said = capsys.readouterr().out
+    assert "does not fit: 22.00 GiB of 15.75 GiB a chip, in update" in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
