@@ -6,6 +6,7 @@ or not at all.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
     try:
         with jax.set_mesh(make_mesh("1x1")):
             files = export(args.run.expanduser(), args.out.expanduser(), args.step, args.dtype)

@@ -173,3 +173,4 @@ def test_it_runs_as_a_command(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"wrote {tmp_path / 'out'}")
+    assert done.stderr == ""
