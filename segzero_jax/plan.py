@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich import box
@@ -30,7 +29,7 @@ from rich.table import Table
 from segzero_jax import config as configs
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, reference_logps, update
-from segzero_jax.hlo import Kernel, Program
+from segzero_jax.hlo import Cost, Kernel, Program
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError, parse_mesh
 from segzero_jax.model.attention import Stream, choose_kernel
 from segzero_jax.model.dims import RELEASED, Dims
@@ -123,15 +122,6 @@ class Plan:
     advice: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A program of a step before it is compiled, and what is in memory beside its arguments."""
-
-    name: str
-    lower: Callable[[], Any]
-    beside: Sequence[Any]
-
-
 def read_topology(text: str) -> tuple[Chip, str, tuple[int, ...]]:
     """``"v5e:4x4"`` -> the chip, its generation, and the slice's shape. Raises PlanError."""
     generation, _, shape = text.partition(":")
@@ -172,8 +162,7 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
         if "libtpu" in reason.lower() or "not found" in reason.lower():
             raise PlanError(f"--topology={topology}: libtpu is missing: pip install 'jax[tpu]' ({reason})") from None
         raise PlanError(f"--topology={topology}: no such slice: {reason}") from None
-    devices = np.asarray(slice_.devices, object).reshape(sizes)
-    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=slice_.devices)
 
 
 def find_dims(path: str) -> Dims:
@@ -183,104 +172,132 @@ def find_dims(path: str) -> Dims:
     return read_dims(path)
 
 
-class _Shapes:
-    """Abstract values of a run on a mesh: what ``train`` puts there, without its numbers."""
+class Step:
+    """A training step in abstract values: the programs of ``train`` and the shapes and shardings they meet, no numbers.
 
-    def __init__(self, config: Config, dims: Dims, mesh: jax.sharding.Mesh) -> None:
+    Args:
+      config: the run.
+      dims: its policy's.
+      mesh: ambient too (``jax.set_mesh``) while a method is called.
+      batch, group: prompts and responses a prompt; the run's own unless given.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dims: Dims,
+        mesh: jax.sharding.Mesh,
+        batch: int | None = None,
+        group: int | None = None,
+    ) -> None:
         self.config, self.dims, self.mesh = config, dims, mesh
         limits = config.rollout
         multiple = padding_multiple(limits.max_prompt_tokens)
+        self.batch, self.group = batch or config.train.batch_size, group or limits.group_size
         self.prompt_tokens = -(-limits.max_prompt_tokens // multiple) * multiple
         self.response_tokens = limits.max_response_tokens
+        windows = -(-config.data.image_size // dims.vision.window)
+        self.patch_slots = windows**2 * dims.vision.window_slots
+        dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
+        self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
+        self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
+        self.loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)
+        self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
+        self.master = self._policy(TRAIN, jnp.float32)
+        self.reference_policy = self._policy(TRAIN, dtype)
+        self.rollout_policy = self._policy(ROLLOUT, dtype)
+        self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), self.master))
+        self.patches = self._patches()
+        embed = partial(embed_images, setup=self.train_pass)
+        frozen = config.model.freeze_vision
+        self.prompts = self._on_mesh(jax.eval_shape(embed, self.master, self.patches)) if frozen else self.patches
+        b, g, r = self.batch, self.group, self.response_tokens
+        self.responses = Rollout(
+            tokens_bgr=self._rows((b, g, r), jnp.int32),
+            length_bg=self._rows((b, g), jnp.int32),
+            logps_bgr=self._rows((b, g, r), jnp.float32),
+            finished_bg=self._rows((b, g), jnp.bool_),
+        )
 
-    def array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.prompt_tokens, self.group, self.response_tokens)
+
+    def programs(self) -> Iterator[tuple[str, Callable[[], Any], Sequence[Any]]]:
+        """In the order of a step: name, what lowers it, and what else lies in memory while it runs."""
+        if self.config.model.freeze_vision:
+            yield "vision", self.lower_vision, (self.state.optimizer, self.reference_policy)
+        yield "reshard", self.lower_reshard, (self.state.optimizer, self.reference_policy)
+        yield "rollout", self.lower_rollout, (self.state, self.reference_policy)
+        yield "reference", self.lower_reference, (self.state,)
+        yield "update", self.lower_update, (self.reference_policy,)
+
+    def lower_vision(self) -> Any:
+        return embed_images.lower(self.master, self.patches, setup=self.train_pass)
+
+    def lower_reshard(self) -> Any:
+        return rollout_layout(self.dims, self.rollout_pass.dtype).lower(self.master)
+
+    def lower_rollout(self) -> Any:
+        limits = self.config.rollout
+        tokens = (limits.max_response_tokens, _END_IDS, _PAD_ID, _VISUAL_IDS)
+        sampling = Sampling(self.group, *tokens, limits.temperature, limits.top_p, limits.top_k)
+        key = self._on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
+        return sample.lower(self.rollout_policy, self.prompts, key, setup=self.rollout_pass, sampling=sampling)
+
+    def lower_reference(self) -> Any:
+        setup = self.train_pass._replace(remat=False)
+        tokens = self.responses.tokens_bgr
+        return reference_logps.lower(self.reference_policy, self.prompts, tokens, setup=setup, settings=self.loss)
+
+    def lower_update(self) -> Any:
+        b, g, r = self.batch, self.group, self.response_tokens
+        learnt = UpdateBatch(
+            self.prompts,
+            self.responses,
+            advantages_bg=self._rows((b, g), jnp.float32),
+            keep_bg=self._rows((b, g), jnp.bool_),
+            ref_logps_bgr=self._rows((b, g, r), jnp.float32),
+        )
+        parts = self.batch // self.config.train.micro_batch_size
+        settings = {"optimizer": self.optimizer, "setup": self.train_pass, "settings": self.loss}
+        return update.lower(self.state, learnt, micro_batches=parts, **settings)
+
+    def attention_scores(self) -> dict[int, int]:
+        """Scores that the attention kernel computes for one head, by the padded length of its sequence."""
+        p, _, r = self.stream
+        return {
+            padded_length(self.patch_slots): padded_length(self.patch_slots) ** 2,
+            padded_length(p): live_scores(p, 1, p),
+            padded_length(self.stream.tokens): live_scores(p, r, self.stream.tokens),
+        }
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
-    def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.array(shape, dtype, TRAIN.spec("batch", *(None,) * (len(shape) - 1)))
+    def _rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._array(shape, dtype, TRAIN.spec("batch", *(None,) * (len(shape) - 1)))
 
-    def on_mesh(self, tree: Any, dtype: Any = None) -> Any:
+    def _on_mesh(self, tree: Any, dtype: Any = None) -> Any:
         """What ``jax.eval_shape`` made, with its shardings on the mesh."""
         spec = lambda leaf: leaf.sharding.spec if leaf.sharding else PartitionSpec()  # noqa: E731
-        return jax.tree.map(lambda leaf: self.array(leaf.shape, dtype or leaf.dtype, spec(leaf)), tree)
+        return jax.tree.map(lambda leaf: self._array(leaf.shape, dtype or leaf.dtype, spec(leaf)), tree)
 
-    def policy(self, layout: Layout, dtype: Any) -> Policy:
-        return self.on_mesh(abstract_policy(self.dims, layout), dtype)
+    def _policy(self, layout: Layout, dtype: Any) -> Policy:
+        return self._on_mesh(abstract_policy(self.dims, layout), dtype)
 
-    def prompts(self) -> PromptBatch:
-        b, p, vision = self.config.train.batch_size, self.prompt_tokens, self.dims.vision
-        windows = -(-self.config.data.image_size // vision.window)
-        slots = windows**2 * vision.window_slots
+    def _patches(self) -> PromptBatch:
+        b, p, s = self.batch, self.prompt_tokens, self.patch_slots
         return PromptBatch(
-            tokens_bp=self.rows((b, p), jnp.int32),
-            length_b=self.rows((b,), jnp.int32),
-            positions_b3p=self.rows((b, 3, p), jnp.int32),
-            next_position_b=self.rows((b,), jnp.int32),
-            image_index_bp=self.rows((b, p), jnp.int32),
-            patches_bisc=self.rows((b, 1, slots, vision.patch_width), jnp.float32),
-            patch_hw_bis2=self.rows((b, 1, slots, 2), jnp.int32),
-            patch_valid_bis=self.rows((b, 1, slots), jnp.bool_),
+            tokens_bp=self._rows((b, p), jnp.int32),
+            length_b=self._rows((b,), jnp.int32),
+            positions_b3p=self._rows((b, 3, p), jnp.int32),
+            next_position_b=self._rows((b,), jnp.int32),
+            image_index_bp=self._rows((b, p), jnp.int32),
+            patches_bisc=self._rows((b, 1, s, self.dims.vision.patch_width), jnp.float32),
+            patch_hw_bis2=self._rows((b, 1, s, 2), jnp.int32),
+            patch_valid_bis=self._rows((b, 1, s), jnp.bool_),
         )
-
-    def rollout(self) -> Rollout:
-        b, g, r = self.config.train.batch_size, self.config.rollout.group_size, self.response_tokens
-        return Rollout(
-            tokens_bgr=self.rows((b, g, r), jnp.int32),
-            length_bg=self.rows((b, g), jnp.int32),
-            logps_bgr=self.rows((b, g, r), jnp.float32),
-            finished_bg=self.rows((b, g), jnp.bool_),
-        )
-
-
-def work(config: Config, dims: Dims, mesh: jax.sharding.Mesh) -> Iterator[_Work]:
-    """The phases of a training step in their order, under the ambient mesh."""
-    shapes = _Shapes(config, dims, mesh)
-    dtype, kernel, limits = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh), config.rollout
-    train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
-    rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
-    sampling = Sampling(
-        limits.group_size, limits.max_response_tokens, _END_IDS, _PAD_ID, _VISUAL_IDS, limits.temperature, limits.top_p,
-        limits.top_k,
-    )  # fmt: skip
-    loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)
-    optimizer = make_optimizer(config.train, config.model.freeze_vision)
-
-    master, reference, weights = (
-        shapes.policy(TRAIN, jnp.float32), shapes.policy(TRAIN, dtype), shapes.policy(ROLLOUT, dtype)
-    )  # fmt: skip
-    state = shapes.on_mesh(jax.eval_shape(partial(initial_state, optimizer=optimizer), master))
-    prompts, rollout = shapes.prompts(), shapes.rollout()
-    if config.model.freeze_vision:
-        images = prompts
-        once = lambda: embed_images.lower(master, images, setup=train_pass)  # noqa: E731
-        yield _Work("vision", once, (state.optimizer, reference))
-        prompts = shapes.on_mesh(jax.eval_shape(partial(embed_images, setup=train_pass), master, images))
-    key = shapes.on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
-    b, g, r = rollout.tokens_bgr.shape
-
-    yield _Work("reshard", lambda: rollout_layout(dims, dtype).lower(master), (state.optimizer, reference))
-    whole = lambda: sample.lower(weights, prompts, key, setup=rollout_pass, sampling=sampling)  # noqa: E731
-    yield _Work("rollout", whole, (state, reference))
-    passed = train_pass._replace(remat=False)
-    yield _Work(
-        "reference",
-        lambda: reference_logps.lower(reference, prompts, rollout.tokens_bgr, setup=passed, settings=loss),
-        (state, rollout),
-    )
-    scores = (shapes.rows((b, g), jnp.float32), shapes.rows((b, g), jnp.bool_), shapes.rows((b, g, r), jnp.float32))
-    parts = config.train.batch_size // config.train.micro_batch_size
-    yield _Work(
-        "update",
-        lambda: update.lower(
-            state,
-            UpdateBatch(prompts, rollout, *scores),
-            optimizer=optimizer,
-            setup=train_pass,
-            settings=loss,
-            micro_batches=parts,
-        ),
-        (reference,),
-    )
 
 
 def shard_bytes(tree: Any) -> int:
@@ -288,41 +305,44 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def analyse(task: _Work, chip: Chip, attention: Mapping[int, int]) -> list[PhasePlan]:
+def analyse(
+    name: str, lower: Callable[[], Any], beside: Sequence[Any], chip: Chip, attention: Mapping[int, int]
+) -> list[PhasePlan]:
     """Compiles a program and reads its memory and cost from it. The rollout is two phases: prefill and decode.
 
     Args:
-      attention: scores that the attention kernel computes for one head, by the padded length of its sequence.
+      name, lower, beside: see ``Step.programs``.
+      attention: see ``Step.attention_scores``.
     """
-    names = ["prefill", "decode"] if task.name == "rollout" else [task.name]
-    resident = shard_bytes(task.beside) / _GIB
+    names = ["prefill", "decode"] if name == "rollout" else [name]
+    resident = shard_bytes(beside) / _GIB
     try:
-        compiled = task.lower().compile()
+        compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"\(?([\d.]+)([MG])\)? exceeds|Used ([\d.]+)([MG])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
         size, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
         own = float(size) / (1024 if unit == "M" else 1)
-        return [PhasePlan(name, 1, 0.0, own, resident, own + resident, fits=False) for name in names]
+        return [PhasePlan(phase, 1, 0.0, own, resident, own + resident, fits=False) for phase in names]
     memory = compiled.memory_analysis()
     own = (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / _GIB
     arguments = memory.argument_size_in_bytes / _GIB
     program = Program(compiled.as_text())
-    if task.name == "rollout":
+    if name == "rollout":
         around, turn, turns = program.split("decode_step")
         costs = [(around, 1), (turn, turns)]
     else:
         costs = [(program.cost, 1)]
     phases = []
-    for name, (cost, runs) in zip(names, costs, strict=True):
-        flops = cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
+    for phase, (cost, runs) in zip(names, costs, strict=True):
+        flops = total_flops(cost, attention)
         times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
         times["interconnect"] = sum(cost.collectives.values()) / chip.link
         bound = max(times, key=times.__getitem__)
         phases.append(
             PhasePlan(
-                phase=name,
+                phase=phase,
                 runs=runs,
                 arguments_gib=arguments,
                 temporaries_gib=own - arguments,
@@ -337,6 +357,11 @@ def analyse(task: _Work, chip: Chip, attention: Mapping[int, int]) -> list[Phase
             )
         )
     return phases
+
+
+def total_flops(cost: Cost, attention: Mapping[int, int]) -> float:
+    """FLOPs of matrix products, those of attention kernels too."""
+    return cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
 
 
 def kernel_flops(kernel: Kernel, attention: Mapping[int, int]) -> float:
@@ -364,19 +389,13 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
     mesh = make_topology_mesh(config.mesh, topology)
     dims = find_dims(config.model.path)
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
-    shapes = _Shapes(config, dims, mesh)
-    stream = Stream(shapes.prompt_tokens, config.rollout.group_size, shapes.response_tokens)
-    slots = shapes.prompts().patches_bisc.shape[2]
-    attention = {
-        padded_length(slots): padded_length(slots) ** 2,
-        padded_length(stream.prompt): live_scores(stream.prompt, 1, stream.prompt),
-        padded_length(stream.tokens): live_scores(stream.prompt, stream.length, stream.tokens),
-    }
     phases: list[PhasePlan] = []
     with jax.set_mesh(mesh):
-        for task in work(config, dims, mesh):
-            report(task.name)
-            phases += analyse(task, chip, attention)
+        step = Step(config, dims, mesh)
+        attention = step.attention_scores()
+        for name, lower, beside in step.programs():
+            report(name)
+            phases += analyse(name, lower, beside, chip, attention)
     times = [phase.runs * phase.seconds for phase in phases if phase.seconds is not None]
     seconds = sum(times) if len(times) == len(phases) else None
     samples = config.train.batch_size * config.rollout.group_size
@@ -386,8 +405,8 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
         topology=topology,
         chips=mesh.size,
         hbm_limit_gib=chip.hbm_gib,
-        prompt_tokens=shapes.prompt_tokens,
-        response_tokens=shapes.response_tokens,
+        prompt_tokens=step.prompt_tokens,
+        response_tokens=step.response_tokens,
         fits=all(phase.fits for phase in phases),
         seconds_per_step=seconds,
         samples_per_second_per_chip=samples / seconds / mesh.size if seconds else None,

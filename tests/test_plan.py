@@ -129,7 +129,7 @@ def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    (found,) = planning.analyse(planning._Work("update", Lowered, (beside,)), CHIPS["v5e"], {})
+    (found,) = planning.analyse("update", Lowered, (beside,), CHIPS["v5e"], {})
     assert (found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (False, 61.5, 1.0, None)
 
 

@@ -1,0 +1,62 @@
+"""FLOPs of the reference pass and the update, with prompts shared by their answers and with prompts repeated.
+
+    python -m benchmarks.prefix_flops [--answers 8] [--output FILE]
+
+Both layouts are compiled for a TPU v5e-16 at the dimensions of Qwen2.5-VL-7B (``segzero_jax.plan``; needs libtpu, no TPU):
+16 pictures of 840 x 840 with prompts of 1,150 tokens, answers of 150. The repeated layout is this code with one answer a
+prompt and 16 x G prompts. Takes about ten minutes on two cores.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from segzero_jax import config as configs
+from segzero_jax.hlo import Program
+from segzero_jax.plan import Step, find_dims, make_topology_mesh, total_flops
+
+PROMPTS, CHIPS = 16, 16
+ROOT = Path(__file__).parent.parent
+
+
+def measure(batch: int, group: int, micro_batch: int) -> dict[str, float]:
+    """FLOPs over all chips, by phase."""
+    changes = {
+        "train.batch_size": batch,
+        "train.micro_batch_size": micro_batch,
+        "rollout.max_prompt_tokens": 1150,
+        "rollout.max_response_tokens": 150,
+    }
+    config = configs.replace(configs.load(ROOT / "configs/seg_zero_7b.yaml"), **changes)
+    mesh = make_topology_mesh("4x4", "v5e:4x4")
+    with jax.set_mesh(mesh):
+        step = Step(config, find_dims(config.model.path), mesh, group=group)
+        flops = {}
+        for name, lower in (("reference", step.lower_reference), ("update", step.lower_update)):
+            cost = Program(lower().compile().as_text()).cost
+            flops[name] = CHIPS * total_flops(cost, step.attention_scores())
+    return flops
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--answers", type=int, default=8, help="answers a prompt [8]")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    shared = measure(PROMPTS, args.answers, micro_batch=4)
+    repeated = measure(PROMPTS * args.answers, 1, micro_batch=4 * args.answers)
+    rows = [*shared.items(), ("both", sum(shared.values()))]
+    repeated["both"] = sum(repeated.values())
+    print(f"{'PFLOP':12}{'shared':>10}{'repeated':>10}{'ratio':>8}")
+    for name, flops in rows:
+        print(f"{name:12}{flops / 1e15:10.2f}{repeated[name] / 1e15:10.2f}{repeated[name] / flops:8.2f}")
+    if args.output:
+        result = {"answers": args.answers, "shared": dict(rows), "repeated": repeated, "jax": jax.__version__}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
