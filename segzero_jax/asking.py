@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import load_policy
 from segzero_jax.config import Config, RolloutConfig
+from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import TRAIN
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims
@@ -53,8 +54,7 @@ def find_checkpoint(given: str | None) -> str:
     """What ``--checkpoint`` means: a run directory stands for its newest step, nothing for the toy run or "toy"."""
     if given is None:
         return _newest(_DEFAULT_RUN) or "toy"
-    directory = Path(given).expanduser()
-    return given if (directory / "config.json").is_file() else _newest(directory) or given
+    return given if is_checkpoint(given) else _newest(Path(given).expanduser()) or given
 
 
 def _newest(run: Path) -> str | None:
@@ -67,14 +67,14 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
     """Loads a policy and its processor onto the ambient mesh.
 
     Args:
-      name: a run's ``checkpoints/STEP``, a run directory, a Hugging Face directory, or "toy".
+      name: a run's ``checkpoints/STEP``, a run directory, a Hugging Face directory, a hub id, or "toy".
       image_size, prompt: take the place of the run's own ``data.image_size`` and ``data.prompt``.
 
     Raises:
       CheckpointError: there is no such policy, or it is damaged.
       ConfigError: the picture size or the wording is none.
     """
-    released = name != "toy" and (Path(name).expanduser() / "config.json").is_file()
+    released = name != "toy" and is_checkpoint(name)
     try:
         # Released weights are read in the precision they come in; a run's is known only once it is read.
         policy, dims, config = load_policy(name, jnp.bfloat16 if released else jnp.float32)

@@ -16,6 +16,7 @@ from segzero_jax import __version__
 from segzero_jax import config as configs
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
+from segzero_jax.hub import is_checkpoint
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import CheckpointError, abstract_policy, load_hf, read_dims
@@ -164,7 +165,7 @@ class Checkpoints:
 
 
 def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | None]:
-    """Weights for inference: a Hugging Face directory, "toy", a run directory, or one of its ``checkpoints/STEP``.
+    """Weights for inference: a Hugging Face checkpoint, a run directory, or one of its ``checkpoints/STEP``.
 
     Returns:
       The policy on the ambient mesh, its dimensions, and the run's configuration where it comes from a run.
@@ -172,9 +173,9 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
     Raises:
       CheckpointError: there is nothing of the kind at ``path``.
     """
-    directory = Path(path).expanduser()
-    if str(path) == "toy" or (directory / "config.json").is_file():
+    if is_checkpoint(path):
         return *load_hf(path, dtype=dtype), None
+    directory = Path(path).expanduser()
     step: int | None = None
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
         step, directory = int(directory.name), directory.parent.parent

@@ -42,7 +42,7 @@ class ModelConfig:
     """The policy.
 
     Attributes:
-      path: a Hugging Face checkpoint directory, or "toy" for the one inside the package.
+      path: a Hugging Face checkpoint: a directory, a hub id, or "toy" for the one inside the package; see ``hub.py``.
       compute_dtype: of activations and of the weights that rollout reads; master weights are always float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       freeze_vision: leave the vision tower and merger untouched.
@@ -193,11 +193,6 @@ class Config:
 
 
 _ADAPTER = TypeAdapter(Config)
-
-
-def model_directory(path: str | Path) -> Path:
-    """Where a ``model.path`` lies: "toy" is inside the package. Whether anything is there is not looked at."""
-    return Path(__file__).parent / "assets" / "toy_policy" if str(path) == "toy" else Path(path).expanduser()
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint",
         metavar="D",
-        help="a run directory, one of its checkpoints/STEP, a Hugging Face directory, or toy "
+        help="a run directory, one of its checkpoints/STEP, a Hugging Face directory or hub id, or toy "
         "[the newest checkpoint of runs/toy, else toy]",
     )
     add("--out", default="infer", metavar="DIR", help="where files are written; made if need be [%(default)s]")

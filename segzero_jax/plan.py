@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segzero_jax import config as configs
-from segzero_jax.config import Config, ConfigError, model_directory
+from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, reference_logps, update
 from segzero_jax.hlo import Cost, Kernel, Program
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError, parse_mesh
@@ -166,7 +167,7 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
 
 def find_dims(path: str) -> Dims:
     """The dimensions of ``model.path``: of a directory, or of a released model, whose weights need not be here."""
-    if path in RELEASED and not model_directory(path).is_dir():
+    if path in RELEASED and not Path(path).is_dir():
         return RELEASED[path]
     return read_dims(path)
 

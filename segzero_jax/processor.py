@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from segzero_jax.config import model_directory
+from segzero_jax.hub import model_directory
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
 
@@ -256,9 +256,9 @@ class Processor:
 
     @classmethod
     def load(cls, path: str | Path, image_size: int, wording: str, max_prompt_tokens: int) -> "Processor":
-        """Reads a checkpoint directory's tokenizer.json, config.json and preprocessor_config.json.
+        """Reads a checkpoint's tokenizer.json, config.json and preprocessor_config.json (or processor_config.json).
 
-        ``path`` "toy" is the directory inside the package.
+        What ``path`` may be is in ``hub.model_directory``.
 
         Raises:
           FileNotFoundError: the directory or one of the files is missing.
@@ -352,7 +352,7 @@ class Processor:
 
 
 def checkpoint_directory(path: str | Path) -> Path:
-    """The directory that "toy" (inside the package) or a path means; raises FileNotFoundError."""
+    """The directory that a ``model.path`` means. Raises FileNotFoundError, HubError."""
     directory = model_directory(path)
     if not directory.is_dir():
         raise FileNotFoundError(f'{path}: no such directory, expected "toy" or a Hugging Face checkpoint directory')
@@ -374,9 +374,19 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _read_vision(directory: Path) -> VisionSpec:
-    """From preprocessor_config.json and config.json, whose flat hub form and nested transformers 5 form agree here."""
+    """From config.json, whose flat hub form and nested transformers 5 form agree here, and the picture settings.
+
+    Those are preprocessor_config.json on the hub; transformers 5 writes them into processor_config.json instead.
+    """
     model = _read_json(directory, "config.json").get("vision_config", {})
-    images = _read_json(directory, "preprocessor_config.json")
+    newer = directory / "processor_config.json"
+    if newer.is_file() and not (directory / "preprocessor_config.json").is_file():
+        images = _read_json(directory, newer.name).get("image_processor", {})
+    else:
+        images = _read_json(directory, "preprocessor_config.json")
+    for key in ("image_mean", "image_std"):
+        if len(images.get(key) or ()) != 3:
+            raise ValueError(f"{directory}: picture settings have {key} {images.get(key)!r}: expected three numbers")
     patch, merge = model.get("patch_size", 14), model.get("spatial_merge_size", 2)
     if (images.get("patch_size", patch), images.get("merge_size", merge)) != (patch, merge):
         raise ValueError(

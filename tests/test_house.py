@@ -21,7 +21,7 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 # Each may import the ones before it, never one after it. A name stands for a module or a whole sub-package; a module
 # that is not named here may stand anywhere as long as no circle arises.
 ORDER = (
-    *("config", "mesh", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
+    *("config", "hub", "mesh", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
     *("rollout", "rewards", "reward_messages", "reward_client", "local_server", "grpo", "checkpoint"),
     *("tensorboard", "metrics", "overlay", "report", "scoring", "evaluation", "record", "asking"),
     *("train", "infer", "evaluate", "rescore", "hlo", "plan", "export"),

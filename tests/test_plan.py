@@ -14,6 +14,7 @@ from segzero_jax import config as configs
 from segzero_jax import plan as planning
 from segzero_jax.hlo import Kernel
 from segzero_jax.model.dims import RELEASED
+from segzero_jax.model.splash import live_scores
 from segzero_jax.plan import CHIPS, PhasePlan, Plan, PlanError, advise, kernel_flops, make_topology_mesh, read_topology
 
 ROOT = Path(__file__).parent.parent
@@ -55,22 +56,29 @@ def test_the_toy_run_compiles_for_four_chips(toy):
 
 @pytest.mark.slow
 def test_its_flops_are_the_hand_count(toy):
-    """Matrix products of the decoder alone, which has 8/9 of them; the rest is the vision tower and attention."""
     phases = {phase["phase"]: phase for phase in toy["phases"]}
     dims = planning.find_dims("toy")
-    d, n, k, h, f = dims.hidden, dims.heads, dims.kv_heads, dims.head_width, dims.mlp
-    layer = d * (n + 2 * k) * h + n * h * d + 3 * d * f
+    vision, layers, d, n, h = dims.vision, dims.layers, dims.hidden, dims.heads, dims.head_width
+    layer = d * (n + 2 * dims.kv_heads) * h + n * h * d + 3 * d * dims.mlp
     chips, b, g, r, p = 4, 16, 8, 64, 64
-    decode = 2 * b * g * (dims.layers * layer + dims.vocab * d) / chips
+    decode = 2 * b * g * (layers * layer + dims.vocab * d) / chips
     # Attention of one new token to all keys of its prompt and its response.
-    decode += dims.layers * 4 * b * g * (p + r) * n * h / chips
+    decode += layers * 4 * b * g * (p + r) * n * h / chips
     assert phases["decode"]["flops"] == pytest.approx(decode, rel=0.02)
+    # The kernel computes whole blocks of scores, with heads widened to 128; a picture is 64 patches, padded to 128.
+    scores = layers * n * live_scores(p, r, p + g * r) + len(vision.full_attention) * vision.heads * 128**2
+    attention = 4 * 128 * b * scores
+    block = 4 * vision.hidden**2 + 3 * vision.hidden * vision.mlp
+    merger = (4 * vision.hidden) ** 2 + 4 * vision.hidden * vision.out
+    tower = 64 * (vision.patch_width * vision.hidden + vision.depth * block) + 16 * merger
+    tower += 2 * (vision.depth - len(vision.full_attention)) * 64 * vision.window_slots * vision.hidden
     tokens, answered = b * (p + g * r), b * g * r
-    reference = 2 * (tokens * dims.layers * layer + answered * dims.vocab * d) / chips
-    assert reference < phases["reference"]["flops"] < 1.25 * reference
-    # Backward is twice forward; the head's chunks are computed once more.
-    update = 3 * reference + 2 * answered * dims.vocab * d / chips
-    assert update < phases["update"]["flops"] < 1.25 * update
+    products = 2 * (tokens * layers * layer + b * tower)
+    head = 2 * answered * dims.vocab * d
+    assert phases["reference"]["flops"] == pytest.approx((products + head + attention) / chips, rel=0.02)
+    # Backward is twice forward; of attention, 7 products to 2. The head's chunks are computed once more.
+    update = (3 * products + 4 * head + 4.5 * attention) / chips
+    assert phases["update"]["flops"] == pytest.approx(update, rel=0.03)
 
 
 @pytest.mark.slow

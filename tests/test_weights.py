@@ -1,6 +1,10 @@
-"""Hugging Face directories in and out: both key forms, shards, casts, and what is said of a damaged one."""
+"""Hugging Face directories in and out: key forms, shards, casts, memory, hosts, and what is said of a damaged one."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hub_checkpoint import SIZES, hub_config, hub_shapes, write_hub_checkpoint
 from safetensors.numpy import load_file, save_file
 from tiny import DIMS, hf_config, random_policy
 from torch_policy import load_torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from segzero_jax import train
+from segzero_jax.hub import TOY
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
-from segzero_jax.model import load_hf, save_hf
-from segzero_jax.model.dims import from_hf
-from segzero_jax.model.weights import CheckpointError, read_dims
+from segzero_jax.model import load_hf, save_hf, weights
+from segzero_jax.model.dims import RELEASED, from_hf, with_dtype
+from segzero_jax.model.hf_layout import hub_key
+from segzero_jax.model.weights import CheckpointError, abstract_policy, read_dims
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -45,11 +56,177 @@ def test_a_round_trip_is_bit_equal_on_every_mesh(saved: Path, mesh: str, layout:
 
 def test_transformers_loads_what_we_write_bit_equal(saved: Path) -> None:
     written = load_file(saved / "model.safetensors")
-    theirs = load_torch(saved).state_dict()
+    theirs = {hub_key(key): value for key, value in load_torch(saved).state_dict().items()}
     for key, value in written.items():
-        inside = key.replace("visual.", "model.visual.", 1) if key.startswith("visual.") else key
-        inside = inside.replace("model.", "model.language_model.", 1) if not key.startswith("visual.") else inside
-        assert torch.equal(theirs[inside], torch.from_numpy(value)), key
+        assert torch.equal(theirs[key], torch.from_numpy(value)), key
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32], ids=lambda dtype: dtype.__name__)
+def test_every_bit_comes_through(saved: Path, tmp_path: Path, dtype: Any) -> None:
+    """Denormal numbers and minus zero too, which a device may flush."""
+    rng, file = np.random.default_rng(0), saved / "model.safetensors"
+
+    def any_finite(shape: tuple[int, ...]) -> np.ndarray:
+        width = np.dtype(dtype).itemsize
+        values = np.frombuffer(rng.bytes(int(np.prod(shape)) * width), dtype).reshape(shape).copy()
+        with np.errstate(invalid="ignore"):
+            values[~np.isfinite(values)] = -0.0
+        tiny = rng.random(shape) < 0.2
+        values[tiny] = np.frombuffer(rng.integers(1, 99, shape, f"u{width}").tobytes(), dtype).reshape(shape)[tiny]
+        return values
+
+    save_file({key: any_finite(value.shape) for key, value in load_file(file).items()}, file)
+    with jax.set_mesh(make_mesh("2x2")):
+        save_hf(load_hf(saved)[0], DIMS, tmp_path / "out", dtype=dtype)
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(file)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if ours[key].tobytes() != theirs[key].tobytes()] == []
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_the_released_layouts_are_read_in_full_depth(name: str, tmp_path: Path) -> None:
+    """Every key and shape: those of transformers' model, those that a policy is filled from. No number is stored."""
+    size = SIZES[name]
+    config = hub_config(size)
+    shapes = hub_shapes(size)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
+    theirs = {hub_key(key): tuple(value.shape) for key, value in model.state_dict().items()}
+    if size.tied:
+        assert theirs.pop("lm_head.weight") == theirs["model.embed_tokens.weight"]
+    assert shapes == theirs
+
+    assert from_hf(config) == next(dims for hub_id, dims in RELEASED.items() if name in hub_id)
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sparse(tmp_path / "model.safetensors", shapes)
+    with jax.set_mesh(make_mesh("4x4")):
+        dims = read_dims(tmp_path)
+        target = abstract_policy(dims)
+        found = weights._match(tmp_path, target, dims)
+    assert sum(len(parameter.tensors) for parameter in found) == len(shapes)
+    assert [parameter.leaf.shape for parameter in found] == [leaf.shape for leaf in jax.tree.leaves(target)]
+
+
+def sparse(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bfloat16 zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_what_the_host_holds_of_a_released_checkpoint_stays_below_two_files(name: str) -> None:
+    """One device's shard of one parameter in float32, on one device and on sixteen; files as on the hub, up to 4 GB."""
+    size = SIZES[name]
+    largest, filled = 0, 0
+    for shape in hub_shapes(size).values():
+        tensor = 2 * int(np.prod(shape))
+        filled = tensor if filled + tensor > 4e9 else filled + tensor
+        largest = max(largest, filled)
+    for mesh, bound in (("1x1", 2 * largest), ("4x4", largest / 4)):
+        with jax.set_mesh(make_mesh(mesh)):
+            leaves = jax.tree.leaves(abstract_policy(from_hf(hub_config(size))))
+            assert max(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves) < bound
+
+
+PEAK = """
+import re, sys
+import jax
+from segzero_jax.mesh import make_mesh, prepare_cpu
+from segzero_jax.model import load_hf
+
+def status(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+prepare_cpu(16)
+with jax.set_mesh(make_mesh(sys.argv[2])):
+    load_hf("toy")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+    before = status("VmRSS")
+    policy, _ = load_hf(sys.argv[1])
+    print(status("VmHWM") - before - sum(leaf.nbytes for leaf in jax.tree.leaves(policy)))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """250 MB in files of up to 96 MB; 500 MB as float32."""
+    size = SIZES["3B"].cut(layers=3, depth=2, vocab=512, mlp=1024)
+    return write_hub_checkpoint(tmp_path_factory.mktemp("large"), size, max_file_bytes=96 << 20)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+def test_loading_holds_less_than_two_files_beside_the_weights(large: Path, mesh: str) -> None:
+    """The kernel's own record of the peak, mapped pages of the files included. On a CPU the weights are in it too."""
+    done = subprocess.run([sys.executable, "-c", PEAK, large, mesh], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    largest = max(file.stat().st_size for file in large.glob("*.safetensors"))
+    assert int(done.stdout) < 2 * largest
+
+
+TWO_HOSTS = """
+import sys
+import jax, ml_dtypes, numpy as np
+from segzero_jax.mesh import make_mesh, prepare_cpu
+from segzero_jax.model import load_hf, save_hf
+from segzero_jax.model.weights import CheckpointError
+
+address, host, whole, damaged, out = sys.argv[1:]
+prepare_cpu(2)
+jax.distributed.initialize(address, 2, int(host))
+with jax.set_mesh(make_mesh("2x2")):
+    policy, dims = load_hf(whole)
+    assert not policy.embed_vd[...].is_fully_addressable
+    files = save_hf(policy, dims, out, dtype=np.float32)
+    print("wrote", len(files))
+    try:
+        load_hf(damaged)
+    except CheckpointError as error:
+        print("said", error)
+"""
+
+
+def test_two_hosts_read_their_halves_and_write_one_checkpoint(saved: Path, tmp_path: Path) -> None:
+    """A NaN in what the second host alone holds: it names it, the first has not seen it, and both stop."""
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    damaged.mkdir()
+    (damaged / "config.json").write_bytes((saved / "config.json").read_bytes())
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.embed_tokens.weight"][0, -1] = np.nan  # the last columns are the second host's
+    save_file(tensors, damaged / "model.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_HOSTS, address, str(host), saved, damaged, out],
+            cwd=ROOT,
+            env={key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},  # two devices, not sixteen
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    try:
+        (first, second), errors = zip(*(host.communicate(timeout=120) for host in hosts), strict=True)
+    finally:
+        for host in hosts:
+            host.kill()
+    said = f"{damaged}/model.safetensors: model.embed_tokens.weight holds NaN or Inf"
+    assert "wrote 1\n" in first, errors
+    assert "wrote 0\n" in second, errors
+    assert f"said host 1: {said}" in first
+    assert f"said {said}" in second
+    written = load_file(out / "model.safetensors")
+    for key, value in load_file(saved / "model.safetensors").items():
+        np.testing.assert_array_equal(written[key], value)
 
 
 def test_in_memory_keys_and_many_files_are_read_too(saved: Path) -> None:
@@ -146,6 +323,8 @@ def damage(directory: Path, case: str) -> str:
         tensors[key] = tensors[key].reshape(-1)
     elif case == "dtype":
         tensors[key] = tensors[key].astype(np.int8)
+    elif case in ("NaN", "Inf"):
+        tensors[key][3, 5] = float(case)
     elif case == "twice":
         save_file({key: tensors[key]}, directory / "more.safetensors")
     save_file(tensors, file)
@@ -159,6 +338,8 @@ def damage(directory: Path, case: str) -> str:
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     elif case == "not JSON inside":
         file.write_bytes(whole[:8] + b"?" * (len(whole) - 8))
+    elif case == "no list of tensors inside":
+        file.write_bytes((7).to_bytes(8, "little") + b'{"a":1}' + whole)
     elif case == "no file":
         file.unlink()
         return "no *.safetensors file"
@@ -173,8 +354,9 @@ def damage(directory: Path, case: str) -> str:
     return "model.safetensors"
 
 
-DAMAGES = ["missing", "extra", "misshapen", "split otherwise", "dtype", "twice"]
+DAMAGES = ["missing", "extra", "misshapen", "split otherwise", "dtype", "twice", "NaN", "Inf"]
 DAMAGES += ["truncated", "truncated header", "empty", "a pointer to the file", "not JSON inside"]
+DAMAGES += ["no list of tensors inside"]
 DAMAGES += ["no file", "absent part", "broken index"]
 
 
@@ -185,6 +367,26 @@ def test_a_damaged_checkpoint_is_named(saved: Path, case: str) -> None:
         load_hf(saved)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["NaN", "truncated", "missing", "another architecture"])
+def test_training_does_not_begin_from_a_damaged_checkpoint(
+    saved: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (saved / name).write_bytes((TOY / name).read_bytes())
+    if case == "another architecture":
+        named = "model_type 'qwen2_vl': expected 'qwen2_5_vl'"
+        (saved / "config.json").write_text(json.dumps(hf_config(model_type="qwen2_vl")))
+    else:
+        named = damage(saved, case)
+    run = saved / "run"
+    assert train.main([f"--model.path={saved}", f"--run.dir={run}", "--reward.server=none"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert named in said
+    assert str(saved) in said
+    assert len(said.splitlines()) == 1
+    assert not run.exists()
 
 
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -211,6 +413,15 @@ VISION = hf_config()["vision_config"]
         ({**hf_config(), "vision_config": {**VISION, "out_hidden_size": 96}}, "are 96 and 64: expected the same"),
         ({**hf_config(), "vision_config": {**VISION, "window_size": 60}}, "= 60 / 28"),
         ({**hf_config(), "vision_config": {**VISION, "num_heads": 16}}, "vision head width 2"),
+        (hf_config(num_hidden_layers="2"), "num_hidden_layers is '2': expected a whole number above 0"),
+        (hf_config(vocab_size=0), "vocab_size is 0"),
+        (hf_config(rms_norm_eps="small"), "rms_norm_eps is 'small': expected a number above 0"),
+        (hf_config(rope_scaling=[2, 1, 1]), "rope_scaling is [2, 1, 1]: expected an object"),
+        (hf_config(rope_scaling={"type": "mrope", "mrope_section": 4}), "mrope_section is 4: expected a list"),
+        (hf_config(rope_scaling={"type": "mrope", "mrope_section": [2, 2]}), "mrope_section [2, 2]: expected three"),
+        (hf_config(hidden_act="gelu"), "hidden_act 'gelu': expected 'silu'"),
+        (hf_config(use_sliding_window=True), "use_sliding_window is true"),
+        (hf_config(quantization_config={"quant_method": "awq"}), "quantized (awq): expected the plain checkpoint"),
     ],
 )
 def test_config_errors_name_the_file_and_what_is_wrong(tmp_path: Path, text: Any, said: str) -> None:
@@ -231,3 +442,24 @@ def test_the_form_that_transformers_writes_is_read(saved: Path) -> None:
     nested = load_torch(saved).config.to_dict()
     assert "text_config" in nested
     assert from_hf(json.loads(json.dumps(nested))) == DIMS
+
+
+def test_config_says_what_the_weights_are_in_both_forms() -> None:
+    flat, nested = hf_config(torch_dtype="bfloat16"), Qwen2_5_VLConfig.from_dict(hf_config(torch_dtype="bfloat16"))
+    for config in (flat, json.loads(json.dumps(nested.to_dict()))):
+        for dtype in ("float32", "bfloat16"):
+            read = Qwen2_5_VLConfig.from_dict(with_dtype(config, dtype))
+            assert {str(read.dtype), str(read.text_config.dtype)} == {f"torch.{dtype}"}
+            assert from_hf(with_dtype(config, dtype)) == DIMS
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_head_is_tied_where_transformers_ties_it(nested: bool) -> None:
+    config = without(hf_config(), "tie_word_embeddings")
+    for root in (None, False, True):
+        for inner in (None, False, True) if nested else (None,):
+            said = config if root is None else config | {"tie_word_embeddings": root}
+            if nested:
+                said = {**said, "text_config": config if inner is None else config | {"tie_word_embeddings": inner}}
+            theirs = Qwen2_5_VLConfig.from_dict(json.loads(json.dumps(said)))
+            assert from_hf(said).tied == theirs.tie_word_embeddings, (root, inner)

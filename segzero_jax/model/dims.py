@@ -66,49 +66,102 @@ def from_hf(config: dict[str, Any]) -> Dims:
     """Reads a parsed config.json: the flat form of the hub or the nested one that transformers 5 writes.
 
     Raises:
-      ModelConfigError: another architecture, a field is missing, or the sizes do not go together.
+      ModelConfigError: another architecture, a field is missing or no number, or the sizes do not go together.
     """
     if config.get("model_type") != "qwen2_5_vl":
         raise ModelConfigError(f"config.json: model_type {config.get('model_type')!r}: expected 'qwen2_5_vl'")
-    text = config.get("text_config", config)
-    vision = config.get("vision_config", {})
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text, vision = config, _section(config, "vision_config")
+    if "text_config" in config:
+        text = _section(config, "text_config")
+    rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
+    _check_kind(config, text, vision, rope)
+    # transformers ties where the root or, in its older nested files, text_config says so.
+    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    dims = Dims(
+        vocab=_whole(text, "vocab_size"),
+        hidden=_whole(text, "hidden_size"),
+        layers=_whole(text, "num_hidden_layers"),
+        heads=_whole(text, "num_attention_heads"),
+        kv_heads=_whole(text, "num_key_value_heads"),
+        mlp=_whole(text, "intermediate_size"),
+        mrope_sections=_wholes(rope, "mrope_section", None),
+        tied=bool(tied),
+        rope_theta=_real(rope, "rope_theta", _real(text, "rope_theta", _ROPE_THETA)),
+        norm_eps=_real(text, "rms_norm_eps", None),
+        vision=VisionDims(
+            hidden=_whole(vision, "hidden_size"),
+            depth=_whole(vision, "depth"),
+            heads=_whole(vision, "num_heads"),
+            mlp=_whole(vision, "intermediate_size"),
+            out=_whole(vision, "out_hidden_size"),
+            patch=_whole(vision, "patch_size", 14),
+            temporal_patch=_whole(vision, "temporal_patch_size", 2),
+            merge=_whole(vision, "spatial_merge_size", 2),
+            window=_whole(vision, "window_size", 112),
+            full_attention=_wholes(vision, "fullatt_block_indexes", (7, 15, 23, 31)),
+            channels=_whole(vision, "in_channels", _whole(vision, "in_chans", 3)),
+        ),
+    )
+    _check(dims)
+    return dims
+
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A parsed config.json that says the weights are of this dtype, in whichever of the two forms it has."""
+    if "text_config" not in config:
+        return config | {"torch_dtype": dtype}
+    parts = {key: config[key] | {"dtype": dtype} for key in ("text_config", "vision_config") if key in config}
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | parts | {"dtype": dtype}
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ModelConfigError(f"config.json: {key} is {value!r}: expected an object")
+    return value
+
+
+def _field(section: dict[str, Any], key: str, default: Any) -> Any:
+    value = section.get(key, default)
+    if value is None:
+        raise ModelConfigError(f"config.json: {key!r} is missing: expected a Qwen2.5-VL configuration")
+    return value
+
+
+def _whole(section: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = _field(section, key, default)
+    if type(value) is not int or value < 1:
+        raise ModelConfigError(f"config.json: {key} is {value!r}: expected a whole number above 0")
+    return value
+
+
+def _wholes(section: dict[str, Any], key: str, default: tuple[int, ...] | None) -> Any:
+    value = _field(section, key, default)
+    if not isinstance(value, (list, tuple)) or not all(type(item) is int and item >= 0 for item in value):
+        raise ModelConfigError(f"config.json: {key} is {value!r}: expected a list of whole numbers")
+    return tuple(value)
+
+
+def _real(section: dict[str, Any], key: str, default: float | None) -> float:
+    value = _field(section, key, default)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ModelConfigError(f"config.json: {key} is {value!r}: expected a number above 0")
+    return float(value)
+
+
+def _check_kind(config: dict[str, Any], text: dict[str, Any], vision: dict[str, Any], rope: dict[str, Any]) -> None:
+    """Refuses what would be computed otherwise than here, or is stored otherwise."""
     kind = rope.get("rope_type", rope.get("type", "mrope"))
     if kind not in ("mrope", "default"):
         raise ModelConfigError(f"config.json: rope scaling {kind!r}: expected plain M-RoPE ('mrope' or 'default')")
-    try:
-        dims = Dims(
-            vocab=text["vocab_size"],
-            hidden=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
-            mlp=text["intermediate_size"],
-            mrope_sections=tuple(rope["mrope_section"]),
-            # transformers reads the tie at the root: the 3B hub file has it there.
-            tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            rope_theta=float(rope.get("rope_theta", text.get("rope_theta", _ROPE_THETA))),
-            norm_eps=text.get("rms_norm_eps", 1e-6),
-            vision=VisionDims(
-                hidden=vision["hidden_size"],
-                depth=vision["depth"],
-                heads=vision["num_heads"],
-                mlp=vision["intermediate_size"],
-                out=vision["out_hidden_size"],
-                patch=vision.get("patch_size", 14),
-                temporal_patch=vision.get("temporal_patch_size", 2),
-                merge=vision.get("spatial_merge_size", 2),
-                window=vision.get("window_size", 112),
-                full_attention=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-                channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            ),
-        )
-    except KeyError as error:
-        raise ModelConfigError(
-            f"config.json: {error.args[0]!r} is missing: expected a Qwen2.5-VL configuration"
-        ) from None
-    _check(dims)
-    return dims
+    for section in (text, vision):
+        if section.get("hidden_act", "silu") != "silu":
+            raise ModelConfigError(f"config.json: hidden_act {section['hidden_act']!r}: expected 'silu'")
+    if text.get("use_sliding_window"):
+        raise ModelConfigError("config.json: use_sliding_window is true: expected full attention in every layer")
+    if config.get("quantization_config"):
+        method = _section(config, "quantization_config").get("quant_method")
+        raise ModelConfigError(f"config.json: the weights are quantized ({method}): expected the plain checkpoint")
 
 
 def _check(dims: Dims) -> None:
@@ -121,6 +174,8 @@ def _check(dims: Dims) -> None:
     ):
         if whole % part:
             raise ModelConfigError(f"config.json: {names} = {whole} / {part}: expected a whole number")
+    if len(dims.mrope_sections) != 3:
+        raise ModelConfigError(f"config.json: mrope_section {list(dims.mrope_sections)}: expected three numbers")
     for left, right, names in (
         (2 * sum(dims.mrope_sections), dims.head_width, "twice the sum of mrope_section and the head width"),
         (vision.out, dims.hidden, "out_hidden_size of the vision tower and hidden_size"),

@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint directory, mapped into memory: reading a tensor's part reads that part of the disk.
+"""Safetensors files of a checkpoint directory: read by parts of tensors, written file by file.
 
 The format (github.com/huggingface/safetensors): a little-endian header length of 8 bytes, a JSON header, the tensors.
 """
@@ -7,9 +7,11 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +25,32 @@ class CheckpointError(ValueError):
     """A checkpoint that does not hold the policy: names the file or tensor, what was found and what was expected."""
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, of which nothing is read yet.
+
+    Attributes:
+      key: its name in the file.
+      stream: the open file; what takes the file's place later is not seen.
+      offset: of its first byte in the file.
+    """
+
+    key: str
+    file: Path
+    stream: BinaryIO
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def view(self) -> np.ndarray:
+        """The tensor mapped into memory: what is read of it is read from the disk. Its pages leave with the view."""
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        count = math.prod(self.shape)
+        length = self.offset - start + count * self.dtype.itemsize
+        data = mmap.mmap(self.stream.fileno(), length, offset=start, access=mmap.ACCESS_READ)
+        return np.frombuffer(data, self.dtype, count, self.offset - start).reshape(self.shape)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError when the file holds none."""
     try:
@@ -34,17 +62,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def map_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory as views of its files, by the keys in the files.
+def find_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a directory by the keys in its files; only the files' headers are read.
 
-    Where there is an index, the files it lists are read and no others.
+    Where there is an index, the files it lists count and no others.
 
     Raises:
       CheckpointError: no file, one that the index lists is not there, one is cut short or has an unknown dtype.
     """
     files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory}: no *.safetensors file there")
     if (directory / _INDEX).is_file():
         weight_map = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -54,76 +80,93 @@ def map_tensors(directory: Path) -> dict[str, np.ndarray]:
         if absent:
             raise CheckpointError(f"{directory}: {_INDEX} lists {absent[0]}, which is not there")
         files = [file for file in files if file.name in listed]
-    views: dict[str, np.ndarray] = {}
+    if not files:
+        raise CheckpointError(f"{directory}: no *.safetensors file there")
+    found: dict[str, StoredTensor] = {}
     for file in files:
-        for key, view in _map_file(file):
-            if key in views:
-                raise CheckpointError(f"{file}: {key} is in another file of {directory} too; expected it once")
-            views[key] = view
-    return views
+        for tensor in _read_header(file):
+            if tensor.key in found:
+                raise CheckpointError(f"{file}: {tensor.key} is in another file of {directory} too; expected it once")
+            found[tensor.key] = tensor
+    return found
 
 
-def _map_file(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _read_header(file: Path) -> Iterator[StoredTensor]:
     size = file.stat().st_size
     if size < 8:
         raise CheckpointError(f"{file}: cut short: {size} bytes")
-    with file.open("rb") as stream:
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    length = int.from_bytes(data[:8], "little")
+    stream = file.open("rb")
+    length = int.from_bytes(stream.read(8), "little")
     if length > size - 8:
         raise CheckpointError(
             f"{file}: cut short, or no safetensors file: header of {length} bytes in a file of {size}"
         )
     try:
-        header = json.loads(data[8 : 8 + length])
-    except ValueError:
-        raise CheckpointError(f"{file}: not a safetensors file: its header is not JSON") from None
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{file}: {key} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-        start, end = entry["data_offsets"]
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = [
+            (key, entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+            for key, entry in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{file}: not a safetensors file: its header is no list of tensors in JSON") from None
+    for key, name, shape, start, end in entries:
+        if name not in _DTYPES:
+            raise CheckpointError(f"{file}: {key} has dtype {name}; expected one of {', '.join(_DTYPES)}")
         if 8 + length + end > size:
             raise CheckpointError(f"{file}: cut short: {key} ends at byte {8 + length + end} of {size}")
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        if end - start != math.prod(shape) * dtype.itemsize:
+        dtype = _DTYPES[name]
+        if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(
-                f"{file}: {key} has {end - start} bytes; shape {shape} of {dtype} needs another number"
+                f"{file}: {key} has {end - start} bytes from {start}; shape {list(shape)} of {dtype} needs others"
             )
-        yield key, np.frombuffer(data, dtype, math.prod(shape), 8 + length + start).reshape(shape)
+        yield StoredTensor(key, file, stream, dtype, shape, 8 + length + start)
 
 
-def write_tensors(tensors: dict[str, np.ndarray], directory: Path, max_file_bytes: int) -> list[Path]:
+def write_tensors(
+    sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], directory: Path, max_file_bytes: int
+) -> list[Path]:
     """Writes ``model*.safetensors`` and, for more than one, their index; what an earlier writing left is deleted.
 
-    Each file takes its place whole, in one step: a process that has the old one mapped keeps it.
+    Tensors are taken one by one, and no more of them are held than go into one file. Files take their places once all
+    are written; a process that reads the old ones keeps them.
+
+    Args:
+      sizes: bytes of each tensor, in the order of ``tensors``: how many files there are is in their names.
+      tensors: key and values.
+      max_file_bytes: a new file begins before one grows past this.
+
+    Returns:
+      The files written.
     """
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for key, tensor in tensors.items():
-        if size + tensor.nbytes > max_file_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
+    shards: list[list[str]] = [[]]
+    room = max_file_bytes
+    for key, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_file_bytes
+        shards[-1].append(key)
+        room -= size
     count = len(shards)
     names = (
         [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
     )
-    for name, shard in zip(names, shards, strict=True):
-        partial = directory / f"{name}.partial"
-        save_file(shard, str(partial), metadata={"format": "pt"})
-        os.replace(partial, directory / name)
-    if count > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-        }
-        names.append(_INDEX)
-        partial = directory / f"{_INDEX}.partial"
-        partial.write_text(json.dumps(index, indent=1) + "\n")
-        os.replace(partial, directory / _INDEX)
+    remaining = iter(tensors)
+    try:
+        for name, keys in zip(names, shards, strict=True):
+            save_file(dict(islice(remaining, len(keys))), str(directory / f"{name}.partial"), metadata={"format": "pt"})
+        if count > 1:
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
+            }
+            names.append(_INDEX)
+            (directory / f"{_INDEX}.partial").write_text(json.dumps(index, indent=1) + "\n")
+        for name in names:
+            os.replace(directory / f"{name}.partial", directory / name)
+    finally:
+        for name in names:
+            (directory / f"{name}.partial").unlink(missing_ok=True)
     for stale in {*directory.glob("model*.safetensors"), directory / _INDEX} - {directory / name for name in names}:
         stale.unlink(missing_ok=True)
     return [directory / name for name in names]

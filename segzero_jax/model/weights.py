@@ -5,8 +5,9 @@ memory (``model.visual.*``, ``model.language_model.*``); the hub's is written. F
 weight's transposition is a view, so a host reads only the bytes that its shards need.
 """
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,105 +15,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from segzero_jax.config import model_directory
+from segzero_jax.hub import HubError, model_directory
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError
-from segzero_jax.model.dims import Dims, ModelConfigError, from_hf
+from segzero_jax.model.dims import Dims, ModelConfigError, from_hf, with_dtype
+from segzero_jax.model.hf_layout import ENTRIES, Entry, hub_key
 from segzero_jax.model.policy import Policy
-from segzero_jax.model.tensor_files import CheckpointError, map_tensors, read_json, write_tensors
+from segzero_jax.model.tensor_files import CheckpointError, StoredTensor, find_tensors, read_json, write_tensors
 
 _CARRIED = (
     *("*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
-    *("chat_template.*", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.*", "added_tokens.json", "special_tokens_map.json", "LICENSE*"),
 )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """How one parameter of the tree lies in the file.
-
-    Attributes:
-      hf: hub key, with ``{}`` for the layer where the parameter is stacked.
-      factors: for each axis in the file, in how many axes the tree holds it.
-      transposed: a torch Linear: ``[out, in]`` in the file, ``[in, out]`` in the tree.
-    """
-
-    hf: str
-    factors: tuple[int, ...] = (1,)
-    transposed: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        return "{}" in self.hf
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The permutation from the file's axes, factored, to the tree's."""
-        axes, first = tuple(range(sum(self.factors))), self.factors[0]
-        return axes[first:] + axes[:first] if self.transposed else axes
-
-    def factored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tree's shape in the order of the file."""
-        return tuple(shape[self.order.index(axis)] for axis in range(len(shape)))
-
-    def file_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-        """The shape in the file of what has ``shape`` in the tree."""
-        vision = dims.vision
-        if self.hf.endswith("patch_embed.proj.weight"):  # a convolution
-            return (vision.hidden, vision.channels, vision.temporal_patch, vision.patch, vision.patch)
-        rest = iter(self.factored(shape))
-        return tuple(math.prod(next(rest) for _ in range(count)) for count in self.factors)
-
-
-def _linear(hf: str, out_axes: int = 1, in_axes: int = 1) -> _Entry:
-    return _Entry(hf, (out_axes, in_axes), transposed=True)
-
-
-def _bias(hf: str, axes: int = 1) -> _Entry:
-    return _Entry(hf, (axes,))
-
-
-_ENTRIES: dict[tuple[str, ...], _Entry] = {
-    ("embed_vd",): _Entry("model.embed_tokens.weight", (1, 1)),
-    ("head_vd",): _Entry("lm_head.weight", (1, 1)),
-    ("final_norm_d",): _Entry("model.norm.weight"),
-    ("blocks", "norm1_d"): _Entry("model.layers.{}.input_layernorm.weight"),
-    ("blocks", "norm2_d"): _Entry("model.layers.{}.post_attention_layernorm.weight"),
-    ("blocks", "q_dnh"): _linear("model.layers.{}.self_attn.q_proj.weight", out_axes=2),
-    ("blocks", "q_bias_nh"): _bias("model.layers.{}.self_attn.q_proj.bias", 2),
-    ("blocks", "k_dkh"): _linear("model.layers.{}.self_attn.k_proj.weight", out_axes=2),
-    ("blocks", "k_bias_kh"): _bias("model.layers.{}.self_attn.k_proj.bias", 2),
-    ("blocks", "v_dkh"): _linear("model.layers.{}.self_attn.v_proj.weight", out_axes=2),
-    ("blocks", "v_bias_kh"): _bias("model.layers.{}.self_attn.v_proj.bias", 2),
-    ("blocks", "o_nhd"): _linear("model.layers.{}.self_attn.o_proj.weight", in_axes=2),
-    ("blocks", "gate_df"): _linear("model.layers.{}.mlp.gate_proj.weight"),
-    ("blocks", "up_df"): _linear("model.layers.{}.mlp.up_proj.weight"),
-    ("blocks", "down_fd"): _linear("model.layers.{}.mlp.down_proj.weight"),
-    ("vision", "patch_cd"): _linear("visual.patch_embed.proj.weight"),
-    ("vision", "blocks", "norm1_d"): _Entry("visual.blocks.{}.norm1.weight"),
-    ("vision", "blocks", "norm2_d"): _Entry("visual.blocks.{}.norm2.weight"),
-    ("vision", "blocks", "qkv_d3nh"): _linear("visual.blocks.{}.attn.qkv.weight", out_axes=3),
-    ("vision", "blocks", "qkv_bias_3nh"): _bias("visual.blocks.{}.attn.qkv.bias", 3),
-    ("vision", "blocks", "out_nhd"): _linear("visual.blocks.{}.attn.proj.weight", in_axes=2),
-    ("vision", "blocks", "out_bias_d"): _bias("visual.blocks.{}.attn.proj.bias"),
-    ("vision", "blocks", "gate_df"): _linear("visual.blocks.{}.mlp.gate_proj.weight"),
-    ("vision", "blocks", "gate_bias_f"): _bias("visual.blocks.{}.mlp.gate_proj.bias"),
-    ("vision", "blocks", "up_df"): _linear("visual.blocks.{}.mlp.up_proj.weight"),
-    ("vision", "blocks", "up_bias_f"): _bias("visual.blocks.{}.mlp.up_proj.bias"),
-    ("vision", "blocks", "down_fd"): _linear("visual.blocks.{}.mlp.down_proj.weight"),
-    ("vision", "blocks", "down_bias_d"): _bias("visual.blocks.{}.mlp.down_proj.bias"),
-    ("vision", "merger_norm_d"): _Entry("visual.merger.ln_q.weight"),
-    ("vision", "merger_up_df"): _linear("visual.merger.mlp.0.weight"),
-    ("vision", "merger_up_bias_f"): _bias("visual.merger.mlp.0.bias"),
-    ("vision", "merger_down_fd"): _linear("visual.merger.mlp.2.weight"),
-    ("vision", "merger_down_bias_d"): _bias("visual.merger.mlp.2.bias"),
-}
+_CHECKED_BYTES = 64 << 20  # looked through for NaN at once: a bound on the scratch memory of that
+_LINE_BYTES = 2048
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint directory; "toy" is the one inside the package. Raises CheckpointError when there is none."""
-    directory = model_directory(path)
+    """The directory of a checkpoint (see ``hub.model_directory``). Raises CheckpointError when there is none."""
+    try:
+        directory = model_directory(path)
+    except HubError as error:
+        raise CheckpointError(f"model.path={error}") from None
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"model.path={path}: no config.json there; expected a Hugging Face checkpoint directory or 'toy'"
@@ -183,76 +109,162 @@ def _leaves(policy: Policy) -> dict[tuple[str, ...], Any]:
     return {tuple(key.name for key in path[:-1]): leaf for path, leaf in leaves}
 
 
-def _hub_key(key: str) -> str:
-    for prefix, hub in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if key.startswith(prefix):
-            return hub + key.removeprefix(prefix)
-    return key
+@dataclass(frozen=True)
+class _Parameter:
+    """Where one parameter of the tree lies: its tensors by layer, or the one that it is.
+
+    Attributes:
+      leaf: its shape and sharding in the tree.
+      shape: in the tree, of what one tensor holds.
+    """
+
+    entry: Entry
+    leaf: jax.ShapeDtypeStruct
+    shape: tuple[int, ...]
+    tensors: list[StoredTensor]
 
 
 def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) -> tuple[Policy, Dims]:
-    """Reads a Hugging Face directory straight into the ambient mesh's shards (see ``jax.set_mesh``).
+    """Reads a Hugging Face checkpoint straight into the ambient mesh's shards (see ``jax.set_mesh``).
+
+    A process reads the bytes that its own devices' shards need, checks that they are finite, and holds one device's
+    shard of one parameter, all layers of it, on the host at a time (docs/checkpoints.md has what that comes to).
 
     Args:
-      path: a directory with config.json and safetensors files (one or many), or "toy".
+      path: a directory with config.json and safetensors files (one or many), a hub id, or "toy".
       layout: which table shards the weights.
       dtype: what they are cast to on the way.
 
     Raises:
-      CheckpointError: a tensor is missing, left over, misshapen, or of an unknown dtype; it is named.
+      CheckpointError: there is none, or a tensor is missing, left over, misshapen, of an unknown dtype, or holds NaN
+        or Inf; it is named. Of several processes all raise when one does.
     """
-    dims = read_dims(path)
-    directory = resolve(path)
-    views = {_hub_key(key): view for key, view in map_tensors(directory).items()}
-    mesh = jax.sharding.get_mesh()
-    target = abstract_policy(dims, layout)
-    wanted = {"lm_head.weight"} if dims.tied else set()
-    loaded = []
-    for tree_path, leaf in _leaves(target).items():
-        entry = _ENTRIES[tree_path]
-        shape = leaf.shape[1:] if entry.stacked else leaf.shape
-        file_shape = entry.file_shape(shape, dims)
-        parts = []
-        for key in [entry.hf.format(i) for i in range(leaf.shape[0])] if entry.stacked else [entry.hf]:
-            if key not in views:
-                raise CheckpointError(f"{directory}: {key} is missing")
-            if views[key].shape != file_shape:
-                raise CheckpointError(
-                    f"{directory}: {key} has shape {list(views[key].shape)}; config.json means {list(file_shape)}"
-                )
-            parts.append(views[key].reshape(entry.factored(shape)).transpose(entry.order))
-            wanted.add(key)
-        read = _reader(parts, entry.stacked, jnp.dtype(dtype))
-        loaded.append(jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), read))
-    extra = sorted(views.keys() - wanted)
-    if extra:
-        raise CheckpointError(
-            f"{directory}: {extra[0]} belongs to no parameter of this policy ({len(extra)} such tensors)"
-        )
+    problem = None
+    try:
+        dims = read_dims(path)
+        target = abstract_policy(dims, layout)
+        found = _match(resolve(path), target, dims)
+        loaded = [_place(parameter, jnp.dtype(dtype)) for parameter in found]
+    except CheckpointError as error:
+        problem = error
+    _raise_together(problem)
     return jax.tree.unflatten(jax.tree.structure(target), loaded), dims
 
 
-def _reader(parts: list[np.ndarray], stacked: bool, dtype: jnp.dtype) -> Callable[[Any], np.ndarray]:
-    """What reads one shard. It copies: on a CPU an array may live in the memory it is made from, here a file's."""
+def _match(directory: Path, target: Policy, dims: Dims) -> list[_Parameter]:
+    """The parameters in the order of the tree's leaves, found from the files' headers alone. Raises CheckpointError."""
+    stored = {hub_key(key): tensor for key, tensor in find_tensors(directory).items()}
+    found = []
+    for tree_path, leaf in _leaves(target).items():
+        entry = ENTRIES[tree_path]
+        shape = leaf.shape[1:] if entry.stacked else leaf.shape
+        file_shape = entry.file_shape(shape, dims)
+        keys = entry.keys(leaf.shape)
+        for key in keys:
+            if key not in stored:
+                raise CheckpointError(f"{directory}: {key} is missing")
+            if stored[key].shape != file_shape:
+                raise CheckpointError(
+                    f"{stored[key].file}: {key} has shape {list(stored[key].shape)}; "
+                    f"config.json means {list(file_shape)}"
+                )
+        found.append(_Parameter(entry, leaf, shape, [stored.pop(key) for key in keys]))
+    if dims.tied:
+        stored.pop("lm_head.weight", None)  # a file may repeat the embedding under this name
+    if stored:
+        raise CheckpointError(
+            f"{directory}: {min(stored)} belongs to no parameter of this policy ({len(stored)} such tensors)"
+        )
+    return found
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not stacked:
-            return np.array(parts[0][index], dtype=dtype, order="C")
-        return np.stack([part[index[1:]].astype(dtype) for part in parts[index[0]]])
 
-    return read
+def _place(parameter: _Parameter, dtype: np.dtype) -> jax.Array:
+    """A parameter on its devices, one shard after another; devices that hold the same are given it from one reading."""
+    shape = parameter.leaf.shape
+    sharding = NamedSharding(jax.sharding.get_mesh(), parameter.leaf.sharding.spec)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    placed: dict[jax.Device, jax.Array] = {}
+    for bounds, devices in holders.items():
+        shard = _read_shard(parameter, bounds, dtype)
+        placed |= {device: jax.device_put(shard, device) for device in devices}
+        # A transfer under way keeps its shard on the host.
+        jax.block_until_ready([placed[device] for device in devices])
+    arrays = [placed[device] for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
+
+
+def _read_shard(parameter: _Parameter, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
+    """A part of a parameter, cast; a copy, since on a CPU an array may live in the memory it is made from."""
+    entry, tensors = parameter.entry, parameter.tensors
+    shard = np.empty([stop - start for start, stop in bounds], dtype)
+    layers, inner = shard[None], bounds
+    if entry.stacked:
+        layers, tensors, inner = shard, tensors[slice(*bounds[0])], bounds[1:]
+    at = tuple(slice(*bound) for bound in inner)
+    for layer, tensor in zip(layers, tensors, strict=True):
+        layer[...] = tensor.view().reshape(entry.factored(parameter.shape)).transpose(entry.order)[at]
+        if not _is_finite(layer):
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.key} holds NaN or Inf; expected finite weights: get or export the file anew"
+            )
+    return shard
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    pieces = max(1, values.nbytes // _CHECKED_BYTES)
+    with np.errstate(invalid="ignore"):  # of bfloat16, the question itself is warned about
+        return all(np.isfinite(piece).all() for piece in np.array_split(values, pieces))
+
+
+def _raise_together(problem: CheckpointError | None) -> None:
+    """Raises where there is a problem, here or on another host: one that went on alone would wait for ever."""
+    if jax.process_count() > 1:
+        line = np.zeros(_LINE_BYTES, np.uint8)
+        if problem is not None:
+            text = str(problem).encode()[:_LINE_BYTES]
+            line[: len(text)] = np.frombuffer(text, np.uint8)
+        said = [bytes(row).rstrip(b"\0") for row in multihost_utils.process_allgather(line)]
+        if problem is None and any(said):
+            host = next(host for host, text in enumerate(said) if text)
+            problem = CheckpointError(f"host {host}: {said[host].decode(errors='replace')}")
+    if problem is not None:
+        raise problem
+
+
+def _in_files(policy: Policy, dims: Dims, dtype: np.dtype) -> tuple[dict[str, int], Iterator[tuple[str, np.ndarray]]]:
+    """The policy's weights under hub keys and in file layout, layer by layer: the bytes of each, and their values.
+
+    A value is gathered to the host when it is taken; of several processes each must take all of them, in order.
+    """
+    parts = [
+        (layer, key, ENTRIES[path], leaf)
+        for path, leaf in _leaves(policy).items()
+        for layer, key in enumerate(ENTRIES[path].keys(leaf.shape))
+    ]
+    parts.sort(key=lambda part: part[0])
+    sizes = {
+        key: leaf.size // (leaf.shape[0] if entry.stacked else 1) * dtype.itemsize for _, key, entry, leaf in parts
+    }
+
+    def values() -> Iterator[tuple[str, np.ndarray]]:
+        for layer, key, entry, leaf in parts:
+            # The layer's number is an operand: one program for all layers.
+            part = jax.lax.dynamic_index_in_dim(leaf, np.int32(layer), keepdims=False) if entry.stacked else leaf
+            # Cast on the host: a device may flush what is denormal in bfloat16 to zero.
+            value = np.asarray(multihost_utils.process_allgather(part, tiled=True)).astype(dtype)
+            in_file = value.transpose(np.argsort(entry.order)).reshape(entry.file_shape(value.shape, dims))
+            yield key, np.ascontiguousarray(in_file)
+
+    return sizes, values()
 
 
 def file_tensors(policy: Policy, dims: Dims, dtype: Any) -> dict[str, np.ndarray]:
-    """The policy's weights under hub keys and in file layout, gathered to the host."""
-    tensors = {}
-    for tree_path, leaf in _leaves(policy).items():
-        entry = _ENTRIES[tree_path]
-        values = np.asarray(jax.device_get(leaf)).astype(dtype)
-        for i, value in enumerate(values if entry.stacked else [values]):
-            in_file = value.transpose(np.argsort(entry.order)).reshape(entry.file_shape(value.shape, dims))
-            tensors[entry.hf.format(i)] = np.ascontiguousarray(in_file)
-    return tensors
+    """The policy's weights under hub keys and in file layout, all of them on the host."""
+    return dict(_in_files(policy, dims, np.dtype(dtype))[1])
 
 
 def save_hf(
@@ -264,22 +276,43 @@ def save_hf(
     carry_from: str | Path | None = None,
     max_file_bytes: int = 4 << 30,
 ) -> list[Path]:
-    """Writes safetensors shards and their index and, with ``carry_from``, all else that ``transformers`` loads.
+    """Writes safetensors files and their index and, with ``carry_from``, all else that ``transformers`` loads.
+
+    Tensors are gathered one by one, so the host holds one file's worth. With several processes all must call it; the
+    first writes, and all return when the files are there.
 
     Args:
-      dtype: what the weights are rounded to.
-      carry_from: a checkpoint directory whose config, tokenizer and processor files are copied along.
-      max_file_bytes: a new shard begins before a file grows past this.
+      policy: on the ambient mesh.
+      dtype: what the weights are rounded to; a carried config.json says so.
+      carry_from: a checkpoint whose config, tokenizer, processor and licence files are copied along.
+      max_file_bytes: a new file begins before one grows past this.
 
     Returns:
-      The files written.
+      The files written; none in other processes than the first.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory, dtype = Path(directory), np.dtype(dtype)
+    sizes, tensors = _in_files(policy, dims, dtype)
     written = []
-    source = resolve(carry_from) if carry_from is not None else None
-    if source is not None and source.resolve() != directory.resolve():
-        for file in sorted(file for pattern in _CARRIED for file in source.glob(pattern)):
-            (directory / file.name).write_bytes(file.read_bytes())
-            written.append(directory / file.name)
-    return written + write_tensors(file_tensors(policy, dims, dtype), directory, max_file_bytes)
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        written = write_tensors(sizes, tensors, directory, max_file_bytes)
+        if carry_from is not None:
+            written += _carry(resolve(carry_from), directory, dtype.name)
+    else:
+        for _ in tensors:
+            pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")
+    return written
+
+
+def _carry(source: Path, directory: Path, dtype: str) -> list[Path]:
+    """Copies what belongs to a checkpoint beside its weights; config.json with the weights' new dtype."""
+    carried = []
+    for file in sorted(file for pattern in _CARRIED for file in source.glob(pattern)):
+        content = file.read_bytes()
+        if file.name == "config.json":
+            content = (json.dumps(with_dtype(read_json(file), dtype), indent=2) + "\n").encode()
+        (directory / file.name).write_bytes(content)
+        carried.append(directory / file.name)
+    return carried

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from segzero_jax import train
-from segzero_jax.config import model_directory
 from segzero_jax.grpo import update
+from segzero_jax.hub import model_directory
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]

@@ -1,0 +1,125 @@
+"""``python -m segzero_jax.export --run DIR --out DIR``: a run's checkpoint as a directory that ``transformers`` loads.
+
+It works in the host's memory, without an accelerator, so it may run beside the training. The directory appears whole
+or not at all.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from segzero_jax import __version__
+from segzero_jax.asking import find_checkpoint
+from segzero_jax.checkpoint import load_policy
+from segzero_jax.config import ConfigError, OneLineParser
+from segzero_jax.mesh import make_mesh
+from segzero_jax.model import save_hf
+from segzero_jax.model.weights import CheckpointError
+
+# By this file an export is known as one, and it says what it is an export of.
+_ORIGIN = "segzero_jax.json"
+
+
+class ExportError(ValueError):
+    """What cannot be exported, or not to there; one line."""
+
+
+def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
+    """Writes one checkpoint of a run with the configuration, tokenizer and processor files of its ``model.path``.
+
+    Args:
+      run: a run directory.
+      out: a new or empty directory, or an earlier export, which is replaced.
+      step: of the checkpoint; None is the newest.
+      dtype: what the weights are rounded to.
+
+    Returns:
+      The files written.
+
+    Raises:
+      ExportError: ``out`` holds something else, or ``run`` is no run.
+      CheckpointError: the run has no such checkpoint, it is damaged, or its ``model.path`` is gone.
+      ConfigError: the run's configuration is of another version.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise ExportError(f"--run={run}: no checkpoints/ there; expected the directory of a training run")
+    _refuse_to_mix(out)
+    name = find_checkpoint(str(run)) if step is None else str(run / "checkpoints" / str(step))
+    try:
+        policy, dims, config = load_policy(name, jnp.float32)
+    except (CheckpointError, ConfigError):
+        raise
+    except (ValueError, KeyError, OSError) as error:  # what Orbax raises on damaged files
+        raise CheckpointError(f"{name}: the checkpoint cannot be read: {' '.join(str(error).split())}") from None
+    assert config is not None
+    origin = {
+        "run": run.resolve().name,
+        "step": int(Path(name).name),
+        "base_model": config.model.path,
+        "dtype": dtype,
+        "segzero_jax": __version__,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        new, old = Path(folder, "new"), Path(folder, "old")
+        files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
+        files.append(new / _ORIGIN)
+        files[-1].write_text(json.dumps(origin, indent=2) + "\n")
+        if out.exists():
+            os.rename(out, old)
+        os.rename(new, out)
+    return [out / file.name for file in files]
+
+
+def _refuse_to_mix(out: Path) -> None:
+    if out.is_dir():
+        other = next((entry.name for entry in sorted(out.iterdir())), None)
+        if other is None or (out / _ORIGIN).is_file():
+            return
+        raise ExportError(f"--out={out}: holds {other}; expected a new directory or an earlier export")
+    if out.exists():
+        raise ExportError(f"--out={out}: is a file; expected a new directory or an earlier export")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = OneLineParser(
+        prog="segzero_jax.export", description="Writes a run's checkpoint as a Hugging Face directory."
+    )
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="the directory of a training run")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new directory, or an earlier export")
+    parser.add_argument("--step", metavar="N", type=_step, help="of the checkpoint [the newest]")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights written [%(default)s]"
+    )
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
+    try:
+        with jax.set_mesh(make_mesh("1x1")):
+            files = export(args.run.expanduser(), args.out.expanduser(), args.step, args.dtype)
+    except (ExportError, CheckpointError, ConfigError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    for file in files:
+        print(f"{file.stat().st_size:>14,} {file}")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: expected the number of a step")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Where a model's files lie: inside the package, in a directory, or on the Hugging Face hub."""
+
+import functools
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
+
+TOY = Path(__file__).parent / "assets" / "toy_policy"
+# Weights, configuration, tokenizer and licence; not the same weights again in other formats.
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*"]
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+
+class HubError(ValueError):
+    """A hub id whose files cannot be had; one line."""
+
+
+def model_directory(path: str | Path) -> Path:
+    """The directory that a ``model.path`` means; whether it holds a model is not looked at.
+
+    Args:
+      path: "toy" for the model inside the package; a directory; or, where there is no such directory, a hub id
+        ``organisation/name`` or ``organisation/name@revision``. Its files are downloaded once into the hub's cache on
+        this host (``HF_HOME``); with ``HF_HUB_OFFLINE=1`` what is in the cache is taken.
+
+    Raises:
+      HubError: the hub cannot be reached and its cache has no such model, or the hub has none either.
+    """
+    match = _as_hub_id(path)
+    if match:
+        return _download(match["repo"], match["revision"])
+    return TOY if str(path) == "toy" else Path(path).expanduser()
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path means a Hugging Face checkpoint: "toy", a directory with config.json, or a hub id."""
+    return _as_hub_id(path) is not None or (model_directory(path) / "config.json").is_file()
+
+
+def _as_hub_id(path: str | Path) -> re.Match[str] | None:
+    match = _HUB_ID.fullmatch(str(path))
+    return None if match is None or Path(path).exists() else match
+
+
+@functools.cache  # One run reads a model several times: always the same revision, and the hub is asked once.
+def _download(repo: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
+    except (OSError, ValueError, HTTPError) as error:
+        asked = repo if revision is None else f"{repo}@{revision}"
+        raise HubError(
+            f"{asked}: no such directory, and the Hugging Face hub gave no such model "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); expected a directory, 'toy', or a hub id "
+            "that is in the cache or can be reached"
+        ) from None

@@ -1,0 +1,176 @@
+"""A run as a Hugging Face directory: the same numbers in transformers, all that goes with them, or nothing at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tiny import DIMS, encode, hf_config, load_processor, random_policy
+from torch_policy import torch_inputs
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from segzero_jax import config as configs
+from segzero_jax import export
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.config import Config
+from segzero_jax.grpo import TrainState
+from segzero_jax.hub import TOY
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model import load_hf, save_hf
+from segzero_jax.model.policy import Pass, prompt_logits
+from segzero_jax.processor import Processor
+
+RELATIVE = 1e-4
+STEPS = (9, 10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, 10 newer than 9, of a base model that has all files a released one has."""
+    base = tmp_path_factory.mktemp("base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (base / name).write_bytes((TOY / name).read_bytes())
+    template = json.loads((TOY / "tokenizer_config.json").read_text())["chat_template"]
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
+    (base / "LICENSE").write_text("as you like")
+    (base / "config.json").write_text(json.dumps(hf_config(torch_dtype="bfloat16")))
+    directory = base.parent / "some_run"
+    config = configs.replace(Config(), **{"model.path": str(base), "run.dir": str(directory)})
+    with jax.set_mesh(make_mesh("2x2")), Checkpoints(directory, keep=2) as checkpoints:
+        save_hf(random_policy(), DIMS, base)
+        for step in STEPS:
+            checkpoints.save(step, TrainState(random_policy(seed=step), (), jnp.int32(step)), {}, config)
+        checkpoints.wait()
+    return directory
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that bad input gives."""
+    try:
+        code = export.main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        code = int(str(left.code))
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_transformers_reads_the_numbers_of_the_newest_checkpoint(
+    run: Path, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "out"
+    assert export.main(["--run", str(run), "--out", str(out), "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out
+    assert all(str(file) in printed for file in out.iterdir())
+    assert sorted(entry.name for entry in out.parent.iterdir()) == ["out"]
+
+    model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == getattr(torch, dtype), "config.json tells the truth about the weights"
+    with jax.set_mesh(make_mesh("1x1")):
+        wanted = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), random_policy(seed=STEPS[-1]))
+        policy, dims = load_hf(out)
+        for got, want in zip(jax.tree.leaves(policy), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(got, want)
+        processor = load_processor()
+        prompt = encode(processor, "the red one", [(84, 56)])
+        ours = prompt_logits(policy, processor.batch([prompt], 8), Pass(dims, TRAIN, jnp.dtype("float32")))[0]
+    with torch.no_grad():
+        theirs = model.float()(**torch_inputs(prompt, processor)).logits[0].numpy()
+    assert np.abs(ours[: len(theirs)] - theirs).max() <= RELATIVE * np.abs(theirs).max()
+
+
+def test_everything_beside_the_weights_comes_along(run: Path, tmp_path: Path) -> None:
+    assert export.main(["--run", str(run), "--out", str(tmp_path / "out"), "--step", "9"]) == 0
+    out = tmp_path / "out"
+    assert (out / "LICENSE").read_text() == "as you like"
+    assert GenerationConfig.from_pretrained(out).temperature == 0.5
+    text = "Find the red circle."
+    turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    theirs = AutoProcessor.from_pretrained(out)
+    assert text in theirs.apply_chat_template(turn, tokenize=False)
+    assert theirs.tokenizer(text).input_ids == Processor.load(out, 56, "toy", 64).encode_text(text)
+    assert theirs.image_processor.patch_size == 14
+    origin = json.loads((out / "segzero_jax.json").read_text())
+    assert (origin["run"], origin["step"], origin["dtype"]) == ("some_run", 9, "bfloat16")
+    written = load_file(out / "model.safetensors")["model.norm.weight"]
+    with jax.set_mesh(make_mesh("1x1")):
+        wanted = np.asarray(random_policy(seed=9).final_norm_d[...]).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(written, wanted)
+
+
+def test_an_earlier_export_is_replaced_whole(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # empty: as good as new
+    assert export.main(["--run", str(run), "--out", str(out), "--step", "9"]) == 0
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"of yesterday")
+    assert export.main(["--run", str(run), "--out", str(out)]) == 0
+    assert json.loads((out / "segzero_jax.json").read_text())["step"] == 10
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, taken, file = tmp_path / "out", tmp_path / "taken", tmp_path / "file"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("years of work")
+    file.touch()
+    assert "holds thesis.tex; expected a new directory" in said(capsys, "--run", run, "--out", taken)
+    assert "is a file" in said(capsys, "--run", run, "--out", file)
+    assert "no checkpoints/ there" in said(capsys, "--run", tmp_path, "--out", out)
+    assert "no checkpoints/ there" in said(capsys, "--run", "toy", "--out", out)
+    missing = said(capsys, "--run", run, "--out", out, "--step", 7)
+    assert "no complete checkpoint there" in missing
+    assert "9, 10" in missing
+    assert "--step" in said(capsys, "--run", run, "--out", out, "--step", "last")
+    assert "--out" in said(capsys, "--run", run)
+    assert (taken / "thesis.tex").read_text() == "years of work"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.parametrize("case", ["the base model is gone", "cut short", "the disk is full"])
+def test_what_breaks_on_the_way_leaves_nothing(
+    case: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    expected = "expected a Hugging Face checkpoint"
+    if case == "the base model is gone":
+        for note in copy.glob("checkpoints/*/run/**/*"):
+            if note.is_file() and "model" in note.read_text():
+                note.write_text(note.read_text().replace(json.dumps(str(run.parent))[1:-1], "/nowhere"))
+    elif case == "cut short":
+        expected = "cannot be read"
+        for part in copy.glob("checkpoints/10/policy/**/d/*"):
+            os.truncate(part, part.stat().st_size // 2)
+    else:
+        expected = "No space left"
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("segzero_jax.model.tensor_files.save_file", full)
+    assert expected in said(capsys, "--run", copy, "--out", tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+def test_it_runs_as_a_command(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "segzero_jax.export", "--run", str(run), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"wrote {tmp_path / 'out'}")
+    assert done.stderr == ""
