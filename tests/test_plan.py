@@ -120,7 +120,8 @@ def test_the_7b_updates_on_sixteen_chips_of_16_gb():
     layer = 3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944
     tokens, answered = 16 * (1408 + 8 * 1300), 16 * 8 * 1300
     flops = 28 * 2 * tokens * (4 * layer - 3584 * 18944) + 4 * 2 * answered * 152064 * 3584
-    assert 1.0 < update["flops"] * 16 / flops < 1.1
+    # The rest is attention and the vision tower.
+    assert 1.1 < update["flops"] * 16 / flops < 1.2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Plans of the presets for TPU slices of several sizes: the tables of docs/scaling.md.
+
+    python -m benchmarks.scaling [--case NAME ...] [--output DIR]
+
+Each case is compiled by the TPU compiler on this machine, which needs libtpu and no TPU: about five minutes a case on
+two cores. A plan is what ``python -m segzero_jax.plan --json`` prints; with ``--output`` each is kept as DIR/NAME.json,
+and one that is there already is read instead of being made again.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from segzero_jax import config as configs
+from segzero_jax.plan import make_plan
+
+ROOT = Path(__file__).parent.parent
+# Name: preset, slice, and what differs from the preset. More rows of the mesh than 16 need more prompts a step.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "7b_v5e_4x4": ("seg_zero_7b", "v5e:4x4", {}),
+    "7b_v5e_4x4_short": ("seg_zero_7b", "v5e:4x4", {"rollout.max_response_tokens": 256}),
+    "7b_v6e_4x4": ("seg_zero_7b", "v6e:4x4", {"train.micro_batch_size": 16}),
+    "7b_v5e_8x8": ("seg_zero_7b", "v5e:8x8", {"mesh": "16x4", "train.micro_batch_size": 16}),
+    "7b_v5e_16x16": (
+        "seg_zero_7b",
+        "v5e:16x16",
+        {"mesh": "64x4", "train.batch_size": 64, "train.micro_batch_size": 64},
+    ),
+    "3b_v5e_2x4": ("seg_zero_3b", "v5e:2x4", {}),
+}
+
+
+def made(name: str, folder: Path | None) -> dict[str, Any]:
+    """A case's plan, as JSON has it."""
+    file = folder / f"{name}.json" if folder else None
+    if file and file.is_file():
+        return json.loads(file.read_text())
+    preset, topology, changes = CASES[name]
+    path = ROOT / "configs" / f"{preset}.yaml"
+    config = configs.replace(configs.load(path), **changes)
+    plan = asdict(make_plan(config, str(path.relative_to(ROOT)), topology, lambda phase: print(f"{name}: {phase}")))
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(plan, indent=1) + "\n")
+    return plan
+
+
+def table(plan: dict[str, Any]) -> str:
+    """Markdown: what each phase needs and costs on one chip."""
+    lines = [
+        "| phase | runs | HBM GiB | TFLOP | GB of HBM | GB sent | seconds, all runs | bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for phase in plan["phases"]:
+        runs, sent = phase["runs"], sum((phase["collective_bytes"] or {}).values()) / 1e9
+        cost = f"{phase['flops'] / 1e12:.3g} | {phase['bytes'] / 1e9:.3g} | {sent:.3g} | {runs * phase['seconds']:.2f}"
+        lines.append(f"| {phase['phase']} | {runs} | {phase['hbm_gib']:.2f} | {cost} | {phase['bound']} |")
+    return "\n".join(lines)
+
+
+def summary(name: str, plan: dict[str, Any]) -> str:
+    """Markdown: one line a case."""
+    peak = max(plan["phases"], key=lambda phase: phase["hbm_gib"])
+    seconds = {phase["phase"]: phase["runs"] * phase["seconds"] for phase in plan["phases"]}
+    longest = max(plan["phases"], key=lambda phase: seconds[phase["phase"]])
+    return (
+        f"| {name} | {plan['topology']} | {plan['mesh']} | {peak['hbm_gib']:.2f} of {plan['hbm_limit_gib']:.2f} in "
+        f"{peak['phase']} | {plan['seconds_per_step']:.1f} | {plan['samples_per_second_per_chip']:.3g} | "
+        f"{longest['phase']} {seconds[longest['phase']]:.1f} s: {longest['bound']} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="[all]")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="keep plans there, and read those that are there")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    plans = {name: made(name, args.output) for name in args.case}
+    for name, plan in plans.items():
+        print(f"\n{name}: {plan['topology']}, mesh {plan['mesh']}\n\n{table(plan)}")
+    print("\n| case | slice | mesh | HBM GiB a chip | s a step | samples/s a chip | longest phase |")
+    print("|---|---|---|---|---|---|---|")
+    for name, plan in plans.items():
+        print(summary(name, plan))
+
+
+if __name__ == "__main__":
+    main()
