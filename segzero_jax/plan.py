@@ -7,6 +7,7 @@ that computing, memory and links overlap perfectly: a lower bound, not a forecas
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -159,8 +160,8 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
         )
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        if "libtpu" in reason.lower() or "not found" in reason.lower():
-            raise PlanError(f"--topology={topology}: libtpu is missing: pip install 'jax[tpu]' ({reason})") from None
+        if importlib.util.find_spec("libtpu") is None:
+            raise PlanError(f"--topology={topology}: needs the TPU compiler: pip install 'jax[tpu]'") from None
         raise PlanError(f"--topology={topology}: no such slice: {reason}") from None
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=slice_.devices)
 

@@ -91,8 +91,8 @@ def test_a_step_is_its_phases(toy):
     assert toy["samples_per_second_per_chip"] == pytest.approx(128 / seconds / 4)
 
 
-UPDATE_OF_THE_7B = """
-import json, jax
+THE_7B = """
+import json, sys, jax
 from dataclasses import asdict
 from segzero_jax import config
 from segzero_jax.plan import CHIPS, Step, analyse, find_dims, make_topology_mesh
@@ -101,19 +101,22 @@ run = config.load("configs/seg_zero_7b.yaml")
 mesh = make_topology_mesh(run.mesh, "v5e:4x4")
 with jax.set_mesh(mesh):
     step = Step(run, find_dims(run.model.path), mesh)
-    name, lower, beside = list(step.programs())[-1]
-    print(json.dumps(asdict(analyse(name, lower, beside, CHIPS["v5e"], step.attention_scores())[0])))
+    (program,) = [program for program in step.programs() if program[0] == sys.argv[1]]
+    print(json.dumps([asdict(phase) for phase in analyse(*program, CHIPS["v5e"], step.attention_scores())]))
 """
+
+
+def plan_of_the_7b(program: str) -> dict[str, dict]:
+    """The preset as it is: 16 prompts with 8 answers of up to 1,300 tokens, all parameters trained, on a v5e-16."""
+    found = run_python("-c", THE_7B, program)
+    assert found.returncode == 0, found.stderr
+    return {phase["phase"]: phase for phase in json.loads(found.stdout)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_7b_updates_on_sixteen_chips_of_16_gb():
-    """The preset as it is: 16 prompts with 8 answers of up to 1,300 tokens, all parameters trained."""
-    found = run_python("-c", UPDATE_OF_THE_7B)
-    assert found.returncode == 0, found.stderr
-    update = json.loads(found.stdout)
-    assert update["phase"] == "update"
+    update = plan_of_the_7b("update")["update"]
     assert update["fits"]
     assert 12 < update["hbm_gib"] <= 15.75
     # Decoder and head, forward, recomputed and backward; the last product of a recomputed block is not needed.
@@ -122,6 +125,20 @@ def test_the_7b_updates_on_sixteen_chips_of_16_gb():
     flops = 28 * 2 * tokens * (4 * layer - 3584 * 18944) + 4 * 2 * answered * 152064 * 3584
     # The rest is attention and the vision tower.
     assert 1.1 < update["flops"] * 16 / flops < 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_decode_step_of_the_7b_reads_weights_and_caches_once():
+    phases = plan_of_the_7b("rollout")
+    assert phases["prefill"]["fits"]
+    assert phases["decode"]["fits"]
+    weights = 2 * (2 * 152064 * 3584 + 28 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944))
+    caches = 2 * 2 * 28 * 4 * 128 * (16 * 1408 + 128 * 1300)
+    assert phases["decode"]["bytes"] <= 1.3 * (weights + caches) / 16
+    # What a chip sends is activations: less than one weight matrix of one block.
+    sent = phases["decode"]["collective_bytes"]
+    assert sent["all-gather"] < 2 * 3584 * 18944
 
 
 @pytest.mark.parametrize(
@@ -142,6 +159,16 @@ def test_bad_input_is_one_line(arguments, said, capsys):
     assert said in error
     assert error.startswith("segzero_jax.plan: ")
     assert error.count("\n") == 1
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
+    def missing(**options):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(planning.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    assert planning.main(["--topology=v5e:2x2", "--mesh=2x2"]) == 2
+    assert "needs the TPU compiler: pip install 'jax[tpu]'" in capsys.readouterr().err
 
 
 def test_every_chip_has_a_slice():
