@@ -23,9 +23,11 @@ demo: $(STAMP)
 	@if test -e runs/toy/metrics.jsonl; then old=runs/toy-$$(date +%Y%m%d-%H%M%S); mv runs/toy $$old; echo "The last demo is kept in $$old."; fi
 	$(BIN)/python -m segzero_jax.train --config configs/toy.yaml
 
-# One thread per test process: two processes whose libraries each take every core slow each other down.
+# One thread per test process: two processes whose libraries each take every core slow each other down. Tests that need most
+# of the machine's memory or all its cores come after the others, one by one.
 test: lint
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist=worksteal
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist=worksteal -m "not heavy"
+	$(BIN)/python -m pytest -m heavy
 
 lint: $(STAMP)
 	$(BIN)/ruff check --quiet

@@ -56,7 +56,7 @@ def train(mesh: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.timeout(1200)
 def test_three_steps_agree() -> None:
     one, sixteen = train("1x1"), train("4x4")
