@@ -45,7 +45,7 @@ _INFO = reward_pb2.GetInfoRequest()
 _HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
 _POLL_S = 0.2
 # For the question how a server is: long enough for a busy one, short enough to ask several.
-_PROBE_S = 3.0
+_PROBE_S = 5.0
 # How often a wait without answers looks around, and the least pause before a call is sent again.
 _TICK_S = 1.0
 _PLAIN = Access()
@@ -111,8 +111,8 @@ class PendingScores:
                 except queue.Empty:
                     if patience is not None:
                         patience.silent(self._client.state)
-                    if not heard:
-                        self._start = time.monotonic()
+                    if failed and not heard:
+                        self._start = time.monotonic()  # The service was away: the time of each group begins anew.
                     for i in failed:
                         self._send(i)
                     failed.clear()
@@ -208,7 +208,7 @@ class RewardClient:
             for address in self._addresses:
                 if address not in infos:
                     try:
-                        infos[address] = self._ask(address)
+                        infos[address] = self._ask(address, _PROBE_S)
                     except RewardServiceAway as error:
                         away[address] = str(error)
             _check_same_model(infos)
@@ -229,17 +229,17 @@ class RewardClient:
         """What the first server that is there says of itself, its model loaded or not. Raises RewardServerError."""
         for address in self._addresses:
             try:
-                return self._ask(address, loaded=False)
+                return self._ask(address, self.timeout_s, loaded=False)
             except RewardServiceAway as error:
                 last = error
         raise last
 
     def state(self) -> str:
-        """How each server is, in one line; takes up to three seconds for each that is away."""
+        """How each server is, in one line; takes up to ten seconds for each that is away."""
         states = []
         for address in self._addresses:
             try:
-                self._ask(address)
+                self._ask(address, _PROBE_S)
                 states.append(f"reward server {address}: serves")
             except RewardServerError as error:
                 states.append(str(error))
@@ -291,7 +291,7 @@ class RewardClient:
                 f"it answered {answered} of {response.request_id!r}: look at its log"
             )
 
-    def _ask(self, address: str, loaded: bool = True) -> ServerInfo:
+    def _ask(self, address: str, timeout_s: float, loaded: bool = True) -> ServerInfo:
         """Asks one server what it is.
 
         Raises:
@@ -301,12 +301,12 @@ class RewardClient:
         with open_probe(address, self._access) as channel:
             try:
                 # The version first: a server of another one may well know no service of this name.
-                response = reward_pb2_grpc.RewardServiceStub(channel).GetInfo(_INFO, timeout=_PROBE_S)
+                response = reward_pb2_grpc.RewardServiceStub(channel).GetInfo(_INFO, timeout=timeout_s)
                 info = _checked_info(address, response)
                 if loaded:
-                    status = health_pb2_grpc.HealthStub(channel).Check(_HEALTH, timeout=_PROBE_S).status
+                    status = health_pb2_grpc.HealthStub(channel).Check(_HEALTH, timeout=timeout_s).status
             except grpc.RpcError as error:
-                problem = explained(address, error, _PROBE_S, self._access)
+                problem = explained(address, error, timeout_s, self._access)
                 raise (RewardServerError(str(problem)) if misconfigured(error) else problem) from None
         if loaded and status != _SERVING:
             raise RewardServiceAway(f"reward server {address}: not serving, its model may be loading: look at its log")
