@@ -4,6 +4,8 @@ As a command, ``python tests/fake_reward_server.py PORT [DELAY_S]``, it is a pro
 """
 
 import hashlib
+import os
+import socket
 import sys
 import threading
 import time
@@ -103,12 +105,18 @@ def running(
         server.stop(None).wait()
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 def main() -> None:
     port, delay_s = int(sys.argv[1]), float(sys.argv[2] if len(sys.argv) > 2 else 0)
     fake = Fake()
 
     def arrived(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
-        print("call", flush=True)
+        os.write(1, b"call\n")  # one piece: several threads come here
         time.sleep(delay_s)
 
     fake.before = arrived

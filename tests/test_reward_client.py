@@ -1,7 +1,6 @@
 """The reward client against servers that are slow, gone, foreign or wrong: one clear line each, never a zero score."""
 
 import hashlib
-import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from fake_reward_server import AREA, NOT_SERVING, SERVICE, SERVING, Fake, running, serving
+from fake_reward_server import AREA, NOT_SERVING, SERVICE, SERVING, Fake, free_port, running, serving
 
 from reward_server import reward_pb2
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
@@ -32,12 +31,6 @@ def counting() -> Fake:
 def group(id: str, *counts: int, image: bytes = b"picture") -> ScoreRequest:
     """A group whose candidates have these numbers of objects."""
     return ScoreRequest(id, image, Frame(50, 60), RleMask(60, 50, "abc"), tuple((ITEM,) * n for n in counts))
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class TestScore:
