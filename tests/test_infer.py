@@ -388,7 +388,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--out": "taken"}, ("--out=taken: is a file",)),
         ({"--server": "nowhere"}, ("'nowhere': expected host:port",)),
         ({"--server": "127.0.0.1:1"}, ("127.0.0.1:1: unreachable", "reward.server")),
-        ({"--server": ""}, ("--server: expected local, none or host:port",)),
+        ({"--server": ""}, ("--server", "expected local, none or host:port")),
         ({"--server": "a:1", "--reward.ca_file": "absent"}, ("reward.ca_file=absent: No such file",)),
         ({"--server": "a:1", "--reward.token_file": "text.png"}, ("a:1", "plain text", "reward.ca_file")),
         ({"--reward.ca_file": "text.png"}, ("reward.ca_file=text.png", "reward.server=host:port")),
@@ -499,17 +499,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         infer.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for option in (
-        "image",
-        "query",
-        "checkpoint",
-        "out",
-        "server",
-        "sam",
-        "image-size",
-        "prompt",
-        "sample",
-        "mesh",
-        "reward.ca_file",
-    ):
+    options = ("image", "query", "checkpoint", "out", "server", "sam", "image-size", "prompt", "sample", "mesh")
+    for option in (*options, "reward.ca_file", "reward.token_file"):
         assert f"--{option}" in printed
