@@ -345,7 +345,10 @@ def run(config: Config, resume: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="segzero_jax.train", description="Trains a policy with GRPO; without --config, the toy run."
+        prog="segzero_jax.train",
+        description="Trains a policy with GRPO; without --config, the toy run.",
+        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away: --resume goes on; "
+        "130 stopped.",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
     args, config = configs.parse_command_line(parser, argv)
