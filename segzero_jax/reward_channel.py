@@ -27,10 +27,12 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # gRPC does not retry a call larger than this buffer, by default 256 KiB: less than one picture. Headers count too.
     ("grpc.per_rpc_retry_buffer_size", 2 * MESSAGE_BYTES),
-    # A host that vanished without a word is noticed within 45 s, in the middle of a long call and between calls. The
+    # A host that vanished without a word is noticed within 50 s, in the middle of a long call and between calls. The
     # server allows a ping every 20 s and would close the connection of a client that sends more.
     ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # gRPC lets a ping wait for its answer this long whatever the line before says, by default a minute.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # By default up to two minutes pass before a server that is back is tried again.
