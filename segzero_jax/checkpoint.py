@@ -25,6 +25,8 @@ T = TypeVar("T")
 # A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
 _FREE_KEYS = (
     *("mesh", "run.", "eval.", "data.dir", "model.path", "reward.server", "reward.local_model", "reward.timeout_s"),
+    *("reward.missing", "reward.checkpoint_after_s", "reward.patience_s", "reward.ca_file", "reward.cert_file"),
+    *("reward.key_file", "reward.token_file", "reward.tls_name"),
     *("model.remat", "train.steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints"),
 )
 
@@ -100,7 +102,12 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: Config) -> None:
-        """Starts writing; returns once the arrays are copied, so that training may go on and donate them."""
+        """Starts writing; returns once the arrays are copied, so that training may go on and donate them.
+
+        A step that is the last one saved is left as it is.
+        """
+        if step == self.latest:
+            return
         run = {"config": configs.to_dict(config), "data": data, "version": __version__}
         self._manager.save(
             step,

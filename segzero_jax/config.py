@@ -95,7 +95,15 @@ class RewardConfig:
       mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
       mask_iou_mode: the component's form: the IoU itself, 1 above 0.5, or SAM-R1's tiers.
       local_model: the SAM 2 model that a local server loads: "toy" or a hub id.
-      timeout_s: patience for one group's scores.
+      timeout_s: how long one call for a group's scores may take; then it is sent again.
+      missing: what becomes of a group that the service did not answer in time while it answered others: the step
+        waits for it, or its responses are dropped from the loss.
+      checkpoint_after_s: after so long without any answer, a checkpoint of the last finished step is saved.
+      patience_s: after so long the run ends, with exit code 3.
+      ca_file: PEM certificates that vouch for the servers'; turns TLS on.
+      cert_file, key_file: the trainer's own certificate and key in PEM, for servers that ask for them.
+      token_file: holds the word that servers ask for; over plain text it is sent to this machine only.
+      tls_name: the name in the servers' certificates where it is not the host in ``server``.
     """
 
     server: Text = "local"
@@ -104,6 +112,14 @@ class RewardConfig:
     mask_iou_mode: Literal["raw", "threshold", "tiered"] = "raw"
     local_model: Text = "toy"
     timeout_s: Above0 = 120.0
+    missing: Literal["wait", "drop"] = "wait"
+    checkpoint_after_s: Above0 = 300.0
+    patience_s: Above0 = 3600.0
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    token_file: str = ""
+    tls_name: str = ""
 
 
 @dataclass(frozen=True, config=_STRICT)

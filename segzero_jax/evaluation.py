@@ -14,6 +14,7 @@ from pycocotools import mask as coco
 from scipy.optimize import linear_sum_assignment
 
 from segzero_jax.prompt import parse_answer
+from segzero_jax.reward_client import Listener
 from segzero_jax.reward_messages import CandidateScore
 from segzero_jax.rewards import thinking_format
 from segzero_jax.scoring import Scored, Scorer, answered_objects, solution
@@ -156,6 +157,7 @@ def evaluate_split(
     frame: Frame,
     recipe: str,
     store_image: Callable[[Example], str],
+    patience: Listener | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Evaluates one split.
 
@@ -163,13 +165,14 @@ def evaluate_split(
       examples: its questions.
       answer: ``(examples, greedy) -> texts [q][a]``: the policy.
       store_image: keeps a picture for the report, returns where.
+      patience: how long a service that is away is waited for; no question is dropped.
 
     Returns:
       The numbers by mode, "greedy" and "sampled", and a row per question with its greedy answer.
     """
     greedy, sampled = answer(examples, True), answer(examples, False)
     together = [first + more for first, more in zip(greedy, sampled, strict=True)]
-    scored = scorer.send(examples, together, masks=len(examples)).result()
+    scored = scorer.send(examples, together, masks=len(examples)).result(patience)
     judged = judge(examples, together, scored, frame)
     summaries = {"greedy": summary(_answers(judged, slice(0, 1))), "sampled": summary(_answers(judged, slice(1, None)))}
     rows = [

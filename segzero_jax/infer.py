@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from segzero_jax.asking import default_sam, find_checkpoint, load, respond
-from segzero_jax.config import ConfigError, OneLineParser
+from segzero_jax.config import ConfigError, OneLineParser, RewardConfig
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.frames import rescale_object
 from segzero_jax.local_server import local_server
@@ -33,12 +33,20 @@ from segzero_jax.model.weights import CheckpointError
 from segzero_jax.overlay import Marks, decode_mask, draw
 from segzero_jax.processor import ImageError, PromptTooLong, decode_image
 from segzero_jax.prompt import WORDINGS, Answer, parse_answer
-from segzero_jax.reward_client import RewardClient, RewardServerError
+from segzero_jax.reward_channel import Access, RewardServerError, read_access
+from segzero_jax.reward_client import RewardClient
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 _HELLO_S = 15.0
 _STARTUP_S = 600.0
 _ANSWER_S = 300.0
+_ACCESS = {
+    "ca_file": "PEM certificates that vouch for the server's; turns TLS on",
+    "cert_file": "own certificate in PEM, for a server that asks for one",
+    "key_file": "its private key in PEM",
+    "token_file": "holds the word that the server asks for",
+    "tls_name": "the name in the server's certificate where it is not the host in --server",
+}
 
 
 class InferError(ValueError):
@@ -119,15 +127,21 @@ def segment(client: RewardClient, name: str, image: bytes, frame: Frame, objects
 
 
 @contextlib.contextmanager
-def _client(server: str, sam: str) -> Iterator[RewardClient]:
+def _client(server: str, access: Access, sam: str) -> Iterator[RewardClient]:
     """A client of the server that ``--server`` means; a local one is started and stopped, its log kept if it fails."""
     with contextlib.ExitStack() as stack:
         if server != "local":
-            yield stack.enter_context(RewardClient(server, _ANSWER_S))
+            yield stack.enter_context(RewardClient(server, _ANSWER_S, access=access))
             return
         folder = Path(tempfile.mkdtemp(prefix="segzero_infer_"))
         address = stack.enter_context(
-            local_server(sam, folder / "reward_server.log", threads=0, startup_timeout_s=_STARTUP_S)
+            local_server(
+                sam,
+                folder / "reward_server.log",
+                threads=0,
+                startup_timeout_s=_STARTUP_S,
+                if_it_dies="try again, a smaller --sam, or --server=none for an answer without a mask",
+            )
         )
         yield stack.enter_context(RewardClient(address, _ANSWER_S, wait_for_ready=False))
     shutil.rmtree(folder)
@@ -164,8 +178,9 @@ def run(args: argparse.Namespace) -> None:
     picture = decode_image(data, str(args.image))
     frame = Frame(*picture.size)
     example = Example(str(args.image), data, frame, args.query, (), None)
+    access = read_access(RewardConfig(server=args.server, **{key: getattr(args, key) for key in _ACCESS}))
     if args.server not in ("local", "none"):
-        with RewardClient(args.server, _HELLO_S, wait_for_ready=False) as hello:
+        with RewardClient(args.server, _HELLO_S, access=access) as hello:
             hello.info()  # Nobody should wait for the policy to learn that the server is not there.
     name = find_checkpoint(args.checkpoint)
     _say(f"policy: {name}" + ("" if args.checkpoint else " (the default: runs/toy once it has a checkpoint, else toy)"))
@@ -180,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     if not objects:
         found = Found(_empty_mask(frame))
     elif args.server != "none":
-        with _client(args.server, args.sam or default_sam(loaded.config)) as client:
+        with _client(args.server, access, args.sam or default_sam(loaded.config)) as client:
             found = segment(client, str(args.image), as_seen(data, picture), frame, objects)
     mask = None if found.mask is None else decode_mask(vars(found.mask))
     _say_mask(found, mask)
@@ -260,6 +275,12 @@ def _query(text: str) -> str:
     return text
 
 
+def _server(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected local, none or host:port, got nothing")
+    return text
+
+
 def _mesh(text: str) -> str:
     try:
         data, fsdp, tensor = parse_mesh(text)
@@ -297,9 +318,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         *("--server", "--reward.server"),
         default="local",
+        type=_server,
         metavar="S",
         help="who makes the mask: local starts a SAM 2 server, host:port uses one, none does without [%(default)s]",
     )
+    for key, meaning in _ACCESS.items():
+        add(f"--reward.{key}", dest=key, default="", metavar="F", help=meaning)
     add(
         "--sam",
         metavar="MODEL",

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import reward_server
-from segzero_jax.reward_client import RewardClient, RewardServerError
+from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.reward_client import RewardClient
 
 _STOP_S = 30.0
 _PROBE_S = 1.0
@@ -21,21 +22,27 @@ _LOG_LINES = 5
 
 @contextmanager
 def local_server(
-    model: str = "toy", log: str | Path = "reward_server.log", threads: int = 1, startup_timeout_s: float = 300.0
+    model: str = "toy",
+    log: str | Path = "reward_server.log",
+    threads: int = 1,
+    startup_timeout_s: float = 300.0,
+    if_it_dies: str = "start again",
 ) -> Iterator[str]:
     """Runs ``python -m reward_server`` beside this process; gives its address once it serves.
 
     The child stops at the end of the block, and by itself if this process is killed. Where a RewardServerError leaves
-    the block because the child has died, the error says how: its exit code and the end of its log.
+    the block because the child has died, the error says how: its exit code, the end of its log and what to do.
 
     Args:
       model: what the server loads: "toy", a hub id or a directory.
       log: where the child's standard error goes; written anew, its directory is made.
       threads: CPU threads of the model.
       startup_timeout_s: patience until it serves, the loading of the model included.
+      if_it_dies: what the user can do then.
 
     Raises:
-      RewardServerError: it did not come up, or died later.
+      RewardServerError: it did not come up.
+      RewardServiceAway: it died later.
     """
     log = Path(log)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +55,7 @@ def local_server(
         except RewardServerError:
             if child.poll() is None:
                 raise
-            advice = "go on with --resume, or set reward.server=none to train without mask scores"
-            raise RewardServerError(f"local reward server died ({_end(child, log)}): {advice}") from None
+            raise RewardServiceAway(f"local reward server died ({_end(child, log)}): {if_it_dies}") from None
     finally:
         _stop(child)
 

@@ -60,6 +60,17 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
     return metrics
 
 
+def unscored_groups(scored: Scored) -> str:
+    """One line on the groups of which no response has a score, which are left out of the loss; empty without any."""
+    unscored = ~np.isfinite(scored.rewards_bg).any(axis=1)
+    if not unscored.any() or scored.masks is None:
+        return ""
+    count, total = int(unscored.sum()), len(unscored)
+    reason = scored.masks[int(unscored.argmax())][0].error
+    what = "nothing is learnt from this step" if count == total else f"{count} of {total} groups are left out"
+    return f"{what}, they have no scores: {reason}"
+
+
 def rollout_rows(
     made: Step, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
 ) -> Iterator[dict[str, Any]]:

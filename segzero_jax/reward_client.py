@@ -1,27 +1,38 @@
 """The client of the SAM 2 reward service: calls leave at once, answers are collected later.
 
-One call carries one image and all its candidates. gRPC itself spreads calls over several servers, retries while a
-server is unavailable and gives up at the deadline; nothing here loops.
+One call carries one image and all its candidates. gRPC itself spreads calls over the servers that serve, retries what
+they could not take and gives up at the deadline; whoever has patience then asks again.
 """
 
-import json
-import re
-import socket
+import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from reward_server import reward_pb2, reward_pb2_grpc
+from segzero_jax.reward_channel import (
+    MESSAGE_BYTES,
+    SERVICE,
+    Access,
+    RewardServerError,
+    RewardServiceAway,
+    addresses,
+    explained,
+    misconfigured,
+    open_channel,
+    open_probe,
+)
 from segzero_jax.reward_messages import (
     CandidateScore,
     ScoreRequest,
     Segmentation,
     ServerInfo,
     info_from,
+    refusal,
     score_from,
     score_request,
     segment_request,
@@ -29,107 +40,139 @@ from segzero_jax.reward_messages import (
 )
 from segzero_jax.types import Frame, ObjectPrompt
 
-_SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _INFO = reward_pb2.GetInfoRequest()
-_POLL_S = 0.1
-# A name, an IPv4 address or an IPv6 address in brackets, and a port.
-_ADDRESS = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})")
-_MESSAGE_BYTES = 32 * 2**20
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [
-        {
-            "name": [{"service": _SERVICE}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "5s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-}
-_OPTIONS = [
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ("grpc.max_send_message_length", _MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-    # gRPC does not retry a call larger than this buffer, by default 256 KiB: less than one picture.
-    ("grpc.per_rpc_retry_buffer_size", _MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # The servers are neighbours; a proxy meant for the outside would swallow even calls to localhost.
-    ("grpc.enable_http_proxy", 0),
-]
+_HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
+_POLL_S = 0.2
+# For the question how a server is: long enough for a busy one, short enough to ask several.
+_PROBE_S = 5.0
+# How often a wait without answers looks around, and the least pause before a call is sent again.
+_TICK_S = 1.0
+_PLAIN = Access()
 
 
-class RewardServerError(RuntimeError):
-    """The reward service did not answer as agreed; the message is one line that names it and what to do."""
+class Listener(Protocol):
+    """Whoever waits patiently, see ``patience.Patience``."""
+
+    def heard(self) -> None:
+        """An answer came."""
+
+    def silent(self, why: Callable[[], str]) -> None:
+        """No answer came for another second; ``why`` asks the servers how they are. Raises to end the wait."""
 
 
 class PendingScores:
     """Calls on their way. Dropping it does not cancel them; ``cancel`` does."""
 
-    def __init__(self, targets: str, timeout_s: float, groups: Sequence[ScoreRequest], calls: Sequence[Any]) -> None:
-        self._targets = targets
-        self._timeout_s = timeout_s
-        self._groups = groups
-        self._calls = calls
+    def __init__(self, client: "RewardClient", groups: Sequence[ScoreRequest], masks: int) -> None:
+        self._client = client
+        self._requests = [score_request(group, i < masks) for i, group in enumerate(groups)]
+        self._start = time.monotonic()
+        self._calls: dict[int, Any] = {}
+        self._answers: dict[int, list[CandidateScore]] = {}
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for i, request in enumerate(self._requests):
+            problem = _too_large(request)
+            if problem:
+                self._answers[i] = refusal(request, problem)
+            else:
+                self._send(i)
 
     def done(self) -> bool:
-        """Whether ``result`` would return without waiting."""
-        return all(call.done() for call in self._calls)
+        """Whether no call is on its way any more."""
+        return all(call.done() for call in self._calls.values())
 
     def cancel(self) -> None:
         """Gives up what has not been answered."""
-        for call in self._calls:
+        for call in self._calls.values():
             call.cancel()
 
-    def result(self) -> list[list[CandidateScore]]:
+    def result(self, patience: Listener | None = None, drop: bool = False) -> list[list[CandidateScore]]:
         """Waits for all answers: per group, in order, one score per candidate.
 
         A group that the server refuses (a damaged image, a mask of another size) has its reason in every score.
 
+        Args:
+          patience: what the service did not answer is asked again, for as long as this does not raise; without it a
+            call that has failed is the end.
+          drop: with patience, a group that is still not answered after the client's timeout is given up, with the
+            reason in every score, provided that another group was answered: a service that is away is waited for.
+
         Raises:
-          RewardServerError: the service went away, took too long, or answered something else than was asked.
+          RewardServiceAway: the service went away or took too long.
+          RewardServerError: it does not agree with this client: version, token, an answer to something else.
         """
+        failed: dict[int, RewardServiceAway] = {}
+        heard = False
         try:
-            return [self._one(group, call) for group, call in zip(self._groups, self._calls, strict=True)]
+            while len(self._answers) < len(self._requests):
+                try:
+                    i = self._ended.get(timeout=_TICK_S)
+                except queue.Empty:
+                    if patience is not None:
+                        patience.silent(self._client.state)
+                    if failed and not heard:
+                        self._start = time.monotonic()  # The service was away: the time of each group begins anew.
+                    for i in failed:
+                        self._send(i)
+                    failed.clear()
+                    continue
+                try:
+                    self._answers[i] = self._answer(i)
+                except RewardServiceAway as error:
+                    if patience is None or self._client._is_lost(self._calls[i]):
+                        raise
+                    failed[i] = error
+                else:
+                    heard = True
+                    if patience is not None:
+                        patience.heard()
+                late = time.monotonic() - self._start >= self._client.timeout_s
+                if drop and heard and late and len(self._answers) + len(failed) == len(self._requests):
+                    self._answers |= {i: refusal(self._requests[i], str(error)) for i, error in failed.items()}
         except RewardServerError:
             self.cancel()
             raise
+        return [self._answers[i] for i in range(len(self._requests))]
 
-    def _one(self, group: ScoreRequest, call: Any) -> list[CandidateScore]:
+    def _send(self, i: int) -> None:
+        self._calls[i] = self._client._call(self._requests[i])
+        self._calls[i].add_done_callback(lambda _: self._ended.put(i))
+
+    def _answer(self, i: int) -> list[CandidateScore]:
+        request = self._requests[i]
         try:
-            response = call.result()
+            response = self._calls[i].result()
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.INVALID_ARGUMENT:
-                raise _explained(self._targets, error, self._timeout_s) from None
-            return [CandidateScore(None, 0, 0, 0.0, None, error.details())] * len(group.candidates)
-        _check_answer(self._targets, group.id, len(group.candidates), response)
+                raise self._client._explained(error) from None
+            return refusal(request, error.details())
+        self._client._check_answer(request, response)
         return [score_from(entry) for entry in response.candidates]
 
 
 class RewardClient:
     """A connection to one or several reward servers, made when first needed. Thread-safe; use as a context manager."""
 
-    def __init__(self, targets: str, timeout_s: float, wait_for_ready: bool = True) -> None:
+    def __init__(self, targets: str, timeout_s: float, wait_for_ready: bool = True, access: Access = _PLAIN) -> None:
         """Does not connect yet.
 
         Args:
-          targets: "host:port", or several separated by commas: calls go to them in turn.
+          targets: "host:port", or several separated by commas: calls go in turn to those that serve.
           timeout_s: how long one call may take, with all its retries.
           wait_for_ready: an unreachable server is waited for until the deadline (it may be restarting); without it,
             calls fail after a few seconds of retries, which is right for a child process that cannot come back.
+          access: certificates and token.
 
         Raises:
           RewardServerError: a target is not host:port or, where several are given, its name does not resolve.
         """
+        self.timeout_s = timeout_s
         self._targets = targets
-        self._timeout_s = timeout_s
+        self._addresses = addresses(targets)
         self._wait_for_ready = wait_for_ready
-        self._channel = grpc.insecure_channel(_grpc_target(targets), options=_OPTIONS)
+        self._access = access
+        self._channel = open_channel(targets, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
 
     def __enter__(self) -> "RewardClient":
@@ -144,41 +187,72 @@ class RewardClient:
         """Ends the connection; calls on their way are cancelled."""
         self._channel.close()
 
-    def wait_until_serving(self, timeout_s: float) -> list[ServerInfo]:
-        """Waits until every server has loaded its model; returns what each says of itself.
+    def wait_until_serving(self, timeout_s: float, say: Callable[[str], None] | None = None) -> list[ServerInfo]:
+        """Waits until every server has loaded its model, or the time is over: one that serves is enough then.
+
+        Args:
+          timeout_s: patience.
+          say: is told whom this waits for, and who is missing in the end.
+
+        Returns:
+          What those that serve say of themselves.
 
         Raises:
-          RewardServerError: one is not serving after ``timeout_s``, or speaks another version.
+          RewardServerError: none serves after ``timeout_s``; one speaks another version, refuses the token or has an
+            unknown certificate; or they serve different models.
         """
-        deadline = time.monotonic() + timeout_s
-        return [_wait_for(address, deadline, timeout_s) for address in self._targets.split(",")]
+        start, told = time.monotonic(), False
+        infos: dict[str, ServerInfo] = {}
+        while True:
+            away = {}
+            for address in self._addresses:
+                if address not in infos:
+                    try:
+                        infos[address] = self._ask(address, _PROBE_S)
+                    except RewardServiceAway as error:
+                        away[address] = str(error)
+            _check_same_model(infos)
+            waited_s = time.monotonic() - start
+            if not away or waited_s >= timeout_s:
+                break
+            if say is not None and not told and waited_s >= _PROBE_S:
+                told = True
+                say(f"waiting for {'; '.join(away.values())}")
+            time.sleep(_POLL_S)
+        if not infos:
+            raise RewardServerError(f"{'; '.join(away.values())} (waited {timeout_s:g} s)")
+        if away and say is not None:
+            say(f"going on without {'; '.join(away.values())}")
+        return [infos[address] for address in self._addresses if address in infos]
 
     def info(self) -> ServerInfo:
-        """What the server that answers says of itself. Raises RewardServerError."""
-        try:
-            response = self._stub.GetInfo(_INFO, timeout=self._timeout_s, wait_for_ready=self._wait_for_ready)
-        except grpc.RpcError as error:
-            raise _explained(self._targets, error, self._timeout_s) from None
-        return _checked_info(self._targets, response)
+        """What the first server that is there says of itself, its model loaded or not. Raises RewardServerError."""
+        for address in self._addresses:
+            try:
+                return self._ask(address, self.timeout_s, loaded=False)
+            except RewardServiceAway as error:
+                last = error
+        raise last
 
-    def score(self, groups: Sequence[ScoreRequest], masks: bool = False) -> PendingScores:
+    def state(self) -> str:
+        """How each server is, in one line; takes up to ten seconds for each that is away."""
+        states = []
+        for address in self._addresses:
+            try:
+                self._ask(address, _PROBE_S)
+                states.append(f"reward server {address}: serves")
+            except RewardServerError as error:
+                states.append(str(error))
+        return "; ".join(states)
+
+    def score(self, groups: Sequence[ScoreRequest], masks: int = 0) -> PendingScores:
         """Sends every group to be scored, one call each, and returns at once.
 
         Args:
-          groups: see ScoreRequest.
-          masks: return the candidates' masks too.
-
-        Raises:
-          RewardServerError: a request is larger than a message may be.
+          groups: see ScoreRequest. One that is larger than a message may be is not sent; its scores say so.
+          masks: so many of the first groups bring their candidates' masks back too.
         """
-        requests = [score_request(group, masks) for group in groups]
-        for request in requests:
-            _check_size(request.request_id, request.ByteSize())
-        calls = [
-            self._stub.Score.future(request, timeout=self._timeout_s, wait_for_ready=self._wait_for_ready)
-            for request in requests
-        ]
-        return PendingScores(self._targets, self._timeout_s, tuple(groups), calls)
+        return PendingScores(self, groups, masks)
 
     def segment(
         self, image: bytes, frame: Frame, candidates: Sequence[tuple[ObjectPrompt, ...]], id: str = ""
@@ -189,90 +263,59 @@ class RewardClient:
           RewardServerError: the service went away, took too long, or refuses the image.
         """
         request = segment_request(id, image, frame, candidates)
-        _check_size(id, request.ByteSize())
+        problem = _too_large(request)
+        if problem:
+            raise RewardServerError(f"request {id!r}: {problem}")
         try:
-            response = self._stub.Segment(request, timeout=self._timeout_s, wait_for_ready=self._wait_for_ready)
+            response = self._stub.Segment(request, timeout=self.timeout_s, wait_for_ready=self._wait_for_ready)
         except grpc.RpcError as error:
-            raise _explained(self._targets, error, self._timeout_s) from None
-        _check_answer(self._targets, id, len(candidates), response)
+            raise self._explained(error) from None
+        self._check_answer(request, response)
         return [segmentation_from(entry) for entry in response.candidates]
 
+    def _call(self, request: reward_pb2.ScoreRequest) -> Any:
+        return self._stub.Score.future(request, timeout=self.timeout_s, wait_for_ready=self._wait_for_ready)
 
-def _grpc_target(targets: str) -> str:
-    """gRPC's name for one or several addresses: only a list of numeric ones can be spread over."""
-    addresses = targets.split(",")
-    for address in addresses:
-        found = _ADDRESS.fullmatch(address)
-        if not found or not 0 < int(found[1]) < 65536:
-            raise RewardServerError(f"reward server {address!r}: expected host:port, such as localhost:50051")
-    if len(addresses) == 1:
-        return addresses[0]
-    numeric = []
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        try:
-            resolved = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)
-        except OSError as error:
-            raise RewardServerError(f"reward server {address}: cannot resolve its name: {error}") from None
-        numeric.append("{}:{}".format(*resolved[0][4]))
-    return "ipv4:" + ",".join(numeric)
+    def _is_lost(self, call: Any) -> bool:
+        """Whether a failed call says that the server cannot come back."""
+        return not self._wait_for_ready and call.code() == grpc.StatusCode.UNAVAILABLE
 
+    def _explained(self, error: grpc.RpcError) -> RewardServerError:
+        return explained(self._targets, error, self.timeout_s, self._access)
 
-def _wait_for(address: str, deadline: float, timeout_s: float) -> ServerInfo:
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-        stub, health = reward_pb2_grpc.RewardServiceStub(channel), health_pb2_grpc.HealthStub(channel)
-        asked = health_pb2.HealthCheckRequest(service=_SERVICE)
-        try:
-            # The version first: a server of another one may well know no service of this name.
-            _checked_info(address, stub.GetInfo(_INFO, timeout=_left(deadline), wait_for_ready=True))
-            while health.Check(asked, timeout=_left(deadline), wait_for_ready=True).status != _SERVING:
-                if time.monotonic() > deadline:
-                    raise RewardServerError(
-                        f"reward server {address}: still not serving after {timeout_s:g} s, "
-                        "its model may be loading: wait longer or look at its log"
-                    )
-                time.sleep(_POLL_S)
-            return _checked_info(address, stub.GetInfo(_INFO, timeout=_left(deadline), wait_for_ready=True))
-        except grpc.RpcError as error:
-            raise _explained(address, error, timeout_s) from None
+    def _check_answer(self, request: Any, response: Any) -> None:
+        asked, answered = len(request.candidates), len(response.candidates)
+        if (response.request_id, answered) != (request.request_id, asked):
+            raise RewardServerError(
+                f"reward server {self._targets}: asked {asked} candidates of {request.request_id!r}, "
+                f"it answered {answered} of {response.request_id!r}: look at its log"
+            )
 
+    def _ask(self, address: str, timeout_s: float, loaded: bool = True) -> ServerInfo:
+        """Asks one server what it is.
 
-def _left(deadline: float) -> float:
-    """Seconds until the deadline; never so few that a healthy server could not answer."""
-    return max(1.0, deadline - time.monotonic())
+        Raises:
+          RewardServiceAway: it is out of reach or, with ``loaded``, does not serve yet.
+          RewardServerError: it is another version, or its certificate or token does not match.
+        """
+        with open_probe(address, self._access) as channel:
+            try:
+                # The version first: a server of another one may well know no service of this name.
+                response = reward_pb2_grpc.RewardServiceStub(channel).GetInfo(_INFO, timeout=timeout_s)
+                info = _checked_info(address, response)
+                if loaded:
+                    status = health_pb2_grpc.HealthStub(channel).Check(_HEALTH, timeout=timeout_s).status
+            except grpc.RpcError as error:
+                problem = explained(address, error, timeout_s, self._access)
+                raise (RewardServerError(str(problem)) if misconfigured(error) else problem) from None
+        if loaded and status != _SERVING:
+            raise RewardServiceAway(f"reward server {address}: not serving, its model may be loading: look at its log")
+        return info
 
 
-def _explained(targets: str, error: grpc.RpcError, timeout_s: float) -> RewardServerError:
-    code, details = error.code(), " ".join((error.details() or "").split())
-    name = f"reward server {targets}"
-    if code == grpc.StatusCode.UNIMPLEMENTED:
-        spoken = _SERVICE.rpartition(".")[0]
-        return RewardServerError(
-            f"{name}: does not speak {spoken}, which this client does: run the same release on both sides"
-        )
-    if code == grpc.StatusCode.UNAVAILABLE:
-        return RewardServerError(
-            f"{name}: unreachable ({details}): is `python -m reward_server` running there? else set reward.server"
-        )
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return RewardServerError(
-            f"{name}: no answer within {timeout_s:g} s: is `python -m reward_server` running there? "
-            "else raise reward.timeout_s"
-        )
-    return RewardServerError(f"{name}: {code.name}: {details}: look at its log")
-
-
-def _check_answer(targets: str, id: str, candidates: int, response: Any) -> None:
-    if (response.request_id, len(response.candidates)) != (id, candidates):
-        raise RewardServerError(
-            f"reward server {targets}: asked {candidates} candidates of {id!r}, "
-            f"it answered {len(response.candidates)} of {response.request_id!r}: look at its log"
-        )
-
-
-def _check_size(id: str, size: int) -> None:
-    if size > _MESSAGE_BYTES:
-        raise RewardServerError(f"request {id!r}: {size} bytes, expected at most {_MESSAGE_BYTES}: shrink its image")
+def _too_large(request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest) -> str:
+    size = request.ByteSize()
+    return f"{size} bytes, expected at most {MESSAGE_BYTES}: shrink its image" if size > MESSAGE_BYTES else ""
 
 
 def _checked_info(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
@@ -282,3 +325,12 @@ def _checked_info(address: str, response: reward_pb2.GetInfoResponse) -> ServerI
             f"{reward_pb2.API_VERSION_CURRENT}: run the same release on both sides"
         )
     return info_from(address, response)
+
+
+def _check_same_model(infos: Mapping[str, ServerInfo]) -> None:
+    """Scores of different models must not meet in one group of advantages."""
+    models: dict[tuple[str, str], str] = {}
+    for address, info in infos.items():
+        models.setdefault((info.checkpoint_sha256, info.dtype), f"{info.model} in {info.dtype} at {address}")
+    if len(models) > 1:
+        raise RewardServerError(f"reward servers differ: {', '.join(models.values())}: expected one model")

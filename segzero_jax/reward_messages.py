@@ -143,6 +143,11 @@ def score_from(entry: reward_pb2.CandidateScore) -> CandidateScore:
     return CandidateScore(entry.iou, entry.intersection, entry.union, entry.model_score, _mask_from(entry), "")
 
 
+def refusal(request: reward_pb2.ScoreRequest, reason: str) -> list[CandidateScore]:
+    """The scores of a group that has none: a reason for every candidate."""
+    return [CandidateScore(None, 0, 0, 0.0, None, reason)] * len(request.candidates)
+
+
 def segmentation_from(entry: reward_pb2.CandidateMask) -> Segmentation:
     """One candidate's mask."""
     if entry.status.code != 0:

@@ -9,7 +9,7 @@ from segzero_jax import rewards
 from segzero_jax.config import RewardConfig
 from segzero_jax.frames import rescale_object
 from segzero_jax.prompt import parse_answer, seg_zero_solution_text, solution_text
-from segzero_jax.reward_client import PendingScores, RewardClient
+from segzero_jax.reward_client import Listener, PendingScores, RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.types import Example, Frame, ObjectPrompt
 
@@ -70,8 +70,7 @@ class Scorer:
                 )
                 for example, group in zip(examples, texts, strict=True)
             ]
-            parts = ((requests[:masks], True), (requests[masks:], False))
-            pending = [self._client.score(part, masks=wanted) for part, wanted in parts if part]
+            pending = self._client.score(requests, masks)
         solutions = [solution(example, self._frame, self._config.recipe) for example in examples]
         return PendingRewards(self._config, texts, solutions, pending)
 
@@ -83,11 +82,11 @@ class PendingRewards:
     config: RewardConfig
     texts: Sequence[Sequence[str]]
     solutions: Sequence[str]
-    pending: Sequence[PendingScores] | None
+    pending: PendingScores | None
 
-    def result(self) -> Scored:
-        """Waits for SAM 2. Raises RewardServerError when the service cannot be reached."""
-        masks = self._masks()
+    def result(self, patience: Listener | None = None, drop: bool = False) -> Scored:
+        """Waits for SAM 2, as ``PendingScores.result`` does; a score that is not there is missing, never a zero."""
+        masks = self._masks(patience, drop)
         weight = self.config.mask_iou_weight if masks is not None else 0.0
         needs_mask = "mask_iou" in rewards.component_names(self.config.recipe, weight > 0)
         totals = np.full((len(self.texts), len(self.texts[0])), np.nan)
@@ -106,10 +105,10 @@ class PendingRewards:
             components.append(row)
         return Scored(totals, components, masks)
 
-    def _masks(self) -> list[list[CandidateScore]] | None:
+    def _masks(self, patience: Listener | None, drop: bool) -> list[list[CandidateScore]] | None:
         if self.pending is None:
             return None
-        answers = [row for part in self.pending for row in part.result()]
+        answers = self.pending.result(patience, drop)
         # An answer that cannot be read asks for nothing, and nothing is the right mask where there is no target:
         # it must not earn what "nothing here" earns.
         return [

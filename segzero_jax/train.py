@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims
+from segzero_jax.patience import Patience
 from segzero_jax.processor import ImageError, Processor, PromptTooLong
-from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics
+from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics, unscored_groups
 from segzero_jax.report import write_report
-from segzero_jax.reward_client import RewardClient, RewardServerError
+from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
+from segzero_jax.reward_client import RewardClient
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, PromptBatch, Rollout
@@ -62,7 +65,9 @@ USER_ERRORS = (
 _SERVER_PATIENCE_S = 300.0
 _TRAIN_KEY, _EVAL_KEY = 0, 1
 
-Evaluation = Callable[[int, Policy], None]
+# Saves the last finished step, from which --resume repeats what was interrupted.
+Save = Callable[[], None]
+Evaluation = Callable[[int, Policy, Save], None]
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def train(
     config, timer = job.config, PhaseTimer()
     micro_batches = config.train.batch_size // config.train.micro_batch_size
     for step in range(first_step, config.train.steps + 1):
+        save = partial(save_and_wait, checkpoints, step - 1, state, batches.get_state(), config)
         with timer.phase("data"):
             examples = next(batches)
             prompts = job.encode(examples)
@@ -145,21 +151,28 @@ def train(
             setup = job.train_pass._replace(remat=False)
             ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
             ref_logps.block_until_ready()
-        with timer.phase("reward_wait"):
-            scored = pending.result()
+        with timer.phase("reward_wait"), Patience(config.reward, writer.message, save) as patience:
+            scored = pending.result(patience, drop=config.reward.missing == "drop")
+        unscored = unscored_groups(scored)
+        if unscored:
+            writer.message(f"step {step}: {unscored}")
+        losses: dict[str, Any] = {}
         with timer.phase("update"):
             advantages_bg = advantages(scored.rewards_bg)
-            learnt, kept = job.place((advantages_bg, np.isfinite(scored.rewards_bg)))
+            present_bg = np.isfinite(scored.rewards_bg)
+            learnt, kept = job.place((advantages_bg, present_bg))
             batch = UpdateBatch(prompts, rollout, learnt, kept, ref_logps)
-            state, losses = update(
-                state,
-                batch,
-                optimizer=job.optimizer,
-                setup=job.train_pass,
-                settings=job.loss,
-                micro_batches=micro_batches,
-            )
-            losses = jax.device_get(losses)
+            # Without any score there is no gradient, and neither momentum nor weight decay should move the policy.
+            if present_bg.any():
+                state, losses = update(
+                    state,
+                    batch,
+                    optimizer=job.optimizer,
+                    setup=job.train_pass,
+                    settings=job.loss,
+                    micro_batches=micro_batches,
+                )
+                losses = jax.device_get(losses)
         made = Step(step, examples, texts, said, scored, advantages_bg)
         times = timer.take()
         numbers = {**step_metrics(made), **{name: float(value) for name, value in losses.items()}, **times}
@@ -169,10 +182,22 @@ def train(
         last = step == config.train.steps
         if last or step % config.train.checkpoint_every == 0:
             checkpoints.save(step, state, batches.get_state(), config)
-        if last or (config.eval.every and step % config.eval.every == 0):
-            evaluate(step, job.to_rollout(state.policy))
+        if evaluation_due(config, step):
+            save = partial(save_and_wait, checkpoints, step, state, batches.get_state(), config)
+            evaluate(step, job.to_rollout(state.policy), save)
             timer.take()
     return state
+
+
+def save_and_wait(checkpoints: Checkpoints, step: int, state: TrainState, data: dict[str, Any], config: Config) -> None:
+    """Saves the state after ``step``, unless that is done; returns once it is on the disk."""
+    checkpoints.save(step, state, data, config)
+    checkpoints.wait()
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether held-out splits are evaluated after ``step`` updates."""
+    return step in (0, config.train.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
 def answer(job: Job, weights: Policy, examples: Sequence[Example], greedy: bool) -> list[list[str]]:
@@ -199,17 +224,19 @@ def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluati
         source = open_split(config.data.name, name, Path(config.data.dir).expanduser())
         splits[name] = [source[i] for i in range(min(config.eval.examples, len(source)))]
 
-    def evaluate(step: int, weights: Policy) -> None:
+    def evaluate(step: int, weights: Policy, save: Save) -> None:
         for name, examples in splits.items():
             writer.message(f"evaluating {name} after {step} steps: {len(examples)} questions")
-            summaries, rows = evaluation.evaluate_split(
-                examples,
-                lambda asked, greedy: answer(job, weights, asked, greedy),
-                scorer,
-                job.frame,
-                config.reward.recipe,
-                lambda example: writer.write_image(example.id, example.image),
-            )
+            with Patience(config.reward, writer.message, save) as patience:
+                summaries, rows = evaluation.evaluate_split(
+                    examples,
+                    lambda asked, greedy: answer(job, weights, asked, greedy),
+                    scorer,
+                    job.frame,
+                    config.reward.recipe,
+                    lambda example: writer.write_image(example.id, example.image),
+                    patience,
+                )
             writer.write_evaluation(step, name, summaries, rows)
 
     return evaluate
@@ -240,7 +267,7 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, P
 
 
 @contextlib.contextmanager
-def reward_service(config: Config, run_dir: Path) -> Iterator[RewardClient | None]:
+def reward_service(config: Config, access: Access, run_dir: Path) -> Iterator[RewardClient | None]:
     """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it."""
     reward = config.reward
     with contextlib.ExitStack() as stack:
@@ -250,16 +277,31 @@ def reward_service(config: Config, run_dir: Path) -> Iterator[RewardClient | Non
         local = reward.server == "local"
         address = reward.server
         if local:
-            address = stack.enter_context(local_server(reward.local_model, run_dir / "reward_server.log"))
-        client = stack.enter_context(RewardClient(address, reward.timeout_s, wait_for_ready=not local))
-        client.wait_until_serving(_SERVER_PATIENCE_S if local else reward.timeout_s)
+            advice = "go on with --resume, or set reward.server=none to train without mask scores"
+            log = run_dir / "reward_server.log"
+            address = stack.enter_context(local_server(reward.local_model, log, if_it_dies=advice))
+        client = stack.enter_context(RewardClient(address, reward.timeout_s, wait_for_ready=not local, access=access))
+        client.wait_until_serving(_SERVER_PATIENCE_S if local else reward.timeout_s, say=_say)
         yield client
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def has_evaluation(config: Config, run_dir: Path, step: int) -> bool:
+    """Whether all held-out splits were evaluated after ``step`` updates."""
+    file = run_dir / "evaluations.jsonl"
+    done = {row["split"] for row in jsonl.read(file) if row["step"] == step} if file.exists() else set()
+    return done >= set(config.data.eval_splits)
 
 
 def open_run(config: Config, resume: bool) -> Path:
     """Makes the run directory and writes ``config.yaml``; refuses to mix two runs in one directory."""
     run_dir = Path(config.run.dir).expanduser()
-    if not resume and (run_dir / "metrics.jsonl").exists():
+    begun = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/[0-9]*"))
+    if not resume and begun:
         raise ConfigError(
             f"run.dir={run_dir}: holds a run already; add --resume to go on with it, or choose another run.dir"
         )
@@ -271,6 +313,7 @@ def open_run(config: Config, resume: bool) -> Path:
 def run(config: Config, resume: bool) -> None:
     """One run from configuration to report."""
     mesh = make_mesh(config.mesh)
+    access = read_access(config.reward)
     if resume and not (Path(config.run.dir).expanduser() / "checkpoints").is_dir():
         raise ConfigError(f"run.dir={config.run.dir}: no checkpoint to resume from; start without --resume")
     with contextlib.ExitStack() as stack:
@@ -285,14 +328,15 @@ def run(config: Config, resume: bool) -> None:
             restored = checkpoints.restore(state, config)
             state, first_step = restored.state, restored.step + 1
             batches.set_state(restored.data)
-        scorer = Scorer(config.reward, job.frame, stack.enter_context(reward_service(config, run_dir)))
+        scorer = Scorer(config.reward, job.frame, stack.enter_context(reward_service(config, access, run_dir)))
         is_first_host = jax.process_index() == 0
         writer = stack.enter_context(MetricsWriter(run_dir, config.train.steps, show_progress=is_first_host))
         evaluate = make_evaluation(job, scorer, writer)
         if resume:
             writer.truncate_after(first_step - 1)
-        else:
-            evaluate(0, job.to_rollout(state.policy))
+        if evaluation_due(config, first_step - 1) and not has_evaluation(config, run_dir, first_step - 1):
+            save = partial(save_and_wait, checkpoints, first_step - 1, state, batches.get_state(), config)
+            evaluate(first_step - 1, job.to_rollout(state.policy), save)
         train(job, state, reference, batches, scorer, checkpoints, writer, evaluate, first_step)
         checkpoints.wait()
     print_summary(run_dir)
@@ -302,7 +346,10 @@ def run(config: Config, resume: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="segzero_jax.train", description="Trains a policy with GRPO; without --config, the toy run."
+        prog="segzero_jax.train",
+        description="Trains a policy with GRPO; without --config, the toy run.",
+        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away: --resume goes on; "
+        "130 stopped.",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
     args, config = configs.parse_command_line(parser, argv)
@@ -310,6 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         data, fsdp, tensor = parse_mesh(config.mesh)
         prepare_cpu(data * fsdp * tensor)
         run(config, args.resume)
+    except RewardServiceAway as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 3
     except USER_ERRORS as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

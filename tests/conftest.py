@@ -27,8 +27,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402  (after the environment)
+import pytest  # noqa: E402
 
 # Programs run one after another: on two cores, sixteen devices behind a queue of dependent programs can lock up.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Fewer optimizations, for the same reason; how programs are partitioned stays the same.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the toy data set is built once for the session; under xdist each worker has its own."""
+    return str(tmp_path_factory.mktemp("data"))

@@ -28,11 +28,11 @@ def pixels(box: tuple[float, float, float, float]) -> np.ndarray:
 class BoxSegmenter:
     """Segments a box as all of its pixels; refuses a box that starts in the corner."""
 
-    def score(self, groups: list[ScoreRequest], masks: bool = False) -> "BoxSegmenter":
+    def score(self, groups: list[ScoreRequest], masks: int = 0) -> "BoxSegmenter":
         self.groups = groups
         return self
 
-    def result(self) -> list[list[CandidateScore]]:
+    def result(self, *patience: object) -> list[list[CandidateScore]]:
         return [[self._one(group, candidate) for candidate in group.candidates] for group in self.groups]
 
     def _one(self, group: ScoreRequest, candidate: tuple[ObjectPrompt, ...]) -> CandidateScore:

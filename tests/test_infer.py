@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from certificates import Authority
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from PIL import Image
 
@@ -33,6 +34,7 @@ from segzero_jax.model import load_hf, save_hf
 from segzero_jax.overlay import decode_mask
 from segzero_jax.processor import Processor, checkpoint_directory
 from segzero_jax.prompt import parse_answer
+from segzero_jax.reward_channel import Access, RewardServiceAway
 from segzero_jax.rollout import Sampling
 from segzero_jax.types import Frame, Rollout
 
@@ -129,14 +131,15 @@ class BoxServer(reward_pb2_grpc.RewardServiceServicer):
 
 
 @contextmanager
-def serving(servicer: BoxServer) -> Iterator[str]:
+def serving(servicer: BoxServer, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
     server = grpc.server(ThreadPoolExecutor(4))
     reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
     healthy = health.HealthServicer()
     name = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
     healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -385,6 +388,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--out": "taken"}, ("--out=taken: is a file",)),
         ({"--server": "nowhere"}, ("'nowhere': expected host:port",)),
         ({"--server": "127.0.0.1:1"}, ("127.0.0.1:1: unreachable", "reward.server")),
+        ({"--server": ""}, ("--server", "expected local, none or host:port")),
+        ({"--server": "a:1", "--reward.ca_file": "absent"}, ("reward.ca_file=absent: No such file",)),
+        ({"--server": "a:1", "--reward.token_file": "text.png"}, ("a:1", "plain text", "reward.ca_file")),
+        ({"--reward.ca_file": "text.png"}, ("reward.ca_file=text.png", "reward.server=host:port")),
         ({"--seed": "3"}, ("expected --sample",)),
         ({"--sample": None, "--seed": "-1"}, ("--seed=-1: expected 0 to",)),
         ({"--sample": None, "--temperature": "0"}, ("--temperature", "'0'")),
@@ -434,6 +441,32 @@ def test_a_server_that_cannot_help_is_explained(image: Path, capsys: pytest.Capt
         refused(capsys, arguments(address), f"expected a mask of {FRAME.width}x{FRAME.height} pixels")
 
 
+def test_a_server_behind_tls_is_reached_with_its_authority(image: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "ours")
+    cert, key = authority.sign("rewards", "DNS:rewards")
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    with serving(BoxServer(), credentials) as address:
+        access = ("--reward.ca_file", str(authority.ca), "--reward.tls_name=rewards")
+        assert ask(image, "--server", address, *access)["sam"] != ""
+
+
+def test_a_local_server_that_dies_is_told_in_words_for_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    @contextmanager
+    def dies(model: str, log: Path, **options: object) -> Iterator[str]:
+        told.append(options["if_it_dies"])
+        raise RewardServiceAway("local reward server died")
+        yield
+
+    monkeypatch.setattr(infer, "local_server", dies)
+    with pytest.raises(RewardServiceAway), infer._client("local", Access(), "toy"):
+        pytest.fail("served")
+    assert "--server=none" in told[0]
+    assert "train" not in told[0]
+    assert "--resume" not in told[0]
+
+
 def test_an_answer_that_sam_refuses_is_kept_without_a_mask(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(response: reward_pb2.SegmentResponse) -> None:
         response.candidates[0].status.CopyFrom(reward_pb2.Status(code=3, message="objects[0]: far away"))
@@ -466,5 +499,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         infer.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("image", "query", "checkpoint", "out", "server", "sam", "image-size", "prompt", "sample", "mesh"):
+    options = ("image", "query", "checkpoint", "out", "server", "sam", "image-size", "prompt", "sample", "mesh")
+    for option in (*options, "reward.ca_file", "reward.token_file"):
         assert f"--{option}" in printed

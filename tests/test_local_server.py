@@ -14,7 +14,9 @@ from PIL import Image
 
 from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.local_server import local_server
-from segzero_jax.reward_client import RewardClient, RewardServerError, ScoreRequest
+from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.reward_messages import ScoreRequest
 from segzero_jax.types import Frame, ObjectPrompt
 
 STARTUP_S = 120.0
@@ -58,10 +60,10 @@ def test_serves_stops_and_says_how_it_died(tmp_path: Path, children: list[subpro
 
     def score_and(finish: Callable[[], None]) -> None:
         with (
-            local_server("toy", log, threads=1, startup_timeout_s=STARTUP_S) as address,
+            local_server("toy", log, threads=1, startup_timeout_s=STARTUP_S, if_it_dies="sit down") as address,
             RewardClient(address, 60, wait_for_ready=False) as client,
         ):
-            seen.append(client.score([request()], masks=True).result())
+            seen.append(client.score([request()], masks=1).result())
             assert f"serving toy on {address}" in log.read_text()
             finish()
             client.score([request()]).result()
@@ -80,12 +82,12 @@ def test_serves_stops_and_says_how_it_died(tmp_path: Path, children: list[subpro
     assert children[0].returncode == 0
     assert log.read_text().splitlines()[-1].endswith("stopped")
 
-    with pytest.raises(RewardServerError) as error:
+    with pytest.raises(RewardServiceAway) as error:
         score_and(kill)
     message = str(error.value)
     assert message.startswith(f"local reward server died (SIGKILL; {log} ends: ")
     assert "serving toy on" in message
-    assert "--resume" in message
+    assert message.endswith("): sit down")
     assert "\n" not in message
 
     # Two processes give the same numbers: what a resumed run relies on.

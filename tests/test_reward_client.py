@@ -1,69 +1,31 @@
 """The reward client against servers that are slow, gone, foreign or wrong: one clear line each, never a zero score."""
 
 import hashlib
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import grpc
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from fake_reward_server import AREA, NOT_SERVING, SERVICE, SERVING, Fake, free_port, running, serving
 
-from reward_server import reward_pb2, reward_pb2_grpc
-from segzero_jax.reward_client import RewardClient, RewardServerError, ScoreRequest
+from reward_server import reward_pb2
+from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.reward_messages import ScoreRequest
 from segzero_jax.types import Frame, ObjectPrompt, RleMask
 
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ITEM = ObjectPrompt((1.5, 2.0, 30.0, 40.25), ((10.0, 11.0),))
 
 
-class Fake(reward_pb2_grpc.RewardServiceServicer):
-    """Answers a group with the number of each candidate's objects as its intersection; keeps what it was asked."""
-
-    def __init__(self, version: int = reward_pb2.API_VERSION_CURRENT) -> None:
-        self.version = version
-        self.seen: list[reward_pb2.ScoreRequest] = []
-        self.before: Callable[[reward_pb2.ScoreRequest, grpc.ServicerContext], None] = lambda request, context: None
-        self.change: Callable[[reward_pb2.ScoreResponse], None] = lambda response: None
-
-    def GetInfo(self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext) -> reward_pb2.GetInfoResponse:
-        limits = reward_pb2.Limits(image_bytes=5, candidates=7)
-        return reward_pb2.GetInfoResponse(api_version=self.version, model="fake", limits=limits)
-
-    def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
-        self.seen.append(request)
-        self.before(request, context)
-        response = reward_pb2.ScoreResponse(request_id=request.request_id)
-        for candidate in request.candidates:
-            response.candidates.add(intersection=len(candidate.objects), union=4, iou=len(candidate.objects) / 4)
-        self.change(response)
-        return response
-
-    def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
-        response = reward_pb2.SegmentResponse(request_id=request.request_id)
-        for _ in request.candidates:
-            response.candidates.add(mask=reward_pb2.Rle(height=2, width=3, counts="06"), model_score=0.5)
-        return response
-
-
-@contextmanager
-def serving(fake: Fake, status: int = SERVING, port: int = 0) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", 2**25)])
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(fake, server)
-    healthy = health.HealthServicer()
-    healthy.set(reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name, status)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    port = server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
+def counting() -> Fake:
+    """Answers with the number of each candidate's objects as its intersection."""
+    fake = Fake()
+    fake.inside = lambda candidate: len(candidate.objects)
+    return fake
 
 
 def group(id: str, *counts: int, image: bytes = b"picture") -> ScoreRequest:
@@ -71,20 +33,14 @@ def group(id: str, *counts: int, image: bytes = b"picture") -> ScoreRequest:
     return ScoreRequest(id, image, Frame(50, 60), RleMask(60, 50, "abc"), tuple((ITEM,) * n for n in counts))
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class TestScore:
     def test_sends_everything_and_keeps_the_order(self) -> None:
-        fake = Fake()
+        fake = counting()
         with serving(fake) as address, RewardClient(address, 10) as client:
             groups = [group(str(i), i % 3, 3, 0, image=bytes([i])) for i in range(16)]
             answers = client.score(groups).result()
         assert [[score.intersection for score in scores] for scores in answers] == [[i % 3, 3, 0] for i in range(16)]
-        assert answers[1][1].iou == 0.75
+        assert answers[1][1].iou == 3 / AREA
         assert answers[1][1].error == ""
         assert answers[1][1].mask is None
         request = next(request for request in fake.seen if request.request_id == "1")
@@ -104,7 +60,7 @@ class TestScore:
         )
         with serving(fake) as address, RewardClient(address, 10) as client:
             asked = ScoreRequest("a", b"x", Frame(5, 6), (ITEM, ITEM), ((ITEM,),))
-            scores = client.score([asked], masks=True).result()
+            scores = client.score([asked], masks=1).result()
             masks = client.segment(b"x", Frame(5, 6), [(ITEM,), ()], id="b")
         assert fake.seen[0].return_masks
         assert len(fake.seen[0].target.objects.objects) == 2
@@ -112,7 +68,7 @@ class TestScore:
         assert [(m.mask, m.model_score, m.error) for m in masks] == [(RleMask(2, 3, "06"), 0.5, "")] * 2
 
     def test_leaves_at_once(self) -> None:
-        fake, hold, arrived = Fake(), threading.Event(), threading.Barrier(4)
+        fake, hold, arrived = counting(), threading.Event(), threading.Barrier(4)
         fake.before = lambda request, context: (arrived.wait(10), hold.wait(10))
         with serving(fake) as address, RewardClient(address, 30) as client:
             pending = client.score([group(name, 1) for name in "abc"])
@@ -124,7 +80,7 @@ class TestScore:
             assert pending.done()
 
     def test_a_refused_candidate_or_group_has_a_reason_and_no_score(self) -> None:
-        fake = Fake()
+        fake = counting()
 
         def refuse(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
             if request.request_id == "bad":
@@ -136,7 +92,7 @@ class TestScore:
         )
         with serving(fake) as address, RewardClient(address, 10) as client:
             good, bad = client.score([group("good", 1, 2), group("bad", 1, 2)]).result()
-        assert [(score.iou, score.error) for score in good] == [(None, "no box"), (0.5, "")]
+        assert [(score.iou, score.error) for score in good] == [(None, "no box"), (2 / AREA, "")]
         assert [(score.iou, score.error) for score in bad] == [(None, "image: torn")] * 2
 
     @pytest.mark.parametrize(
@@ -155,7 +111,7 @@ class TestScore:
                 pending.result()
 
     def test_retries_a_call_larger_than_grpcs_own_buffer(self) -> None:
-        fake = Fake()
+        fake = counting()
 
         def fail_once(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
             if len(fake.seen) == 1:
@@ -163,16 +119,35 @@ class TestScore:
 
         fake.before = fail_once
         with serving(fake) as address, RewardClient(address, 20) as client:
-            scores = client.score([group("a", 2, image=bytes(2_000_000))]).result()
+            scores = client.score([group("a", 2, image=bytes(31 * 2**20))]).result()
         assert len(fake.seen) == 2
-        assert scores[0][0].iou == 0.5
+        assert scores[0][0].iou == 2 / AREA
+
+    def test_obeys_a_server_that_is_full_for_now(self) -> None:
+        fake, calls = counting(), []
+
+        def full_once(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+            calls.append(time.monotonic())
+            if len(calls) == 1:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", "700"),))
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+
+        fake.before = full_once
+        with serving(fake) as address, RewardClient(address, 20) as client:
+            assert client.score([group("a", 1)]).result()[0][0].intersection == 1
+        assert len(calls) == 2
+        assert calls[1] - calls[0] >= 0.65, "gRPC's own first pause is at most a quarter of a second"
 
     def test_does_not_send_what_is_too_large(self) -> None:
-        with (
-            RewardClient("127.0.0.1:1", 1) as client,
-            pytest.raises(RewardServerError, match=r"^request 'big': 3\d+ byte"),
-        ):
-            client.score([group("big", 1, image=bytes(2**25))])
+        fake = Fake()
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            big, small = client.score([group("big", 1, 1, image=bytes(2**25)), group("small", 1)]).result()
+            with pytest.raises(RewardServerError, match=r"^request 'a': 3\d+ bytes, expected at most 33554432"):
+                client.segment(bytes(2**25), Frame(5, 6), [()], id="a")
+        assert [request.request_id for request in fake.seen] == ["small"]
+        assert [score.iou for score in big] == [None, None]
+        assert big[0].error.endswith("expected at most 33554432: shrink its image")
+        assert small[0].error == ""
 
 
 class TestAServerThatIsNotThere:
@@ -186,12 +161,16 @@ class TestAServerThatIsNotThere:
         assert_one_line(error.value, f"reward server {address}: unreachable", "python -m reward_server")
 
     def test_is_waited_for_until_the_deadline(self) -> None:
-        address = f"127.0.0.1:{free_port()}"
+        address, said = f"127.0.0.1:{free_port()}", []
         with RewardClient(address, 1) as client:
-            for call in (client.score([group("a", 1)]).result, client.info, lambda: client.wait_until_serving(1)):
+            with pytest.raises(RewardServiceAway) as error:
+                client.score([group("a", 1)]).result()
+            assert_one_line(error.value, f"reward server {address}: no answer within 1 s")
+            for call in (client.info, lambda: client.wait_until_serving(0.5, said.append)):
                 with pytest.raises(RewardServerError) as error:
                     call()
-                assert_one_line(error.value, f"reward server {address}: no answer within 1 s")
+                assert_one_line(error.value, f"reward server {address}: unreachable", "Connection refused")
+            assert "(waited 0.5 s)" in str(error.value)
 
     def test_is_found_when_it_comes_up(self) -> None:
         port = free_port()
@@ -199,7 +178,7 @@ class TestAServerThatIsNotThere:
             pending = client.score([group("a", 1)])
             time.sleep(0.5)
             with serving(Fake(), port=port):
-                assert pending.result()[0][0].iou == 0.25
+                assert pending.result()[0][0].error == ""
 
     def test_that_takes_too_long_is_given_up(self) -> None:
         fake, hold = Fake(), threading.Event()
@@ -245,17 +224,74 @@ class TestVersion:
         with serving(Fake(), NOT_SERVING) as address, RewardClient(address, 10) as client:
             with pytest.raises(RewardServerError) as error:
                 client.wait_until_serving(0.5)
-            assert_one_line(error.value, f"reward server {address}: still not serving after 0.5 s")
+            assert_one_line(error.value, f"reward server {address}: not serving", "(waited 0.5 s)")
 
 
-def test_several_servers_take_turns() -> None:
-    fakes = [Fake(), Fake()]
-    with serving(fakes[0]) as first, serving(fakes[1]) as second, RewardClient(f"{first},{second}", 10) as client:
-        assert [info.address for info in client.wait_until_serving(10)] == [first, second]
-        for _ in range(10):
-            client.score([group("a", 1)]).result()
-    assert sum(len(fake.seen) for fake in fakes) == 10
-    assert min(len(fake.seen) for fake in fakes) >= 3
+class TestSeveralServers:
+    def test_take_turns(self) -> None:
+        fakes = [Fake(), Fake()]
+        with serving(fakes[0]) as first, serving(fakes[1]) as second, RewardClient(f"{first},{second}", 10) as client:
+            assert [info.address for info in client.wait_until_serving(10)] == [first, second]
+            assert client.state() == f"reward server {first}: serves; reward server {second}: serves"
+            ask(client, 10)
+        assert sum(len(fake.seen) for fake in fakes) == 10
+        assert min(len(fake.seen) for fake in fakes) >= 3
+
+    def test_a_name_stands_for_its_addresses(self) -> None:
+        fakes = [Fake(), Fake()]
+        with serving(fakes[0]) as first, serving(fakes[1]) as second:
+            names = [address.replace("127.0.0.1", "localhost") for address in (first, second)]
+            with RewardClient(",".join(names), 10) as client:
+                ask(client, 10)
+            with RewardClient(names[0], 10) as client:
+                ask(client, 1)
+        assert min(len(fake.seen) for fake in fakes) >= 3
+        with pytest.raises(RewardServerError) as error:
+            RewardClient("nowhere.invalid:1,localhost:1", 10)
+        assert_one_line(error.value, "nowhere.invalid:1,localhost:1: cannot resolve all names")
+
+    def test_one_that_stops_serving_gets_no_call_and_one_that_starts_does(self) -> None:
+        fakes = [Fake(), Fake()]
+        with (
+            running(fakes[0]) as (first, _, health),
+            running(fakes[1], NOT_SERVING) as (second, _, other),
+            RewardClient(f"{first},{second}", 10) as client,
+        ):
+            ask(client, 6)
+            assert [len(fake.seen) for fake in fakes] == [6, 0]
+            other.set(SERVICE, SERVING)
+            wait_until(lambda: ask(client, 2) or len(fakes[1].seen) > 0)
+            health.enter_graceful_shutdown()  # what a server does that drains
+            time.sleep(0.5)
+            before = len(fakes[0].seen)
+            ask(client, 6)
+            assert len(fakes[0].seen) == before
+
+    def test_one_that_dies_is_left_out_until_it_is_back(self) -> None:
+        fakes = [Fake(), Fake()]
+        with serving(fakes[1]) as second:
+            with running(fakes[0]) as (first, server, _):
+                port = int(first.rpartition(":")[2])
+                client = RewardClient(f"{first},{second}", 10)
+                ask(client, 6)
+                assert min(len(fake.seen) for fake in fakes) >= 2
+                server.stop(None).wait()
+                ask(client, 6)
+            with client, serving(fakes[0], port=port):
+                before = len(fakes[0].seen)
+                wait_until(lambda: ask(client, 2) or len(fakes[0].seen) > before)
+
+    def test_one_is_enough_to_start_with(self) -> None:
+        away, said = f"127.0.0.1:{free_port()}", []
+        with serving(Fake()) as here, RewardClient(f"{away},{here}", 10) as client:
+            assert [info.address for info in client.wait_until_serving(1, said.append)] == [here]
+        assert_one_line(said[-1], f"going on without reward server {away}: unreachable")
+
+    def test_must_have_one_model(self) -> None:
+        with serving(Fake(checkpoint="aa")) as first, serving(Fake(checkpoint="bb")) as second:
+            with RewardClient(f"{first},{second}", 10) as client, pytest.raises(RewardServerError) as error:
+                client.wait_until_serving(10)
+            assert_one_line(error.value, "reward servers differ", first, second, "expected one model")
 
 
 def test_trainer_side_imports_no_torch() -> None:
@@ -267,7 +303,18 @@ def test_trainer_side_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def assert_one_line(error: Exception, *parts: str) -> None:
+def ask(client: RewardClient, times: int) -> None:
+    for _ in range(times):
+        assert client.score([group("a", 1)]).result()[0][0].error == ""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+
+
+def assert_one_line(error: Exception | str, *parts: str) -> None:
     assert "\n" not in str(error)
     for part in parts:
         assert part in str(error)

@@ -32,12 +32,12 @@ class Answered:
         self.asked = asked or []
         self.drawn: list[str] = []
 
-    def score(self, groups: list[ScoreRequest], masks: bool = False) -> "Answered":
+    def score(self, groups: list[ScoreRequest], masks: int = 0) -> "Answered":
         self.asked += groups
-        self.drawn += [group.id for group in groups if masks]
+        self.drawn += [group.id for group in groups[:masks]]
         return Answered(self.scores, list(groups))
 
-    def result(self) -> list[list[CandidateScore]]:
+    def result(self, patience: object = None, drop: bool = False) -> list[list[CandidateScore]]:
         return [self.scores for _ in self.asked]
 
 

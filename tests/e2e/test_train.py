@@ -17,12 +17,6 @@ SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_
 SMALL += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Built once for the session; under xdist each worker has its own."""
-    return str(tmp_path_factory.mktemp("data"))
-
-
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 

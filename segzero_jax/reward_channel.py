@@ -1,0 +1,272 @@
+"""The connection to reward servers: addresses, encryption, what gRPC does by itself, its failures in plain words."""
+
+import json
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from reward_server import reward_pb2
+from segzero_jax.config import RewardConfig
+
+SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
+# The largest message either way; the server has the same limit.
+MESSAGE_BYTES = 32 * 2**20
+
+# A name, an IPv4 address or an IPv6 address in brackets, and a port.
+_ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})")
+_PREAMBLE = re.compile(r"^.*last error: (?:[A-Z_]+: )?(?:ipv[46]:\S+ )?")
+_LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
+_FAMILIES = ((socket.AF_INET, "ipv4:", "{}:{}"), (socket.AF_INET6, "ipv6:", "[{}]:{}"))
+_OPTIONS = (
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    # gRPC does not retry a call larger than this buffer, by default 256 KiB: less than one picture. Headers count too.
+    ("grpc.per_rpc_retry_buffer_size", 2 * MESSAGE_BYTES),
+    # A host that vanished without a word is noticed within 50 s, in the middle of a long call and between calls. The
+    # server allows a ping every 20 s and would close the connection of a client that sends more.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # gRPC lets a ping wait for its answer this long whatever the line before says, by default a minute.
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # By default up to two minutes pass before a server that is back is tried again.
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # The servers are neighbours; a proxy meant for the outside would swallow even calls to localhost.
+    ("grpc.enable_http_proxy", 0),
+)
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    # A server that is draining, loading or broken says NOT_SERVING and gets no call until it serves again.
+    "healthCheckConfig": {"serviceName": SERVICE},
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+}
+_SPREAD = (("grpc.service_config", json.dumps(_SERVICE_CONFIG)),)
+# A connection of its own: sharing one that waits to be tried again would answer with its old failure.
+_ONE_TRY = (("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1))
+# Asking again cannot help: the two sides do not agree.
+_FINAL = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+class RewardServerError(RuntimeError):
+    """The reward service did not answer as agreed; the message is one line that names it and what to do."""
+
+
+class RewardServiceAway(RewardServerError):
+    """The reward service did not answer, and may yet: it is restarting, overloaded, or out of reach."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a server asks of its clients; ``Access()`` is plain text without a password.
+
+    Attributes:
+      ca: PEM certificates of the authorities that a server's certificate is checked against; empty for plain text.
+      cert, key: the client's own certificate and private key in PEM, for mutual TLS.
+      token: sent with each call as ``authorization: Bearer TOKEN``.
+      tls_name: the name that a server's certificate must hold; empty for the host of its address.
+    """
+
+    ca: bytes = b""
+    cert: bytes = b""
+    key: bytes = field(default=b"", repr=False)
+    token: str = field(default="", repr=False)
+    tls_name: str = ""
+
+
+def read_access(reward: RewardConfig) -> Access:
+    """Reads the files that the configuration names.
+
+    Raises:
+      RewardServerError: a file cannot be read or is empty, or the keys do not go together.
+    """
+    if reward.ca_file and reward.server in ("local", "none"):
+        raise RewardServerError(f"reward.ca_file={reward.ca_file}: expected reward.server=host:port beside it")
+    for key in ("cert_file", "key_file", "tls_name"):
+        if getattr(reward, key) and not reward.ca_file:
+            raise RewardServerError(f"reward.{key}={getattr(reward, key)}: expected reward.ca_file beside it")
+    if bool(reward.cert_file) != bool(reward.key_file):
+        raise RewardServerError("reward.cert_file and reward.key_file go together: expected both or neither")
+    hosts = {host for host, _ in _parsed(reward.server)}
+    if reward.token_file and not reward.ca_file and not all(_LOOPBACK.fullmatch(host) for host in hosts):
+        raise RewardServerError(
+            f"reward.token_file={reward.token_file}: a token to {reward.server} would travel in plain text: "
+            "set reward.ca_file, or use a server on this machine"
+        )
+    if reward.ca_file and len(hosts) > 1 and not reward.tls_name:
+        raise RewardServerError(
+            f"reward.server={reward.server}: several hosts behind TLS, "
+            "expected reward.tls_name, one name that all their certificates hold"
+        )
+    return Access(
+        ca=_read("ca_file", reward.ca_file),
+        cert=_read("cert_file", reward.cert_file),
+        key=_read("key_file", reward.key_file),
+        token=_token(reward.token_file),
+        tls_name=reward.tls_name or (min(hosts).strip("[]") if reward.ca_file else ""),
+    )
+
+
+def addresses(targets: str) -> list[str]:
+    """The addresses in "host:port[,host:port]". Raises RewardServerError where one is something else."""
+    return [f"{host}:{port}" for host, port in _parsed(targets)]
+
+
+def open_channel(targets: str, access: Access) -> grpc.Channel:
+    """A channel that spreads calls over the servers that say SERVING, and retries what they could not take.
+
+    Raises:
+      RewardServerError: a target is not host:port or, where several are given, its name does not resolve.
+    """
+    return _channel(_spread_target(targets), access, _SPREAD)
+
+
+def open_probe(address: str, access: Access) -> grpc.Channel:
+    """A channel to one server whose calls fail at once where it cannot be reached."""
+    return _channel(address, access, _ONE_TRY)
+
+
+def explained(targets: str, error: grpc.RpcError, timeout_s: float, access: Access) -> RewardServerError:
+    """A failed call in one line: RewardServiceAway where asking again may help."""
+    code = error.code()
+    line = f"reward server {targets}: {_reason(code, _details(error), timeout_s, access)}"
+    return RewardServerError(line) if code in _FINAL else RewardServiceAway(line)
+
+
+def misconfigured(error: grpc.RpcError) -> bool:
+    """Whether a server is there, but certificates or tokens do not match: nothing that passes by waiting."""
+    return error.code() in _FINAL or "andshake" in _details(error) or "Verification" in _details(error)
+
+
+def _reason(code: grpc.StatusCode, details: str, timeout_s: float, access: Access) -> str:
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return (
+            f"does not speak {SERVICE.rpartition('.')[0]}, which this client does: run the same release on both sides"
+        )
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        wrong = "reward.token_file holds another token than the server's" if access.token else "set reward.token_file"
+        return f"asks for a token ({details}): {wrong}"
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return f"unreachable ({details}): {_advice(details, access)}"
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return (
+            f"no answer within {timeout_s:g} s: is `python -m reward_server` running there? else raise reward.timeout_s"
+        )
+    return f"{code.name}: {details}: look at its log"
+
+
+def _advice(details: str, access: Access) -> str:
+    if "WRONG_VERSION_NUMBER" in details:
+        return "it answers in plain text: start it with a certificate, or leave reward.ca_file empty"
+    if "Verification" in details:
+        return "its certificate holds another name: set reward.tls_name"
+    if "andshake" in details:
+        return "expected a certificate that reward.ca_file vouches for"
+    # How a server ends a connection whose beginning it cannot read, or that lacks a client's certificate.
+    if "Socket closed" in details or "reset" in details:
+        if not access.ca:
+            return "is it restarting? if it is served with TLS, set reward.ca_file"
+        return "is it restarting? if it asks for client certificates, check reward.cert_file and reward.key_file"
+    return "is `python -m reward_server` running there? else set reward.server"
+
+
+def _details(error: grpc.RpcError) -> str:
+    """gRPC's words without their preamble."""
+    return _PREAMBLE.sub("", " ".join((error.details() or "no reason given").split()))
+
+
+def _channel(target: str, access: Access, more: Sequence[tuple[str, Any]]) -> grpc.Channel:
+    options = [*_OPTIONS, *more]
+    if access.tls_name:
+        options.append(("grpc.ssl_target_name_override", access.tls_name))
+    if access.ca:
+        credentials = grpc.ssl_channel_credentials(access.ca, access.key or None, access.cert or None)
+    elif access.token:
+        # Plain text that gRPC itself keeps on this machine.
+        credentials = grpc.local_channel_credentials()
+    else:
+        return grpc.insecure_channel(target, options)
+    if access.token:
+        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(access.token))
+    return grpc.secure_channel(target, credentials, options)
+
+
+def _parsed(targets: str) -> list[tuple[str, int]]:
+    if targets in ("local", "none"):
+        return []
+    found = []
+    for address in targets.split(","):
+        parts = _ADDRESS.fullmatch(address)
+        if not parts or not 0 < int(parts[2]) < 65536:
+            raise RewardServerError(f"reward server {address!r}: expected host:port, such as localhost:50051")
+        found.append((parts[1], int(parts[2])))
+    return found
+
+
+def _spread_target(targets: str) -> str:
+    """gRPC's name for one or several addresses: only a list of numeric ones can be spread over.
+
+    A single name stays one: gRPC looks it up itself, spreads over all that it stands for, and looks again when they
+    are gone.
+    """
+    found = _parsed(targets)
+    if len(found) == 1:
+        return targets
+    reasons = []
+    for family, scheme, form in _FAMILIES:
+        try:
+            numeric = [
+                form.format(*entry[4][:2])
+                for host, port in found
+                for entry in socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
+            ]
+        except OSError as error:
+            reasons.append(str(error))
+        else:
+            return scheme + ",".join(dict.fromkeys(numeric))
+    raise RewardServerError(
+        f"reward server {targets}: cannot resolve all names ({'; '.join(reasons)}), expected IPv4 or IPv6 throughout"
+    )
+
+
+def _read(key: str, path: str) -> bytes:
+    if not path:
+        return b""
+    try:
+        content = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise RewardServerError(f"reward.{key}={path}: {error.strerror}") from None
+    if not content.strip():
+        raise RewardServerError(f"reward.{key}={path}: is empty")
+    return content
+
+
+def _token(path: str) -> str:
+    token = _read("token_file", path).decode("ascii", "replace").strip()
+    # What a header can hold; gRPC would fail each call without naming the file.
+    if not all("!" <= character <= "~" for character in token):
+        raise RewardServerError(f"reward.token_file={path}: expected one word of printable ASCII")
+    return token

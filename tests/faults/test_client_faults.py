@@ -1,0 +1,199 @@
+"""Servers that die, hang or stay away in the middle of calls: the client asks again, and the scores are the same."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from fake_reward_server import Fake, free_port, serving
+
+from reward_server import reward_pb2
+from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.reward_messages import CandidateScore, ScoreRequest
+from segzero_jax.types import Frame, ObjectPrompt
+
+SERVER = Path(__file__).parents[1] / "fake_reward_server.py"
+
+
+def groups(count: int, candidates: int = 3) -> list[ScoreRequest]:
+    """Groups that all have other scores."""
+    rows = []
+    for i in range(count):
+        objects = [(ObjectPrompt((i, g, i + 5.0, g + 5.0), ((i + 1.0, g + 1.0),)),) for g in range(candidates)]
+        rows.append(ScoreRequest(f"group-{i}", bytes([i]) * 1000, Frame(50, 50), objects[0], tuple(objects)))
+    return rows
+
+
+def healthy_scores(asked: list[ScoreRequest]) -> list[list[CandidateScore]]:
+    with serving(Fake()) as address, RewardClient(address, 10) as client:
+        return client.score(asked).result()
+
+
+class Waiter:
+    """Waits for so many seconds of silence at most; acts at the first of them."""
+
+    def __init__(self, limit_s: float = 30, at_first: Callable[[], None] = lambda: None) -> None:
+        self._end = time.monotonic() + limit_s
+        self._at_first = at_first
+        self.heard_count = self.silent_count = 0
+
+    def heard(self) -> None:
+        self.heard_count += 1
+
+    def silent(self, why: Callable[[], str]) -> None:
+        self.silent_count += 1
+        if self.silent_count == 1:
+            self._at_first()
+        if time.monotonic() > self._end:
+            raise RewardServiceAway(f"gave up: {why()}")
+
+
+@contextmanager
+def process(port: int, delay_s: float) -> Iterator[subprocess.Popen[str]]:
+    """The fake server as a process of its own; its first line of output has been read."""
+    command = [sys.executable, str(SERVER), str(port), str(delay_s)]
+    path = os.pathsep.join([str(SERVER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline().startswith("127.0.0.1:")
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_killed_in_the_middle_of_calls_and_restarted_on_the_same_port(patient: bool) -> None:
+    asked, port = groups(6), free_port()
+    with RewardClient(f"127.0.0.1:{port}", 30) as client:
+        with process(port, delay_s=60) as child:
+            pending = client.score(asked)
+            assert child.stdout is not None
+            assert [child.stdout.readline() for _ in asked] == ["call\n"] * 6
+            os.kill(child.pid, signal.SIGKILL)
+        assert not pending.done()
+        with process(port, delay_s=0):
+            scores = pending.result(Waiter() if patient else None)
+    assert scores == healthy_scores(asked)
+    assert len({score.intersection for group in scores for score in group}) > 6
+
+
+def test_one_of_two_killed_in_the_middle_of_calls() -> None:
+    asked, fake = groups(8), Fake()
+    port = free_port()
+    with (
+        serving(fake) as here,
+        process(port, delay_s=60) as child,
+        RewardClient(f"{here},127.0.0.1:{port}", 30) as client,
+    ):
+        assert len(client.wait_until_serving(10)) == 2
+        sent = [client.score(asked)]
+        assert child.stdout is not None
+        # At first all may go to the server whose connection stands first.
+        while not select.select([child.stdout], [], [], 0.2)[0]:
+            sent.append(client.score(asked))
+        os.kill(child.pid, signal.SIGKILL)
+        expected = healthy_scores(asked)
+        assert all(pending.result() == expected for pending in sent)
+    assert len(fake.seen) == len(sent) * len(asked)
+
+
+def test_a_deadline_that_passed_is_not_the_end() -> None:
+    """Neither when all are waited for, nor when the others were answered."""
+    for hung in (["group-0", "group-1", "group-2"], ["group-1"]):
+        fake, hold = Fake(), threading.Event()
+        fake.before = lambda request, _, hung=hung, hold=hold: request.request_id not in hung or hold.wait(30)
+        asked, waiter = groups(3), Waiter(at_first=hold.set)
+        with serving(fake) as address, RewardClient(address, 0.5) as client:
+            assert client.score(asked).result(waiter) == healthy_scores(asked)
+        assert waiter.heard_count == 3
+        assert len(fake.seen) == 3 + len(hung), "each that hung was asked a second time"
+
+
+def test_without_end_the_wait_ends_when_patience_does() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with RewardClient(address, 60) as client:
+        pending = client.score(groups(2))
+        with pytest.raises(RewardServiceAway) as error:
+            pending.result(Waiter(limit_s=1))
+        assert str(error.value).startswith(f"gave up: reward server {address}: unreachable")
+        assert pending.done(), "nothing is left on its way"
+
+
+def test_drop_leaves_out_what_was_not_answered_in_time() -> None:
+    fake, hold = Fake(), threading.Event()
+    fake.before = lambda request, context: request.request_id != "group-1" or hold.wait(30)
+    asked = groups(3)
+    with serving(fake) as address, RewardClient(address, 0.7) as client:
+        scores = client.score(asked).result(Waiter(), drop=True)
+        hold.set()
+    expected = healthy_scores(asked)
+    assert [scores[0], scores[2]] == [expected[0], expected[2]]
+    assert [score.iou for score in scores[1]] == [None] * 3
+    assert "no answer within 0.7 s" in scores[1][0].error
+
+
+def test_drop_leaves_out_what_the_server_cannot_do() -> None:
+    fake = Fake()
+
+    def stumble(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+        if request.request_id == "group-1":
+            context.abort(grpc.StatusCode.INTERNAL, "stumbled")
+
+    fake.before = stumble
+    with serving(fake) as address, RewardClient(address, 2) as client:
+        scores = client.score(groups(3)).result(Waiter(), drop=True)
+    assert [score.error for score in scores[1]] == [f"reward server {address}: INTERNAL: stumbled: look at its log"] * 3
+    assert [scores[i][0].error for i in (0, 2)] == ["", ""]
+    assert len(fake.seen) > 4, "it was asked again before it was given up"
+
+
+def test_drop_waits_for_a_service_that_is_away_altogether() -> None:
+    asked, port = groups(2), free_port()
+    with RewardClient(f"127.0.0.1:{port}", 0.5) as client:
+        pending, waiter = client.score(asked), Waiter()
+        back = threading.Event()
+
+        def serve() -> None:
+            time.sleep(2)
+            with serving(Fake(), port=port):
+                back.wait(30)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            assert pending.result(waiter, drop=True) == healthy_scores(asked)
+        finally:
+            back.set()
+            thread.join()
+    assert waiter.silent_count > 0
+
+
+def test_a_child_process_that_is_gone_is_not_waited_for() -> None:
+    waiter = Waiter()
+    gone = RewardClient(f"127.0.0.1:{free_port()}", 60, wait_for_ready=False)
+    with gone as client, pytest.raises(RewardServiceAway, match="unreachable"):
+        client.score(groups(1)).result(waiter)
+    assert waiter.silent_count < 15
+
+
+def test_what_cannot_pass_is_not_waited_for() -> None:
+    fake, waiter = Fake(), Waiter()
+    fake.before = lambda request, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
+    with serving(fake) as address, RewardClient(address, 10) as client, pytest.raises(RewardServerError) as error:
+        client.score(groups(1)).result(waiter)
+    assert "asks for a token (who are you): set reward.token_file" in str(error.value)
+    assert not isinstance(error.value, RewardServiceAway)
+    assert waiter.silent_count == 0

@@ -1,0 +1,196 @@
+"""A run whose reward servers die under it: it goes on, or stops in good order and is resumed, with the same rewards."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from fake_reward_server import Fake, free_port, running, serving
+
+from reward_server import reward_pb2
+from segzero_jax import train
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]
+SMALL += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+CALLS_OF_A_STEP = CALLS_OF_AN_EVALUATION = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each run is a new program to JAX; a cache on the disk lets the later ones find the first one's."""
+    kept = {name: getattr(jax.config, name) for name in CACHE}
+    values = (str(tmp_path_factory.mktemp("compiled")), 0.2)
+    for name, value in zip(CACHE, values, strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in kept.items():
+        jax.config.update(name, value)
+
+
+def run(directory: Path, data_dir: str, *arguments: str) -> int:
+    return train.main([*SMALL, f"--data.dir={data_dir}", f"--run.dir={directory}", *arguments])
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def outcome(directory: Path) -> tuple[list[dict], list[list[dict]], list[dict]]:
+    """All that a run computed: metrics without times, rollouts, evaluations."""
+    metrics = [
+        {key: value for key, value in row.items() if not key.startswith("time/") and key != "tokens_per_second"}
+        for row in lines(directory / "metrics.jsonl")
+    ]
+    rollouts = [lines(directory / "rollouts" / f"{row['step']}.jsonl") for row in metrics]
+    return metrics, rollouts, lines(directory / "evaluations.jsonl")
+
+
+@contextmanager
+def toy_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The real server as a process; it may be loading still."""
+    command = [sys.executable, "-m", "reward_server", "--model", "toy", "--port", "0", "--threads", "1"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    assert child.stdout is not None
+    try:
+        yield child, json.loads(child.stdout.readline())["listening"]
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+@pytest.mark.slow
+def test_one_of_two_servers_is_killed_and_the_rewards_stay(
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after: list[int] = []
+    with ExitStack() as stack:
+        (doomed, first), (_, second) = [stack.enter_context(toy_server()) for _ in range(2)]
+        send = train.Scorer.send
+
+        def send_and_kill(self: train.Scorer, examples: list, *rest: object, **more: object) -> object:
+            pending = send(self, examples, *rest, **more)
+            step = len(lines(tmp_path / "two/metrics.jsonl")) if (tmp_path / "two/metrics.jsonl").exists() else 0
+            if step == 1 and not killed_after:
+                killed_after.append(step)
+                doomed.kill()  # SIGKILL, while the calls of step 2 are on their way
+                doomed.wait()
+            return pending
+
+        steps = "--train.steps=2"
+        monkeypatch.setattr(train.Scorer, "send", send_and_kill)
+        assert run(tmp_path / "two", data_dir, steps, f"--reward.server={first},{second}") == 0
+        monkeypatch.undo()
+        assert doomed.returncode == -9
+        assert killed_after == [1]
+        assert run(tmp_path / "one", data_dir, steps, f"--reward.server={second}") == 0
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
+    assert [row["missing_scores"] for row in outcome(tmp_path / "two")[0]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_service_that_goes_away_again_and_again(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the evaluation before training, in step 2, in the evaluation after it: nothing is lost, nothing differs."""
+    port = free_port()
+    options = ["--train.steps=2", f"--reward.server=127.0.0.1:{port}", "--reward.timeout_s=1"]
+    options += ["--reward.checkpoint_after_s=1", "--reward.patience_s=5"]
+    with serving(Fake(), port=port):
+        assert run(tmp_path / "whole", data_dir, *options) == 0
+
+    parts = tmp_path / "parts"
+    for answered, saved, more in (
+        (0, "0", []),
+        (CALLS_OF_AN_EVALUATION + CALLS_OF_A_STEP, "1", ["--resume"]),
+        (CALLS_OF_A_STEP, "2", ["--resume"]),
+    ):
+        capsys.readouterr()
+        with leaving_after(answered, port) as address:
+            assert run(parts, data_dir, *options, *more) == 3
+        said = capsys.readouterr().err.splitlines()
+        assert any(line.startswith("waiting for scores since ") for line in said)
+        assert any(line.startswith("the last finished step is saved") for line in said)
+        assert re.match(rf"segzero_jax.train: no scores for \d+ s: reward server {address}: unreachable", said[-1])
+        assert "gave up, --resume" in said[-1]
+        assert max(path.name for path in (parts / "checkpoints").glob("[0-9]*")) == saved
+
+    # A start that finds nobody is what the user can mend.
+    assert run(parts, data_dir, *options, "--resume") == 2
+    assert f"reward server {address}: unreachable" in capsys.readouterr().err
+    assert run(parts, data_dir, *options) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    with serving(Fake(), port=port):
+        assert run(parts, data_dir, *options, "--resume") == 0
+    assert outcome(parts) == outcome(tmp_path / "whole")
+
+
+@contextmanager
+def leaving_after(answered: int, port: int) -> Iterator[str]:
+    """A server that is gone once it was asked more often than this."""
+    fake = Fake()
+    with running(fake, port=port) as (address, server, _):
+
+        def leave(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+            if len(fake.seen) > answered:
+                server.stop(None)
+
+        fake.before = leave
+        yield address
+
+
+@pytest.mark.slow
+def test_dropped_groups_are_counted_and_a_step_without_scores_teaches_nothing(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake()
+
+    def before(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+        step = (len(fake.seen) - 1 - CALLS_OF_AN_EVALUATION) // CALLS_OF_A_STEP
+        if step == 0 and not hung:
+            hung.append(request.request_id)
+        if request.request_id in hung and step < 2:
+            context.abort(grpc.StatusCode.INTERNAL, "stumbled")
+        if len(written(tmp_path)) == 1:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "image: not to my taste")
+
+    hung: list[str] = []
+    fake.before = before
+    with serving(fake) as address:
+        options = [f"--reward.server={address}", "--reward.missing=drop", "--reward.timeout_s=2"]
+        assert run(tmp_path, data_dir, "--train.steps=2", "--train.checkpoint_every=1", *options) == 0
+    first, second = lines(tmp_path / "metrics.jsonl")
+    assert (first["missing_scores"], second["missing_scores"]) == (2, 8)
+    assert (first["reward/mean"] is not None, second["reward/mean"]) == (True, None)
+    assert "loss" in first
+    assert "loss" not in second
+    dropped = [row for row in lines(tmp_path / "rollouts/1.jsonl") if row["id"] == hung[0]]
+    assert [(row["reward"], row["advantage"], row["components"]) for row in dropped] == [(None, 0.0, {})] * 2
+    assert "stumbled" in dropped[0]["error"]
+    said = capsys.readouterr().err
+    assert "step 1: 1 of 4 groups are left out, they have no scores: reward server" in said
+    assert "step 2: nothing is learnt from this step, they have no scores: image: not to my taste" in said
+    before_step, after_step = (policy(tmp_path / f"checkpoints/{step}/policy") for step in (1, 2))
+    assert before_step.keys() == after_step.keys()
+    for name, value in before_step.items():
+        np.testing.assert_array_equal(value, after_step[name], err_msg=name)
+
+
+def written(directory: Path) -> list[dict]:
+    file = directory / "metrics.jsonl"
+    return lines(file) if file.exists() else []
+
+
+def policy(path: Path) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as reader:
+        return {name: np.asarray(value) for name, value in reader.restore(path).items()}
