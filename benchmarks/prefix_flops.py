@@ -14,8 +14,10 @@ from pathlib import Path
 import jax
 
 from segzero_jax import config as configs
-from segzero_jax.hlo import Program
-from segzero_jax.plan import Step, find_dims, make_topology_mesh, total_flops
+from segzero_jax.plan.cost import Program
+from segzero_jax.plan.phases import total_flops
+from segzero_jax.plan.slices import make_topology_mesh
+from segzero_jax.plan.step import Step, find_dims
 
 PROMPTS, CHIPS = 16, 16
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from segzero_jax.hlo import HloError, Kernel, Program
 from segzero_jax.mesh import make_mesh
+from segzero_jax.plan.cost import Kernel, Program
+from segzero_jax.plan.hlo import HloError
 
 
 def compiled(function, *shapes: tuple[int, ...]) -> Program:

@@ -24,7 +24,7 @@ ORDER = (
     *("config", "hub", "mesh", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
     *("rollout", "rewards", "reward_channel", "reward_messages", "reward_client", "local_server", "grpo"),
     *("checkpoint", "tensorboard", "metrics", "patience", "overlay", "report", "scoring", "evaluation", "record"),
-    *("asking", "train", "infer", "evaluate", "rescore", "hlo", "plan", "export"),
+    *("asking", "train", "infer", "evaluate", "rescore", "plan", "export"),
 )
 # What a part must not know of, however indirectly: (part, its business, what would be somebody else's).
 IGNORANCE = (

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from tiny import DIMS, random_policy
 
-from segzero_jax.hlo import Program
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.logprobs import response_logps, sampling_logits
 from segzero_jax.model.policy import Pass
+from segzero_jax.plan.cost import Program
 
 BANNED = (3, 500)
 SETUP = Pass(DIMS, TRAIN, jnp.dtype("float32"))

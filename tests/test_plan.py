@@ -11,11 +11,14 @@ import jax
 import pytest
 
 from segzero_jax import config as configs
-from segzero_jax import plan as planning
-from segzero_jax.hlo import Kernel
 from segzero_jax.model.dims import RELEASED
 from segzero_jax.model.splash import live_scores
-from segzero_jax.plan import CHIPS, PhasePlan, Plan, PlanError, advise, kernel_flops, make_topology_mesh, read_topology
+from segzero_jax.plan import PhasePlan, Plan, PlanError, slices
+from segzero_jax.plan.__main__ import Console, main, print_plan
+from segzero_jax.plan.cost import Kernel
+from segzero_jax.plan.phases import advise, analyse, kernel_flops
+from segzero_jax.plan.slices import CHIPS, make_topology_mesh, read_topology
+from segzero_jax.plan.step import find_dims
 
 ROOT = Path(__file__).parent.parent
 PHASES = ["reshard", "prefill", "decode", "reference", "update"]
@@ -57,7 +60,7 @@ def test_the_toy_run_compiles_for_four_chips(toy):
 @pytest.mark.slow
 def test_its_flops_are_the_hand_count(toy):
     phases = {phase["phase"]: phase for phase in toy["phases"]}
-    dims = planning.find_dims("toy")
+    dims = find_dims("toy")
     vision, layers, d, n, h = dims.vision, dims.layers, dims.hidden, dims.heads, dims.head_width
     layer = d * (n + 2 * dims.kv_heads) * h + n * h * d + 3 * d * dims.mlp
     chips, b, g, r, p = 4, 16, 8, 64, 64
@@ -95,7 +98,9 @@ THE_7B = """
 import json, sys, jax
 from dataclasses import asdict
 from segzero_jax import config
-from segzero_jax.plan import CHIPS, Step, analyse, find_dims, make_topology_mesh
+from segzero_jax.plan.phases import analyse
+from segzero_jax.plan.slices import CHIPS, make_topology_mesh
+from segzero_jax.plan.step import Step, find_dims
 jax.config.update("jax_platforms", "cpu")
 run = config.load("configs/seg_zero_7b.yaml")
 mesh = make_topology_mesh(run.mesh, "v5e:4x4")
@@ -154,7 +159,7 @@ def test_a_decode_step_of_the_7b_reads_weights_and_caches_once():
     ],
 )
 def test_bad_input_is_one_line(arguments, said, capsys):
-    assert planning.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.startswith("segzero_jax.plan: ")
@@ -165,9 +170,9 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     def missing(**options):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
-    monkeypatch.setattr(planning.topologies, "get_topology_desc", missing)
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
-    assert planning.main(["--topology=v5e:2x2", "--mesh=2x2"]) == 2
+    monkeypatch.setattr(slices.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
+    assert main(["--topology=v5e:2x2", "--mesh=2x2"]) == 2
     assert "needs the TPU compiler: pip install 'jax[tpu]'" in capsys.readouterr().err
 
 
@@ -185,7 +190,7 @@ def test_every_chip_has_a_slice():
 
 
 def test_released_models_are_planned_without_their_files():
-    seven = planning.find_dims("Qwen/Qwen2.5-VL-7B-Instruct")
+    seven = find_dims("Qwen/Qwen2.5-VL-7B-Instruct")
     assert seven == RELEASED["Qwen/Qwen2.5-VL-7B-Instruct"]
     assert (seven.head_width, seven.vision.head_width, seven.vision.patch_width) == (128, 80, 1176)
 
@@ -201,7 +206,7 @@ def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    (found,) = planning.analyse("update", Lowered, (beside,), CHIPS["v5e"], {})
+    (found,) = analyse("update", Lowered, (beside,), CHIPS["v5e"], {})
     assert (found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (False, 61.5, 1.0, None)
 
 
@@ -228,9 +233,9 @@ def test_an_attention_kernel_costs_its_live_blocks():
 
 
 def test_the_table_fits_a_narrow_terminal(capsys):
-    planning.print_plan(
+    print_plan(
         Plan("configs/x.yaml", "4x4", "v5e:4x4", 16, 15.75, 1408, 1300, False, 12.0, 0.67, [phase("update")], ["more"]),
-        planning.Console(width=80),
+        Console(width=80),
     )
     said = capsys.readouterr().out
     assert "does not fit: 22.00 GiB of 15.75 GiB a chip, in update" in said

@@ -14,10 +14,10 @@ from test_sixteen_devices import BATCH, FLOAT32, LOSS, OPTIMIZER, PROCESSOR, pla
 from tiny import DIMS, prompts, random_policy
 
 from segzero_jax.grpo import UpdateBatch, initial_state, update
-from segzero_jax.hlo import Program
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.policy import Pass
 from segzero_jax.model.weights import abstract_policy
+from segzero_jax.plan.cost import Program
 from segzero_jax.types import Rollout
 
 ROWS, PROMPT, GROUP, LENGTH, TENSOR, FSDP = 4, 48, 3, 9, 4, 4

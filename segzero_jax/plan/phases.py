@@ -1,0 +1,203 @@
+"""What each phase of a step needs and costs on one chip of a slice."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from segzero_jax.config import Config
+from segzero_jax.mesh import parse_mesh
+from segzero_jax.model.weights import check_fits
+from segzero_jax.plan.cost import Cost, Kernel, Program
+from segzero_jax.plan.slices import Chip, PlanError, make_topology_mesh, read_topology
+from segzero_jax.plan.step import Step, find_dims, shard_bytes
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase on one chip. FLOPs, bytes and seconds are of one run of the phase.
+
+    Attributes:
+      phase: its name. Prefill and decode are parts of one program and share its memory.
+      runs: how often it runs in a step: decode once a token.
+      arguments_gib, temporaries_gib: of its program; results in the place of arguments are counted once.
+      resident_gib: what else of the run lies in memory meanwhile.
+      hbm_gib: the sum.
+      fits: whether that is within the chip's limit.
+      flops, bytes: of matrix products; of main memory. None where the program could not be compiled.
+      collective_bytes: sent over the links, by kind.
+      seconds: the longest of computing, memory and links.
+      bound: which of them that is.
+    """
+
+    phase: str
+    runs: int
+    arguments_gib: float
+    temporaries_gib: float
+    resident_gib: float
+    hbm_gib: float
+    fits: bool
+    flops: float | None = None
+    bytes: float | None = None
+    collective_bytes: dict[str, float] | None = None
+    seconds: float | None = None
+    bound: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``--json`` prints."""
+
+    config: str | None
+    mesh: str
+    topology: str
+    chips: int
+    hbm_limit_gib: float
+    prompt_tokens: int
+    response_tokens: int
+    fits: bool
+    seconds_per_step: float | None
+    samples_per_second_per_chip: float | None
+    phases: list[PhasePlan]
+    advice: list[str] = field(default_factory=list)
+
+
+def analyse(
+    name: str, lower: Callable[[], Any], beside: Sequence[Any], chip: Chip, attention: Mapping[int, int]
+) -> list[PhasePlan]:
+    """Compiles a program and reads its memory and cost from it. The rollout is two phases: prefill and decode.
+
+    Args:
+      name, lower, beside: see ``Step.programs``.
+      attention: see ``Step.attention_scores``.
+    """
+    names = ["prefill", "decode"] if name == "rollout" else [name]
+    resident = shard_bytes(beside) / _GIB
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"\(?([\d.]+)([MG])\)? exceeds|Used ([\d.]+)([MG])", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        size, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
+        own = float(size) / (1024 if unit == "M" else 1)
+        return [PhasePlan(phase, 1, 0.0, own, resident, own + resident, fits=False) for phase in names]
+    memory = compiled.memory_analysis()
+    own = (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / _GIB
+    arguments = memory.argument_size_in_bytes / _GIB
+    program = Program(compiled.as_text())
+    if name == "rollout":
+        around, turn, turns = program.split("decode_step")
+        costs = [(around, 1), (turn, turns)]
+    else:
+        costs = [(program.cost, 1)]
+    phases = []
+    for phase, (cost, runs) in zip(names, costs, strict=True):
+        flops = total_flops(cost, attention)
+        times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
+        times["interconnect"] = sum(cost.collectives.values()) / chip.link
+        bound = max(times, key=times.__getitem__)
+        phases.append(
+            PhasePlan(
+                phase=phase,
+                runs=runs,
+                arguments_gib=arguments,
+                temporaries_gib=own - arguments,
+                resident_gib=resident,
+                hbm_gib=own + resident,
+                fits=own + resident <= chip.hbm_gib,
+                flops=flops,
+                bytes=cost.bytes,
+                collective_bytes=cost.collectives,
+                seconds=times[bound],
+                bound=bound,
+            )
+        )
+    return phases
+
+
+def total_flops(cost: Cost, attention: Mapping[int, int]) -> float:
+    """FLOPs of matrix products, those of attention kernels too."""
+    return cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
+
+
+def kernel_flops(kernel: Kernel, attention: Mapping[int, int]) -> float:
+    """FLOPs of a splash attention call: its forward pass is 2 matrix products a block, its backward passes 3 and 4."""
+    products = next((n for name, n in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name in kernel.name), None)
+    queries = next(shape for shape in kernel.shapes if len(shape) >= 3 and shape[-2] in attention)
+    if products is None:
+        raise PlanError(f"kernel {kernel.name}: expected one of splash attention's")
+    return kernel.calls * 2.0 * products * math.prod(queries[:-2]) * attention[queries[-2]] * queries[-1]
+
+
+def make_plan(config: Config, config_path: str | None, topology: str, report: Callable[[str], None]) -> Plan:
+    """Compiles all phases of a step of this run for a slice.
+
+    Args:
+      config: its mesh has as many chips as the slice.
+      config_path: named in the result.
+      topology: such as "v5e:4x4".
+      report: told which phase is being compiled; it takes minutes.
+
+    Raises:
+      PlanError, MeshError, CheckpointError: the slice, the mesh or the model is not one, or they do not go together.
+    """
+    chip, _, _ = read_topology(topology)
+    mesh = make_topology_mesh(config.mesh, topology)
+    dims = find_dims(config.model.path)
+    check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
+    phases: list[PhasePlan] = []
+    with jax.set_mesh(mesh):
+        step = Step(config, dims, mesh)
+        attention = step.attention_scores()
+        for name, lower, beside in step.programs():
+            report(name)
+            phases += analyse(name, lower, beside, chip, attention)
+    times = [phase.runs * phase.seconds for phase in phases if phase.seconds is not None]
+    seconds = sum(times) if len(times) == len(phases) else None
+    samples = config.train.batch_size * config.rollout.group_size
+    return Plan(
+        config=config_path,
+        mesh=config.mesh,
+        topology=topology,
+        chips=mesh.size,
+        hbm_limit_gib=chip.hbm_gib,
+        prompt_tokens=step.prompt_tokens,
+        response_tokens=step.response_tokens,
+        fits=all(phase.fits for phase in phases),
+        seconds_per_step=seconds,
+        samples_per_second_per_chip=samples / seconds / mesh.size if seconds else None,
+        phases=phases,
+        advice=advise(config, [phase for phase in phases if not phase.fits]),
+    )
+
+
+def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
+    """What to change so that the phases that do not fit may."""
+    advice = []
+    data, fsdp, tensor = parse_mesh(config.mesh)
+    for phase in over:
+        if phase.phase == "update":
+            if not config.model.remat:
+                advice.append("--model.remat=true: recompute blocks in the backward pass")
+            if config.train.micro_batch_size > data * fsdp:
+                advice.append(f"--train.micro_batch_size={data * fsdp}: one prompt with its answers a row of the mesh")
+            if config.train.moment_dtype == "float32":
+                advice.append("--train.moment_dtype=bfloat16: 2 bytes less a parameter")
+            if not config.model.freeze_vision:
+                advice.append("--model.freeze_vision=true: no moments of the vision tower, no backward pass through it")
+        if config.model.compute_dtype == "float32":
+            advice.append("--model.compute_dtype=bfloat16: half the bytes of activations, reference and caches")
+        if phase.phase in ("reference", "update", "decode"):
+            shorter = config.rollout.max_response_tokens // 2
+            advice.append(f"--rollout.max_response_tokens={shorter}: shorter answers")
+        if phase.phase in ("prefill", "decode") and config.train.batch_size > data * fsdp:
+            advice.append(f"--train.batch_size={data * fsdp}: fewer prompts a step")
+    if over:
+        advice.append(f"a larger slice, such as --mesh={2 * fsdp * data}x{tensor}: weights and moments spread over it")
+    return list(dict.fromkeys(advice))

@@ -1,0 +1,85 @@
+"""TPU slices by name: what a chip can do, and a mesh over chips that are not there."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType
+
+from segzero_jax.mesh import AXES, MeshError, parse_mesh
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; one line."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip (docs.cloud.google.com/tpu/docs: v5e, v5p, v6e).
+
+    Attributes:
+      hbm_gib: what the compiler lets a program use.
+      flops: bfloat16, per second.
+      hbm: bytes per second.
+      link: bytes per second one way over one of the chip's links. A mesh axis is taken to have one link each way, as at
+        the end of a row; a ring that closes has two.
+    """
+
+    hbm_gib: float
+    flops: float
+    hbm: float
+    link: float
+
+
+CHIPS: Mapping[str, Chip] = {
+    "v5e": Chip(15.75, 197e12, 819e9, 400e9 / 8),
+    "v5p": Chip(95.74, 459e12, 2765e9, 1200e9 / 12),
+    "v6e": Chip(31.25, 918e12, 1638e9, 800e9 / 8),
+}
+
+
+def read_topology(text: str) -> tuple[Chip, str, tuple[int, ...]]:
+    """``"v5e:4x4"`` -> the chip, its generation, and the slice's shape. Raises PlanError."""
+    generation, _, shape = text.partition(":")
+    sizes = shape.split("x")
+    flat = 2 if generation in ("v5e", "v6e") else 3
+    if generation not in CHIPS or len(sizes) != flat or not all(size.isdigit() and int(size) for size in sizes):
+        raise PlanError(f"--topology={text}: expected v5e:4x4, v6e:4x4 or v5p:2x2x4, sizes as you like")
+    return CHIPS[generation], generation, tuple(map(int, sizes))
+
+
+def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
+    """The mesh over the chips of a slice that is not there.
+
+    Raises:
+      PlanError: no such slice, or libtpu is not installed.
+      MeshError: the mesh has another number of chips.
+    """
+    _, _, shape = read_topology(topology)
+    sizes = parse_mesh(mesh)
+    if math.prod(sizes) != math.prod(shape):
+        raise MeshError(
+            f"--mesh={mesh}: {math.prod(sizes)} chips, --topology={topology} has {math.prod(shape)}; make them equal"
+        )
+    # What libtpu asks of a machine that has no TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # The compiler takes no chip: it may run beside another process that has libtpu loaded.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # A host has 2 x 2 chips, or is smaller than that.
+    host = (*(min(2, size) for size in shape[:2]), 1)
+    try:
+        slice_ = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chips_per_host_bounds=host, num_slices=1
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        if importlib.util.find_spec("libtpu") is None:
+            raise PlanError(f"--topology={topology}: needs the TPU compiler: pip install 'jax[tpu]'") from None
+        raise PlanError(f"--topology={topology}: no such slice: {reason}") from None
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=slice_.devices)

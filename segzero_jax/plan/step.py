@@ -1,0 +1,165 @@
+"""A training step in abstract values: shapes and shardings without numbers."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from segzero_jax.config import Config
+from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, reference_logps, update
+from segzero_jax.mesh import ROLLOUT, TRAIN, Layout
+from segzero_jax.model.attention import Stream, choose_kernel
+from segzero_jax.model.dims import RELEASED, Dims
+from segzero_jax.model.policy import Pass, Policy, embed_images
+from segzero_jax.model.splash import live_scores, padded_length
+from segzero_jax.model.weights import abstract_policy, read_dims
+from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
+from segzero_jax.types import PromptBatch, Rollout
+
+# Which tokens end a response or are never sampled decides nothing about cost: Qwen2.5-VL's.
+_END_IDS, _PAD_ID, _VISUAL_IDS = (151645, 151643), 151643, (151652, 151653, 151654, 151655, 151656)
+
+
+def find_dims(path: str) -> Dims:
+    """The dimensions of ``model.path``: of a directory, or of a released model, whose weights need not be here."""
+    if path in RELEASED and not Path(path).is_dir():
+        return RELEASED[path]
+    return read_dims(path)
+
+
+class Step:
+    """A training step in abstract values: the programs of ``train`` and the shapes and shardings they meet, no numbers.
+
+    Args:
+      config: the run.
+      dims: its policy's.
+      mesh: ambient too (``jax.set_mesh``) while a method is called.
+      batch, group: prompts and responses a prompt; the run's own unless given.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dims: Dims,
+        mesh: jax.sharding.Mesh,
+        batch: int | None = None,
+        group: int | None = None,
+    ) -> None:
+        self.config, self.dims, self.mesh = config, dims, mesh
+        limits = config.rollout
+        multiple = padding_multiple(limits.max_prompt_tokens)
+        self.batch, self.group = batch or config.train.batch_size, group or limits.group_size
+        self.prompt_tokens = -(-limits.max_prompt_tokens // multiple) * multiple
+        self.response_tokens = limits.max_response_tokens
+        windows = -(-config.data.image_size // dims.vision.window)
+        self.patch_slots = windows**2 * dims.vision.window_slots
+        dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
+        self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
+        self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
+        self.loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)
+        self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
+        self.master = self._policy(TRAIN, jnp.float32)
+        self.reference_policy = self._policy(TRAIN, dtype)
+        self.rollout_policy = self._policy(ROLLOUT, dtype)
+        self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), self.master))
+        self.patches = self._patches()
+        embed = partial(embed_images, setup=self.train_pass)
+        frozen = config.model.freeze_vision
+        self.prompts = self._on_mesh(jax.eval_shape(embed, self.master, self.patches)) if frozen else self.patches
+        b, g, r = self.batch, self.group, self.response_tokens
+        self.responses = Rollout(
+            tokens_bgr=self._rows((b, g, r), jnp.int32),
+            length_bg=self._rows((b, g), jnp.int32),
+            logps_bgr=self._rows((b, g, r), jnp.float32),
+            finished_bg=self._rows((b, g), jnp.bool_),
+        )
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.prompt_tokens, self.group, self.response_tokens)
+
+    def programs(self) -> Iterator[tuple[str, Callable[[], Any], Sequence[Any]]]:
+        """In the order of a step: name, what lowers it, and what else lies in memory while it runs."""
+        if self.config.model.freeze_vision:
+            yield "vision", self.lower_vision, (self.state.optimizer, self.reference_policy)
+        yield "reshard", self.lower_reshard, (self.state.optimizer, self.reference_policy)
+        yield "rollout", self.lower_rollout, (self.state, self.reference_policy)
+        yield "reference", self.lower_reference, (self.state,)
+        yield "update", self.lower_update, (self.reference_policy,)
+
+    def lower_vision(self) -> Any:
+        return embed_images.lower(self.master, self.patches, setup=self.train_pass)
+
+    def lower_reshard(self) -> Any:
+        return rollout_layout(self.dims, self.rollout_pass.dtype).lower(self.master)
+
+    def lower_rollout(self) -> Any:
+        limits = self.config.rollout
+        tokens = (limits.max_response_tokens, _END_IDS, _PAD_ID, _VISUAL_IDS)
+        sampling = Sampling(self.group, *tokens, limits.temperature, limits.top_p, limits.top_k)
+        key = self._on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
+        return sample.lower(self.rollout_policy, self.prompts, key, setup=self.rollout_pass, sampling=sampling)
+
+    def lower_reference(self) -> Any:
+        setup = self.train_pass._replace(remat=False)
+        tokens = self.responses.tokens_bgr
+        return reference_logps.lower(self.reference_policy, self.prompts, tokens, setup=setup, settings=self.loss)
+
+    def lower_update(self) -> Any:
+        b, g, r = self.batch, self.group, self.response_tokens
+        learnt = UpdateBatch(
+            self.prompts,
+            self.responses,
+            advantages_bg=self._rows((b, g), jnp.float32),
+            keep_bg=self._rows((b, g), jnp.bool_),
+            ref_logps_bgr=self._rows((b, g, r), jnp.float32),
+        )
+        parts = self.batch // self.config.train.micro_batch_size
+        settings = {"optimizer": self.optimizer, "setup": self.train_pass, "settings": self.loss}
+        return update.lower(self.state, learnt, micro_batches=parts, **settings)
+
+    def attention_scores(self) -> dict[int, int]:
+        """Scores that the attention kernel computes for one head, by the padded length of its sequence."""
+        p, _, r = self.stream
+        return {
+            padded_length(self.patch_slots): padded_length(self.patch_slots) ** 2,
+            padded_length(p): live_scores(p, 1, p),
+            padded_length(self.stream.tokens): live_scores(p, r, self.stream.tokens),
+        }
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def _rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._array(shape, dtype, TRAIN.spec("batch", *(None,) * (len(shape) - 1)))
+
+    def _on_mesh(self, tree: Any, dtype: Any = None) -> Any:
+        """What ``jax.eval_shape`` made, with its shardings on the mesh."""
+        spec = lambda leaf: leaf.sharding.spec if leaf.sharding else PartitionSpec()  # noqa: E731
+        return jax.tree.map(lambda leaf: self._array(leaf.shape, dtype or leaf.dtype, spec(leaf)), tree)
+
+    def _policy(self, layout: Layout, dtype: Any) -> Policy:
+        return self._on_mesh(abstract_policy(self.dims, layout), dtype)
+
+    def _patches(self) -> PromptBatch:
+        b, p, s = self.batch, self.prompt_tokens, self.patch_slots
+        return PromptBatch(
+            tokens_bp=self._rows((b, p), jnp.int32),
+            length_b=self._rows((b,), jnp.int32),
+            positions_b3p=self._rows((b, 3, p), jnp.int32),
+            next_position_b=self._rows((b,), jnp.int32),
+            image_index_bp=self._rows((b, p), jnp.int32),
+            patches_bisc=self._rows((b, 1, s, self.dims.vision.patch_width), jnp.float32),
+            patch_hw_bis2=self._rows((b, 1, s, 2), jnp.int32),
+            patch_valid_bis=self._rows((b, 1, s), jnp.bool_),
+        )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one chip holds of abstract values."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
