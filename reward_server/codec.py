@@ -25,7 +25,8 @@ def decode_image(data: bytes) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP to uint8 RGB [height, width, 3].
 
     Size in bytes and pixels is checked before anything is decoded. The picture is taken as stored: an EXIF rotation
-    is not applied, transparency is dropped.
+    is not applied, transparency is dropped (what lies under it shows), grey becomes equal red, green and blue, of 16
+    bits the upper eight count, of an animation the first frame.
 
     Raises:
       CodecError: too large, of another format, or damaged.
@@ -37,6 +38,11 @@ def decode_image(data: bytes) -> np.ndarray:
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
                 size = f"{picture.width} x {picture.height} pixels"
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
+            if picture.mode.startswith("I"):
+                # Pillow keeps 16 bits of grey, which convert would clip at 255; of 16-bit colours it keeps the upper 8.
+                return np.repeat((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255)[..., None], 3, 2).astype(
+                    np.uint8
+                )
             return np.array(picture.convert("RGB"))
     except CodecError:
         raise
