@@ -39,10 +39,9 @@ def decode_image(data: bytes) -> np.ndarray:
                 size = f"{picture.width} x {picture.height} pixels"
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
             if picture.mode.startswith("I"):
-                # Pillow keeps 16 bits of grey, which convert would clip at 255; of 16-bit colours it keeps the upper 8.
-                return np.repeat((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255)[..., None], 3, 2).astype(
-                    np.uint8
-                )
+                # 16 bits of grey, which convert would clip at 255. Of 16-bit colours Pillow keeps the upper 8 itself.
+                grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, 2)
             return np.array(picture.convert("RGB"))
     except CodecError:
         raise
