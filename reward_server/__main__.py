@@ -14,7 +14,10 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from reward_server.access import Access
 
 _PARENT_POLL_S = 0.5
 _EXAMPLES = """
@@ -47,11 +50,17 @@ def main() -> int:
     signal.signal(signal.SIGINT, _on_signal)
     if args.exit_with_parent is not None:
         threading.Thread(target=_watch_parent, args=(args.exit_with_parent,), daemon=True).start()
-    # Here, not above: without the extra this is one line rather than a traceback, and signals are handled by now.
+    # Here, not above: signals are handled by now. And before the model's libraries, which take seconds to import.
+    from reward_server.access import AccessError
+
+    try:
+        access = _access(args)
+    except AccessError as error:
+        return _failed(str(error))
+    # Without the extra this is one line rather than a traceback.
     try:
         import torch
 
-        from reward_server.access import AccessError
         from reward_server.segmenter import ModelError
         from reward_server.telemetry import log_to_stderr
     except ModuleNotFoundError as error:
@@ -61,17 +70,15 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        _serve(args)
-    except (AccessError, ModelError, OSError) as error:
+        _serve(args, access)
+    except (ModelError, OSError) as error:
         return _failed(str(error))
     return 0
 
 
-def _serve(args: argparse.Namespace) -> None:
-    """Serves until a signal raises out of it; announces the addresses as one line of JSON on standard output."""
+def _access(args: argparse.Namespace) -> "Access":
+    """Who may call, checked. Raises AccessError."""
     from reward_server.access import Access, read_token
-    from reward_server.segmenter import Segmenter
-    from reward_server.server import RewardServer, Settings
 
     access = Access(
         tls_cert=args.tls_cert,
@@ -80,6 +87,16 @@ def _serve(args: argparse.Namespace) -> None:
         token=read_token(args.token_file) if args.token_file else "",
         insecure=args.insecure,
     )
+    access.check_address(args.host)
+    access.credentials()
+    return access
+
+
+def _serve(args: argparse.Namespace, access: "Access") -> None:
+    """Serves until a signal raises out of it; announces the addresses as one line of JSON on standard output."""
+    from reward_server.segmenter import Segmenter
+    from reward_server.server import RewardServer, Settings
+
     settings = Settings(
         host=args.host,
         port=args.port,

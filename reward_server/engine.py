@@ -211,17 +211,21 @@ class Engine:
             if not np.isfinite(scores[ends[-1] :]).all():
                 raise ArithmeticError("SAM 2 gave no finite score for the target")
             target = next(self._masks(logits[ends[-1] :], [len(job.target)], size))[0]
-        intersections, unions, masks = [], [], []
+        target_area = _areas(target[None])[0] if target is not None else 0
+        intersections: list[int] = []
+        unions: list[int] = []
+        masks: list[np.ndarray] = []
         for some in self._masks(logits, counts, size):
             if target is not None:
-                intersections.append((some & target).sum((1, 2)))
-                unions.append((some | target).sum((1, 2)))
+                shared = _areas(some & target)
+                intersections += shared
+                unions += [area + target_area - both for area, both in zip(_areas(some), shared, strict=True)]
             if job.want_masks:
                 masks.append(some.cpu().numpy())
         return Outcome(
-            intersections=torch.cat(intersections).tolist() if intersections else [],
-            unions=torch.cat(unions).tolist() if unions else [],
-            target_area=int(target.sum()) if target is not None else 0,
+            intersections=intersections,
+            unions=unions,
+            target_area=target_area,
             scores=means,
             masks=np.concatenate(masks or [np.zeros((0, *size), bool)]) if job.want_masks else None,
         )
@@ -240,6 +244,10 @@ class Engine:
             while last < len(counts) and last - first < at_once and end - start + counts[last] <= at_once:
                 end += counts[last]
                 last += 1
+            if counts[first:last] == [1] * (last - first):
+                yield self.segmenter.masks(logits[start:end], *size)
+                first, start = last, end
+                continue
             joined = torch.zeros(last - first, *size, dtype=torch.bool, device=logits.device)
             owners = np.repeat(np.arange(last - first), counts[first:last])
             for place in range(start, end, at_once):
@@ -249,3 +257,12 @@ class Engine:
                     joined[owner] |= mask
             yield joined
             first, start = last, end
+
+
+def _areas(masks: torch.Tensor) -> list[int]:
+    """Pixels of each mask, bool [n, height, width]."""
+    if masks.device.type == "cpu":
+        # Ten times as fast as torch's sum, which makes integers of them first.
+        return [int(np.count_nonzero(mask)) for mask in masks.numpy()]
+    areas: list[int] = masks.sum((1, 2)).tolist()
+    return areas
