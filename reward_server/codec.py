@@ -5,7 +5,7 @@ import struct
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco
 
 from reward_server import reward_pb2
@@ -45,6 +45,8 @@ def decode_image(data: bytes) -> np.ndarray:
             return np.array(picture.convert("RGB"))
     except CodecError:
         raise
+    except UnidentifiedImageError:
+        raise CodecError(f"image: not a whole JPEG, PNG or WebP ({len(data)} bytes): it begins like none") from None
     except _DAMAGED as error:
         reason = " ".join(str(error).split())
         raise CodecError(f"image: not a whole JPEG, PNG or WebP ({len(data)} bytes): {reason}") from None

@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import io
 import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 
 import grpc
-from PIL import Image
-from sam_calls import candidate, group_request, image_message, request_for, scene, serving
+from sam_calls import candidate, encoded, group_request, image_message, request_for, scene, serving
 
 from reward_server import reward_pb2
 from reward_server.segmenter import Prompt
@@ -43,13 +41,22 @@ def small_request(draws: random.Random) -> reward_pb2.ScoreRequest:
     return request
 
 
+@functools.cache
+def whole_picture(kind: str) -> bytes:
+    return encoded(scene(0).image[:32, :48], kind)
+
+
 def damaged_picture(draws: random.Random) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(scene(0).image[:32, :48]).save(file, ("PNG", "JPEG", "WEBP", "GIF", "BMP")[draws.randrange(5)])
-    data = bytearray(file.getvalue())
+    data = bytearray(whole_picture(draws.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP"])))
     for _ in range(draws.randrange(6)):
         data[draws.randrange(len(data))] = draws.randrange(256)
     return bytes(data[: draws.randrange(len(data) + 1)])
+
+
+@functools.cache
+def crowd(objects: int, points: int) -> reward_pb2.Candidate:
+    """A candidate of so many objects, of so many points each."""
+    return candidate(*[Prompt((1, 1, 9, 9), ((5, 5),) * points)] * objects)
 
 
 def picture(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
@@ -85,11 +92,11 @@ def candidates(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
 def many(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
     match draws.randrange(3):
         case 0:
-            request.candidates.extend([candidate()] * draws.randrange(250, 400))
+            request.candidates.extend([candidate()] * draws.choice([255, 256, 300]))
         case 1:
-            request.candidates.append(candidate(*[Prompt((1, 1, 9, 9))] * draws.randrange(257, 3000)))
+            request.candidates.append(crowd(draws.choice([257, 2049]), 0))
         case 2:
-            request.candidates.append(candidate(Prompt((1, 1, 9, 9), ((5, 5),) * draws.randrange(17, 99))))
+            request.candidates.append(crowd(1, draws.choice([17, 99])))
 
 
 def name(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
