@@ -121,6 +121,8 @@ def _picture(
     embedding = find(image.sha256)
     if embedding is not None:
         return embedding, None
+    if image.sha256 == hashlib.sha256().digest():
+        raise _invalid("image: 0 bytes, expected a JPEG, PNG or WebP")
     if not image.data:
         reason = "image: not cached, send it again with its bytes"
         raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, reason)

@@ -190,6 +190,8 @@ def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome:
             entry.model_score = outcome.scores[i]
             if outcome.masks is not None:
                 entry.mask.CopyFrom(encode_mask(outcome.masks[i]))
+        elif candidate_status.code == grpc.StatusCode.OUT_OF_RANGE.value[0]:
+            entry.union = outcome.target_area
     return response
 
 

@@ -124,6 +124,9 @@ class TestScore:
         ]
         entries = stub.Score(request_for(picture, *map(candidate, outside + inside))).candidates
         assert [entry.status.code for entry in entries] == [11] * len(outside) + [0] * len(inside)
+        # They select nothing: a score of zero, which a trainer need not count as missing.
+        area = picture.objects[0].mask.sum()
+        assert {(e.intersection, e.union, e.iou) for e in entries[: len(outside)]} == {(0, area, 0.0)}
         assert (
             entries[0].status.message
             == f"objects[0]: box ({width + 1}, 5, {width + 50}, 40) lies outside the frame of {width} x {height}"
@@ -167,6 +170,7 @@ def damaged_pictures() -> list[tuple[bytes, str]]:
     chunk = b"IHDR" + header
     huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[33:]
     return [
+        (b"", "image: 0 bytes, expected a JPEG, PNG or WebP"),
         (b"not a picture", "not a whole JPEG, PNG or WebP"),
         (whole[: len(whole) // 2], "not a whole JPEG, PNG or WebP"),
         (encoded(scene().image, "GIF"), "not a whole JPEG, PNG or WebP"),
@@ -176,7 +180,7 @@ def damaged_pictures() -> list[tuple[bytes, str]]:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("case", range(5))
+    @pytest.mark.parametrize("case", range(6))
     def test_of_pictures(self, stub: reward_pb2_grpc.RewardServiceStub, case: int) -> None:
         data, reason = damaged_pictures()[case]
         request = request_for(scene(), candidate())

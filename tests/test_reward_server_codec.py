@@ -48,6 +48,18 @@ class TestCodec:
             assert mask.shape == (3, 2)
             assert (decode_mask(encode_mask(mask), 3, 2) == mask).all()
 
+    def test_endless_runs_are_refused_before_they_are_read(self) -> None:
+        with pytest.raises(CodecError, match=r"10000000 characters of runs for 54 pixels"):
+            decode_mask(reward_pb2.Rle(height=9, width=6, counts="0" * 10_000_000), 9, 6)
+
+    def test_masks_of_any_texture_take_no_more_characters_than_are_read(self) -> None:
+        for mask in (
+            np.indices((40, 31)).sum(0) % 2 == 0,
+            np.ones((1, 1), bool),
+            np.arange(527).reshape(31, 17) % 17 < 1,
+        ):
+            assert (decode_mask(encode_mask(mask), *mask.shape) == mask).all()
+
     def test_short_runs_are_refused(self) -> None:
         whole = encode_mask(np.eye(9, 6, dtype=bool))
         for end in range(len(whole.counts)):
