@@ -107,7 +107,8 @@ class Engine:
         """Runs the model on every batch size that it is compiled for, else on the smallest and the largest."""
         sizes = [1, max_batch]
         if self.segmenter.compiled:
-            sizes = [2**n for n in range((max_batch - 1).bit_length() + 1)]
+            # Twice each: the first call fills SAM 2's own cache of position encodings, for which torch compiles anew.
+            sizes = [2**n for n in range((max_batch - 1).bit_length() + 1) for _ in range(2)]
         box = Prompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
         blank = np.zeros((48, 64, 3), np.uint8)
         for size in sizes:

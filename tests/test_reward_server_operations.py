@@ -1,7 +1,9 @@
 """What an operator meets: health, metrics, logs, reflection, options, and stubs that say what the proto says."""
 
+import ast
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import re
@@ -9,6 +11,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import urllib.request
 from importlib import resources
@@ -301,3 +304,21 @@ def test_server_process_imports_no_jax() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_image_holds_every_package_that_the_server_imports() -> None:
+    """The image leaves the trainer's dependencies out: what it names itself, and the extra, must be enough."""
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = (root / "reward_server" / "Dockerfile").read_text() + " ".join(project["optional-dependencies"]["reward"])
+    installed = {word.lower().replace("_", "-") for word in re.findall(r"[\w-]+", named)} | {"sam2"}
+    owners = importlib.metadata.packages_distributions()
+    missing = set()
+    for path in (root / "reward_server").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"reward_server"}:
+                if not installed & {owner.lower().replace("_", "-") for owner in owners.get(name, [name])}:
+                    missing.add(f"{path.name} imports {name}")
+    assert missing == set()
