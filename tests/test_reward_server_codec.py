@@ -60,6 +60,12 @@ class TestCodec:
         ):
             assert (decode_mask(encode_mask(mask), *mask.shape) == mask).all()
 
+    @pytest.mark.parametrize("counts", ["7N1", "N8", "0N8"])
+    def test_negative_runs_are_refused_though_they_fill_the_mask(self, counts: str) -> None:
+        """Runs of 7, -2 and 1, or of -2 and 8, are six pixels, too."""
+        with pytest.raises(CodecError, match="not COCO's compressed run lengths"):
+            decode_mask(reward_pb2.Rle(height=3, width=2, counts=counts), 3, 2)
+
     def test_short_runs_are_refused(self) -> None:
         whole = encode_mask(np.eye(9, 6, dtype=bool))
         for end in range(len(whole.counts)):
