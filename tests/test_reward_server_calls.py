@@ -23,7 +23,7 @@ from sam_calls import (
 
 from reward_server import codec, requests, reward_pb2, reward_pb2_grpc
 from reward_server.codec import decode_mask, encode_mask
-from reward_server.segmenter import Prompt
+from reward_server.segmenter import Decoded, Prompt, Segmenter
 from reward_server.server import RewardServer
 
 
@@ -132,6 +132,24 @@ class TestScore:
             == f"objects[0]: box ({width + 1}, 5, {width + 50}, 40) lies outside the frame of {width} x {height}"
         )
         assert entries[4].status.message == f"objects[0]: point (20, -0.5) lies outside the frame of {width} x {height}"
+
+    def test_never_gives_a_score_that_is_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        segmenter = Segmenter.load("toy", "cpu")
+        with serving(segmenters=[segmenter]) as (_, stub):
+            good = stub.Score(group_request(0, 3)).candidates
+            decode = segmenter.decode
+
+            def spoiled(*arguments: object) -> Decoded:
+                decoded = decode(*arguments)
+                decoded.scores[1] = math.nan
+                return decoded
+
+            monkeypatch.setattr(segmenter, "decode", spoiled)
+            entries = stub.Score(group_request(0, 3)).candidates
+        assert [entry.status.code for entry in entries] == [0, 13, 0]
+        assert entries[1].status.message == "SAM 2 gave the score nan"
+        assert (entries[1].iou, entries[1].union) == (0, 0)
+        assert [entries[0], entries[2]] == [good[0], good[2]]
 
     def test_encodes_a_picture_once_and_knows_it_by_its_hash(self) -> None:
         with serving() as (server, stub):
