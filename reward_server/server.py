@@ -36,6 +36,8 @@ _OPTIONS = [
     # A client that vanished without a word is noticed, and its calls are dropped from the queue.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # Of one connection; what a client asks beyond them waits on its side, not in our memory.
+    ("grpc.max_concurrent_streams", 1024),
 ]
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -91,6 +93,9 @@ class RewardServer:
         self._service = RewardService(self._batcher, self.metrics)
         self._health = health.HealthServicer()
         self._workers: Workers | None = None
+        # gRPC reads an IPv6 address only in brackets.
+        bare = settings.host.strip("[]")
+        self._host = f"[{bare}]" if ":" in bare else bare
         settings.access.check_address(settings.host)
         credentials = settings.access.credentials()
         threads = settings.max_queue + devices * settings.max_batch + _SPARE_THREADS
@@ -108,11 +113,11 @@ class RewardServer:
         self._health.set("", _SERVING)
         self._health.set(SERVICE_NAME, _NOT_SERVING)
         self.metrics.watch("queue_depth", "Calls that wait for a device", lambda: len(self._batcher))
-        self.address = f"{settings.host}:{self._listen(credentials)}"
+        self.address = f"{self._host}:{self._listen(credentials)}"
         self.metrics_address, self._stop_metrics = "", _nothing
         if settings.metrics_port is not None:
             port, self._stop_metrics = expose(self.metrics, settings.host, settings.metrics_port, settings.access.tls)
-            self.metrics_address = f"{settings.host}:{port}"
+            self.metrics_address = f"{self._host}:{port}"
         self._server.start()
 
     def serve(self, segmenters: Sequence[Segmenter]) -> None:
@@ -140,7 +145,7 @@ class RewardServer:
         _log.info("stopped")
 
     def _listen(self, credentials: grpc.ServerCredentials | None) -> int:
-        address = f"{self._settings.host}:{self._settings.port}"
+        address = f"{self._host}:{self._settings.port}"
         try:
             if credentials is None:
                 return self._server.add_insecure_port(address)

@@ -21,7 +21,7 @@ from sam_calls import (
     serving,
 )
 
-from reward_server import codec, requests, reward_pb2, reward_pb2_grpc
+from reward_server import codec, reward_pb2, reward_pb2_grpc, validation
 from reward_server.codec import decode_mask, encode_mask
 from reward_server.segmenter import Decoded, Prompt, Segmenter
 from reward_server.server import RewardServer
@@ -229,8 +229,8 @@ class TestRefusals:
         ]
         for request, reason in cases:
             assert_refused(stub, request, reason)
-        good.candidates.extend([candidate()] * requests.MAX_CANDIDATES)
-        assert_refused(stub, good, f"candidates: {requests.MAX_CANDIDATES + 1}, expected at most")
+        good.candidates.extend([candidate()] * validation.MAX_CANDIDATES)
+        assert_refused(stub, good, f"candidates: {validation.MAX_CANDIDATES + 1}, expected at most")
 
     def test_of_more_than_one_request_may_ask(
         self, stub: reward_pb2_grpc.RewardServiceStub, monkeypatch: pytest.MonkeyPatch
@@ -249,7 +249,7 @@ class TestRefusals:
         long = request_for(scene(), candidate(), request_id="x" * 257)
         assert_refused(stub, long, "request_id: 257 characters, expected at most 256")
         height, width = scene().image.shape[:2]
-        monkeypatch.setattr(requests, "MAX_MASK_PIXELS", 3 * height * width)
+        monkeypatch.setattr(validation, "MAX_MASK_PIXELS", 3 * height * width)
         several = request_for(scene(), *[candidate(prompt)] * 4)
         assert_refused(stub, several, f"masks: 4 of {width} x {height} pixels, expected at most 3 of this size")
         stub.Score(request_for(scene(), *[candidate(prompt)] * 3, candidate()))
