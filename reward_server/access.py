@@ -68,6 +68,12 @@ class Access:
             )
 
 
+def bracketed(host: str) -> str:
+    """A host as gRPC reads it in front of a port: IPv6 addresses in brackets."""
+    bare = host.strip("[]")
+    return f"[{bare}]" if ":" in bare else bare
+
+
 def read_token(path: Path) -> str:
     """The token in a file, white space around it dropped. Raises AccessError."""
     try:

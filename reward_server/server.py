@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from reward_server import reward_pb2, reward_pb2_grpc
-from reward_server.access import Access, TokenCheck
+from reward_server.access import Access, TokenCheck, bracketed
 from reward_server.batcher import Batcher
 from reward_server.engine import Engine, Job, Outcome
 from reward_server.segmenter import Segmenter
@@ -93,9 +93,7 @@ class RewardServer:
         self._service = RewardService(self._batcher, self.metrics)
         self._health = health.HealthServicer()
         self._workers: Workers | None = None
-        # gRPC reads an IPv6 address only in brackets.
-        bare = settings.host.strip("[]")
-        self._host = f"[{bare}]" if ":" in bare else bare
+        self._host = bracketed(settings.host)
         settings.access.check_address(settings.host)
         credentials = settings.access.credentials()
         threads = settings.max_queue + devices * settings.max_batch + _SPARE_THREADS

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sam_calls import group_request
 
 from reward_server import reward_pb2, reward_pb2_grpc
-from reward_server.access import Access, AccessError, read_token
+from reward_server.access import Access, AccessError, bracketed, read_token
 from reward_server.segmenter import Segmenter
 from reward_server.server import RewardServer, Settings
 
@@ -149,6 +149,14 @@ class TestMutualTls:
     ) -> None:
         assert refusal(secure(mutual_server, ours)) is grpc.StatusCode.UNAVAILABLE
         assert refusal(secure(mutual_server, ours, client=theirs)) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("::1", "[::1]"), ("[fe80::2]", "[fe80::2]"), ("localhost", "localhost"), ("127.0.0.1", "127.0.0.1")],
+)
+def test_ipv6_addresses_get_brackets(host: str, expected: str) -> None:
+    assert bracketed(host) == expected
 
 
 class TestRefusalsToStart:

@@ -80,22 +80,6 @@ class TestHealth:
                 assert "the worker of cpu is dead" in refused.value.details()
             assert health(channel) == [NOT_SERVING, NOT_SERVING]
 
-    def test_brackets_addresses_that_need_it(self) -> None:
-        """Whether or not this machine has IPv6: without, it is the address in the refusal."""
-        try:
-            server = RewardServer(Settings(host="::1", metrics_port=0))
-        except OSError as error:
-            assert str(error).startswith("cannot listen on [::1]:0")
-            return
-        try:
-            assert server.address.startswith("[::1]:")
-            with grpc.insecure_channel(server.address) as channel:
-                assert health(channel) == [SERVING, NOT_SERVING]
-            with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=60) as page:
-                assert page.status == 200
-        finally:
-            server.stop()
-
     def test_of_a_port_that_is_taken(self) -> None:
         server = RewardServer()
         try:
