@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-import trustme
+from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sam_calls import group_request
 
@@ -18,23 +18,6 @@ from reward_server.server import RewardServer, Settings
 SECRET = "s3cret-Token"
 # Long enough for a handshake on a busy machine, short enough to wait for one that cannot come.
 PATIENCE_S = 20
-
-
-class Authority:
-    """A certificate authority with a server's certificate for this machine and a client's, as files."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        authority, server = trustme.CA(), None
-        server = authority.issue_cert("localhost", "127.0.0.1")
-        client = authority.issue_cert("trainer@example.org")
-        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
-        self.client_cert, self.client_key = folder / "client.pem", folder / "client_key.pem"
-        authority.cert_pem.write_to_path(str(self.ca))
-        for cert, chain, key in ((server, self.cert, self.key), (client, self.client_cert, self.client_key)):
-            for blob in cert.cert_chain_pems:
-                blob.write_to_path(str(chain), append=True)
-            cert.private_key_pem.write_to_path(str(key))
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-import trustme
+from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from sam_calls import candidate, group_request, image_message, request_for, scene, serving
 
 from reward_server import reward_pb2, reward_pb2_grpc
-from reward_server.access import Access
 from reward_server.segmenter import TOY, Prompt, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
 from reward_server.telemetry import JsonLines
@@ -123,22 +122,6 @@ class TestMetrics:
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5)
 
-    def test_are_encrypted_where_calls_are(self, tmp_path: Path) -> None:
-        authority = trustme.CA()
-        made = authority.issue_cert("127.0.0.1")
-        made.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
-        made.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-        access = Access(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem")
-        server = RewardServer(Settings(access=access, metrics_port=0))
-        try:
-            context = ssl.create_default_context()
-            authority.configure_trust(context)
-            url = f"https://{server.metrics_address}/metrics"
-            with urllib.request.urlopen(url, timeout=60, context=context) as page:
-                assert b"segzero_reward_queue_depth" in page.read()
-        finally:
-            server.stop()
-
 
 class TestLogs:
     def test_name_the_request_and_how_it_went(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,18 +175,29 @@ class TestReflection:
 
 class TestCommand:
     def test_serves_with_everything_on_and_ends_in_order(self, tmp_path: Path) -> None:
+        ours = Authority(tmp_path / "certificates")
         (tmp_path / "token").write_text("abc")
         options = ["--model", "toy", "--port", "0", "--threads", "1", "--device", "cpu,cpu", "--max-batch", "4"]
         options += ["--metrics-port", "0", "--reflection", "--log-json", "--token-file", str(tmp_path / "token")]
+        options += ["--host", "0.0.0.0", "--tls-cert", str(ours.cert), "--tls-key", str(ours.key)]
+        options += ["--client-ca", str(ours.ca)]
         with running(options) as child:
             listening = json.loads(child.stdout.readline())
-            with grpc.insecure_channel(listening["listening"]) as channel:
+            credentials = grpc.ssl_channel_credentials(
+                ours.ca.read_bytes(), ours.client_key.read_bytes(), ours.client_cert.read_bytes()
+            )
+            address = listening["listening"].replace("0.0.0.0", "localhost")
+            with grpc.secure_channel(address, credentials) as channel:
                 until_ready(channel)
                 stub = reward_pb2_grpc.RewardServiceStub(channel)
                 token = [("authorization", "Bearer abc")]
                 assert stub.GetInfo(reward_pb2.GetInfoRequest(), metadata=token).device == "cpu,cpu"
                 stub.Score(group_request(0, request_id="mine"), metadata=token)
-            with urllib.request.urlopen(f"http://{listening['metrics']}/metrics", timeout=60) as page:
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub.Score(group_request(0))
+                assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            url = f"https://{listening['metrics']}/metrics".replace("0.0.0.0", "localhost")
+            with urllib.request.urlopen(url, timeout=60, context=ssl.create_default_context(cafile=ours.ca)) as page:
                 assert b'segzero_reward_requests_total{code="OK",method="Score"} 1.0' in page.read()
             child.send_signal(signal.SIGTERM)
             _, errors = child.communicate(timeout=60)
