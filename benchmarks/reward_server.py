@@ -8,12 +8,16 @@ whatever else the machine does meets all of them:
   model        the same with what belongs to a mask: the picture's transform, and the best mask at the picture's size
   server       calls to ``python -m reward_server`` in a process of its own: transport, PNG decoding, hashing, counting
 
+Beside groups a second stands the processor time that a group costs the process that computes it, which other programs
+on the machine hardly change.
+
 The server keeps no embeddings here: every group costs its encoding. Without a GPU the model is the toy one on one
 thread; with one it is hiera-large with random weights, whose speed is that of trained ones.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -115,11 +119,16 @@ def large_checkpoint(folder: Path) -> Path:
     return path
 
 
-def rate(work: Callable[[int], None], groups: int) -> float:
-    """Groups a second."""
-    start = time.perf_counter()
+def timed(work: Callable[[int], None], groups: int, pid: int) -> tuple[float, float]:
+    """Groups a second, and processor milliseconds a group of the process that computes."""
+    start, used = time.perf_counter(), _processor_seconds(pid)
     work(groups)
-    return groups / (time.perf_counter() - start)
+    return groups / (time.perf_counter() - start), 1000 * (_processor_seconds(pid) - used) / groups
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
@@ -134,19 +143,22 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         flags.append("--compile")
     with server_process(flags) as server:
         ways = {
-            "plain loop": (lambda n: plain_loop(segmenter, n), max(1, options.groups // 4)),
-            "network": (lambda n: network(segmenter, n, batch), options.groups),
-            "model": (lambda n: model(segmenter, n, batch), options.groups),
-            "server": (lambda n: served(server, n, 4 * batch), options.groups),
+            "plain loop": (lambda n: plain_loop(segmenter, n), max(1, options.groups // 4), os.getpid()),
+            "network": (lambda n: network(segmenter, n, batch), options.groups, os.getpid()),
+            "model": (lambda n: model(segmenter, n, batch), options.groups, os.getpid()),
+            "server": (lambda n: served(server, n, 4 * batch), options.groups, server.pid),
         }
-        for work, _ in ways.values():
+        for work, _, _ in ways.values():
             work(batch)
         encoded, calls = server.metric("images_encoded_total"), server.metric("call_seconds_count")
         batches = server.metric("batch_size_count")
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        costs: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
-            for name, (work, groups) in ways.items():
-                rates[name].append(rate(work, groups))
+            for name, (work, groups, pid) in ways.items():
+                rate, cost = timed(work, groups, pid)
+                rates[name].append(rate)
+                costs[name].append(cost)
         calls = server.metric("call_seconds_count") - calls
         encoded = server.metric("images_encoded_total") - encoded
         batches = server.metric("batch_size_count") - batches
@@ -160,6 +172,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         "group": GROUP,
         "max_batch": batch,
         "groups_per_second": {name: round(value, 2) for name, value in middle.items()},
+        "processor_ms_per_group": {name: round(statistics.median(values), 1) for name, values in costs.items()},
         "all_rounds": {name: [round(v, 2) for v in values] for name, values in rates.items()},
         # Of neighbouring rounds, so that a machine that is busy for a while does not favour one side.
         "server_to_network": round(_ratio(rates["server"], rates["network"]), 3),
@@ -185,11 +198,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = str(large_checkpoint(Path(folder))) if torch.cuda.is_available() else "toy"
         found = measure(options, source)
-    rates = found["groups_per_second"]
+    rates, costs = found["groups_per_second"], found["processor_ms_per_group"]
     assert isinstance(rates, dict)
+    assert isinstance(costs, dict)
     print(f"{found['model']} on {found['device']}; groups of {GROUP}, batches of {options.batch}")
     for name, value in rates.items():
-        print(f"  {name:<12} {value:8.2f} groups/s")
+        print(f"  {name:<12} {value:8.2f} groups/s {costs[name]:8.1f} ms of processor time a group")
     print(
         f"server: {found['server_to_network']:.1%} of the network, {found['server_to_model']:.1%} of the model, "
         f"{found['server_to_plain_loop']} times the plain loop; {found['encodings_per_group']:g} encodings a group, "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reward_server.access import Access
 
 _PARENT_POLL_S = 0.5
+_SWITCH_S = 0.0005
 _EXAMPLES = """
 examples:
   python -m reward_server --model toy
@@ -109,6 +110,9 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
         reflection=args.reflection,
         metrics_port=args.metrics_port,
     )
+    # A model's thread asks for Python's lock again after every operation of PyTorch: a thread that decodes a request
+    # should not keep it waiting for the usual 5 ms.
+    sys.setswitchinterval(_SWITCH_S)
     devices = args.device.split(",")
     server = RewardServer(settings, len(devices))
     try:
