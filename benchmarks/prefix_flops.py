@@ -2,8 +2,8 @@
 
     python -m benchmarks.prefix_flops [--answers 8] [--output FILE]
 
-Both layouts are compiled for a TPU v5e-16 at the dimensions of Qwen2.5-VL-7B (``segzero_jax.plan``; needs libtpu and no
-TPU): 16 pictures of 840 x 840 with prompts of 1,150 tokens, answers of 150. The repeated layout is this code with one
+Both layouts are compiled for a TPU v5p-32 (16 chips with room for both) at the dimensions of Qwen2.5-VL-7B
+(``segzero_jax.plan``; needs libtpu and no TPU): 16 pictures of 840 x 840 with prompts of 1,150 tokens, answers of 150. The repeated layout is this code with one
 answer a prompt and 16 x G prompts. Takes about ten minutes on two cores.
 """
 
@@ -32,7 +32,7 @@ def measure(batch: int, group: int, micro_batch: int) -> dict[str, float]:
         "rollout.max_response_tokens": 150,
     }
     config = configs.replace(configs.load(ROOT / "configs/seg_zero_7b.yaml"), **changes)
-    mesh = make_topology_mesh("4x4", "v5e:4x4")
+    mesh = make_topology_mesh("4x4", "v5p:2x2x4")
     with jax.set_mesh(mesh):
         step = Step(config, find_dims(config.model.path), mesh, group=group)
         flops = {}

@@ -5,7 +5,7 @@ import struct
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco
 
 from reward_server import reward_pb2
@@ -25,7 +25,8 @@ def decode_image(data: bytes) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP to uint8 RGB [height, width, 3].
 
     Size in bytes and pixels is checked before anything is decoded. The picture is taken as stored: an EXIF rotation
-    is not applied, transparency is dropped.
+    is not applied, transparency is dropped (what lies under it shows), grey becomes equal red, green and blue, of 16
+    bits the upper eight count, of an animation the first frame.
 
     Raises:
       CodecError: too large, of another format, or damaged.
@@ -37,9 +38,15 @@ def decode_image(data: bytes) -> np.ndarray:
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
                 size = f"{picture.width} x {picture.height} pixels"
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
+            if picture.mode.startswith("I"):
+                # 16 bits of grey, which convert would clip at 255. Of 16-bit colours Pillow keeps the upper 8 itself.
+                grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, 2)
             return np.array(picture.convert("RGB"))
     except CodecError:
         raise
+    except UnidentifiedImageError:
+        raise CodecError(f"image: not a whole JPEG, PNG or WebP ({len(data)} bytes): it begins like none") from None
     except _DAMAGED as error:
         reason = " ".join(str(error).split())
         raise CodecError(f"image: not a whole JPEG, PNG or WebP ({len(data)} bytes): {reason}") from None
@@ -53,40 +60,41 @@ def decode_mask(rle: reward_pb2.Rle, height: int, width: int) -> np.ndarray:
     """
     if (rle.height, rle.width) != (height, width):
         raise CodecError(f"mask: {rle.width} x {rle.height} pixels, expected the image's {width} x {height}")
+    # A number takes two characters only where a run is longer than fifteen pixels, and so on.
+    if len(rle.counts) > 2 * (height * width + 2):
+        raise CodecError(f"mask: {len(rle.counts)} characters of runs for {height * width} pixels")
     runs = _run_lengths(rle.counts.encode(), height * width)
     # Background and object take turns, background first, down one column after another.
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def _run_lengths(counts: bytes, pixels: int) -> list[int]:
+def _run_lengths(counts: bytes, pixels: int) -> np.ndarray:
     """Reads COCO's compressed runs, which must fill ``pixels`` exactly.
 
     A number is written in groups of five bits, lowest first, each as a character from "0" on; the sixth bit says that
     more follow, the highest bit of the last group is the sign. From the fourth on, a run is stored as its difference
     to the run before the last (``rleToString`` in cocoapi's maskApi.c).
     """
-    runs: list[int] = []
-    value, bits = 0, 0
-    for character in counts:
-        group = character - 48
-        # No run that fits a picture needs more than six groups.
-        if not 0 <= group < 64 or bits >= 30:
-            raise CodecError("mask: not COCO's compressed run lengths")
-        value |= (group & 31) << bits
-        bits += 5
-        if group & 32:
-            continue
-        if group & 16:
-            value -= 1 << bits
-        if len(runs) > 2:
-            value += runs[-2]
-        if value < 0:
-            raise CodecError("mask: not COCO's compressed run lengths")
-        runs.append(value)
-        value, bits = 0, 0
-    if bits or sum(runs) != pixels:
-        raise CodecError(f"mask: runs for {sum(runs)} pixels, expected {pixels}")
-    return runs
+    groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(groups & 32 == 0)
+    # No run that fits a picture needs more than six groups.
+    sizes = np.diff(last, prepend=-1)
+    if not groups.size or groups.min() < 0 or groups.max() > 63 or last.size == 0 or sizes.max() > 6:
+        raise CodecError("mask: not COCO's compressed run lengths")
+    if last[-1] != groups.size - 1:
+        raise CodecError("mask: COCO's compressed run lengths, cut off within a number")
+    first = last - sizes + 1
+    places = np.arange(groups.size) - np.repeat(first, sizes)
+    values = np.add.reduceat((groups & 31) << (5 * places), first)
+    values -= np.where(groups[last] & 16, 1 << (5 * sizes), 0)
+    # Differences to the run before the last, in two interleaved chains; the first run stands alone.
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    if values.min() < 0:
+        raise CodecError("mask: not COCO's compressed run lengths")
+    if values.sum() != pixels:
+        raise CodecError(f"mask: runs for {values.sum()} pixels, expected {pixels}")
+    return values
 
 
 def encode_mask(mask: np.ndarray) -> reward_pb2.Rle:

@@ -166,18 +166,22 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("image_bytes", "image_pixels", "candidates", "objects_per_candidate", "points_per_object")
+    __slots__ = ("image_bytes", "image_pixels", "candidates", "objects_per_candidate", "points_per_object", "objects", "mask_pixels")
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     OBJECTS_PER_CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     POINTS_PER_OBJECT_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    MASK_PIXELS_FIELD_NUMBER: _ClassVar[int]
     image_bytes: int
     image_pixels: int
     candidates: int
     objects_per_candidate: int
     points_per_object: int
-    def __init__(self, image_bytes: _Optional[int] = ..., image_pixels: _Optional[int] = ..., candidates: _Optional[int] = ..., objects_per_candidate: _Optional[int] = ..., points_per_object: _Optional[int] = ...) -> None: ...
+    objects: int
+    mask_pixels: int
+    def __init__(self, image_bytes: _Optional[int] = ..., image_pixels: _Optional[int] = ..., candidates: _Optional[int] = ..., objects_per_candidate: _Optional[int] = ..., points_per_object: _Optional[int] = ..., objects: _Optional[int] = ..., mask_pixels: _Optional[int] = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
     __slots__ = ("api_version", "server_version", "model", "checkpoint_sha256", "dtype", "device", "limits", "libraries")

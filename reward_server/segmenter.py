@@ -1,22 +1,24 @@
-"""SAM 2 behind one small interface: an image becomes an embedding, prompts become the highest-scored masks.
+"""SAM 2 behind one small interface: pictures become embeddings, prompts become the highest-scored masks.
 
 This is the only module that knows the ``sam2`` package (and its private names). Masks are those of
-``SAM2ImagePredictor.predict(..., multimask_output=True)`` with the highest-scored of the three kept; two things are
-done once instead of many times: all prompts of an image with equally many points go through the mask decoder
-together, and only the kept mask is brought to the size of the image.
+``SAM2ImagePredictor.predict(..., multimask_output=True)`` with the highest-scored of the three kept; three things are
+done once instead of many times: several pictures go through the encoder together, all prompts of an image with equally
+many points go through the mask decoder together, and only the kept mask is brought to the size of the image.
 
 Prompts with different numbers of points are not padded to one length: SAM 2's padding points take part in the
 decoder's attention, so masks would change.
 """
 
 import hashlib
+import pickle
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import sam2
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -26,14 +28,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from torchvision.transforms import functional as pictures
 from yaml import YAMLError
 
 TOY = Path(__file__).parent / "assets" / "toy_sam2"
 # Bounds the decoder's memory: hiera-large needs about 30 MB a prompt in bfloat16.
-_PROMPTS_PER_CALL = 128
+PROMPTS_PER_CALL = 128
 
 
 class ModelError(ValueError):
@@ -60,23 +63,32 @@ class Embedding:
     def nbytes(self) -> int:
         return sum(level.nbytes for level in self.levels)
 
+    def to(self, device: torch.device) -> "Embedding":
+        """The same on another device; itself where it is there already."""
+        return replace(self, levels=tuple(level.to(device) for level in self.levels))
+
 
 @dataclass(frozen=True)
-class Masks:
-    """One mask per candidate, the union over its objects.
+class Decoded:
+    """What prompts on one image gave, before it is brought to the image's size.
 
     Attributes:
-      masks: bool [candidates, height, width], on the model's device.
-      scores: per candidate SAM 2's own estimate of the IoU, the mean over its objects; 0 without objects.
+      logits: of the highest-scored mask [prompts, 1, size, size], on the model's device.
+      scores: SAM 2's own estimate of that mask's IoU, float32 [prompts], on the host.
     """
 
-    masks: torch.Tensor
-    scores: tuple[float, ...]
+    logits: torch.Tensor
+    scores: np.ndarray
 
 
 def build_model(config: DictConfig | ListConfig) -> SAM2Base:
     """Builds the network that a SAM 2 configuration describes, with new weights."""
     return instantiate(config.model, _recursive_=True).eval()
+
+
+def published_config(name: str) -> Path:
+    """The configuration inside the sam2 package, such as "configs/sam2.1/sam2.1_hiera_l.yaml"."""
+    return Path(sam2.__file__).parent / name
 
 
 class Segmenter:
@@ -86,26 +98,33 @@ class Segmenter:
       name: as asked for.
       checkpoint_sha256: hexadecimal, of the weights' file; empty for weights that come from none.
       dtype: what encoder and decoder compute in.
+      compiled: the encoder is; batches are then filled up to a power of two, because each size is compiled.
     """
 
-    def __init__(self, model: SAM2Base, name: str, checkpoint_sha256: str = "") -> None:
+    def __init__(self, model: SAM2Base, name: str, checkpoint_sha256: str = "", compiled: bool = False) -> None:
         self.model = model
         self.name = name
         self.checkpoint_sha256 = checkpoint_sha256
+        self.compiled = compiled
         self.device = model.device
         self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.predictor = SAM2ImagePredictor(model)
         # The predictor assumes 1024 px; its features are at a quarter, an eighth and a sixteenth of the model's size.
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+        if compiled:
+            model.image_encoder.forward = torch.compile(model.image_encoder.forward, dynamic=False)
 
     @classmethod
-    def load(cls, model: str, device: str = "auto") -> "Segmenter":
+    def load(cls, model: str, device: str = "auto", config: str = "", compiled: bool = False) -> "Segmenter":
         """Loads a model.
 
         Args:
           model: "toy" for the one inside this package, a directory with ``config.yaml`` and ``model.safetensors``,
-            or a hub id such as "facebook/sam2.1-hiera-large".
+            a checkpoint file (.pt as published, or .safetensors), or a hub id such as "facebook/sam2.1-hiera-large".
           device: "cpu", "cuda", "cuda:1" or "auto": a GPU where there is one.
+          config: a checkpoint file's configuration: a YAML file, or the name of one inside the sam2 package. Published
+            file names are known and need none.
+          compiled: compile the image encoder.
 
         Raises:
           ModelError: there is no such model or device, or the weights do not fit the configuration.
@@ -117,51 +136,81 @@ class Segmenter:
         except (RuntimeError, AssertionError) as error:
             reason = _one_line(error)
             raise ModelError(f"device {device!r}: expected auto, cpu or a GPU that is here: {reason}") from None
-        folder = TOY if model == "toy" else Path(model)
-        if folder.is_dir():
-            network, weights = _load_folder(folder), folder / "model.safetensors"
-            network = network.to(device)
-        elif model in HF_MODEL_ID_TO_FILENAMES:
-            config, weights = HF_MODEL_ID_TO_FILENAMES[model][0], _download(model)
-            network = build_sam2(config, str(weights), device=device)
-        else:
-            known = ", ".join(HF_MODEL_ID_TO_FILENAMES)
-            raise ModelError(f"model {model!r}: expected toy, a directory with config.yaml, or one of {known}")
-        return cls(network, model, hashlib.sha256(weights.read_bytes()).hexdigest())
+        settings, weights = _files(model, config)
+        network = _network(settings, weights).to(device)
+        with weights.open("rb") as file:
+            checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(network, model, checkpoint, compiled)
 
-    def embed(self, image: np.ndarray) -> Embedding:
-        """Encodes one picture, uint8 RGB [height, width, 3]."""
-        with torch.inference_mode(), self._precision():
-            self.predictor.set_image(image)
-            features = self.predictor._features
-        levels = (*features["high_res_feats"], features["image_embed"])
-        self.predictor.reset_predictor()
-        return Embedding(levels, *image.shape[:2])
+    def check_alive(self) -> None:
+        """Raises RuntimeError when the device no longer computes: after some errors a GPU refuses all further work."""
+        torch.zeros(1, device=self.device).item()
 
-    def segment(self, embedding: Embedding, candidates: Sequence[Sequence[Prompt]]) -> Masks:
-        """Masks of all candidates on one image; a candidate without objects has an empty mask."""
-        shape = (len(candidates), embedding.height, embedding.width)
-        unions = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        scores = np.zeros(len(candidates))
-        by_points: dict[int, list[tuple[int, Prompt]]] = defaultdict(list)
-        for owner, prompts in enumerate(candidates):
-            for prompt in prompts:
-                by_points[len(prompt.points)].append((owner, prompt))
+    def embed(self, images: Sequence[np.ndarray]) -> list[Embedding]:
+        """Encodes pictures together, each uint8 RGB [height, width, 3]; their sizes may differ."""
         with torch.inference_mode():
-            for group in by_points.values():
-                for start in range(0, len(group), _PROMPTS_PER_CALL):
-                    part = group[start : start + _PROMPTS_PER_CALL]
-                    masks, best_scores = self._best_masks(embedding, [prompt for _, prompt in part])
-                    for (owner, _), mask, score in zip(part, masks, best_scores, strict=True):
-                        unions[owner] |= mask
-                        scores[owner] += score / len(candidates[owner])
-        return Masks(unions, tuple(scores.tolist()))
+            pixels = torch.stack([self._prepared(image) for image in images])
+            with self._precision():
+                levels = self._encode(pixels)
+        # Copies: a view would keep the whole batch in memory, and its layout would depend on the batch.
+        alone = torch.contiguous_format
+        return [
+            Embedding(tuple(level[i : i + 1].clone(memory_format=alone) for level in levels), *image.shape[:2])
+            for i, image in enumerate(images)
+        ]
 
-    def _best_masks(self, embedding: Embedding, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, np.ndarray]:
-        """Masks, bool [n, height, width], and scores [n] of prompts that all have the same number of points."""
-        size = (embedding.height, embedding.width)
+    def decode(
+        self, embedding: Embedding, prompts: Sequence[Prompt], prompts_per_call: int = PROMPTS_PER_CALL
+    ) -> Decoded:
+        """The best mask for each prompt, in order; one decoder call for all that have equally many points."""
+        by_points: dict[int, list[int]] = defaultdict(list)
+        for place, prompt in enumerate(prompts):
+            by_points[len(prompt.points)].append(place)
+        parts = [
+            group[start : start + prompts_per_call]
+            for group in by_points.values()
+            for start in range(0, len(group), prompts_per_call)
+        ]
+        side = self.model.image_size // 4
+        logits = torch.empty(len(prompts), 1, side, side, device=self.device)
+        scores = np.empty(len(prompts), np.float32)
+        with torch.inference_mode():
+            for places in parts:
+                logits[places], scores[places] = self._best_logits(embedding, [prompts[place] for place in places])
+        return Decoded(logits, scores)
+
+    def masks(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Logits [n, 1, size, size] as masks of the image's size, bool [n, height, width]."""
+        with torch.inference_mode():
+            whole = self.predictor._transforms.postprocess_masks(logits, (height, width))
+            return whole[:, 0] > self.predictor.mask_threshold
+
+    def _prepared(self, image: np.ndarray) -> torch.Tensor:
+        """The predictor's own transform, on the model's device."""
+        transforms = self.predictor._transforms
+        pixels = torch.from_numpy(image).to(self.device).permute(2, 0, 1).contiguous().float().div(255)
+        resized = pictures.resize(pixels, [transforms.resolution, transforms.resolution])
+        return pictures.normalize(resized, transforms.mean, transforms.std)
+
+    def _encode(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """What ``SAM2ImagePredictor.set_image_batch`` computes: features [n, channels, side, side], finest first."""
+        count = len(pixels)
+        if self.compiled:
+            missing = (1 << (count - 1).bit_length()) - count
+            pixels = torch.cat([pixels, pixels[:1].expand(missing, -1, -1, -1)])
+        _, levels, _, _ = self.model._prepare_backbone_features(self.model.forward_image(pixels))
+        if self.model.directly_add_no_mem_embed:
+            levels[-1] = levels[-1] + self.model.no_mem_embed
+        return [
+            level.permute(1, 2, 0)[:count].unflatten(2, side)
+            for level, side in zip(levels, self.predictor._bb_feat_sizes, strict=True)
+        ]
+
+    def _best_logits(self, embedding: Embedding, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, np.ndarray]:
+        """Logits [n, 1, size, size] and scores [n] of prompts that all have the same number of points."""
         corners = [[prompt.box[:2], prompt.box[2:], *prompt.points] for prompt in prompts]
         coords = torch.tensor(corners, dtype=torch.float32, device=self.device)
+        size = (embedding.height, embedding.width)
         coords = self.predictor._transforms.transform_coords(coords, normalize=True, orig_hw=size)
         # SAM's labels: 2 and 3 are a box's corners, 1 is a foreground point.
         labels = torch.tensor([2, 3] + [1] * (coords.shape[1] - 2), dtype=torch.int32, device=self.device)
@@ -182,26 +231,51 @@ class Segmenter:
         found = scores.float().cpu().numpy()
         best = found.argmax(1)
         rows = np.arange(len(prompts))
-        kept = logits[rows, best][:, None]
-        masks = self.predictor._transforms.postprocess_masks(kept, size)[:, 0] > self.predictor.mask_threshold
-        return masks, found[rows, best]
+        return logits[rows, best][:, None].float(), found[rows, best]
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
 
-def _load_folder(folder: Path) -> SAM2Base:
-    config, weights = folder / "config.yaml", folder / "model.safetensors"
-    for path in (config, weights):
-        if not path.is_file():
-            raise ModelError(f"model {str(folder)!r}: has no {path.name}, expected config.yaml and model.safetensors")
+def _files(model: str, config: str) -> tuple[Path, Path]:
+    """Where a model's configuration and weights are; hub models are downloaded. Raises ModelError."""
+    folder = TOY if model == "toy" else Path(model)
+    if config and not folder.is_file():
+        raise ModelError(f"config {config!r}: only a checkpoint file needs one, model {model!r} is none")
+    if folder.is_dir():
+        settings, weights = folder / "config.yaml", folder / "model.safetensors"
+        for path in (settings, weights):
+            if not path.is_file():
+                raise ModelError(f"model {model!r}: has no {path.name}, expected config.yaml and model.safetensors")
+        return settings, weights
+    if folder.is_file():
+        names = {checkpoint: name for name, checkpoint in HF_MODEL_ID_TO_FILENAMES.values()}
+        name = config or names.get(folder.name, "")
+        for settings in (Path(name), published_config(name)):
+            if name and settings.is_file():
+                return settings, folder
+        given = f"config {config!r}: no such file" if config else f"model {model!r}: give its --config"
+        raise ModelError(f"{given}, expected a YAML file or a name such as {next(iter(names.values()))}")
+    if model in HF_MODEL_ID_TO_FILENAMES:
+        return published_config(HF_MODEL_ID_TO_FILENAMES[model][0]), _download(model)
+    known = ", ".join(HF_MODEL_ID_TO_FILENAMES)
+    raise ModelError(
+        f"model {model!r}: expected toy, a directory with config.yaml, a checkpoint file, or one of {known}"
+    )
+
+
+def _network(config: Path, weights: Path) -> SAM2Base:
     try:
         network = build_model(OmegaConf.load(config))
     except (YAMLError, OmegaConfBaseException, HydraException) as error:
         raise ModelError(f"{config}: not the configuration of a SAM 2: {_one_line(error)}") from None
     try:
-        network.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
-    except (SafetensorError, RuntimeError) as error:
+        if weights.suffix == ".safetensors":
+            values = load_file(weights)
+        else:
+            values = torch.load(weights, map_location="cpu", weights_only=True)["model"]
+        network.load_state_dict({name: value.float() for name, value in values.items()})
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise ModelError(f"{weights}: no weights for {config.name}: {_one_line(error)}") from None
     return network
 

@@ -1,23 +1,30 @@
-"""The life of a server: listen, load, warm up, serve, stop."""
+"""The life of a server: listen, load, warm up, serve, drain, stop."""
 
-import json
 import logging
-import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server.access import Access, TokenCheck, bracketed
+from reward_server.batcher import Batcher
+from reward_server.engine import Engine, Job, Outcome
 from reward_server.segmenter import Segmenter
 from reward_server.service import RewardService
-from reward_server.worker import Worker
+from reward_server.telemetry import Metrics, expose
+from reward_server.worker import Workers
 
 SERVICE_NAME = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
-# A call holds a thread from start to end, most of the time waiting for the worker.
-_HANDLERS = 64
+# A call holds a thread while it waits, so there is one for each that may wait or compute, and some for pictures being
+# decoded, refusals and health checks.
+_SPARE_THREADS = 32
 _MESSAGE_BYTES = 32 * 2**20
-_GRACE_S = 10.0
+# For a batch that still runs when all calls have ended.
+_LAST_BATCH_S = 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
@@ -26,72 +33,128 @@ _OPTIONS = [
     # Clients ping idle connections every minute; a server that minds closes them with "too_many_pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A client that vanished without a word is noticed, and its calls are dropped from the queue.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Of one connection; what a client asks beyond them waits on its side, not in our memory.
+    ("grpc.max_concurrent_streams", 1024),
 ]
 
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a server listens and batches.
+
+    Attributes:
+      port, metrics_port: 0 picks a free one; without a metrics port there is no metrics page.
+      max_batch: requests that go to a device together, and pictures that are encoded together.
+      max_delay_s: how long the first request of an incomplete batch waits for others.
+      max_queue: requests that wait for a device at most; the next one is refused.
+      cache_bytes: embeddings kept per device.
+      drain_s: how long calls in flight may take to finish once the server stops.
+      reflection: tell callers what the proto says.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    access: Access = field(default_factory=Access)
+    max_batch: int = 8
+    max_delay_s: float = 0.005
+    max_queue: int = 256
+    cache_bytes: int = 256 * 2**20
+    drain_s: float = 10.0
+    reflection: bool = False
+    metrics_port: int | None = None
+
+
 class RewardServer:
-    """A gRPC server that listens from the start and serves once a model is loaded.
+    """A gRPC server that listens from the start and serves once it has a model.
+
+    Health: the service "" is alive from the start until a worker dies or the server stops; ``SERVICE_NAME`` is ready
+    only while a warm model serves.
 
     Attributes:
       address: host and port that it listens on.
+      metrics_address: the same of the metrics page; empty without one.
 
     Raises:
+      AccessError: on construction, when it may not listen there, or a certificate is of no use.
       OSError: on construction, when it cannot listen there.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(_HANDLERS, thread_name_prefix="call"), options=_OPTIONS)
-        self._service = RewardService()
+    def __init__(self, settings: Settings | None = None, devices: int = 1) -> None:
+        self._settings = settings = settings or Settings()
+        self.metrics = Metrics()
+        self._batcher: Batcher[Job, Outcome] = Batcher(settings.max_batch, settings.max_delay_s, settings.max_queue)
+        self._service = RewardService(self._batcher, self.metrics)
         self._health = health.HealthServicer()
-        self._worker: Worker | None = None
+        self._workers: Workers | None = None
+        self._host = bracketed(settings.host)
+        settings.access.check_address(settings.host)
+        credentials = settings.access.credentials()
+        threads = settings.max_queue + devices * settings.max_batch + _SPARE_THREADS
+        token = settings.access.token
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="call"),
+            interceptors=[TokenCheck(token)] if token else [],
+            options=_OPTIONS,
+        )
         reward_pb2_grpc.add_RewardServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError:
-            raise OSError(
-                f"cannot listen on {host}:{port}: is another process there? port 0 picks a free one"
-            ) from None
-        self.address = f"{host}:{bound}"
+        if settings.reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self._health.set("", _SERVING)
+        self._health.set(SERVICE_NAME, _NOT_SERVING)
+        self.metrics.watch("queue_depth", "Calls that wait for a device", lambda: len(self._batcher))
+        self.address = f"{self._host}:{self._listen(credentials)}"
+        self.metrics_address, self._stop_metrics = "", _nothing
+        if settings.metrics_port is not None:
+            port, self._stop_metrics = expose(self.metrics, settings.host, settings.metrics_port, settings.access.tls)
+            self.metrics_address = f"{self._host}:{port}"
         self._server.start()
 
-    def load(self, model: str, device: str) -> None:
-        """Loads a model, warms it up and reports SERVING. Raises ``segmenter.ModelError``."""
-        worker = Worker(Segmenter.load(model, device))
-        worker.warm_up()
-        self._worker = worker
-        self._service.ready(worker)
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        segmenter = worker.segmenter
-        _log.info("serving %s on %s (%s, %s)", segmenter.name, self.address, segmenter.device, segmenter.dtype)
+    def serve(self, segmenters: Sequence[Segmenter]) -> None:
+        """Warms up a loaded model on each of its devices and reports ready."""
+        engines = [Engine(segmenter, self._settings.cache_bytes, self.metrics) for segmenter in segmenters]
+        self.metrics.watch(
+            "cache_bytes", "Bytes of embeddings kept", lambda: sum(engine.embeddings.nbytes for engine in engines)
+        )
+        self.metrics.watch_memory([segmenter.device for segmenter in segmenters])
+        self._workers = Workers(engines, self._batcher, self.metrics, self._die)
+        self._workers.start()
+        self._service.ready(self._workers)
+        self._health.set(SERVICE_NAME, _SERVING)
+        first = segmenters[0]
+        where = ", ".join(str(segmenter.device) for segmenter in segmenters)
+        _log.info("serving %s on %s (%s, %s)", first.name, self.address, where, first.dtype)
 
     def stop(self) -> None:
-        """Reports NOT_SERVING, lets calls in flight finish for a while, and ends."""
+        """Reports NOT_SERVING, refuses new calls, lets those in flight finish for a while, and ends."""
         self._health.enter_graceful_shutdown()
-        self._server.stop(_GRACE_S).wait()
-        if self._worker is not None:
-            self._worker.stop()
+        self._server.stop(self._settings.drain_s).wait()
+        if self._workers is not None:
+            self._workers.stop(_LAST_BATCH_S)
+        self._stop_metrics()
         _log.info("stopped")
 
-    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    def _listen(self, credentials: grpc.ServerCredentials | None) -> int:
+        address = f"{self._host}:{self._settings.port}"
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise OSError(f"cannot listen on {address}: is another process there? port 0 picks a free one") from None
+
+    def _die(self) -> None:
         for name in ("", SERVICE_NAME):
-            self._health.set(name, status)
+            self._health.set(name, _NOT_SERVING)
 
 
-def serve(host: str, port: int, model: str, device: str) -> None:
-    """Serves until a signal raises out of it; announces the address as one line of JSON on standard output.
-
-    Raises:
-      OSError: it cannot listen there.
-      segmenter.ModelError: there is no such model.
-    """
-    server = RewardServer(host, port)
-    try:
-        print(json.dumps({"listening": server.address}), flush=True)
-        server.load(model, device)
-        threading.Event().wait()
-    finally:
-        server.stop()
+def _nothing() -> None:
+    """Stops nothing."""

@@ -1,214 +1,213 @@
-"""The gRPC face: checks requests, hands them to the worker, words the answers."""
+"""The gRPC face: takes calls, has devices answer them, words answers and refusals."""
 
-import hashlib
 import logging
 import math
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
-import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from reward_server import reward_pb2, reward_pb2_grpc
-from reward_server.codec import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, CodecError, decode_image, decode_mask, encode_mask
-from reward_server.segmenter import Embedding, Prompt
-from reward_server.worker import Job, Outcome, Worker
+from reward_server.batcher import Batcher, ClosedError, NotServedError, Ticket, TooLateError
+from reward_server.codec import encode_mask
+from reward_server.engine import DeviceMemoryError, Job, Outcome
+from reward_server.telemetry import Metrics
+from reward_server.validation import RequestError, job_from, limits, status
+from reward_server.worker import Workers
 
-MAX_CANDIDATES = 256
-MAX_OBJECTS = 256
-MAX_POINTS = 16
-# Farther from the picture than this, in pixels of the request's frame, no policy means anything, and float32 overflows.
-_FARTHEST = 1e6
+# Another process may hold the memory that was missing; it does not let go of it within milliseconds.
+_MEMORY_RETRY_S = 1.0
+# gRPC ends a late call by a clock of its own; one that ends this close to its deadline was late, not cancelled.
+_CLOCKS_APART_S = 0.05
+
+Request = TypeVar("Request", reward_pb2.ScoreRequest, reward_pb2.SegmentRequest)
+Response = TypeVar("Response", reward_pb2.ScoreResponse, reward_pb2.SegmentResponse)
 
 _log = logging.getLogger(__name__)
 
 
-class RequestError(Exception):
-    """A request that has no answer: the call's status code and one line of reason."""
+@dataclass
+class _Call:
+    """What a call's log line says."""
 
-    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
+    method: str
+    request_id: str
+    start: float
+    candidates: int = 0
+    image_bytes: int = 0
+    batch: int = 0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
 
 
 class RewardService(reward_pb2_grpc.RewardServiceServicer):
     """The three calls of reward.proto. Until ``ready`` is called, only GetInfo answers."""
 
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
+    def __init__(self, batcher: Batcher[Job, Outcome], metrics: Metrics) -> None:
+        self._batcher = batcher
+        self._metrics = metrics
+        self._workers: Workers | None = None
 
-    def ready(self, worker: Worker) -> None:
-        """Serves with this worker from now on."""
-        self._worker = worker
+    def ready(self, workers: Workers) -> None:
+        """Serves with these workers from now on."""
+        self._workers = workers
 
     def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
-        try:
-            return self._score(request, context)
-        except RequestError as error:
-            _refuse(request.request_id, error, context)
+        return self._answer("Score", request, context, _score_response)
 
     def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
-        try:
-            return self._segment(request, context)
-        except RequestError as error:
-            _refuse(request.request_id, error, context)
+        return self._answer("Segment", request, context, _segment_response)
 
     def GetInfo(self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext) -> reward_pb2.GetInfoResponse:
         info = reward_pb2.GetInfoResponse(
             api_version=reward_pb2.API_VERSION_CURRENT,
             server_version=_installed("segzero-jax"),
-            limits=reward_pb2.Limits(
-                image_bytes=MAX_IMAGE_BYTES,
-                image_pixels=MAX_IMAGE_PIXELS,
-                candidates=MAX_CANDIDATES,
-                objects_per_candidate=MAX_OBJECTS,
-                points_per_object=MAX_POINTS,
-            ),
+            limits=limits(),
             libraries={name: _installed(name) for name in ("torch", "sam2")},
         )
-        if self._worker is not None:
-            segmenter = self._worker.segmenter
-            info.model, info.checkpoint_sha256 = segmenter.name, segmenter.checkpoint_sha256
-            info.dtype, info.device = segmenter.dtype, str(segmenter.device)
+        if self._workers is not None:
+            segmenters = [engine.segmenter for engine in self._workers.engines]
+            info.model, info.checkpoint_sha256 = segmenters[0].name, segmenters[0].checkpoint_sha256
+            info.dtype, info.device = segmenters[0].dtype, ",".join(str(s.device) for s in segmenters)
         return info
 
-    def _score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
-        picture = _Picture(request.image, request.frame, self._loaded())
-        candidates, statuses = picture.candidates(request.candidates)
-        outcome = picture.run(candidates, picture.target(request.target), request.return_masks, context)
-        response = reward_pb2.ScoreResponse(request_id=request.request_id, target_area=outcome.target_area)
-        for i, status in enumerate(statuses):
-            entry = response.candidates.add(status=status)
-            if status.code == 0:
-                entry.intersection, entry.union = outcome.intersections[i], outcome.unions[i]
-                entry.iou = entry.intersection / entry.union if entry.union else 1.0
-                entry.model_score = outcome.scores[i]
-                if outcome.masks is not None:
-                    entry.mask.CopyFrom(encode_mask(outcome.masks[i]))
-        return response
-
-    def _segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
-        picture = _Picture(request.image, request.frame, self._loaded())
-        candidates, statuses = picture.candidates(request.candidates)
-        outcome = picture.run(candidates, None, True, context)
-        assert outcome.masks is not None
-        response = reward_pb2.SegmentResponse(request_id=request.request_id)
-        for i, status in enumerate(statuses):
-            entry = response.candidates.add(status=status)
-            if status.code == 0:
-                entry.mask.CopyFrom(encode_mask(outcome.masks[i]))
-                entry.model_score = outcome.scores[i]
-        return response
-
-    def _loaded(self) -> Worker:
-        if self._worker is None:
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, "the model is still loading")
-        return self._worker
-
-
-class _Picture:
-    """A request's image, checked, with what is asked about it brought into its pixels."""
-
-    def __init__(self, image: reward_pb2.Image, frame: reward_pb2.Frame, worker: Worker) -> None:
-        self._worker = worker
-        self._key = image.sha256
-        self._embedding: Embedding | None = worker.embeddings.get(image.sha256)
-        self._pixels: np.ndarray | None = None
-        if len(image.sha256) != hashlib.sha256().digest_size:
-            raise _invalid(f"image.sha256: {len(image.sha256)} bytes, expected 32")
-        if image.data and hashlib.sha256(image.data).digest() != image.sha256:
-            raise _invalid(f"image: its {len(image.data)} bytes do not have the stated SHA-256")
-        if self._embedding is not None:
-            self.height, self.width = self._embedding.height, self._embedding.width
-        elif image.data:
-            try:
-                self._pixels = decode_image(image.data)
-            except CodecError as error:
-                raise _invalid(str(error)) from None
-            self.height, self.width = self._pixels.shape[:2]
-        else:
-            raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, "image: not cached, send it again with its bytes")
-        if frame.width <= 0 or frame.height <= 0:
-            raise _invalid(f"frame: {frame.width} x {frame.height}, expected a positive width and height")
-        self._scale = (self.width / frame.width, self.height / frame.height)
-
-    def candidates(
-        self, candidates: Sequence[reward_pb2.Candidate]
-    ) -> tuple[list[tuple[Prompt, ...]], list[reward_pb2.Status]]:
-        """Each candidate's prompts and status; one that is refused asks for nothing and spoils no other."""
-        if len(candidates) > MAX_CANDIDATES:
-            raise _invalid(f"candidates: {len(candidates)}, expected at most {MAX_CANDIDATES}")
-        prompts: list[tuple[Prompt, ...]] = []
-        statuses = []
-        for candidate in candidates:
-            try:
-                prompts.append(self._prompts(candidate))
-                statuses.append(reward_pb2.Status())
-            except ValueError as error:
-                prompts.append(())
-                statuses.append(reward_pb2.Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=str(error)))
-        return prompts, statuses
-
-    def target(self, target: reward_pb2.Target) -> np.ndarray | tuple[Prompt, ...]:
-        """The target mask, bool [height, width], or the prompts that it is made from."""
-        try:
-            if target.WhichOneof("kind") == "mask":
-                return decode_mask(target.mask, self.height, self.width)
-            if target.WhichOneof("kind") == "objects":
-                return self._prompts(target.objects)
-        except ValueError as error:
-            raise _invalid(f"target: {error}") from None
-        raise _invalid("target: missing, expected a mask or objects")
-
-    def run(
+    def _answer(
         self,
-        candidates: Sequence[Sequence[Prompt]],
-        target: np.ndarray | tuple[Prompt, ...] | None,
-        want_masks: bool,
+        method: str,
+        request: Request,
         context: grpc.ServicerContext,
-    ) -> Outcome:
-        """Waits for the worker's answer."""
-        job = Job(self._key, self._pixels, self._embedding, candidates, target, want_masks, context.is_active)
-        outcome = self._worker.run(job)
-        if outcome is None:
+        word: Callable[[str, list[reward_pb2.Status], Outcome], Response],
+    ) -> Response:
+        """Answers a call, or ends it with the status that says why not; either way it is counted and logged."""
+        call = _Call(method, request.request_id, time.monotonic(), len(request.candidates), len(request.image.data))
+        try:
+            statuses, outcome = self._run(request, context, call)
+            response = word(request.request_id, statuses, outcome)
+        except NotServedError as error:
+            codes = {TooLateError: grpc.StatusCode.DEADLINE_EXCEEDED, ClosedError: grpc.StatusCode.UNAVAILABLE}
+            code = codes.get(type(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self._refuse(call, context, code, str(error), getattr(error, "retry_after_s", 0.0))
+        except DeviceMemoryError as error:
+            self._refuse(call, context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), _MEMORY_RETRY_S)
+        except RequestError as error:
+            self._refuse(call, context, error.code, error.reason)
+        except Exception:  # A fault of ours: the caller learns that much, the log has the rest.
+            _log.exception("request %r failed", call.request_id)
+            self._refuse(call, context, grpc.StatusCode.INTERNAL, "the server failed: its log says how")
+        for entry in response.candidates:
+            self._metrics.candidates.labels(_NAMES[entry.status.code]).inc()
+        self._record(call, grpc.StatusCode.OK, "")
+        return response
+
+    def _run(
+        self, request: Request, context: grpc.ServicerContext, call: _Call
+    ) -> tuple[list[reward_pb2.Status], Outcome]:
+        """Has a device answer. Raises NotServedError, RequestError, DeviceMemoryError or what the model raised."""
+        if self._workers is None:
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, "the model is still loading")
+        deadline = call.start + context.time_remaining()
+        # Before the picture is decoded, too: an overloaded server should not spend its time on that.
+        self._batcher.check(deadline)
+        job, statuses = job_from(request, self._workers.find)
+        ticket = self._batcher.submit(job, deadline)
+        self._wait(ticket, context)
+        now = time.monotonic()
+        if ticket.taken:
+            call.batch, call.queue_s, call.compute_s = ticket.batch, ticket.taken - ticket.enqueued, now - ticket.taken
+            self._metrics.queue_seconds.observe(call.queue_s)
+            self._metrics.compute_seconds.observe(call.compute_s)
+        if not ticket.future.done() or ticket.future.cancelled():
+            if now >= deadline - _CLOCKS_APART_S:
+                raise TooLateError
             raise RequestError(grpc.StatusCode.CANCELLED, "nobody waited for the answer any more")
-        return outcome
+        outcome = ticket.future.result()
+        for i, score in enumerate(outcome.scores):
+            if not math.isfinite(score):
+                statuses[i] = status(grpc.StatusCode.INTERNAL, f"SAM 2 gave the score {score}")
+        return statuses, outcome
 
-    def _prompts(self, candidate: reward_pb2.Candidate) -> tuple[Prompt, ...]:
-        """Prompts in pixels of the image; raises ValueError for what SAM 2 cannot be asked."""
-        if len(candidate.objects) > MAX_OBJECTS:
-            raise ValueError(f"{len(candidate.objects)} objects, expected at most {MAX_OBJECTS}")
-        return tuple(self._prompt(item, f"objects[{i}]") for i, item in enumerate(candidate.objects))
+    @staticmethod
+    def _wait(ticket: Ticket[Job, Outcome], context: grpc.ServicerContext) -> None:
+        """Waits until there is an outcome or the call has ended; an ended call's ticket never reaches a device."""
+        ended = threading.Event()
+        ticket.future.add_done_callback(lambda _: ended.set())
+        if not context.add_callback(ended.set):
+            ended.set()
+        ended.wait()
+        ticket.future.cancel()
 
-    def _prompt(self, item: reward_pb2.ObjectPrompt, name: str) -> Prompt:
-        if not item.HasField("box"):
-            raise ValueError(f"{name}: has no box")
-        if len(item.points) > MAX_POINTS:
-            raise ValueError(f"{name}: {len(item.points)} points, expected at most {MAX_POINTS}")
-        corners = [(item.box.x1, item.box.y1), (item.box.x2, item.box.y2)]
-        spots = corners + [(point.x, point.y) for point in item.points]
-        for value in (v for spot in spots for v in spot):
-            # Written so that NaN, which compares false with everything, is refused too.
-            if not math.fabs(value) <= _FARTHEST:
-                raise ValueError(
-                    f"{name}: coordinate {value}, expected a number between -{_FARTHEST:g} and {_FARTHEST:g}"
-                )
-        across, down = self._scale
-        (x1, y1), (x2, y2), *points = [(x * across, y * down) for x, y in spots]
-        return Prompt((x1, y1, x2, y2), tuple(points))
+    def _refuse(
+        self, call: _Call, context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, retry_after_s: float = 0.0
+    ) -> NoReturn:
+        """Ends the call with a status; where waiting helps, with how long, for gRPC's own retries and for people's."""
+        self._record(call, code, reason)
+        if retry_after_s:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(round(retry_after_s * 1000))
+            detail = any_pb2.Any()
+            detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+            rich = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=reason, details=[detail]))
+            pushback = ("grpc-retry-pushback-ms", str(delay.ToMilliseconds()))
+            context.set_trailing_metadata((*rich.trailing_metadata, pushback))
+        context.abort(code, reason)
+        raise AssertionError("abort raises")
+
+    def _record(self, call: _Call, code: grpc.StatusCode, reason: str) -> None:
+        seconds = time.monotonic() - call.start
+        self._metrics.requests.labels(call.method, code.name).inc()
+        self._metrics.call_seconds.observe(seconds)
+        fields: dict[str, Any] = {
+            "method": call.method,
+            "request_id": call.request_id,
+            "code": code.name,
+            "candidates": call.candidates,
+            "image_bytes": call.image_bytes,
+            "seconds": round(seconds, 4),
+            "queue_seconds": round(call.queue_s, 4),
+            "compute_seconds": round(call.compute_s, 4),
+            "batch": call.batch,
+        }
+        level = logging.INFO if code is grpc.StatusCode.OK else logging.WARNING
+        what = f"refused: {code.name}: {reason}" if reason else f"{call.candidates} candidates in {seconds:.3f} s"
+        _log.log(level, "%s %r %s", call.method, call.request_id, what, extra={"fields": fields})
 
 
-def _invalid(reason: str) -> RequestError:
-    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, reason)
+_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
-def _refuse(request_id: str, error: RequestError, context: grpc.ServicerContext) -> NoReturn:
-    """Ends the call with the error's status."""
-    _log.warning("request %r refused: %s: %s", request_id, error.code.name, error.reason)
-    context.abort(error.code, error.reason)
-    raise AssertionError("abort raises")
+def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome: Outcome) -> reward_pb2.ScoreResponse:
+    response = reward_pb2.ScoreResponse(request_id=request_id, target_area=outcome.target_area)
+    for i, candidate_status in enumerate(statuses):
+        entry = response.candidates.add(status=candidate_status)
+        if candidate_status.code == 0:
+            entry.intersection, entry.union = outcome.intersections[i], outcome.unions[i]
+            entry.iou = entry.intersection / entry.union if entry.union else 1.0
+            entry.model_score = outcome.scores[i]
+            if outcome.masks is not None:
+                entry.mask.CopyFrom(encode_mask(outcome.masks[i]))
+        elif candidate_status.code == grpc.StatusCode.OUT_OF_RANGE.value[0]:
+            entry.union = outcome.target_area
+    return response
+
+
+def _segment_response(
+    request_id: str, statuses: list[reward_pb2.Status], outcome: Outcome
+) -> reward_pb2.SegmentResponse:
+    assert outcome.masks is not None
+    response = reward_pb2.SegmentResponse(request_id=request_id)
+    for i, candidate_status in enumerate(statuses):
+        entry = response.candidates.add(status=candidate_status)
+        if candidate_status.code == 0:
+            entry.mask.CopyFrom(encode_mask(outcome.masks[i]))
+            entry.model_score = outcome.scores[i]
+    return response
 
 
 def _installed(package: str) -> str:

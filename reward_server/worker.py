@@ -1,122 +1,85 @@
-"""The one thread that owns the model, and the embeddings it remembers."""
+"""One thread per device, which alone runs its model."""
 
+import logging
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
 
-import numpy as np
-import torch
+from reward_server.batcher import Batcher, ClosedError
+from reward_server.engine import Engine, Job, Outcome
+from reward_server.segmenter import Embedding
+from reward_server.telemetry import Metrics
 
-from reward_server.segmenter import Embedding, Prompt, Segmenter
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image and its candidates.
+class Workers:
+    """Threads that take batches from one queue, an engine each.
 
-    Attributes:
-      key: SHA-256 of the encoded picture.
-      image: uint8 RGB [height, width, 3], or None where ``embedding`` is given.
-      embedding: what an earlier request left for the same picture.
-      candidates: each a sequence of prompts in pixels of the image.
-      target: candidates' masks are compared with this bool mask [height, width]; or with the mask of these prompts;
-        or with nothing.
-      want_masks: return masks too.
-      wanted: asked when the job's turn comes; a job that nobody waits for any more is dropped.
+    A worker that meets an error it cannot lay on a request is dead, and the service with it: the queue is closed, all
+    who wait are told (ClosedError), and ``on_death`` is called.
     """
 
-    key: bytes
-    image: np.ndarray | None
-    embedding: Embedding | None
-    candidates: Sequence[Sequence[Prompt]]
-    target: np.ndarray | Sequence[Prompt] | None
-    want_masks: bool
-    wanted: Callable[[], bool]
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        batcher: Batcher[Job, Outcome],
+        metrics: Metrics,
+        on_death: Callable[[], None],
+    ) -> None:
+        self.engines = engines
+        self._batcher = batcher
+        self._metrics = metrics
+        self._on_death = on_death
+        self._threads: list[threading.Thread] = []
 
+    def start(self) -> None:
+        """Starts all threads and waits until every model is warm. Raises what a model raised."""
+        started: list[Future[None]] = []
+        for engine in self.engines:
+            warm: Future[None] = Future()
+            name = f"worker-{engine.segmenter.device}"
+            # A device that hangs must not keep the process from ending.
+            thread = threading.Thread(target=self._live, args=(engine, warm), name=name, daemon=True)
+            thread.start()
+            started.append(warm)
+            self._threads.append(thread)
+        for warm in started:
+            warm.result()
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a job gave, one entry per candidate: pixel counts, SAM 2's own score and, where asked, the mask."""
+    def find(self, key: bytes) -> Embedding | None:
+        """The embedding of a picture, on whichever device it is."""
+        return next((found for engine in self.engines if (found := engine.embeddings.get(key))), None)
 
-    intersections: list[int]
-    unions: list[int]
-    target_area: int
-    scores: Sequence[float]
-    masks: np.ndarray | None
+    def stop(self, patience_s: float) -> None:
+        """Closes the queue and waits for the batches that run, so long at most."""
+        self._batcher.close("the server is stopping", drop=True)
+        deadline = time.monotonic() + patience_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                _log.error("%s still computes after %g s", thread.name, patience_s)
 
-
-class Embeddings:
-    """Embeddings by picture, the least recently used forgotten first. Thread-safe."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._entries: OrderedDict[bytes, Embedding] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes) -> Embedding | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def put(self, key: bytes, embedding: Embedding) -> None:
-        with self._lock:
-            if key in self._entries or embedding.nbytes > self._max_bytes:
+    def _live(self, engine: Engine, warm: "Future[None]") -> None:
+        try:
+            engine.warm_up(self._batcher.max_batch)
+        except Exception as error:  # The starter's to deal with.
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
+        while batch := self._batcher.take():
+            start = time.monotonic()
+            self._metrics.batch_size.observe(len(batch))
+            try:
+                engine.run(batch)
+            except BaseException:
+                _log.exception("the worker of %s is dead", engine.segmenter.device)
+                self._on_death()
+                reason = f"the worker of {engine.segmenter.device} is dead: the server's log says why"
+                self._batcher.close(reason, drop=True)
+                for ticket in batch:
+                    if not ticket.future.done():
+                        ticket.future.set_exception(ClosedError(reason))
                 return
-            self._entries[key] = embedding
-            self._bytes += embedding.nbytes
-            while self._bytes > self._max_bytes:
-                _, forgotten = self._entries.popitem(last=False)
-                self._bytes -= forgotten.nbytes
-
-
-class Worker:
-    """Runs jobs one after another on its own thread, which alone touches the segmenter."""
-
-    def __init__(self, segmenter: Segmenter, cache_bytes: int = 256 * 2**20) -> None:
-        self.segmenter = segmenter
-        self.embeddings = Embeddings(cache_bytes)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segmenter")
-
-    def warm_up(self) -> None:
-        """Runs the model twice, because PyTorch specialises its image transform on the first calls."""
-        box = Prompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
-        for _ in range(2):
-            blank = np.zeros((48, 64, 3), np.uint8)
-            self.run(Job(b"", blank, None, [[box, box]], [box], False, lambda: True))
-
-    def run(self, job: Job) -> Outcome | None:
-        """Runs a job when its turn comes and waits for it; None when nobody wanted it any more by then."""
-        return self._thread.submit(self._run, job).result()
-
-    def stop(self) -> None:
-        """Finishes what is queued, then ends the thread."""
-        self._thread.shutdown()
-
-    def _run(self, job: Job) -> Outcome | None:
-        if not job.wanted():
-            return None
-        embedding = job.embedding or self.embeddings.get(job.key)
-        if embedding is None:
-            assert job.image is not None
-            embedding = self.segmenter.embed(job.image)
-            self.embeddings.put(job.key, embedding)
-        if isinstance(job.target, np.ndarray) or job.target is None:
-            found = self.segmenter.segment(embedding, job.candidates)
-            masks = found.masks
-            target = (
-                torch.zeros_like(masks[:1]) if job.target is None else torch.from_numpy(job.target).to(masks.device)
-            )
-        else:
-            found = self.segmenter.segment(embedding, [*job.candidates, job.target])
-            masks, target = found.masks[:-1], found.masks[-1]
-        return Outcome(
-            intersections=(masks & target).sum((1, 2)).tolist(),
-            unions=(masks | target).sum((1, 2)).tolist(),
-            target_area=int(target.sum()),
-            scores=found.scores[: len(job.candidates)],
-            masks=masks.cpu().numpy() if job.want_masks else None,
-        )
+            self._batcher.finished(batch, time.monotonic() - start)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from reward_server import reward_pb2
 from segzero_jax.types import Frame, ObjectPrompt, RleMask
 
+# google.rpc.Code, as in reward.proto's Status.
+_OUT_OF_RANGE = 11
+
 
 @dataclass(frozen=True)
 class ServerInfo:
@@ -137,8 +140,8 @@ def _candidate(objects: Sequence[ObjectPrompt]) -> reward_pb2.Candidate:
 
 
 def score_from(entry: reward_pb2.CandidateScore) -> CandidateScore:
-    """One candidate's answer."""
-    if entry.status.code != 0:
+    """One candidate's answer. A prompt that lies outside the picture selects nothing: a score of zero, none missing."""
+    if entry.status.code not in (0, _OUT_OF_RANGE):
         return CandidateScore(None, 0, 0, 0.0, None, entry.status.message)
     return CandidateScore(entry.iou, entry.intersection, entry.union, entry.model_score, _mask_from(entry), "")
 

@@ -1,0 +1,218 @@
+"""The reward server beside the plain predictor and the bare model: python -m benchmarks.reward_server [--out FILE]
+
+A group is one picture and 8 candidates with a box and a point each. Four ways to answer groups take turns, so that
+whatever else the machine does meets all of them:
+
+  plain loop   SAM2ImagePredictor: set_image and predict for every candidate
+  network      encoder and decoder alone, on prepared tensors, batched as the server batches; no masks of picture size
+  model        the same with what belongs to a mask: the picture's transform, and the best mask at the picture's size
+  server       calls to ``python -m reward_server`` in a process of its own: transport, PNG decoding, hashing, counting
+
+Beside groups a second stands the processor time that a group costs the process that computes it, which other programs
+on the machine hardly change.
+
+The server keeps no embeddings here: every group costs its encoding. Without a GPU the model is the toy one on one
+thread; with one it is hiera-large with random weights, whose speed is that of trained ones.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from benchmarks.reward_requests import group_request, picture, prompts
+from benchmarks.server_process import Server, server_process
+from reward_server.segmenter import Segmenter, build_model, published_config
+
+LARGE = "configs/sam2.1/sam2.1_hiera_l.yaml"
+GROUP = 8
+
+
+def plain_loop(segmenter: Segmenter, groups: int) -> None:
+    predictor = segmenter.predictor
+    with torch.inference_mode(), segmenter._precision():
+        for index in range(groups):
+            image = picture(index).image
+            for prompt in prompts(index, GROUP):
+                predictor.set_image(image)
+                masks, scores, _ = predictor.predict(
+                    point_coords=np.array(prompt.points), point_labels=np.ones(1), box=np.array(prompt.box)
+                )
+                _ = masks[scores.argmax()] > 0
+    predictor.reset_predictor()
+
+
+def network(segmenter: Segmenter, groups: int, batch: int) -> None:
+    """Encoder and decoder; pictures and prompts are prepared outside of the clock by the first call."""
+    for start in range(0, groups, batch):
+        count = min(batch, groups - start)
+        with torch.inference_mode(), segmenter._precision():
+            levels = segmenter._encode(_prepared(segmenter, count))
+            for i in range(count):
+                sparse, dense = segmenter.model.sam_prompt_encoder(points=_points(segmenter), boxes=None, masks=None)
+                segmenter.model.sam_mask_decoder(
+                    image_embeddings=levels[-1][i : i + 1],
+                    image_pe=segmenter.model.sam_prompt_encoder.get_dense_pe(),
+                    sparse_prompt_embeddings=sparse,
+                    dense_prompt_embeddings=dense,
+                    multimask_output=True,
+                    repeat_image=True,
+                    high_res_features=[level[i : i + 1] for level in levels[:-1]],
+                )
+    if segmenter.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+_kept: dict[int, torch.Tensor] = {}
+
+
+def _prepared(segmenter: Segmenter, count: int) -> torch.Tensor:
+    if count not in _kept:
+        _kept[count] = torch.stack([segmenter._prepared(picture(index).image) for index in range(count)])
+    return _kept[count]
+
+
+def _points(segmenter: Segmenter) -> tuple[torch.Tensor, torch.Tensor]:
+    size = segmenter.model.image_size
+    coords = torch.tensor([[[0.2, 0.2], [0.7, 0.7], [0.5, 0.5]]], device=segmenter.device).repeat(GROUP, 1, 1) * size
+    labels = torch.tensor([[2, 3, 1]], dtype=torch.int32, device=segmenter.device).repeat(GROUP, 1)
+    return coords, labels
+
+
+def model(segmenter: Segmenter, groups: int, batch: int) -> None:
+    for start in range(0, groups, batch):
+        indices = range(start, min(start + batch, groups))
+        images = [picture(index).image for index in indices]
+        for index, image, embedding in zip(indices, images, segmenter.embed(images), strict=True):
+            decoded = segmenter.decode(embedding, prompts(index, GROUP))
+            segmenter.masks(decoded.logits, *image.shape[:2]).sum((1, 2)).tolist()
+
+
+def served(server: Server, groups: int, outstanding: int) -> None:
+    """Calls the server with so many calls under way at any time."""
+    waiting: deque[grpc.Future] = deque()
+    for index in range(groups):
+        if len(waiting) == outstanding:
+            waiting.popleft().result()
+        waiting.append(server.stub.Score.future(group_request(index, GROUP), timeout=600))
+    for call in waiting:
+        call.result()
+
+
+def large_checkpoint(folder: Path) -> Path:
+    """Hiera-large with random weights, in the form that is published."""
+    torch.manual_seed(0)
+    network = build_model(OmegaConf.load(published_config(LARGE)))
+    path = folder / "sam2.1_hiera_large.pt"
+    torch.save({"model": network.state_dict()}, path)
+    return path
+
+
+def timed(work: Callable[[int], None], groups: int, pid: int) -> tuple[float, float]:
+    """Groups a second, and processor milliseconds a group of the process that computes."""
+    start, used = time.perf_counter(), _processor_seconds(pid)
+    work(groups)
+    return groups / (time.perf_counter() - start), 1000 * (_processor_seconds(pid) - used) / groups
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = ["--threads", "1"] if device == "cpu" else []
+    if threads:
+        torch.set_num_threads(1)
+    segmenter = Segmenter.load(source, device)
+    batch = options.batch
+    flags = ["--model", source, "--device", device, "--max-batch", str(batch), "--cache-mib", "0", *threads]
+    if options.compile:
+        flags.append("--compile")
+    with server_process(flags) as server:
+        ways = {
+            "plain loop": (lambda n: plain_loop(segmenter, n), max(1, options.groups // 4), os.getpid()),
+            "network": (lambda n: network(segmenter, n, batch), options.groups, os.getpid()),
+            "model": (lambda n: model(segmenter, n, batch), options.groups, os.getpid()),
+            "server": (lambda n: served(server, n, 4 * batch), options.groups, server.pid),
+        }
+        for work, _, _ in ways.values():
+            work(batch)
+        encoded, calls = server.metric("images_encoded_total"), server.metric("call_seconds_count")
+        batches = server.metric("batch_size_count")
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        costs: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.rounds):
+            for name, (work, groups, pid) in ways.items():
+                rate, cost = timed(work, groups, pid)
+                rates[name].append(rate)
+                costs[name].append(cost)
+        calls = server.metric("call_seconds_count") - calls
+        encoded = server.metric("images_encoded_total") - encoded
+        batches = server.metric("batch_size_count") - batches
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, 1 thread"
+    )
+    return {
+        "model": "toy" if source == "toy" else "hiera-large, random weights",
+        "device": name,
+        "group": GROUP,
+        "max_batch": batch,
+        "groups_per_second": {name: round(value, 2) for name, value in middle.items()},
+        "processor_ms_per_group": {name: round(statistics.median(values), 1) for name, values in costs.items()},
+        "all_rounds": {name: [round(v, 2) for v in values] for name, values in rates.items()},
+        # Of neighbouring rounds, so that a machine that is busy for a while does not favour one side.
+        "server_to_network": round(_ratio(rates["server"], rates["network"]), 3),
+        "server_to_model": round(_ratio(rates["server"], rates["model"]), 3),
+        "server_to_plain_loop": round(_ratio(rates["server"], rates["plain loop"]), 2),
+        "encodings_per_group": encoded / calls,
+        "mean_batch": round(calls / batches, 2),
+    }
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--groups", type=int, default=64, help="groups a round [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
+    parser.add_argument("--batch", type=int, default=8, help="--max-batch of the server [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="--compile for the server")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = str(large_checkpoint(Path(folder))) if torch.cuda.is_available() else "toy"
+        found = measure(options, source)
+    rates, costs = found["groups_per_second"], found["processor_ms_per_group"]
+    assert isinstance(rates, dict)
+    assert isinstance(costs, dict)
+    print(f"{found['model']} on {found['device']}; groups of {GROUP}, batches of {options.batch}")
+    for name, value in rates.items():
+        print(f"  {name:<12} {value:8.2f} groups/s {costs[name]:8.1f} ms of processor time a group")
+    print(
+        f"server: {found['server_to_network']:.1%} of the network, {found['server_to_model']:.1%} of the model, "
+        f"{found['server_to_plain_loop']} times the plain loop; {found['encodings_per_group']:g} encodings a group, "
+        f"{found['mean_batch']} calls a batch"
+    )
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

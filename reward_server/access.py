@@ -1,0 +1,125 @@
+"""Who may call: TLS, client certificates, a bearer token, and what may be listened on without them."""
+
+import hmac
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+# Probes cannot send a token, and health says nothing about anybody's data.
+_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+
+
+class AccessError(ValueError):
+    """Files or an address that cannot be served with; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How callers are let in.
+
+    Attributes:
+      tls_cert, tls_key: PEM files of the server's certificate chain and its key.
+      client_ca: PEM file of the authorities whose clients may connect; none: any client may.
+      token: what every call has to bring, but health checks; none: nothing.
+      insecure: listen on other than loopback addresses without TLS.
+    """
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    client_ca: Path | None = None
+    token: str = ""
+    insecure: bool = False
+
+    @property
+    def tls(self) -> tuple[Path, Path] | None:
+        return (self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """TLS as gRPC wants it, None for plain text. Raises AccessError where files do not fit."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise AccessError("--tls-cert and --tls-key: one is given, expected both or neither")
+        if self.tls_cert is None or self.tls_key is None:
+            if self.client_ca:
+                raise AccessError("--client-ca: given without --tls-cert and --tls-key, which it needs")
+            return None
+        # gRPC logs what is wrong with a file and goes on; Python's ssl says it.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _load("--tls-cert, --tls-key", lambda: context.load_cert_chain(str(self.tls_cert), str(self.tls_key)))
+        if self.client_ca:
+            _load("--client-ca", lambda: context.load_verify_locations(str(self.client_ca)))
+        return grpc.ssl_server_credentials(
+            [(self.tls_key.read_bytes(), self.tls_cert.read_bytes())],
+            root_certificates=self.client_ca.read_bytes() if self.client_ca else None,
+            require_client_auth=self.client_ca is not None,
+        )
+
+    def check_address(self, host: str) -> None:
+        """Raises AccessError where others could listen in, unless that is allowed."""
+        if self.tls is None and not self.insecure and not _is_loopback(host):
+            raise AccessError(
+                f"--host={host}: reachable by others and without TLS: give --tls-cert and --tls-key, "
+                "or --insecure inside a network that you trust"
+            )
+
+
+def bracketed(host: str) -> str:
+    """A host as gRPC reads it in front of a port: IPv6 addresses in brackets."""
+    bare = host.strip("[]")
+    return f"[{bare}]" if ":" in bare else bare
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, white space around it dropped. Raises AccessError."""
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AccessError(f"--token-file={path}: cannot be read: {error}") from None
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise AccessError(f"--token-file={path}: expected one token of printable ASCII characters")
+    return token
+
+
+class TokenCheck(grpc.ServerInterceptor):
+    """Answers UNAUTHENTICATED to calls without the token in their metadata ``authorization: Bearer TOKEN``."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+        self._refusal = grpc.unary_unary_rpc_method_handler(_refuse)
+
+    def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
+    ) -> Any:
+        if details.method.startswith(_OPEN_TO_ALL):
+            return continuation(details)
+        brought = [value for name, value in details.invocation_metadata if name == "authorization"]
+        if len(brought) == 1 and hmac.compare_digest(brought[0].encode(), self._expected):
+            return continuation(details)
+        return self._refusal
+
+
+def _refuse(request: bytes, context: grpc.ServicerContext) -> None:
+    context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "expected the metadata authorization: Bearer TOKEN, with this server's"
+    )
+
+
+def _load(what: str, load: Callable[[], object]) -> None:
+    try:
+        load()
+    except (OSError, ssl.SSLError) as error:
+        raise AccessError(f"{what}: cannot be used: {error}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a name or address, IPv6 in brackets or not, is this machine's own and nobody else's way in."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)

@@ -1,0 +1,269 @@
+"""What a device does with a batch: encodes each picture once, decodes all of its prompts together, counts pixels."""
+
+import itertools
+import logging
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from reward_server.batcher import Ticket
+from reward_server.segmenter import PROMPTS_PER_CALL, Embedding, Prompt, Segmenter
+from reward_server.telemetry import Metrics
+
+# Of masks that are being brought to the picture's size, float32 and bool side by side: 320 MiB.
+_PIXELS_AT_ONCE = 2**26
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceMemoryError(Exception):
+    """The device has no memory for this even in half a batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One image and its candidates.
+
+    Attributes:
+      key: SHA-256 of the encoded picture.
+      image: uint8 RGB [height, width, 3], or None where ``embedding`` is given.
+      embedding: what an earlier request left for the same picture, on any device.
+      candidates: each a sequence of prompts in pixels of the image.
+      target: candidates' masks are compared with this bool mask [height, width]; or with the mask of these prompts;
+        or with nothing.
+      want_masks: return masks too.
+    """
+
+    key: bytes
+    image: np.ndarray | None
+    embedding: Embedding | None
+    candidates: Sequence[Sequence[Prompt]]
+    target: np.ndarray | Sequence[Prompt] | None
+    want_masks: bool
+
+    @property
+    def groups(self) -> list[Sequence[Prompt]]:
+        """Prompts by the mask that they make together: each candidate's, and last the target's where it has some."""
+        made = self.target is not None and not isinstance(self.target, np.ndarray)
+        return [*self.candidates, self.target] if made else list(self.candidates)  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job gave, one entry per candidate; counts are empty where there was no target.
+
+    Attributes:
+      intersections, unions, target_area: in pixels.
+      scores: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
+      masks: bool [candidates, height, width] where asked for.
+    """
+
+    intersections: list[int]
+    unions: list[int]
+    target_area: int
+    scores: list[float]
+    masks: np.ndarray | None
+
+
+class Embeddings:
+    """Embeddings by picture, the least recently used forgotten first. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.nbytes = 0
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[bytes, Embedding] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Embedding | None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: bytes, embedding: Embedding) -> None:
+        with self._lock:
+            if key in self._entries or embedding.nbytes > self._max_bytes:
+                return
+            self._entries[key] = embedding
+            self.nbytes += embedding.nbytes
+            while self.nbytes > self._max_bytes:
+                _, forgotten = self._entries.popitem(last=False)
+                self.nbytes -= forgotten.nbytes
+
+
+class Engine:
+    """Runs batches on one device. Only one thread may call ``run``; embeddings may be read from others."""
+
+    def __init__(self, segmenter: Segmenter, cache_bytes: int, metrics: Metrics) -> None:
+        self.segmenter = segmenter
+        self.embeddings = Embeddings(cache_bytes)
+        self._metrics = metrics
+
+    def warm_up(self, max_batch: int) -> None:
+        """Runs the model on every batch size that it is compiled for, else on the smallest and the largest."""
+        sizes = [1, max_batch]
+        if self.segmenter.compiled:
+            # Twice each: the first call fills SAM 2's own cache of position encodings, for which torch compiles anew.
+            sizes = [2**n for n in range((max_batch - 1).bit_length() + 1) for _ in range(2)]
+        box = Prompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
+        blank = np.zeros((48, 64, 3), np.uint8)
+        for size in sizes:
+            for embedding in self.segmenter.embed([blank] * size):
+                logits = self.segmenter.decode(embedding, [box, box]).logits
+                self.segmenter.masks(logits, *blank.shape[:2])
+
+    def run(self, batch: Sequence[Ticket[Job, Outcome]]) -> None:
+        """Gives every ticket its outcome, or the error that it alone has met.
+
+        A batch that does not fit the device's memory is run once more in two halves. What else goes wrong is tried
+        again one ticket at a time, so that it stays with its cause.
+
+        Raises:
+          RuntimeError: the device no longer computes; tickets may be left without an outcome.
+        """
+        if self._fits(batch, PROMPTS_PER_CALL):
+            return
+        # Past the handler, since a caught error keeps its frames alive, and these the memory that was too much.
+        self._metrics.out_of_memory.inc()
+        _log.warning("out of memory with %d requests on %s: halving", len(batch), self.segmenter.device)
+        torch.cuda.empty_cache()
+        left = [ticket for ticket in batch if not ticket.future.done()]
+        middle = (len(left) + 1) // 2
+        for half in (left[:middle], left[middle:]):
+            if not self._fits(half, PROMPTS_PER_CALL // 2):
+                for ticket in half:
+                    if not ticket.future.done():
+                        ticket.future.set_exception(DeviceMemoryError("out of memory on the device"))
+                torch.cuda.empty_cache()
+
+    def _fits(self, batch: Sequence[Ticket[Job, Outcome]], prompts_per_call: int) -> bool:
+        try:
+            self._run(batch, prompts_per_call)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _run(self, batch: Sequence[Ticket[Job, Outcome]], prompts_per_call: int) -> None:
+        """The whole batch together; after an error each of its tickets alone. Raises torch.OutOfMemoryError."""
+        try:
+            self._together(batch, prompts_per_call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Whatever it is, the callers must get an answer.
+            self.segmenter.check_alive()
+            left = [ticket for ticket in batch if not ticket.future.done()]
+            if len(batch) == 1:
+                _log.exception("a request failed")
+                left[0].future.set_exception(error)
+                return
+            for ticket in left:
+                self._run([ticket], prompts_per_call)
+
+    def _together(self, batch: Sequence[Ticket[Job, Outcome]], prompts_per_call: int) -> None:
+        by_picture: dict[bytes, list[Ticket[Job, Outcome]]] = defaultdict(list)
+        for ticket in batch:
+            by_picture[ticket.item.key].append(ticket)
+        embeddings = self._embed({key: [t.item for t in tickets] for key, tickets in by_picture.items()})
+        for key, tickets in by_picture.items():
+            prompts = [prompt for ticket in tickets for group in ticket.item.groups for prompt in group]
+            decoded = self.segmenter.decode(embeddings[key], prompts, prompts_per_call)
+            end = 0
+            for ticket in tickets:
+                start, end = end, end + sum(map(len, ticket.item.groups))
+                logits, scores = decoded.logits[start:end], decoded.scores[start:end]
+                ticket.future.set_result(self._outcome(ticket.item, embeddings[key], logits, scores))
+
+    def _embed(self, by_picture: dict[bytes, list[Job]]) -> dict[bytes, Embedding]:
+        """The embedding of every picture; those that are nowhere yet are encoded together, each once."""
+        found: dict[bytes, Embedding] = {}
+        missing: dict[bytes, np.ndarray] = {}
+        for key, jobs in by_picture.items():
+            known = self.embeddings.get(key) or next((job.embedding for job in jobs if job.embedding), None)
+            if known is not None:
+                found[key] = known.to(self.segmenter.device)
+            else:
+                missing[key] = next(job.image for job in jobs if job.image is not None)
+        if missing:
+            found.update(zip(missing, self.segmenter.embed(list(missing.values())), strict=True))
+        for key, embedding in found.items():
+            self.embeddings.put(key, embedding)
+        self._metrics.encoded.inc(len(missing))
+        self._metrics.hits.inc(sum(map(len, by_picture.values())) - len(missing))
+        return found
+
+    def _outcome(self, job: Job, embedding: Embedding, logits: torch.Tensor, scores: np.ndarray) -> Outcome:
+        """Compares a job's masks with its target.
+
+        Args:
+          logits, scores: of the job's prompts, in the order of its groups: [prompts, 1, size, size] and [prompts].
+        """
+        size = (embedding.height, embedding.width)
+        counts = [len(candidate) for candidate in job.candidates]
+        ends = np.cumsum([0, *counts])
+        means = [float(scores[a:b].mean(dtype=np.float64)) if b > a else 0.0 for a, b in itertools.pairwise(ends)]
+        target = None
+        if isinstance(job.target, np.ndarray):
+            target = torch.from_numpy(job.target).to(self.segmenter.device)
+        elif job.target is not None:
+            if not np.isfinite(scores[ends[-1] :]).all():
+                raise ArithmeticError("SAM 2 gave no finite score for the target")
+            target = next(self._masks(logits[ends[-1] :], [len(job.target)], size))[0]
+        target_area = _areas(target[None])[0] if target is not None else 0
+        intersections: list[int] = []
+        unions: list[int] = []
+        masks: list[np.ndarray] = []
+        for some in self._masks(logits, counts, size):
+            if target is not None:
+                shared = _areas(some & target)
+                intersections += shared
+                unions += [area + target_area - both for area, both in zip(_areas(some), shared, strict=True)]
+            if job.want_masks:
+                masks.append(some.cpu().numpy())
+        return Outcome(
+            intersections=intersections,
+            unions=unions,
+            target_area=target_area,
+            scores=means,
+            masks=np.concatenate(masks or [np.zeros((0, *size), bool)]) if job.want_masks else None,
+        )
+
+    def _masks(self, logits: torch.Tensor, counts: Sequence[int], size: tuple[int, int]) -> Iterator[torch.Tensor]:
+        """Masks of consecutive candidates, bool [some, height, width], no more at a time than fit a bounded memory.
+
+        Args:
+          logits: of all candidates' prompts in order.
+          counts: prompts per candidate; its mask is the union of theirs, empty without any.
+        """
+        at_once = max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))
+        first = start = 0
+        while first < len(counts):
+            last, end = first + 1, start + counts[first]
+            while last < len(counts) and last - first < at_once and end - start + counts[last] <= at_once:
+                end += counts[last]
+                last += 1
+            if counts[first:last] == [1] * (last - first):
+                yield self.segmenter.masks(logits[start:end], *size)
+                first, start = last, end
+                continue
+            joined = torch.zeros(last - first, *size, dtype=torch.bool, device=logits.device)
+            owners = np.repeat(np.arange(last - first), counts[first:last])
+            for place in range(start, end, at_once):
+                part = slice(place, min(place + at_once, end))
+                masks = self.segmenter.masks(logits[part], *size)
+                for owner, mask in zip(owners[place - start :], masks, strict=False):
+                    joined[owner] |= mask
+            yield joined
+            first, start = last, end
+
+
+def _areas(masks: torch.Tensor) -> list[int]:
+    """Pixels of each mask, bool [n, height, width]."""
+    if masks.device.type == "cpu":
+        # Ten times as fast as torch's sum, which makes integers of them first.
+        return [int(np.count_nonzero(mask)) for mask in masks.numpy()]
+    areas: list[int] = masks.sum((1, 2)).tolist()
+    return areas

@@ -1,0 +1,183 @@
+"""Who may call: TLS, client certificates, tokens, and addresses that are not listened on without them."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from authority import Authority
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from sam_calls import group_request
+
+from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server.access import Access, AccessError, bracketed, read_token
+from reward_server.segmenter import Segmenter
+from reward_server.server import RewardServer, Settings
+
+SECRET = "s3cret-Token"
+# Long enough for a handshake on a busy machine, short enough to wait for one that cannot come.
+PATIENCE_S = 20
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("certificates") / "ours")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("certificates") / "theirs")
+
+
+def info(channel: grpc.Channel, token: str | None = None) -> reward_pb2.GetInfoResponse:
+    metadata = [("authorization", token)] if token is not None else []
+    stub = reward_pb2_grpc.RewardServiceStub(channel)
+    return stub.GetInfo(reward_pb2.GetInfoRequest(), timeout=PATIENCE_S, metadata=metadata)
+
+
+def refusal(channel: grpc.Channel, token: str | None = None) -> grpc.StatusCode:
+    with channel, pytest.raises(grpc.RpcError) as refused:
+        info(channel, token)
+    return refused.value.code()
+
+
+def secure(server: RewardServer, authority: Authority, client: Authority | None = None) -> grpc.Channel:
+    """A channel that trusts one authority and shows a certificate of another, or none."""
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=authority.ca.read_bytes(),
+        private_key=client.client_key.read_bytes() if client else None,
+        certificate_chain=client.client_cert.read_bytes() if client else None,
+    )
+    return grpc.secure_channel(server.address, credentials)
+
+
+@pytest.fixture(scope="module")
+def token_server() -> Iterator[RewardServer]:
+    server = RewardServer(Settings(access=Access(token=SECRET)))
+    server.serve([Segmenter.load("toy", "cpu")])
+    yield server
+    server.stop()
+
+
+class TestToken:
+    def test_opens_every_call(self, token_server: RewardServer) -> None:
+        with grpc.insecure_channel(token_server.address) as channel:
+            assert info(channel, f"Bearer {SECRET}").model == "toy"
+            answer = reward_pb2_grpc.RewardServiceStub(channel).Score(
+                group_request(0), metadata=[("authorization", f"Bearer {SECRET}")]
+            )
+            assert len(answer.candidates) == 8
+
+    @pytest.mark.parametrize("token", [None, "", "Bearer ", SECRET, "Bearer wrong", f"Bearer {SECRET}x", "Basic x"])
+    def test_missing_or_wrong_is_unauthenticated(self, token_server: RewardServer, token: str | None) -> None:
+        assert refusal(grpc.insecure_channel(token_server.address), token) is grpc.StatusCode.UNAUTHENTICATED
+
+    def test_twice_is_none(self, token_server: RewardServer) -> None:
+        with grpc.insecure_channel(token_server.address) as channel, pytest.raises(grpc.RpcError) as refused:
+            reward_pb2_grpc.RewardServiceStub(channel).GetInfo(
+                reward_pb2.GetInfoRequest(),
+                metadata=[("authorization", "Bearer other"), ("authorization", f"Bearer {SECRET}")],
+            )
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert SECRET not in refused.value.details()
+
+    def test_is_not_asked_of_health_checks(self, token_server: RewardServer) -> None:
+        with grpc.insecure_channel(token_server.address) as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.fixture(scope="module")
+def tls_server(ours: Authority) -> Iterator[RewardServer]:
+    access = Access(tls_cert=ours.cert, tls_key=ours.key, token=SECRET)
+    # Everybody's address is no trouble with TLS on.
+    server = RewardServer(Settings(host="0.0.0.0", access=access))
+    server.address = server.address.replace("0.0.0.0", "127.0.0.1")
+    yield server
+    server.stop()
+
+
+class TestTls:
+    def test_answers_who_trusts_it_and_has_the_token(self, tls_server: RewardServer, ours: Authority) -> None:
+        with secure(tls_server, ours) as channel:
+            assert info(channel, f"Bearer {SECRET}").api_version == reward_pb2.API_VERSION_CURRENT
+        assert refusal(secure(tls_server, ours), "Bearer wrong") is grpc.StatusCode.UNAUTHENTICATED
+
+    def test_is_not_trusted_by_another_authority(self, tls_server: RewardServer, theirs: Authority) -> None:
+        assert refusal(secure(tls_server, theirs)) is grpc.StatusCode.UNAVAILABLE
+
+    def test_does_not_talk_in_plain_text(self, tls_server: RewardServer, ours: Authority) -> None:
+        assert refusal(grpc.insecure_channel(tls_server.address)) is grpc.StatusCode.UNAVAILABLE
+        # And goes on answering others.
+        with secure(tls_server, ours) as channel:
+            assert info(channel, f"Bearer {SECRET}").server_version
+
+
+@pytest.fixture(scope="module")
+def mutual_server(ours: Authority) -> Iterator[RewardServer]:
+    access = Access(tls_cert=ours.cert, tls_key=ours.key, client_ca=ours.ca)
+    server = RewardServer(Settings(access=access))
+    yield server
+    server.stop()
+
+
+class TestMutualTls:
+    def test_answers_clients_of_its_authority(self, mutual_server: RewardServer, ours: Authority) -> None:
+        with secure(mutual_server, ours, client=ours) as channel:
+            assert info(channel).api_version == reward_pb2.API_VERSION_CURRENT
+
+    def test_refuses_clients_without_or_with_a_foreign_certificate(
+        self, mutual_server: RewardServer, ours: Authority, theirs: Authority
+    ) -> None:
+        assert refusal(secure(mutual_server, ours)) is grpc.StatusCode.UNAVAILABLE
+        assert refusal(secure(mutual_server, ours, client=theirs)) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("::1", "[::1]"), ("[fe80::2]", "[fe80::2]"), ("localhost", "localhost"), ("127.0.0.1", "127.0.0.1")],
+)
+def test_ipv6_addresses_get_brackets(host: str, expected: str) -> None:
+    assert bracketed(host) == expected
+
+
+class TestRefusalsToStart:
+    @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "no.such.name.invalid"])
+    def test_in_plain_text_where_others_can_listen_in(self, host: str) -> None:
+        with pytest.raises(AccessError, match=f"--host={re.escape(host)}: .*--tls-cert and --tls-key, or --insecure"):
+            RewardServer(Settings(host=host))
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "[::1]"])
+    def test_not_on_loopback(self, host: str) -> None:
+        Access().check_address(host)
+
+    def test_not_when_told_so(self) -> None:
+        server = RewardServer(Settings(host="0.0.0.0", access=Access(insecure=True)))
+        server.stop()
+
+    def test_with_files_that_do_not_fit(self, ours: Authority, theirs: Authority, tmp_path: Path) -> None:
+        nonsense = tmp_path / "nonsense.pem"
+        nonsense.write_text("nonsense")
+        cases = [
+            (Access(tls_cert=ours.cert), "--tls-cert and --tls-key: one is given"),
+            (Access(client_ca=ours.ca), "--client-ca: given without --tls-cert"),
+            (Access(tls_cert=ours.cert, tls_key=theirs.key), "--tls-cert, --tls-key: cannot be used"),
+            (Access(tls_cert=nonsense, tls_key=ours.key), "--tls-cert, --tls-key: cannot be used"),
+            (Access(tls_cert=tmp_path / "none", tls_key=ours.key), "--tls-cert, --tls-key: cannot be used"),
+            (Access(tls_cert=ours.cert, tls_key=ours.key, client_ca=nonsense), "--client-ca: cannot be used"),
+        ]
+        for access, reason in cases:
+            with pytest.raises(AccessError, match=reason) as refused:
+                RewardServer(Settings(access=access))
+            assert "\n" not in str(refused.value)
+
+    def test_with_a_token_that_is_none(self, tmp_path: Path) -> None:
+        for content in ("", " \n", "two words", "two\nlines", "tökén"):
+            (tmp_path / "token").write_text(content)
+            with pytest.raises(AccessError, match="expected one token"):
+                read_token(tmp_path / "token")
+        with pytest.raises(AccessError, match="cannot be read"):
+            read_token(tmp_path / "nowhere")
+        (tmp_path / "token").write_text(f"{SECRET}\n")
+        assert read_token(tmp_path / "token") == SECRET

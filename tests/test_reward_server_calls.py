@@ -1,0 +1,280 @@
+"""Score, Segment and GetInfo: counted as numpy counts, refused with a reason."""
+
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+from sam_calls import (
+    candidate,
+    encoded,
+    group_request,
+    image_message,
+    prompts_of,
+    request_for,
+    scene,
+    scene_with,
+    serving,
+)
+
+from reward_server import codec, reward_pb2, reward_pb2_grpc, validation
+from reward_server.codec import decode_mask, encode_mask
+from reward_server.segmenter import Decoded, Prompt, Segmenter
+from reward_server.server import RewardServer
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[reward_pb2_grpc.RewardServiceStub]:
+    with serving() as (_, stub):
+        yield stub
+
+
+def encodings(server: RewardServer) -> float:
+    return server.metrics.registry.get_sample_value("segzero_reward_images_encoded_total")
+
+
+class TestScore:
+    def test_counts_pixels_as_numpy_does(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        picture = scene_with(2)
+        first, second = prompts_of(picture)[:2]
+        request = request_for(picture, candidate(first), candidate(second), candidate(first, second), candidate())
+        request.return_masks = True
+        answer = stub.Score(request)
+        assert answer.request_id == "a request"
+        target = picture.objects[0].mask
+        assert answer.target_area == target.sum()
+        assert [entry.status.code for entry in answer.candidates] == [0] * 4
+        for entry in answer.candidates:
+            mask = decode_mask(entry.mask, *target.shape)
+            assert entry.intersection == (mask & target).sum()
+            assert entry.union == (mask | target).sum()
+            assert entry.iou == entry.intersection / entry.union
+        ious = [entry.iou for entry in answer.candidates]
+        # The target is the first object: a second one beside it can only take away.
+        assert ious[0] > 0.8
+        assert ious[0] > ious[2] > ious[1]
+        assert ious[1] < 0.05
+        assert ious[3] == 0
+        assert answer.candidates[0].model_score > 0.3
+        assert not stub.Score(request_for(picture, candidate(first))).candidates[0].HasField("mask")
+
+    def test_against_objects_uses_their_mask(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        picture = scene_with(2)
+        first, second = prompts_of(picture)[:2]
+        request = request_for(picture, candidate(first), candidate(second), candidate())
+        request.target.objects.CopyFrom(candidate(first))
+        same, other, nothing = stub.Score(request).candidates
+        assert same.iou >= 0.99
+        assert other.iou < 0.1
+        assert nothing.iou == 0
+        request.target.objects.CopyFrom(candidate())
+        wrong, _, empty = stub.Score(request).candidates
+        assert wrong.iou == 0
+        assert empty.iou == 1
+
+    def test_reads_coordinates_in_the_stated_frame(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        picture = scene()
+        height, width = picture.image.shape[:2]
+        prompt = prompts_of(picture)[0]
+        across, down = 840 / width, 840 / height
+        x1, y1, x2, y2 = prompt.box
+        points = tuple((x * across, y * down) for x, y in prompt.points)
+        scaled = request_for(picture, candidate(Prompt((x1 * across, y1 * down, x2 * across, y2 * down), points)))
+        scaled.frame.width = scaled.frame.height = 840
+        as_stored = stub.Score(request_for(picture, candidate(prompt))).candidates[0]
+        assert stub.Score(scaled).candidates[0].iou == pytest.approx(as_stored.iou, abs=1e-3)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_refuses_one_candidate_and_not_its_neighbours(
+        self, stub: reward_pb2_grpc.RewardServiceStub, value: float
+    ) -> None:
+        picture = scene()
+        prompt = prompts_of(picture)[0]
+        alone = stub.Score(request_for(picture, candidate(prompt))).candidates[0]
+        in_box = candidate(Prompt((value, 1, 2, 3)))
+        in_point = candidate(prompt, Prompt((1, 1, 9, 9), ((5, value),)))
+        without_box = reward_pb2.Candidate(objects=[reward_pb2.ObjectPrompt()])
+        entries = stub.Score(request_for(picture, in_box, candidate(prompt), in_point, without_box)).candidates
+        assert [entry.status.code for entry in entries] == [3, 0, 3, 3]
+        assert re.fullmatch(r"objects\[0\]: coordinate .*, expected a finite number", entries[0].status.message)
+        assert "objects[1]" in entries[2].status.message
+        assert "no box" in entries[3].status.message
+        assert entries[1].iou == pytest.approx(alone.iou, abs=1e-3)
+
+    def test_refuses_prompts_outside_the_picture_with_a_code_of_their_own(
+        self, stub: reward_pb2_grpc.RewardServiceStub
+    ) -> None:
+        picture = scene()
+        height, width = picture.image.shape[:2]
+        outside = [
+            Prompt((width + 1, 5, width + 50, 40)),
+            Prompt((5, -40, 30, -1)),
+            Prompt((5, 5, 30, 1e7)),
+            Prompt((5, 5, 30, 40), ((width + 0.5, 20),)),
+            Prompt((5, 5, 30, 40), ((20, 20), (20, -0.5))),
+        ]
+        inside = [
+            Prompt((-30, -20, 40, 50), ((0, 0),)),
+            Prompt((40, 50, -30, -20), ((width, height),)),
+            Prompt((width, height, width + 9, height + 9)),
+        ]
+        entries = stub.Score(request_for(picture, *map(candidate, outside + inside))).candidates
+        assert [entry.status.code for entry in entries] == [11] * len(outside) + [0] * len(inside)
+        # They select nothing: a score of zero, which a trainer need not count as missing.
+        area = picture.objects[0].mask.sum()
+        assert {(e.intersection, e.union, e.iou) for e in entries[: len(outside)]} == {(0, area, 0.0)}
+        assert (
+            entries[0].status.message
+            == f"objects[0]: box ({width + 1}, 5, {width + 50}, 40) lies outside the frame of {width} x {height}"
+        )
+        assert entries[4].status.message == f"objects[0]: point (20, -0.5) lies outside the frame of {width} x {height}"
+
+    def test_never_gives_a_score_that_is_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        segmenter = Segmenter.load("toy", "cpu")
+        with serving(segmenters=[segmenter]) as (_, stub):
+            good = stub.Score(group_request(0, 3)).candidates
+            decode = segmenter.decode
+
+            def spoiled(*arguments: object) -> Decoded:
+                decoded = decode(*arguments)
+                decoded.scores[1] = math.nan
+                return decoded
+
+            monkeypatch.setattr(segmenter, "decode", spoiled)
+            entries = stub.Score(group_request(0, 3)).candidates
+        assert [entry.status.code for entry in entries] == [0, 13, 0]
+        assert entries[1].status.message == "SAM 2 gave the score nan"
+        assert (entries[1].iou, entries[1].union) == (0, 0)
+        assert [entries[0], entries[2]] == [good[0], good[2]]
+
+    def test_encodes_a_picture_once_and_knows_it_by_its_hash(self) -> None:
+        with serving() as (server, stub):
+            request = group_request(31)
+            by_hash = reward_pb2.ScoreRequest()
+            by_hash.CopyFrom(request)
+            by_hash.image.ClearField("data")
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Score(by_hash)
+            assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+            first = stub.Score(request)
+            assert encodings(server) == 1
+            again = stub.Score(by_hash)
+            assert encodings(server) == 1
+            assert first == again
+            # Bytes that do not have the stated hash are refused, known or not.
+            request.image.data += b"0"
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Score(request)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+    def test_takes_a_large_noisy_picture(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (840, 840, 3), dtype=np.uint8)
+        data = encoded(pixels)
+        assert len(data) > 2_000_000
+        request = reward_pb2.ScoreRequest(
+            image=image_message(data), frame=reward_pb2.Frame(width=840, height=840), candidates=[candidate()]
+        )
+        request.target.objects.SetInParent()
+        assert stub.Score(request).candidates[0].iou == 1
+
+
+def damaged_pictures() -> list[tuple[bytes, str]]:
+    whole = encoded(scene().image)
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[33:]
+    return [
+        (b"", "image: 0 bytes, expected a JPEG, PNG or WebP"),
+        (b"not a picture", "not a whole JPEG, PNG or WebP"),
+        (whole[: len(whole) // 2], "not a whole JPEG, PNG or WebP"),
+        (encoded(scene().image, "GIF"), "not a whole JPEG, PNG or WebP"),
+        (huge, "image: "),
+        (b"\0" * (codec.MAX_IMAGE_BYTES + 1), "expected at most"),
+    ]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("case", range(6))
+    def test_of_pictures(self, stub: reward_pb2_grpc.RewardServiceStub, case: int) -> None:
+        data, reason = damaged_pictures()[case]
+        request = request_for(scene(), candidate())
+        request.image.CopyFrom(image_message(data))
+        assert_refused(stub, request, reason)
+
+    def test_of_what_does_not_fit_together(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        good = request_for(scene(), candidate())
+
+        def broken(**changes: object) -> reward_pb2.ScoreRequest:
+            request = reward_pb2.ScoreRequest()
+            request.CopyFrom(good)
+            for name, value in changes.items():
+                getattr(request, name).CopyFrom(value)
+            return request
+
+        other = reward_pb2.Target(mask=encode_mask(np.ones((7, 5), bool)))
+        torn = reward_pb2.Target(mask=good.target.mask)
+        torn.mask.counts = torn.mask.counts[:-3]
+        cases = [
+            (broken(image=reward_pb2.Image(data=good.image.data, sha256=b"\0" * 32)), "do not have the stated SHA-256"),
+            (broken(image=reward_pb2.Image(data=good.image.data)), "image.sha256: 0 bytes, expected 32"),
+            (broken(frame=reward_pb2.Frame(width=0, height=9)), "frame: 0 x 9, expected a positive"),
+            (broken(target=other), "target: mask: 5 x 7 pixels, expected the image's"),
+            (broken(target=torn), "target: mask: "),
+            (broken(target=reward_pb2.Target()), "target: missing"),
+            (broken(target=reward_pb2.Target(objects=candidate(Prompt((math.nan, 0, 1, 1))))), "target: objects[0]: "),
+        ]
+        for request, reason in cases:
+            assert_refused(stub, request, reason)
+        good.candidates.extend([candidate()] * validation.MAX_CANDIDATES)
+        assert_refused(stub, good, f"candidates: {validation.MAX_CANDIDATES + 1}, expected at most")
+
+    def test_of_more_than_one_request_may_ask(
+        self, stub: reward_pb2_grpc.RewardServiceStub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompt = Prompt((1, 1, 9, 9))
+        many = request_for(scene(), *[candidate(*[prompt] * 250)] * 8)
+        many.target.objects.CopyFrom(candidate(*[prompt] * 50))
+        assert_refused(stub, many, "candidates and target: 2050 objects, expected at most 2048")
+        crowded = stub.Score(request_for(scene(), candidate(*[prompt] * 257), candidate())).candidates
+        assert [entry.status.code for entry in crowded] == [3, 0]
+        assert crowded[0].status.message == "257 objects, expected at most 256"
+        pointed = candidate(Prompt((1, 1, 9, 9), ((5.0, 5.0),) * 17))
+        assert (
+            "17 points, expected at most 16" in stub.Score(request_for(scene(), pointed)).candidates[0].status.message
+        )
+        long = request_for(scene(), candidate(), request_id="x" * 257)
+        assert_refused(stub, long, "request_id: 257 characters, expected at most 256")
+        height, width = scene().image.shape[:2]
+        monkeypatch.setattr(validation, "MAX_MASK_PIXELS", 3 * height * width)
+        several = request_for(scene(), *[candidate(prompt)] * 4)
+        assert_refused(stub, several, f"masks: 4 of {width} x {height} pixels, expected at most 3 of this size")
+        stub.Score(request_for(scene(), *[candidate(prompt)] * 3, candidate()))
+
+
+def assert_refused(stub: reward_pb2_grpc.RewardServiceStub, request: reward_pb2.ScoreRequest, reason: str) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Score(request)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert reason in refused.value.details()
+    assert "\n" not in refused.value.details()
+
+
+class TestSegment:
+    def test_gives_the_masks_that_are_scored(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        picture = scene()
+        prompt = prompts_of(picture)[0]
+        scored = request_for(picture, candidate(prompt), candidate(Prompt((math.nan, 0, 1, 1))))
+        scored.return_masks = True
+        asked = reward_pb2.SegmentRequest(
+            request_id="masks", image=scored.image, frame=scored.frame, candidates=scored.candidates
+        )
+        expected, answer = stub.Score(scored), stub.Segment(asked)
+        assert answer.request_id == "masks"
+        assert answer.candidates[0].mask == expected.candidates[0].mask
+        assert answer.candidates[0].model_score == expected.candidates[0].model_score
+        assert answer.candidates[1].status == expected.candidates[1].status
+        assert not answer.candidates[1].HasField("mask")

@@ -1,0 +1,309 @@
+"""What an operator meets: health, metrics, logs, reflection, options, and stubs that say what the proto says."""
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import tomllib
+import urllib.error
+import urllib.request
+from importlib import resources
+from pathlib import Path
+
+import grpc
+import pytest
+from authority import Authority
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from sam_calls import candidate, group_request, image_message, request_for, scene, serving
+
+from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server.segmenter import TOY, Prompt, Segmenter
+from reward_server.server import SERVICE_NAME, RewardServer, Settings
+from reward_server.telemetry import JsonLines
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(channel: grpc.Channel) -> list[int]:
+    """Liveness and readiness."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    return [stub.Check(health_pb2.HealthCheckRequest(service=name)).status for name in ("", SERVICE_NAME)]
+
+
+class TestHealth:
+    def test_is_alive_at_once_and_ready_once_the_model_is_warm(self) -> None:
+        server = RewardServer()
+        try:
+            with grpc.insecure_channel(server.address) as channel:
+                stub = reward_pb2_grpc.RewardServiceStub(channel)
+                assert health(channel) == [SERVING, NOT_SERVING]
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub.Score(request_for(scene(), candidate()))
+                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+                assert stub.GetInfo(reward_pb2.GetInfoRequest()).model == ""
+                server.serve([Segmenter.load("toy", "cpu")])
+                assert health(channel) == [SERVING, SERVING]
+                info = stub.GetInfo(reward_pb2.GetInfoRequest())
+                assert (info.model, info.device, info.dtype) == ("toy", "cpu", "float32")
+                assert info.api_version == reward_pb2.API_VERSION_CURRENT
+                assert info.limits.candidates == 256
+                assert info.limits.objects == 2048
+                weights = (TOY / "model.safetensors").read_bytes()
+                assert info.checkpoint_sha256 == hashlib.sha256(weights).hexdigest()
+        finally:
+            server.stop()
+
+    def test_says_when_a_worker_is_dead(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        segmenter = Segmenter.load("toy", "cpu")
+        with serving(segmenters=[segmenter]) as (server, stub), grpc.insecure_channel(server.address) as channel:
+            assert health(channel) == [SERVING, SERVING]
+
+            def dead(*_: object) -> None:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+
+            monkeypatch.setattr(segmenter, "embed", dead)
+            monkeypatch.setattr(segmenter, "check_alive", dead)
+            for _ in range(2):
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub.Score(group_request(0), timeout=60)
+                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+                assert "the worker of cpu is dead" in refused.value.details()
+            assert health(channel) == [NOT_SERVING, NOT_SERVING]
+
+    def test_of_a_port_that_is_taken(self) -> None:
+        server = RewardServer()
+        try:
+            host, _, port = server.address.partition(":")
+            with pytest.raises(OSError, match=f"cannot listen on {server.address}"):
+                RewardServer(Settings(host=host, port=int(port)))
+        finally:
+            server.stop()
+
+
+class TestMetrics:
+    def test_count_what_was_asked(self) -> None:
+        with serving(Settings(metrics_port=0)) as (server, stub):
+            refused_one = candidate(Prompt((-9, -9, -1, -1)))
+            stub.Score(request_for(scene(), candidate(Prompt((1, 1, 40, 40))), refused_one))
+            stub.Score(request_for(scene(), candidate()))
+            damaged = request_for(scene())
+            damaged.image.CopyFrom(image_message(b"no picture"))
+            with pytest.raises(grpc.RpcError):
+                stub.Score(damaged)
+            with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=60) as page:
+                text = page.read().decode()
+        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        expected = {
+            'requests_total{code="OK",method="Score"}': 2,
+            'requests_total{code="INVALID_ARGUMENT",method="Score"}': 1,
+            'candidates_total{code="OK"}': 2,
+            'candidates_total{code="OUT_OF_RANGE"}': 1,
+            "images_encoded_total": 1,
+            "cache_hits_total": 1,
+            "queue_seconds_count": 2,
+            "compute_seconds_count": 2,
+            "call_seconds_count": 3,
+            'batch_size_bucket{le="1.0"}': 2,
+            "out_of_memory_total": 0,
+            "queue_depth": 0,
+        }
+        assert {name: float(lines[f"segzero_reward_{name}"]) for name in expected} == expected
+        assert float(lines["segzero_reward_cache_bytes"]) > 100_000
+        # The page ends with its server.
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5)
+
+
+class TestLogs:
+    def test_name_the_request_and_how_it_went(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "reward_server")
+        with serving() as (_, stub):
+            stub.Score(request_for(scene(), candidate(Prompt((1, 1, 40, 40))), request_id="step 3\ngroup 5"))
+            hopeless = request_for(scene(), request_id="bad")
+            hopeless.ClearField("target")
+            with pytest.raises(grpc.RpcError):
+                stub.Score(hopeless)
+        records = [record for record in caplog.records if hasattr(record, "fields")]
+        lines = [json.loads(JsonLines().format(record)) for record in records]
+        good, bad = lines
+        assert (good["request_id"], good["method"], good["code"]) == ("step 3\ngroup 5", "Score", "OK")
+        assert (good["candidates"], good["batch"], good["level"]) == (1, 1, "INFO")
+        assert 0 < good["compute_seconds"] <= good["seconds"]
+        assert (bad["request_id"], bad["code"], bad["level"]) == ("bad", "INVALID_ARGUMENT", "WARNING")
+        assert bad["message"] == "Score 'bad' refused: INVALID_ARGUMENT: target: missing, expected a mask or objects"
+        # A request cannot write lines of its own.
+        assert all("\n" not in record.getMessage() for record in records)
+
+    def test_as_json_hold_tracebacks(self) -> None:
+        try:
+            raise ValueError("why")
+        except ValueError:
+            record = logging.makeLogRecord({"msg": "what", "exc_info": sys.exc_info(), "levelname": "ERROR"})
+        line = JsonLines().format(record)
+        assert "\n" not in line
+        assert "ValueError: why" in json.loads(line)["exception"]
+
+
+class TestReflection:
+    def test_tells_what_the_proto_says_only_when_switched_on(self) -> None:
+        server = RewardServer(Settings(reflection=True))
+        try:
+            with grpc.insecure_channel(server.address) as channel:
+                described = ProtoReflectionDescriptorDatabase(channel)
+                assert SERVICE_NAME in described.get_services()
+                found = described.FindFileContainingSymbol(SERVICE_NAME)
+                assert found.package == "segzero.reward.v1"
+        finally:
+            server.stop()
+        server = RewardServer()
+        try:
+            with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as refused:
+                ProtoReflectionDescriptorDatabase(channel).get_services()
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        finally:
+            server.stop()
+
+
+class TestCommand:
+    def test_serves_with_everything_on_and_ends_in_order(self, tmp_path: Path) -> None:
+        ours = Authority(tmp_path / "certificates")
+        (tmp_path / "token").write_text("abc")
+        options = ["--model", "toy", "--port", "0", "--threads", "1", "--device", "cpu,cpu", "--max-batch", "4"]
+        options += ["--metrics-port", "0", "--reflection", "--log-json", "--token-file", str(tmp_path / "token")]
+        options += ["--host", "0.0.0.0", "--tls-cert", str(ours.cert), "--tls-key", str(ours.key)]
+        options += ["--client-ca", str(ours.ca)]
+        with running(options) as child:
+            listening = json.loads(child.stdout.readline())
+            credentials = grpc.ssl_channel_credentials(
+                ours.ca.read_bytes(), ours.client_key.read_bytes(), ours.client_cert.read_bytes()
+            )
+            address = listening["listening"].replace("0.0.0.0", "localhost")
+            with grpc.secure_channel(address, credentials) as channel:
+                until_ready(channel)
+                stub = reward_pb2_grpc.RewardServiceStub(channel)
+                token = [("authorization", "Bearer abc")]
+                assert stub.GetInfo(reward_pb2.GetInfoRequest(), metadata=token).device == "cpu,cpu"
+                stub.Score(group_request(0, request_id="mine"), metadata=token)
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub.Score(group_request(0))
+                assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            url = f"https://{listening['metrics']}/metrics".replace("0.0.0.0", "localhost")
+            with urllib.request.urlopen(url, timeout=60, context=ssl.create_default_context(cafile=ours.ca)) as page:
+                assert b'segzero_reward_requests_total{code="OK",method="Score"} 1.0' in page.read()
+            child.send_signal(signal.SIGTERM)
+            _, errors = child.communicate(timeout=60)
+        assert child.returncode == 0
+        lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+        assert [line["request_id"] for line in lines if "request_id" in line] == ["mine"]
+        assert lines[-1]["message"] == "stopped"
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            (["--port", "x"], "reward_server: argument --port: invalid int value: 'x'"),
+            (["--max-batch", "0"], "reward_server: --max-batch=0: expected 1 to 256"),
+            (["--drain-seconds", "nan"], "reward_server: --drain-seconds=nan: expected 0 or more"),
+            (["--host", "0.0.0.0"], "reward_server: --host=0.0.0.0: reachable by others and without TLS"),
+            (["--token-file", "/nowhere"], "reward_server: --token-file=/nowhere: cannot be read"),
+            (["--tls-cert", "/nowhere"], "reward_server: --tls-cert and --tls-key: one is given"),
+            (["--model", "toy", "--config", "x.yaml", "--port", "0"], "reward_server: config 'x.yaml': only a"),
+        ],
+    )
+    def test_refuses_in_one_line(self, arguments: list[str], reason: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "reward_server", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(reason)
+        assert "Traceback" not in done.stderr
+
+
+@contextlib.contextmanager
+def running(options: list[str]):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "reward_server", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+
+
+def until_ready(channel: grpc.Channel) -> None:
+    """Waits as a client may: by watching."""
+    asked = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=120, wait_for_ready=True)
+    assert any(answer.status == SERVING for answer in watch)
+
+
+def test_every_flag_is_in_the_manual() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "reward_server", "--help"], capture_output=True, text=True, check=True
+    )
+    flags = set(re.findall(r"--[a-z-]+", shown.stdout)) - {"--help"}
+    manual = (Path(__file__).parent.parent / "docs" / "reward_server.md").read_text()
+    assert {flag for flag in flags if f"`{flag}" not in manual} == set()
+
+
+def test_stubs_say_what_the_proto_says() -> None:
+    """Reads reward.proto as text and compares every message, field, enum and call with the generated descriptors."""
+    text = resources.files("reward_server").joinpath("reward.proto").read_text()
+    text = re.sub(r"//.*", "", text)
+    assert re.search(r"package ([\w.]+);", text)[1] == reward_pb2.DESCRIPTOR.package
+    written = {}
+    for name, body in re.findall(r"message (\w+) \{((?:[^{}]|\{[^{}]*\})*)\}", text):
+        choice = {f for inner in re.findall(r"oneof \w+ \{([^}]*)\}", body) for f in re.findall(r"(\w+) = \d+;", inner)}
+        fields = re.findall(r"(repeated )?(map<\w+, \w+>|[\w.]+) (\w+) = (\d+);", body)
+        written[name] = {(f, int(n), kind, bool(many), f in choice) for many, kind, f, n in fields}
+    generated = {
+        name: {(f.name, f.number, *kind_of(f), f.containing_oneof is not None) for f in message.fields}
+        for name, message in reward_pb2.DESCRIPTOR.message_types_by_name.items()
+    }
+    assert written == generated
+    enums = {n: dict(re.findall(r"(\w+) = (\d+);", b)) for n, b in re.findall(r"enum (\w+) \{([^}]*)\}", text)}
+    assert enums == {
+        name: {value.name: str(value.number) for value in enum.values}
+        for name, enum in reward_pb2.DESCRIPTOR.enum_types_by_name.items()
+    }
+    calls = set(re.findall(r"rpc (\w+)\((\w+)\) returns \((\w+)\)", text))
+    service = reward_pb2.DESCRIPTOR.services_by_name["RewardService"]
+    assert calls == {(m.name, m.input_type.name, m.output_type.name) for m in service.methods}
+    typed = resources.files("reward_server").joinpath("reward_pb2_grpc.pyi").read_text()
+    assert {name for name, _, _ in calls} == set(re.findall(r"(\w+): grpc\.UnaryUnaryMultiCallable", typed))
+
+
+def kind_of(field: object) -> tuple[str, bool]:
+    """A field's type as a proto file writes it, and whether it is repeated."""
+    names = {1: "double", 3: "int64", 5: "int32", 8: "bool", 9: "string", 12: "bytes"}
+    message = field.message_type
+    if message is not None and message.GetOptions().map_entry:
+        key, value = (kind_of(message.fields_by_name[name])[0] for name in ("key", "value"))
+        return f"map<{key}, {value}>", False
+    return (message.name if message is not None else names[field.type]), field.is_repeated
+
+
+def test_the_image_holds_every_package_that_the_server_imports() -> None:
+    """The image leaves the trainer's dependencies out: what it names itself, and the extra, must be enough."""
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = (root / "reward_server" / "Dockerfile").read_text() + " ".join(project["optional-dependencies"]["reward"])
+    installed = {word.lower().replace("_", "-") for word in re.findall(r"[\w-]+", named)} | {"sam2"}
+    owners = importlib.metadata.packages_distributions()
+    missing = set()
+    for path in (root / "reward_server").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"reward_server"}:
+                if not installed & {owner.lower().replace("_", "-") for owner in owners.get(name, [name])}:
+                    missing.add(f"{path.name} imports {name}")
+    assert missing == set()
