@@ -6,17 +6,27 @@ import trustme
 
 
 class Authority:
-    """A certificate authority with a server's certificate for this machine and a client's, as files."""
+    """A certificate authority and what it signs, as files in a new folder.
+
+    Attributes:
+      ca: its own certificate.
+      cert, key: a server's on this machine.
+      client_cert, client_key: a client's.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        authority = trustme.CA()
-        server = authority.issue_cert("localhost", "127.0.0.1")
-        client = authority.issue_cert("trainer@example.org")
-        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
-        self.client_cert, self.client_key = folder / "client.pem", folder / "client_key.pem"
-        authority.cert_pem.write_to_path(str(self.ca))
-        for cert, chain, key in ((server, self.cert, self.key), (client, self.client_cert, self.client_key)):
-            for blob in cert.cert_chain_pems:
-                blob.write_to_path(str(chain), append=True)
-            cert.private_key_pem.write_to_path(str(key))
+        self._folder, self._authority = folder, trustme.CA()
+        self.ca = folder / "ca.pem"
+        self._authority.cert_pem.write_to_path(str(self.ca))
+        self.cert, self.key = self.sign("server", "localhost", "127.0.0.1")
+        self.client_cert, self.client_key = self.sign("client", "trainer@example.org")
+
+    def sign(self, name: str, *holds: str) -> tuple[Path, Path]:
+        """A certificate for these host names, addresses or mail addresses, and its key; the files are called ``name``."""
+        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}_key.pem"
+        signed = self._authority.issue_cert(*holds)
+        for blob in signed.cert_chain_pems:
+            blob.write_to_path(str(cert), append=True)
+        signed.private_key_pem.write_to_path(str(key))
+        return cert, key

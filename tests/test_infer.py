@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from certificates import Authority
+from authority import Authority
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from PIL import Image
 
@@ -442,8 +442,8 @@ def test_a_server_that_cannot_help_is_explained(image: Path, capsys: pytest.Capt
 
 
 def test_a_server_behind_tls_is_reached_with_its_authority(image: Path, tmp_path: Path) -> None:
-    authority = Authority(tmp_path, "ours")
-    cert, key = authority.sign("rewards", "DNS:rewards")
+    authority = Authority(tmp_path / "ours")
+    cert, key = authority.sign("rewards", "rewards")
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
     with serving(BoxServer(), credentials) as address:
         access = ("--reward.ca_file", str(authority.ca), "--reward.tls_name=rewards")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-from certificates import Authority
+from authority import Authority
 from fake_reward_server import Fake, serving
 
 from segzero_jax.config import RewardConfig
@@ -22,11 +22,11 @@ GROUP = ScoreRequest("a", b"picture", Frame(5, 6), (), ((),))
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A server's certificate for 127.0.0.1 and "rewards", a client's, and those of an authority nobody knows."""
     folder = tmp_path_factory.mktemp("certificates")
-    ours, other = Authority(folder, "ours"), Authority(folder, "other")
+    ours, other = Authority(folder / "ours"), Authority(folder / "other")
     made = SimpleNamespace(folder=folder, ca=ours.ca, other_ca=other.ca)
-    made.server_cert, made.server_key = ours.sign("server", "DNS:rewards,IP:127.0.0.1")
-    made.client_cert, made.client_key = ours.sign("client")
-    made.foreign_cert, made.foreign_key = other.sign("foreign")
+    made.server_cert, made.server_key = ours.sign("rewards", "rewards", "127.0.0.1")
+    made.client_cert, made.client_key = (ours.client_cert, ours.client_key)
+    made.foreign_cert, made.foreign_key = (other.client_cert, other.client_key)
     made.token, made.wrong, made.empty = folder / "token", folder / "wrong", folder / "empty"
     made.token.write_text("open-sesame\n")
     made.wrong.write_text("close-sesame\n")
