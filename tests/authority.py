@@ -23,7 +23,7 @@ class Authority:
         self.client_cert, self.client_key = self.sign("client", "trainer@example.org")
 
     def sign(self, name: str, *holds: str) -> tuple[Path, Path]:
-        """A certificate for these host names, addresses or mail addresses, and its key; the files are called ``name``."""
+        """A certificate for host names, addresses or mail addresses, and its key, in files called ``name``."""
         cert, key = self._folder / f"{name}.pem", self._folder / f"{name}_key.pem"
         signed = self._authority.issue_cert(*holds)
         for blob in signed.cert_chain_pems:

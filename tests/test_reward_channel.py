@@ -144,14 +144,14 @@ def test_token(files: SimpleNamespace, tls: bool, health_is_free: bool) -> None:
         ("a:1", {"ca_file": "absent"}, ("reward.ca_file=", "absent: No such file")),
         ("a:1", {"ca_file": "empty"}, ("reward.ca_file=", "is empty")),
         ("a:1", {"ca_file": "."}, ("reward.ca_file=", "Is a directory")),
-        ("a:1", {"ca_file": "ours.pem", "cert_file": "client.pem"}, ("reward.key_file", "both or neither")),
+        ("a:1", {"ca_file": "ours/ca.pem", "cert_file": "client.pem"}, ("reward.key_file", "both or neither")),
         ("a:1", {"cert_file": "client.pem", "key_file": "client.key"}, ("expected reward.ca_file beside",)),
-        ("a:1,b:1", {"ca_file": "ours.pem"}, ("a:1,b:1", "several hosts", "expected reward.tls_name")),
-        ("local", {"ca_file": "ours.pem"}, ("expected reward.server=host:port",)),
+        ("a:1,b:1", {"ca_file": "ours/ca.pem"}, ("a:1,b:1", "several hosts", "expected reward.tls_name")),
+        ("local", {"ca_file": "ours/ca.pem"}, ("expected reward.server=host:port",)),
         ("a:1", {"token_file": "token"}, ("a:1", "plain text", "set reward.ca_file")),
         ("localhost:1,a:1", {"token_file": "token"}, ("plain text",)),
         ("localhost:1", {"token_file": "empty"}, ("reward.token_file=", "is empty")),
-        ("localhost:1", {"token_file": "ours.pem"}, ("reward.token_file=", "one word of printable ASCII")),
+        ("localhost:1", {"token_file": "ours/ca.pem"}, ("reward.token_file=", "one word of printable ASCII")),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
