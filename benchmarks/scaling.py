@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 # Name: preset, slice, and what differs from the preset. More rows of the mesh than 16 need more prompts a step.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "7b_v5e_4x4": ("seg_zero_7b", "v5e:4x4", {}),
-    "7b_v5e_4x4_short": ("seg_zero_7b", "v5e:4x4", {"rollout.max_response_tokens": 256}),
     "7b_v6e_4x4": ("seg_zero_7b", "v6e:4x4", {"train.micro_batch_size": 16}),
     "7b_v5e_8x8": ("seg_zero_7b", "v5e:8x8", {"mesh": "16x4", "train.micro_batch_size": 16}),
     "7b_v5e_16x16": (
