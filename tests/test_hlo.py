@@ -38,6 +38,12 @@ def test_a_slice_is_read_not_the_array_it_is_taken_of():
     assert 20 * layer <= program.cost.bytes <= 20 * layer * 4
 
 
+def test_a_loop_may_count_in_steps():
+    """How XLA writes a product that is computed beside the permutation of its pieces."""
+    run = lambda x, w: jax.lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 2, c[1] @ w), (0, x))[1]  # noqa: E731
+    assert compiled(run, (8, 32), (32, 32)).cost.flops == 5 * 2 * 8 * 32 * 32
+
+
 def test_a_loop_without_a_constant_end_is_refused():
     with pytest.raises(HloError, match="counts up to a constant"):
         _ = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x * 1.5, x), (8,)).cost

@@ -82,7 +82,7 @@ class Program:
             raise HloError(f"expected one loop over {scope} in the program, found {len(loops)}")
         (loop,) = loops
         turn = self._of(loop.named("body"))
-        return self._of(self.entry, without=loop), turn, self.trip_count(loop.named("condition"))
+        return self._of(self.entry, without=loop), turn, self.trip_count(loop)
 
     def _mentions(self, name: str, scope: str) -> bool:
         return any(scope in (i.attribute(r'op_name="([^"]*)"') or "") for i in self.computations[name].values())
@@ -112,7 +112,7 @@ class Program:
                 )
                 assert condition
                 assert inner
-                cost.add(self._of(inner), self.trip_count(condition))
+                cost.add(self._of(instruction.named("body")), self.trip_count(instruction))
             elif instruction.opcode in ("call", "async-start"):
                 for called in instruction.called():
                     cost.add(self._of(called))
@@ -156,29 +156,60 @@ class Program:
             else:
                 yield name, instruction
 
-    def trip_count(self, condition: str) -> int:
-        """How often a loop runs: it counts from 0 up to the constant that its condition compares with."""
-        body = self.computations[condition]
-        for instruction in body.values():
-            called = instruction.called() if instruction.opcode == "fusion" else []
-            compares = [instruction] if instruction.opcode == "compare" else []
-            compares += [part for name in called for _, part in self._inside(name) if part.opcode == "compare"]
-            if any("direction=LT" in compare.attributes for compare in compares):
-                limits = [
-                    body[operand].attribute(r"^(\d+)\)")
-                    for operand in instruction.operands
-                    if body[operand].opcode == "constant"
-                ]
-                inner = [
-                    part.attribute(r"^(\d+)\)")
-                    for name in called
-                    for _, part in self._inside(name)
-                    if part.opcode == "constant"
-                ]
-                found = [int(limit) for limit in limits + inner if limit is not None]
-                if len(found) == 1:
-                    return found[0]
-        raise HloError(f"{condition}: expected a loop that counts up to a constant")
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a loop runs: its counter starts at 0 and goes up by a constant to the constant that bounds it.
+
+        Raises:
+          HloError: the loop is not of this form.
+        """
+        condition, body = loop.named("condition"), loop.named("body")
+        found = [
+            (limit, index)
+            for place, part in self._inside(condition)
+            if part.opcode == "compare" and "direction=LT" in part.attributes
+            for index, limit in self._bounded(condition, place, part)
+        ]
+        if len(found) != 1:
+            raise HloError(f"{condition}: expected a loop that counts up to a constant")
+        limit, index = found[0]
+        (root,) = (part for part in self.computations[body].values() if part.is_root)
+        return -(-limit // self._increment(body, root.operands[index], index))
+
+    def _bounded(self, condition: str, place: str, compare: Instruction) -> Iterator[tuple[int, int]]:
+        """Place in the loop's tuple and bound of a counter that a comparison holds below a constant."""
+        left, right = (self.computations[place][operand] for operand in compare.operands)
+        if place != condition:
+            # Inside a fusion: its parameters are the operands it has in the condition.
+            (fusion,) = (part for part in self.computations[condition].values() if place in part.called())
+            outer = [self.computations[condition][operand] for operand in fusion.operands]
+            given = lambda part: outer[part.number()] if part.opcode == "parameter" else part  # noqa: E731
+            left, right = given(left), given(right)
+        if left.opcode == "get-tuple-element" and right.opcode == "constant":
+            yield int(left.attribute(r"index=(\d+)") or 0), right.number()
+
+    def _increment(self, name: str, operand: str, index: int, caller: tuple[str, Instruction] | None = None) -> int:
+        """What a loop's body adds to the counter that stands at ``index`` of its tuple.
+
+        Args:
+          name, operand: a computation and what becomes the counter in it.
+          caller: where the computation is a fusion's: the one with the fusion, and the fusion.
+        """
+        body = self.computations[name]
+        part = body[operand]
+        if part.opcode == "get-tuple-element" and part.attribute(r"index=(\d+)") == str(index):
+            return 0
+        if part.opcode == "parameter" and caller:
+            outer, fusion = caller
+            return self._increment(outer, fusion.operands[part.number()], index)
+        if part.opcode == "constant":
+            return part.number()
+        if part.opcode in ("copy", "bitcast", "add"):
+            return sum(self._increment(name, one, index, caller) for one in part.operands)
+        if part.opcode == "fusion":
+            (called,) = part.called()
+            (root,) = (inner for inner in self.computations[called].values() if inner.is_root)
+            return self._increment(called, root.name, index, (name, part))
+        raise HloError(f"{name}: expected a counter that goes up by a constant, found {part.opcode} {part.name}")
 
     def _flops(self, name: str, instruction: Instruction) -> float:
         if instruction.opcode not in ("dot", "convolution"):
@@ -193,9 +224,7 @@ class Program:
 
     def _fusion_bytes(self, fusion: Instruction, called: str, body: dict[str, Instruction]) -> float:
         inner = self.computations[called]
-        parameters = {
-            int(part.attribute(r"^(\d+)\)") or 0): part for part in inner.values() if part.opcode == "parameter"
-        }
+        parameters = {part.number(): part for part in inner.values() if part.opcode == "parameter"}
         total = 0.0
         for index, operand in enumerate(fusion.operands):
             if body[operand].traffic:
@@ -220,7 +249,7 @@ class Program:
                 (called,) = user.called()
                 inner = [part for part in self.computations[called].values() if part.opcode == "parameter"]
                 for part in inner:
-                    if user.operands[int(part.attribute(r"^(\d+)\)") or 0)] == parameter:
+                    if user.operands[part.number()] == parameter:
                         total += self._read(called, part.name)
             else:
                 return math.inf

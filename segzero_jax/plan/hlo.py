@@ -48,6 +48,13 @@ class Instruction:
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
+    def number(self) -> int:
+        """The value of a whole constant, or which parameter this is. Raises HloError for anything else."""
+        found = self.attribute(r"^(\d+)\)")
+        if found is None:
+            raise HloError(f"{self.name}: expected a whole number or a parameter, got {self.opcode}")
+        return int(found)
+
     def named(self, key: str) -> str:
         """The computation that an attribute names. Raises HloError when there is none."""
         found = self.attribute(rf"\b{key}=%?([\w.\-]+)")
