@@ -56,8 +56,10 @@ def table(plan: dict[str, Any]) -> str:
     ]
     for phase in plan["phases"]:
         runs, sent = phase["runs"], sum((phase["collective_bytes"] or {}).values()) / 1e9
-        cost = f"{phase['flops'] / 1e12:.3g} | {phase['bytes'] / 1e9:.3g} | {sent:.3g} | {runs * phase['seconds']:.2f}"
-        lines.append(f"| {phase['phase']} | {runs} | {phase['hbm_gib']:.2f} | {cost} | {phase['bound']} |")
+        short = lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}"  # noqa: E731
+        cost = [short(x) for x in (phase["flops"] / 1e12, phase["bytes"] / 1e9, sent)]
+        cost.append(f"{runs * phase['seconds']:.2f}")
+        lines.append(f"| {phase['phase']} | {runs} | {phase['hbm_gib']:.2f} | {' | '.join(cost)} | {phase['bound']} |")
     return "\n".join(lines)
 
 
