@@ -106,12 +106,6 @@ class Program:
             if instruction is without:
                 continue
             if instruction.opcode == "while":
-                condition, inner = (
-                    instruction.attribute(r"condition=%?([\w.\-]+)"),
-                    instruction.attribute(r"body=%?([\w.\-]+)"),
-                )
-                assert condition
-                assert inner
                 cost.add(self._of(instruction.named("body")), self.trip_count(instruction))
             elif instruction.opcode in ("call", "async-start"):
                 for called in instruction.called():
@@ -156,6 +150,11 @@ class Program:
             else:
                 yield name, instruction
 
+    def _root(self, name: str) -> Instruction:
+        """What a computation gives."""
+        (root,) = (part for part in self.computations[name].values() if part.is_root)
+        return root
+
     def trip_count(self, loop: Instruction) -> int:
         """How often a loop runs: its counter starts at 0 and goes up by a constant to the constant that bounds it.
 
@@ -172,8 +171,7 @@ class Program:
         if len(found) != 1:
             raise HloError(f"{condition}: expected a loop that counts up to a constant")
         limit, index = found[0]
-        (root,) = (part for part in self.computations[body].values() if part.is_root)
-        return -(-limit // self._increment(body, root.operands[index], index))
+        return -(-limit // self._increment(body, self._root(body).operands[index], index))
 
     def _bounded(self, condition: str, place: str, compare: Instruction) -> Iterator[tuple[int, int]]:
         """Place in the loop's tuple and bound of a counter that a comparison holds below a constant."""
@@ -207,8 +205,7 @@ class Program:
             return sum(self._increment(name, one, index, caller) for one in part.operands)
         if part.opcode == "fusion":
             (called,) = part.called()
-            (root,) = (inner for inner in self.computations[called].values() if inner.is_root)
-            return self._increment(called, root.name, index, (name, part))
+            return self._increment(called, self._root(called).name, index, (name, part))
         raise HloError(f"{name}: expected a counter that goes up by a constant, found {part.opcode} {part.name}")
 
     def _flops(self, name: str, instruction: Instruction) -> float:
@@ -229,8 +226,7 @@ class Program:
         for index, operand in enumerate(fusion.operands):
             if body[operand].traffic:
                 total += min(body[operand].traffic, self._read(called, parameters[index].name))
-        (root,) = (part for part in inner.values() if part.is_root)
-        return total + min(fusion.traffic, self._written(called, root, fusion.traffic))
+        return total + min(fusion.traffic, self._written(called, self._root(called), fusion.traffic))
 
     def _read(self, name: str, parameter: str) -> float:
         """Bytes of a fused computation's parameter that are read: all, or the slices that are taken of it."""
@@ -264,8 +260,7 @@ class Program:
             return self._written(name, body[root.operands[0]], whole)
         if root.opcode == "fusion":
             (called,) = root.called()
-            (inner,) = (part for part in self.computations[called].values() if part.is_root)
-            return self._written(called, inner, whole)
+            return self._written(called, self._root(called), whole)
         if root.opcode == "tuple":
             parts = [body[operand] for operand in root.operands]
             return sum(self._written(name, part, sum(array.bytes for array in part.arrays)) for part in parts)
