@@ -7,49 +7,42 @@ works, turn rewards into advantages relative to the group, update.
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from segzero_jax import config as configs
-from segzero_jax import evaluation, jsonl
-from segzero_jax.asking import load_processor, make_sampling
+from segzero_jax import evaluation
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.pipeline import DataError, open_split, training_batches
 from segzero_jax.grpo import (
-    LossSettings,
     TrainState,
     UpdateBatch,
     advantages,
-    initial_state,
-    make_optimizer,
     reference_logps,
     update,
 )
-from segzero_jax.local_server import local_server
-from segzero_jax.mesh import ROLLOUT, TRAIN, MeshError, make_mesh, parse_mesh, prepare_cpu
+from segzero_jax.job import Job, answer, prepare
+from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
-from segzero_jax.model.attention import choose_kernel
-from segzero_jax.model.policy import Pass, Policy, embed_images
-from segzero_jax.model.weights import CheckpointError, check_fits, load_hf, read_dims
+from segzero_jax.model.policy import Policy, embed_images
+from segzero_jax.model.weights import CheckpointError
 from segzero_jax.patience import Patience
-from segzero_jax.processor import ImageError, Processor, PromptTooLong
+from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics, unscored_groups
 from segzero_jax.report import write_report
-from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
-from segzero_jax.reward_client import RewardClient
-from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
+from segzero_jax.reward_channel import RewardServerError, RewardServiceAway, read_access
+from segzero_jax.reward_service import reward_service
+from segzero_jax.rollout import padding_multiple, sample
+from segzero_jax.run_dir import has_evaluation, open_run
 from segzero_jax.scoring import Scorer
-from segzero_jax.types import Example, Frame, PromptBatch, Rollout
+from segzero_jax.types import Example, Rollout
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
 USER_ERRORS = (
@@ -62,51 +55,11 @@ USER_ERRORS = (
     PromptTooLong,
     RewardServerError,
 )
-_SERVER_PATIENCE_S = 300.0
-_TRAIN_KEY, _EVAL_KEY = 0, 1
+_TRAIN_KEY = 0
 
 # Saves the last finished step, from which --resume repeats what was interrupted.
 Save = Callable[[], None]
 Evaluation = Callable[[int, Policy, Save], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What stays the same during a run."""
-
-    config: Config
-    mesh: jax.sharding.Mesh
-    processor: Processor
-    frame: Frame
-    train_pass: Pass
-    rollout_pass: Pass
-    sampling: Sampling
-    loss: LossSettings
-    optimizer: optax.GradientTransformation
-    to_rollout: Callable[[Policy], Policy]
-
-    def place(self, tree: Any) -> Any:
-        """Host arrays with a leading batch axis onto the mesh."""
-
-        def put(x: np.ndarray) -> jax.Array:
-            spec = TRAIN.spec("batch", *(None,) * (x.ndim - 1))
-            return jax.make_array_from_process_local_data(jax.sharding.NamedSharding(self.mesh, spec), x)
-
-        return jax.tree.map(put, tree)
-
-    def encode(self, examples: Sequence[Example]) -> PromptBatch:
-        """Examples as prompts on the mesh."""
-        prompts = [self.processor.encode(example) for example in examples]
-        return self.place(
-            self.processor.batch(prompts, multiple=padding_multiple(self.config.rollout.max_prompt_tokens))
-        )
-
-    def texts(self, rollout: Rollout) -> list[list[str]]:
-        """Responses on the host as text, ``[b][g]``."""
-        return [
-            [self.processor.decode(row[:length]) for row, length in zip(group, counts, strict=True)]
-            for group, counts in zip(rollout.tokens_bgr, rollout.length_bg, strict=True)
-        ]
 
 
 def _crop(rollout: Rollout, longest: int) -> Rollout:
@@ -200,22 +153,6 @@ def evaluation_due(config: Config, step: int) -> bool:
     return step in (0, config.train.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
-def answer(job: Job, weights: Policy, examples: Sequence[Example], greedy: bool) -> list[list[str]]:
-    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones."""
-    size = job.config.train.batch_size
-    sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
-    base = jax.random.fold_in(jax.random.key(job.config.seed), _EVAL_KEY)
-    texts: list[list[str]] = []
-    for start in range(0, len(examples), size):
-        rows = list(examples[start : start + size])
-        # A short last batch is filled up with its first row: every batch has one shape.
-        filled = rows + rows[:1] * (size - len(rows))
-        key = jax.random.fold_in(base, start)
-        rollout = sample(weights, job.encode(filled), key, setup=job.rollout_pass, sampling=sampling)
-        texts += job.texts(jax.device_get(rollout))[: len(rows)]
-    return texts
-
-
 def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluation:
     """A function ``(step, rollout weights)`` that evaluates every held-out split and writes what it finds."""
     config = job.config
@@ -240,74 +177,6 @@ def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluati
             writer.write_evaluation(step, name, summaries, rows)
 
     return evaluate
-
-
-def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, Policy]:
-    """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits."""
-    dims = read_dims(config.model.path)
-    processor = load_processor(config, f"model.path={config.model.path}")
-    check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
-    dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
-    policy, _ = load_hf(config.model.path)
-    # A second reading rather than a copy: the state's buffers are donated to the update.
-    reference, _ = load_hf(config.model.path, dtype=dtype)
-    job = Job(
-        config=config,
-        mesh=mesh,
-        processor=processor,
-        frame=Frame(config.data.image_size, config.data.image_size),
-        train_pass=Pass(dims, TRAIN, dtype, config.model.remat, kernel),
-        rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel),
-        sampling=make_sampling(config.rollout, processor),
-        loss=LossSettings(config.grpo, config.rollout.temperature, processor.visual_ids, config.model.freeze_vision),
-        optimizer=make_optimizer(config.train, config.model.freeze_vision),
-        to_rollout=rollout_layout(dims, dtype),
-    )
-    return job, initial_state(policy, job.optimizer), reference
-
-
-@contextlib.contextmanager
-def reward_service(config: Config, access: Access, run_dir: Path) -> Iterator[RewardClient | None]:
-    """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it."""
-    reward = config.reward
-    with contextlib.ExitStack() as stack:
-        if reward.server == "none":
-            yield None
-            return
-        local = reward.server == "local"
-        address = reward.server
-        if local:
-            advice = "go on with --resume, or set reward.server=none to train without mask scores"
-            log = run_dir / "reward_server.log"
-            address = stack.enter_context(local_server(reward.local_model, log, if_it_dies=advice))
-        client = stack.enter_context(RewardClient(address, reward.timeout_s, wait_for_ready=not local, access=access))
-        client.wait_until_serving(_SERVER_PATIENCE_S if local else reward.timeout_s, say=_say)
-        yield client
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def has_evaluation(config: Config, run_dir: Path, step: int) -> bool:
-    """Whether all held-out splits were evaluated after ``step`` updates."""
-    file = run_dir / "evaluations.jsonl"
-    done = {row["split"] for row in jsonl.read(file) if row["step"] == step} if file.exists() else set()
-    return done >= set(config.data.eval_splits)
-
-
-def open_run(config: Config, resume: bool) -> Path:
-    """Makes the run directory and writes ``config.yaml``; refuses to mix two runs in one directory."""
-    run_dir = Path(config.run.dir).expanduser()
-    begun = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/[0-9]*"))
-    if not resume and begun:
-        raise ConfigError(
-            f"run.dir={run_dir}: holds a run already; add --resume to go on with it, or choose another run.dir"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    jsonl.replace(run_dir / "config.yaml", configs.to_yaml(config).encode())
-    return run_dir
 
 
 def run(config: Config, resume: bool) -> None:

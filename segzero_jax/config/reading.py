@@ -1,0 +1,186 @@
+"""A configuration read: a YAML preset, dotted overrides, a command line. A mistake is one line.
+
+A YAML file holds what differs from the embedded toy run, and ``--section.key=value`` overrides both.
+"""
+
+import argparse
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from segzero_jax.config.schema import Config, ConfigError
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain YAML-ready values."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as it is written to ``config.yaml``."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+@functools.cache
+def all_keys() -> Mapping[str, Any]:
+    """Every dotted key with its default."""
+    return MappingProxyType(dict(_flatten(to_dict(Config()))))
+
+
+def build(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing wrong."""
+    for key, value in _flatten(tree):
+        _check_key(key, source)
+        if isinstance(value, bool) and not isinstance(all_keys()[key], bool):  # "train.steps: yes" is not one step
+            raise ConfigError(f"{source}: {key}={value}: expected {type(all_keys()[key]).__name__}, got a yes or no")
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            raise ConfigError(f"{source}: {cause}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML preset and applies ``a.b=value`` overrides (values are YAML).
+
+    Raises:
+      ConfigError: the file is missing or not YAML, a key is unknown, or a value is not what the key expects.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"--config={path}: no such file; presets are in configs/")
+        try:
+            tree = yaml.load(Path(path).read_bytes(), _UniqueKeyLoader) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected sections with keys, got {type(tree).__name__}")
+        build(tree, str(path))
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"--{key}: expected --{key}=value")
+        _check_key(key, "command line")
+        value = _override_value(key, text)
+        section = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return build(tree, "command line" if overrides else str(path or "config"))
+
+
+def parse_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """Reads ``argv`` with ``parser``'s options, ``--config`` and every dotted key; bad input is one line and exit 2."""
+    parser = OneLineParser(
+        prog=parser.prog,
+        usage=parser.usage or "%(prog)s [options] [--config FILE] [--section.key=value ...]",
+        description=parser.description,
+        epilog=parser.epilog,
+        formatter_class=parser.formatter_class,
+        parents=[parser],
+        add_help=False,  # the parent's
+        allow_abbrev=False,  # --train.step is a mistake, not --train.steps
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML preset, see configs/; without it the embedded toy run")
+    keys = parser.add_argument_group("configuration (default in brackets)")
+    for key, default in all_keys().items():
+        keys.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"[{default}]")
+    args, unknown = parser.parse_known_args(argv)
+    try:
+        for item in unknown:
+            _check_key(item.lstrip("-").partition("=")[0], "command line")
+            raise ConfigError(f"command line: unexpected {item!r}: expected --key=value")
+        overrides = [f"{key}={value}" for key, value in vars(args).items() if key in all_keys()]
+        return args, load(args.config, overrides)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line that reports a mistake in one line, without repeating the usage of fifty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: plain YAML would silently drop the first, with its whole section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in seen:
+                problem = f"{key!r} is given twice" if isinstance(key, str) else f"expected a name as key, got {key!r}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override_value(key: str, text: str) -> Any:
+    """What ``--key=text`` means: the text itself where text is expected ("2026" is a name), YAML elsewhere."""
+    if isinstance(all_keys()[key], str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_key(key: str, source: str) -> None:
+    known = all_keys()
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    if key in known:
+        return
+    if key in sections:
+        raise ConfigError(
+            f"{source}: {key}: is a section, expected keys such as {next(k for k in known if k.startswith(key + '.'))}"
+        )
+    elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = elsewhere or difflib.get_close_matches(key, known, n=1)
+    raise ConfigError(
+        f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "; --help lists the keys")
+    )
+
+
+def differing_keys(left: Config, right: Config) -> list[str]:
+    """Dotted keys whose values differ."""
+    a, b = dict(_flatten(to_dict(left))), dict(_flatten(to_dict(right)))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with dotted keys changed: ``replace(config, **{"train.steps": 2})``."""
+    tree = to_dict(config)
+    for key, value in changes.items():
+        _check_key(key, "replace")
+        *parents, leaf = key.split(".")
+        section = tree
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    return build(tree)

@@ -1,0 +1,202 @@
+"""What a run is configured by: frozen dataclasses. ``Config()`` is the embedded toy run."""
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line: the key, the value, what was expected."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """Where a run lives."""
+
+    dir: Text = "runs/toy"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The policy.
+
+    Attributes:
+      path: a Hugging Face checkpoint: a directory, a hub id, or "toy" for the one inside the package; see ``hub.py``.
+      compute_dtype: of activations and of the weights that rollout reads; master weights are always float32.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      freeze_vision: leave the vision tower and merger untouched.
+    """
+
+    path: Text = "toy"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    freeze_vision: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """What is asked.
+
+    Attributes:
+      name: "toy".
+      dir: where built data sets are kept.
+      image_size: pictures are squashed to this many pixels squared; answers are in this frame.
+      prompt: whose question wording: see ``prompt.py``.
+      eval_splits: held-out splits that are evaluated.
+    """
+
+    name: Text = "toy"
+    dir: Text = "~/.cache/segzero_jax"
+    image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
+    prompt: Literal["toy", "seg_zero", "vision_reasoner"] = "toy"
+    eval_splits: tuple[Text, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    temperature: Above0 = 1.0
+    top_p: Fraction = 1.0
+    top_k: Count = 0
+    max_prompt_tokens: Positive = 64
+    max_response_tokens: Positive = 64
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardConfig:
+    """How responses are scored.
+
+    Attributes:
+      server: "local" starts a SAM 2 server beside the trainer, "none" scores text alone, else "host:port[,host:port]".
+      recipe: see ``rewards.py``.
+      mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
+      mask_iou_mode: the component's form: the IoU itself, 1 above 0.5, or SAM-R1's tiers.
+      local_model: the SAM 2 model that a local server loads: "toy" or a hub id.
+      timeout_s: how long one call for a group's scores may take; then it is sent again.
+      missing: what becomes of a group that the service did not answer in time while it answered others: the step
+        waits for it, or its responses are dropped from the loss.
+      checkpoint_after_s: after so long without any answer, a checkpoint of the last finished step is saved.
+      patience_s: after so long the run ends, with exit code 3.
+      ca_file: PEM certificates that vouch for the servers'; turns TLS on.
+      cert_file, key_file: the trainer's own certificate and key in PEM, for servers that ask for them.
+      token_file: holds the word that servers ask for; over plain text it is sent to this machine only.
+      tls_name: the name in the servers' certificates where it is not the host in ``server``.
+    """
+
+    server: Text = "local"
+    recipe: Literal["seg_zero_soft", "seg_zero_strict", "vision_reasoner", "sam_r1"] = "vision_reasoner"
+    mask_iou_weight: NonNegative = 1.0
+    mask_iou_mode: Literal["raw", "threshold", "tiered"] = "raw"
+    local_model: Text = "toy"
+    timeout_s: Above0 = 120.0
+    missing: Literal["wait", "drop"] = "wait"
+    checkpoint_after_s: Above0 = 300.0
+    patience_s: Above0 = 3600.0
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    token_file: str = ""
+    tls_name: str = ""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GrpoConfig:
+    """The loss. Defaults are the paper's but for the toy run's KL.
+
+    Attributes:
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      kl_coef: weight of the k3 estimate of KL(policy, reference).
+      entropy_coef: weight of the entropy bonus.
+      importance_cap: truncate the sampler-to-trainer importance weight here; 0 leaves it out.
+    """
+
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
+    kl_coef: NonNegative = 5e-3
+    entropy_coef: NonNegative = 0.0
+    importance_cap: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """The optimizer and the schedule.
+
+    Attributes:
+      steps: updates in all.
+      batch_size: prompts a step.
+      micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
+      moment_dtype: of AdamW's first moment; the second stays float32: with beta2 near 1 a bfloat16 one would stall.
+      checkpoint_every: steps between checkpoints; one is always written at the end.
+      keep_checkpoints: older ones are deleted.
+    """
+
+    steps: Positive = 120
+    batch_size: Positive = 16
+    micro_batch_size: Positive = 16
+    lr: NonNegative = 1e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    weight_decay: NonNegative = 1e-2
+    max_grad_norm: Above0 = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: Positive = 50
+    keep_checkpoints: Positive = 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalConfig:
+    """Evaluation on held-out splits before, during and after training.
+
+    Attributes:
+      every: steps between evaluations, 0 for only before and after.
+      examples: questions per split.
+      samples: sampled answers per question, beside the greedy one.
+    """
+
+    every: Count = 0
+    examples: Positive = 64
+    samples: Positive = 8
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """Everything a run depends on. ``--mesh=4x4`` is fsdp x tensor, ``--mesh=2x4x4`` data x fsdp x tensor."""
+
+    seed: Count = 0
+    mesh: Text = "1x1"
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_size % self.train.micro_batch_size:
+            raise ConfigError(
+                f"train.batch_size={self.train.batch_size}: expected a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size}"
+            )
+        if self.reward.recipe == "sam_r1" and self.reward.server == "none":
+            raise ConfigError("reward.recipe=sam_r1: scores masks, expected reward.server=local or host:port, got none")
+        if self.reward.server not in ("local", "none") and not all(map(_is_target, self.reward.server.split(","))):
+            raise ConfigError(f"reward.server={self.reward.server}: expected local, none or host:port[,host:port]")
+
+
+def _is_target(target: str) -> bool:
+    host, _, port = target.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536

@@ -1,0 +1,102 @@
+"""What stays the same during a run: configuration, mesh, processor, and how the policy is run in each phase."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from segzero_jax.asking import load_processor, make_sampling
+from segzero_jax.config import Config
+from segzero_jax.grpo import LossSettings, TrainState, initial_state, make_optimizer
+from segzero_jax.mesh import ROLLOUT, TRAIN
+from segzero_jax.model.attention import choose_kernel
+from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.weights import check_fits, load_hf, read_dims
+from segzero_jax.processor import Processor
+from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
+from segzero_jax.types import Example, Frame, PromptBatch, Rollout
+
+_EVAL_KEY = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same during a run."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    processor: Processor
+    frame: Frame
+    train_pass: Pass
+    rollout_pass: Pass
+    sampling: Sampling
+    loss: LossSettings
+    optimizer: optax.GradientTransformation
+    to_rollout: Callable[[Policy], Policy]
+
+    def place(self, tree: Any) -> Any:
+        """Host arrays with a leading batch axis onto the mesh."""
+
+        def put(x: np.ndarray) -> jax.Array:
+            spec = TRAIN.spec("batch", *(None,) * (x.ndim - 1))
+            return jax.make_array_from_process_local_data(jax.sharding.NamedSharding(self.mesh, spec), x)
+
+        return jax.tree.map(put, tree)
+
+    def encode(self, examples: Sequence[Example]) -> PromptBatch:
+        """Examples as prompts on the mesh."""
+        prompts = [self.processor.encode(example) for example in examples]
+        return self.place(
+            self.processor.batch(prompts, multiple=padding_multiple(self.config.rollout.max_prompt_tokens))
+        )
+
+    def texts(self, rollout: Rollout) -> list[list[str]]:
+        """Responses on the host as text, ``[b][g]``."""
+        return [
+            [self.processor.decode(row[:length]) for row, length in zip(group, counts, strict=True)]
+            for group, counts in zip(rollout.tokens_bgr, rollout.length_bg, strict=True)
+        ]
+
+
+def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, Policy]:
+    """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits."""
+    dims = read_dims(config.model.path)
+    processor = load_processor(config, f"model.path={config.model.path}")
+    check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
+    dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
+    policy, _ = load_hf(config.model.path)
+    # A second reading rather than a copy: the state's buffers are donated to the update.
+    reference, _ = load_hf(config.model.path, dtype=dtype)
+    job = Job(
+        config=config,
+        mesh=mesh,
+        processor=processor,
+        frame=Frame(config.data.image_size, config.data.image_size),
+        train_pass=Pass(dims, TRAIN, dtype, config.model.remat, kernel),
+        rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel),
+        sampling=make_sampling(config.rollout, processor),
+        loss=LossSettings(config.grpo, config.rollout.temperature, processor.visual_ids, config.model.freeze_vision),
+        optimizer=make_optimizer(config.train, config.model.freeze_vision),
+        to_rollout=rollout_layout(dims, dtype),
+    )
+    return job, initial_state(policy, job.optimizer), reference
+
+
+def answer(job: Job, weights: Policy, examples: Sequence[Example], greedy: bool) -> list[list[str]]:
+    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones."""
+    size = job.config.train.batch_size
+    sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
+    base = jax.random.fold_in(jax.random.key(job.config.seed), _EVAL_KEY)
+    texts: list[list[str]] = []
+    for start in range(0, len(examples), size):
+        rows = list(examples[start : start + size])
+        # A short last batch is filled up with its first row: every batch has one shape.
+        filled = rows + rows[:1] * (size - len(rows))
+        key = jax.random.fold_in(base, start)
+        rollout = sample(weights, job.encode(filled), key, setup=job.rollout_pass, sampling=sampling)
+        texts += job.texts(jax.device_get(rollout))[: len(rows)]
+    return texts
