@@ -54,9 +54,11 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self._batcher = batcher
         self._metrics = metrics
         self._workers: Workers | None = None
+        self._checkpoint = ""
 
     def ready(self, workers: Workers) -> None:
         """Serves with these workers from now on."""
+        self._checkpoint = workers.engines[0].segmenter.checkpoint_sha256
         self._workers = workers
 
     def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
@@ -74,7 +76,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         )
         if self._workers is not None:
             segmenters = [engine.segmenter for engine in self._workers.engines]
-            info.model, info.checkpoint_sha256 = segmenters[0].name, segmenters[0].checkpoint_sha256
+            info.model, info.checkpoint_sha256 = segmenters[0].name, self._checkpoint
             info.dtype, info.device = segmenters[0].dtype, ",".join(str(s.device) for s in segmenters)
         return info
 
@@ -90,6 +92,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         try:
             statuses, outcome = self._run(request, context, call)
             response = word(request.request_id, statuses, outcome)
+            response.checkpoint_sha256 = self._checkpoint
         except NotServedError as error:
             codes = {TooLateError: grpc.StatusCode.DEADLINE_EXCEEDED, ClosedError: grpc.StatusCode.UNAVAILABLE}
             code = codes.get(type(error), grpc.StatusCode.RESOURCE_EXHAUSTED)

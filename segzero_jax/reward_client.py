@@ -5,6 +5,7 @@ they could not take and gives up at the deadline; whoever has patience then asks
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -100,7 +101,8 @@ class PendingScores:
 
         Raises:
           RewardServiceAway: the service went away or took too long.
-          RewardServerError: it does not agree with this client: version, token, an answer to something else.
+          RewardServerError: it does not agree with this client: version, token, an answer to something else, or one
+            by another SAM 2 checkpoint than before.
         """
         failed: dict[int, RewardServiceAway] = {}
         heard = False
@@ -174,6 +176,8 @@ class RewardClient:
         self._access = access
         self._channel = open_channel(targets, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
+        self._checkpoint: str | None = None
+        self._pinning = threading.Lock()
 
     def __enter__(self) -> "RewardClient":
         return self
@@ -182,6 +186,14 @@ class RewardClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        """Whose scores this client takes: SHA-256 of the SAM 2 weights, hexadecimal; empty until one has answered.
+
+        It is known after ``wait_until_serving`` or the first answer, and never changes.
+        """
+        return self._checkpoint or ""
 
     def close(self) -> None:
         """Ends the connection; calls on their way are cancelled."""
@@ -199,7 +211,7 @@ class RewardClient:
 
         Raises:
           RewardServerError: none serves after ``timeout_s``; one speaks another version, refuses the token or has an
-            unknown certificate; or they serve different models.
+            unknown certificate; or they serve different models, or another one than before.
         """
         start, told = time.monotonic(), False
         infos: dict[str, ServerInfo] = {}
@@ -223,7 +235,9 @@ class RewardClient:
             raise RewardServerError(f"{'; '.join(away.values())} (waited {timeout_s:g} s)")
         if away and say is not None:
             say(f"going on without {'; '.join(away.values())}")
-        return [infos[address] for address in self._addresses if address in infos]
+        served = [infos[address] for address in self._addresses if address in infos]
+        self._check_checkpoint(served[0].checkpoint_sha256)
+        return served
 
     def info(self) -> ServerInfo:
         """What the first server that is there says of itself, its model loaded or not. Raises RewardServerError."""
@@ -290,6 +304,18 @@ class RewardClient:
                 f"reward server {self._targets}: asked {asked} candidates of {request.request_id!r}, "
                 f"it answered {answered} of {response.request_id!r}: look at its log"
             )
+        self._check_checkpoint(response.checkpoint_sha256)
+
+    def _check_checkpoint(self, found: str) -> None:
+        """Scores of different weights must not meet in one run. Raises RewardServerError."""
+        with self._pinning:
+            if self._checkpoint is None:
+                self._checkpoint = found
+        if found != self._checkpoint:
+            raise RewardServerError(
+                f"reward server {self._targets}: answered with SAM 2 checkpoint {_short(found)}, the scores before "
+                f"came from {_short(self._checkpoint)}: serve that one again, or start a new run"
+            )
 
     def _ask(self, address: str, timeout_s: float, loaded: bool = True) -> ServerInfo:
         """Asks one server what it is.
@@ -316,6 +342,10 @@ class RewardClient:
 def _too_large(request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest) -> str:
     size = request.ByteSize()
     return f"{size} bytes, expected at most {MESSAGE_BYTES}: shrink its image" if size > MESSAGE_BYTES else ""
+
+
+def _short(sha256: str) -> str:
+    return sha256[:12] or "(unnamed)"
 
 
 def _checked_info(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:

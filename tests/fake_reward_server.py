@@ -54,7 +54,7 @@ class Fake(reward_pb2_grpc.RewardServiceServicer):
     def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
         self.seen.append(request)
         self.before(request, context)
-        response = reward_pb2.ScoreResponse(request_id=request.request_id)
+        response = reward_pb2.ScoreResponse(request_id=request.request_id, checkpoint_sha256=self.checkpoint)
         for candidate in request.candidates:
             inside = self.inside(candidate)
             response.candidates.add(intersection=inside, union=AREA, iou=inside / AREA)
@@ -62,7 +62,7 @@ class Fake(reward_pb2_grpc.RewardServiceServicer):
         return response
 
     def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
-        response = reward_pb2.SegmentResponse(request_id=request.request_id)
+        response = reward_pb2.SegmentResponse(request_id=request.request_id, checkpoint_sha256=self.checkpoint)
         for _ in request.candidates:
             response.candidates.add(mask=reward_pb2.Rle(height=2, width=3, counts="06"), model_score=0.5)
         return response

@@ -294,6 +294,53 @@ class TestSeveralServers:
             assert_one_line(error.value, "reward servers differ", first, second, "expected one model")
 
 
+class TestACheckpoint:
+    def test_is_known_once_somebody_has_answered(self) -> None:
+        with serving(Fake(checkpoint="aa")) as address:
+            for first in (lambda client: client.wait_until_serving(10), lambda client: ask(client, 1)):
+                with RewardClient(address, 10) as client:
+                    assert client.checkpoint_sha256 == ""
+                    first(client)
+                    assert client.checkpoint_sha256 == "aa"
+
+    def test_that_changes_ends_the_wait(self) -> None:
+        fake, patience = Fake(checkpoint="a" * 64), Waiter()
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            client.wait_until_serving(10)
+            ask(client, 1)
+            fake.checkpoint = "b" * 64  # the server was started again, with other weights
+            for call in (
+                lambda: client.score([group("a", 1)]).result(patience, drop=True),
+                lambda: client.segment(b"x", Frame(5, 6), [()]),
+                lambda: client.wait_until_serving(10),
+            ):
+                with pytest.raises(RewardServerError) as error:
+                    call()
+                assert not isinstance(error.value, RewardServiceAway), "no waiting mends it"
+                assert_one_line(error.value, address, "checkpoint bbbbbbbbbbbb,", "from aaaaaaaaaaaa: serve that one")
+            assert client.checkpoint_sha256 == "a" * 64
+
+    def test_of_a_server_that_joins_later_must_be_the_same(self) -> None:
+        late = Fake(checkpoint="bb")
+        with serving(Fake(checkpoint="aa")) as first, running(late, NOT_SERVING) as (second, _, health):
+            with RewardClient(f"{first},{second}", 10) as client:
+                client.wait_until_serving(0.1)
+                health.set(SERVICE, SERVING)
+                with pytest.raises(RewardServerError) as error:
+                    wait_until(lambda: ask(client, 1) or len(late.seen) > 1)
+            assert_one_line(error.value, f"{first},{second}", "checkpoint bb", "from aa")
+
+
+class Waiter:
+    """Patience that is never needed."""
+
+    def heard(self) -> None:
+        pass
+
+    def silent(self, why: Callable[[], str]) -> None:
+        raise AssertionError(why())
+
+
 def test_trainer_side_imports_no_torch() -> None:
     check = (
         "import sys, segzero_jax.reward_client, segzero_jax.local_server; "

@@ -59,6 +59,10 @@ class TestHealth:
                 assert info.limits.objects == 2048
                 weights = (TOY / "model.safetensors").read_bytes()
                 assert info.checkpoint_sha256 == hashlib.sha256(weights).hexdigest()
+                request = request_for(scene(), candidate())
+                assert stub.Score(request).checkpoint_sha256 == info.checkpoint_sha256
+                masks = reward_pb2.SegmentRequest(image=request.image, frame=request.frame)
+                assert stub.Segment(masks).checkpoint_sha256 == info.checkpoint_sha256
         finally:
             server.stop()
 
