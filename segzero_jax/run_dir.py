@@ -11,7 +11,12 @@ def has_evaluation(config: Config, run_dir: Path, step: int) -> bool:
     """Whether all held-out splits were evaluated after ``step`` updates."""
     file = run_dir / "evaluations.jsonl"
     done = {row["split"] for row in jsonl.read(file) if row["step"] == step} if file.exists() else set()
-    return done >= set(config.data.eval_splits)
+    return done >= {split_label(name) for name in config.data.eval_splits}
+
+
+def split_label(name: str) -> str:
+    """A held-out split as metrics and files name it: "ReasonSeg/val" would be a folder."""
+    return name.replace("/", "-")
 
 
 def open_run(config: Config, resume: bool) -> Path:

@@ -20,7 +20,7 @@ from segzero_jax import config as configs
 from segzero_jax import evaluation
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.pipeline import DataError, open_split, training_batches
+from segzero_jax.data.pipeline import DataError, open_split, split_name, training_batches
 from segzero_jax.grpo import (
     TrainState,
     UpdateBatch,
@@ -40,7 +40,7 @@ from segzero_jax.report import write_report
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway, read_access
 from segzero_jax.reward_service import reward_service
 from segzero_jax.rollout import padding_multiple, sample
-from segzero_jax.run_dir import has_evaluation, open_run
+from segzero_jax.run_dir import has_evaluation, open_run, split_label
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Rollout
 
@@ -158,8 +158,8 @@ def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluati
     config = job.config
     splits = {}
     for name in config.data.eval_splits:
-        source = open_split(config.data.name, name, Path(config.data.dir).expanduser())
-        splits[name] = [source[i] for i in range(min(config.eval.examples, len(source)))]
+        source = open_split(*split_name(name, config.data.name), config.data.dir)
+        splits[split_label(name)] = [source[i] for i in range(min(config.eval.examples, len(source)))]
 
     def evaluate(step: int, weights: Policy, save: Save) -> None:
         for name, examples in splits.items():
@@ -188,7 +188,7 @@ def run(config: Config, resume: bool) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         job, state, reference = prepare(config, mesh)
-        train_split = open_split(config.data.name, "train", Path(config.data.dir).expanduser())
+        train_split = open_split(config.data.name, "train", config.data.dir)
         batches = training_batches(train_split, config.train.batch_size, config.seed)
         run_dir = open_run(config, resume)
         checkpoints = stack.enter_context(Checkpoints(run_dir, config.train.keep_checkpoints))

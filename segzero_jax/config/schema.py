@@ -48,11 +48,11 @@ class DataConfig:
     """What is asked.
 
     Attributes:
-      name: "toy".
+      name: "toy", or a data set that ``python -m segzero_jax.data.build`` has made.
       dir: where built data sets are kept.
       image_size: pictures are squashed to this many pixels squared; answers are in this frame.
       prompt: whose question wording: see ``prompt.py``.
-      eval_splits: held-out splits that are evaluated.
+      eval_splits: held-out splits that are evaluated: "val" of the same data set, "ReasonSeg/val" of another.
     """
 
     name: Text = "toy"

@@ -1,16 +1,23 @@
 """From stored data sets to batches of examples: random access, a seeded shuffle, an exactly resumable position."""
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import tensorflow_datasets as tfds
 
+from segzero_jax.data import records, toy
 from segzero_jax.data.scenes import SPLITS
-from segzero_jax.data.toy import prepared_builder
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
+
+# Of TFDS: the folder that holds all built sets, and the version of their form.
+BUILT = "question_set"
+VERSION = "1.0.0"
 
 
 class DataError(ValueError):
@@ -22,36 +29,100 @@ class Source(Sequence[Example]):
 
     Attributes:
       name: data set and split, for logs.
+      checksum: stands for the stored content.
     """
 
-    def __init__(self, name: str, rows: Sequence[dict[str, Any]], decode: Callable[[dict[str, Any]], Example]) -> None:
+    def __init__(
+        self,
+        name: str,
+        checksum: str,
+        rows: Sequence[dict[str, Any]],
+        decode: Callable[[dict[str, Any], int], Example],
+        places: np.ndarray | None = None,
+        texts: Callable[[], list[tuple[str, str]]] | None = None,
+    ) -> None:
         self.name = name
+        self.checksum = checksum
         self._rows = rows
         self._decode = decode
+        self._places = places
+        self._texts = texts
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._places is None else len(self._places)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         if not 0 <= index < len(self):  # Iteration ends at an IndexError, which array_record does not raise.
             raise IndexError(f"{self.name}: example {index}, expected 0 to {len(self) - 1}")
-        return self._decode(self._rows[index])
+        record, place = (index, 0) if self._places is None else self._places[index]
+        return self._decode(self._rows[int(record)], int(place))
+
+    def texts(self) -> list[tuple[str, str]]:
+        """Id and question of every example, in order, without reading a picture where that can be avoided."""
+        if self._texts is not None:
+            return self._texts()
+        return [(example.id, example.question) for example in self]
 
 
 def open_split(name: str, split: str, data_dir: str | Path) -> Source:
-    """Opens a split, building the data set under ``data_dir`` first when it is not there.
+    """Opens a split of "toy" or of a data set that ``python -m segzero_jax.data.build`` has made.
+
+    The toy set is made now when it is not there.
 
     Raises:
-      DataError: an unknown data set or split.
-      OSError: ``data_dir`` cannot be written or its files cannot be read.
+      DataError: an unknown data set or split, or one that is not built.
+      OSError: ``data_dir`` cannot be written (toy) or its files cannot be read.
     """
-    if name != "toy":
-        raise DataError(f"data set {name!r}: expected toy")
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} of data set toy: expected one of {', '.join(SPLITS)}")
-    builder = prepared_builder(data_dir)
+    if name == "toy":
+        return _open_toy(split, data_dir)
+    directory = built_directory(name, data_dir)
+    if not directory.is_dir():
+        raise DataError(
+            f"data set {name!r}: not in {Path(data_dir).expanduser()}, expected {_known(data_dir)}; "
+            f"python -m segzero_jax.data.build {name} --source DIR makes one"
+        )
+    builder = tfds.builder_from_directory(directory)
+    _check_split(name, split, sorted(builder.info.splits))
+    index = records.read_index(directory, split)
+    places = np.stack([index["record"].to_numpy(), index["place"].to_numpy()], axis=1)
     rows = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    return Source(f"{name}/{split}", rows, _toy_example)
+    texts = functools.partial(_index_texts, directory, split)
+    checksum = hashlib.sha256(records.index_path(directory, split).read_bytes()).hexdigest()
+    return Source(f"{name}/{split}", checksum, rows, records.to_example, places, texts)
+
+
+def built_directory(name: str, data_dir: str | Path) -> Path:
+    """Where a built set lies."""
+    return Path(data_dir).expanduser() / BUILT / name / VERSION
+
+
+def split_name(text: str, data_set: str) -> tuple[str, str]:
+    """Data set and split of ``eval_splits``: "val" is a split of the run's own data set, "ReasonSeg/val" of another."""
+    name, _, split = text.rpartition("/")
+    return name or data_set, split
+
+
+def _open_toy(split: str, data_dir: str | Path) -> Source:
+    _check_split("toy", split, SPLITS)
+    builder = toy.prepared_builder(data_dir)
+    rows = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    told = f"{builder.info.full_name} {builder.info.splits[split].shard_lengths}"
+    return Source(f"toy/{split}", hashlib.sha256(told.encode()).hexdigest(), rows, _toy_example)
+
+
+def _known(data_dir: str | Path) -> str:
+    built = sorted(path.parent.name for path in (Path(data_dir).expanduser() / BUILT).glob(f"*/{VERSION}"))
+    return " or ".join(["toy", *built])
+
+
+def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
+    if split not in splits:
+        raise DataError(f"split {split!r} of data set {name}: expected one of {', '.join(splits)}")
+
+
+def _index_texts(directory: Path, split: str) -> list[tuple[str, str]]:
+    index = records.read_index(directory, split)
+    return list(zip(index["id"].to_pylist(), index["text"].to_pylist(), strict=True))
 
 
 def training_batches(
@@ -83,7 +154,7 @@ def training_batches(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def _toy_example(row: dict[str, Any]) -> Example:
+def _toy_example(row: dict[str, Any], place: int) -> Example:
     """A row of ``ToyShapes`` as an Example; the picture stays encoded."""
     width, height = int(row["img_width"]), int(row["img_height"])
     places = zip(row["objects"]["box"], row["objects"]["point"], strict=True)
@@ -98,4 +169,6 @@ def _toy_example(row: dict[str, Any]) -> Example:
         question=row["question"].decode(),
         objects=objects,
         mask=RleMask(height, width, row["mask"].decode()),
+        image_id=row["id"].decode(),
+        instance_id=row["id"].decode(),
     )
