@@ -1,0 +1,341 @@
+"""The commands of tpu/: what a dry run prints, what a fake gcloud is asked, how a mistake is told.
+
+``python tests/tpu/test_slice_commands.py`` writes the golden files anew; look at what changed before you commit them.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+COMMANDS = ("create", "setup", "preflight", "run", "status", "logs", "babysit", "delete")
+SLICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v6e:1x1")
+SHELLCHECK = Path(sys.executable).parent / "shellcheck"
+# What gcloud itself says each command takes (`gcloud COMMAND --help`), and what all commands take.
+FLAGS: dict[str, list[str]] = json.loads((Path(__file__).parent / "gcloud_flags.json").read_text())["commands"]
+WIDE = {"--project", "--format", "--quiet", "--filter"}
+
+
+def settings(folder: Path, **changes: str) -> Path:
+    """The example's settings with some lines changed."""
+    text = (ROOT / "tpu/settings.example.sh").read_text()
+    for key, value in changes.items():
+        text, found = re.subn(rf"^{key}=.*$", lambda _, line=f"{key}={value}": line, text, flags=re.MULTILINE)
+        assert found == 1, key
+    path = folder / "settings.sh"
+    path.write_text(text)
+    return path
+
+
+def command(name: str, *options: object, **more: object) -> subprocess.CompletedProcess[str]:
+    words = [str(ROOT / f"tpu/{name}.sh"), *map(str, options)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT, **more)  # type: ignore[call-overload]
+
+
+def dry_runs(folder: Path, tpu: str) -> str:
+    """All commands' dry runs, without anything that could be called: no gcloud is in reach."""
+    path = settings(folder, TPU=tpu, SPOT="no" if tpu == "v5p:2x2x4" else "yes")
+    tools = folder / "bin"
+    tools.mkdir(exist_ok=True)
+    for tool in ("bash", "sed", "git", "dirname", "mktemp", "rm", "cat"):
+        if not (tools / tool).exists():
+            (tools / tool).symlink_to(shutil.which(tool) or tool)
+    lines = []
+    for name in COMMANDS:
+        done = command(name, "--dry-run", "--settings", path, env={"PATH": str(tools), "HOME": str(folder)})
+        assert (done.returncode, done.stderr) == (0, ""), f"{name}: {done.stderr}"
+        lines += [f"## tpu/{name}.sh", done.stdout]
+    return "\n".join(lines)
+
+
+def golden(tpu: str) -> Path:
+    return GOLDEN / f"{tpu.replace(':', '-')}.txt"
+
+
+@pytest.mark.parametrize("tpu", SLICES)
+def test_a_dry_run_prints_what_would_be_called(tpu: str, tmp_path: Path) -> None:
+    assert dry_runs(tmp_path, tpu) == golden(tpu).read_text()
+
+
+def test_every_call_is_one_that_gcloud_knows() -> None:
+    calls = [line for tpu in SLICES for line in golden(tpu).read_text().splitlines() if line.startswith("gcloud")]
+    assert len(calls) > 50
+    for line in calls:
+        words = shlex.split(line)[1:]
+        kind = next(name for name in FLAGS if words[: len(name.split())] == name.split())
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert flags - set(FLAGS[kind]) - WIDE == set(), line
+
+
+def test_the_shell_has_nothing_to_say() -> None:
+    scripts = sorted((ROOT / "tpu").glob("*.sh"))
+    assert len(scripts) > 8
+    done = subprocess.run([SHELLCHECK, "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_settings(name: str) -> None:
+    done = command(name, "--help", env=os.environ | {"TPU_SETTINGS": "/nowhere"})
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"tpu/{name}.sh")
+    assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"PROJECT": ""}, "PROJECT is empty"),
+        ({"ZONE": "us-west4"}, "ZONE=us-west4: expected a zone such as us-west4-a"),
+        ({"NAME": "Seg_Zero"}, "NAME=Seg_Zero: expected small letters"),
+        ({"BUCKET": "my-bucket"}, "BUCKET=my-bucket: expected gs://NAME"),
+        ({"SPOT": "maybe"}, "SPOT=maybe: expected yes or no"),
+        ({"TPU": "v5e-16"}, "TPU=v5e-16: expected v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, such as v5e:4x4"),
+        ({"TPU": "v5e:3x5"}, "TPU=v5e:3x5: expected"),
+        ({"TPU": "v4:4x4"}, "TPU=v4:4x4: expected v4:AxBxC"),
+        ({"SECRETS": "(/nowhere/ca.pem)"}, "SECRETS: /nowhere/ca.pem: no such file"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(changes: dict[str, str], said: str, tmp_path: Path) -> None:
+    done = command("setup", "--dry-run", "--settings", settings(tmp_path, **changes))
+    assert done.returncode == 2
+    assert done.stderr.startswith("setup.sh: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("create", "--wiat"), "create.sh: --wiat: unexpected; --help lists the options"),
+        (("delete", "it"), "delete.sh: it: unexpected"),
+        (("run", "--train.steps=2"), "run.sh: --train.steps=2: unexpected; options of the training come after --"),
+        (("logs", "--worker", "first"), "logs.sh: --worker first: expected a number"),
+        (("babysit", "--tries"), "babysit.sh: --tries (nothing): expected a number"),
+        (("status", "--settings"), "status.sh: --settings: expected a file"),
+        (("status", "--settings", "/nowhere"), "status.sh: /nowhere: no such file; copy tpu/settings.example.sh"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    name, *options = words
+    done = command(name, "--dry-run", *options, env=os.environ | {"TPU_SETTINGS": str(settings(tmp_path))})
+    assert done.returncode == 2
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+
+
+class Cloud:
+    """A gcloud that answers from a list of looks and writes down what it is asked.
+
+    Each look at the slice takes the next state, each look at the machines what ``worker.sh state`` would say on them.
+    """
+
+    def __init__(self, folder: Path, tpu: str = "v5e:2x2") -> None:
+        self.folder = folder
+        self.settings = settings(folder, TPU=tpu)
+        self.log, self.states, self.machines = (folder / name for name in ("calls", "states", "machines"))
+        fake = folder / "bin" / "gcloud"
+        fake.parent.mkdir()
+        fake.write_text(
+            "#!/usr/bin/env bash\n"
+            f'echo "$*" >>{self.log}\n'
+            f'next() {{ [[ -s $1 ]] && head -n 1 "$1" && {{ (($(wc -l <"$1") < 2)) || sed -i 1d "$1"; }}; }}\n'
+            'case "$*" in\n'
+            f"  *queued-resources\\ describe*value\\(state.state\\)*|*list-instances*value\\(instanceStatus\\)*)\n"
+            f"    state=$(next {self.states})\n"
+            '    [[ $state == gone ]] && echo "ERROR: NOT_FOUND: no such thing" >&2 && exit 1\n'
+            '    [[ $state == broken ]] && echo "ERROR: connection reset" >&2 && exit 1\n'
+            '    tr + "\\n" <<<"$state" ;;\n'
+            "  *tpu-vm\\ describe*) echo READY ;;\n"
+            "  *basename*) printf 'm-b\\nm-a\\n' ;;\n"
+            f"  *worker.sh\\ state*) next {self.machines} ;;\n"
+            "esac\n"
+        )
+        fake.chmod(0o755)
+
+    def play(self, name: str, *options: str, states: list[str], machines: list[str] | None = None) -> tuple[int, str]:
+        """Runs a command; gives its exit code and what it said."""
+        self.states.write_text("".join(f"{state}\n" for state in states))
+        self.machines.write_text("".join(f"{state}\n" for state in machines or []))
+        self.log.write_text("")
+        done = command(name, "--settings", self.settings, *options, env=self.environment())
+        return done.returncode, done.stdout + done.stderr
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TPU_LOOK_S": "0"}
+
+    def did(self) -> list[str]:
+        """What changed something, in short."""
+        verbs = {
+            "queued-resources create": "create",
+            "queued-resources delete": "delete",
+            "managed create": "create",
+            "managed delete": "delete group",
+            "templates create": "create template",
+            "templates delete": "delete template",
+            "create workload-policy": "create policy",
+            "resource-policies delete": "delete policy",
+            "scp": "copy",
+            "worker.sh install": "install",
+            "worker.sh start": "start",
+            "worker.sh stop": "stop",
+        }
+        calls = self.log.read_text().splitlines()
+        return [verb for line in calls for words, verb in verbs.items() if words in line]
+
+
+QUEUE_READY, MACHINE = "ACTIVE", "segzero {}"
+
+
+class TestCreate:
+    def test_leaves_what_is_there(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        code, said = cloud.play("create", states=["PROVISIONING"])
+        assert (code, said) == (0, "create.sh: segzero-7b: is there already, waiting\n")
+        assert cloud.did() == []
+
+    def test_waits_until_it_is_ready(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        states = ["gone", "WAITING_FOR_RESOURCES", "broken", "PROVISIONING", "ACTIVE"]
+        code, said = cloud.play("create", "--wait", states=states)
+        assert (code, said.splitlines()[-1]) == (0, "create.sh: segzero-7b: ready")
+        assert cloud.did() == ["create"]
+
+    def test_does_not_touch_a_lost_slice(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        code, said = cloud.play("create", states=["SUSPENDED"])
+        assert (code, cloud.did()) == (2, [])
+        assert "tpu/delete.sh, then tpu/create.sh" in said
+
+    def test_makes_of_a_group_what_an_earlier_attempt_left_undone(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, "v6e:4x4")
+        assert cloud.play("create", states=["gone"])[0] == 0
+        assert cloud.did() == ["create"], "this gcloud describes policy and template, so they are there"
+
+
+class TestMachines:
+    def test_of_a_group_are_all_asked(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, "v6e:2x4")
+        code, said = cloud.play("status", states=["RUNNING+RUNNING"], machines=["segzero idle"])
+        assert (code, said) == (0, "segzero-7b: ready\nsegzero idle\nsegzero idle\n")
+        code, _ = cloud.play("logs", "--worker", "1", states=[""])
+        assert code == 0
+        assert [line.split()[2] for line in cloud.log.read_text().splitlines() if "tail" in line] == ["m-b"]
+        code, said = cloud.play("logs", "--worker", "2", states=[""])
+        assert (code, said) == (2, "logs.sh: segzero-7b: no worker 2; there are 2\n")
+
+    @pytest.mark.parametrize(
+        ("tpu", "state", "word"),
+        [
+            ("v5e:2x2", "gone", "absent"),
+            ("v5e:2x2", "broken", "unknown"),
+            ("v5e:2x2", "SUSPENDING", "waiting"),
+            ("v5e:2x2", "FAILED", "lost"),
+            ("v6e:2x4", "gone", "absent"),
+            ("v6e:2x4", "RUNNING", "waiting"),
+            ("v6e:2x4", "RUNNING+STAGING", "waiting"),
+            ("v6e:2x4", "RUNNING+TERMINATED", "lost"),
+            ("v6e:2x4", "STOPPING+RUNNING", "lost"),
+        ],
+    )
+    def test_are_asked_once_the_slice_is_ready(self, tpu: str, state: str, word: str, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, tpu)
+        code, said = cloud.play("status", states=[state])
+        assert (code, said.splitlines()[0]) == (0, f"segzero-7b: {word}")
+        assert ("connection reset" in said) == (state == "broken")
+        assert "worker.sh" not in cloud.log.read_text()
+
+
+class TestBabysit:
+    def test_brings_a_slice_up_and_sees_the_training_through(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        states = ["gone", "gone", "WAITING_FOR_RESOURCES", *[QUEUE_READY] * 5]
+        machines = ["segzero new", "segzero idle", "segzero running", "segzero done"]
+        code, said = cloud.play("babysit", "--every", "0", "--", "--train.steps=2", states=states, machines=machines)
+        assert (code, cloud.did()) == (0, ["create", "copy", "install", "start"])
+        assert said.splitlines()[-1] == "babysit.sh: segzero-7b: the training is done"
+        assert "--run.checkpoint_dir=gs://my-bucket/segzero-7b/checkpoints --train.steps=2" in cloud.log.read_text()
+
+    def test_replaces_a_slice_that_was_taken_away(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        ready = [QUEUE_READY] * 2  # one for the look, one for the status of the machines
+        states = [*ready, "SUSPENDED", "gone", "gone", "PROVISIONING", *ready * 3]
+        machines = ["segzero running", "segzero new", "segzero idle", "segzero done"]
+        code, _ = cloud.play("babysit", "--every", "0", states=states, machines=machines)
+        assert (code, cloud.did()) == (0, ["delete", "create", "copy", "install", "start"])
+
+    def test_replaces_a_group_with_all_that_belongs_to_it(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, "v6e:2x4")
+        ready = ["RUNNING+RUNNING"] * 2
+        states = ["RUNNING+TERMINATED", "gone", "gone", *ready * 2]
+        machines = ["segzero idle", "segzero idle", "segzero done", "segzero done"]
+        code, _ = cloud.play("babysit", "--every", "0", states=states, machines=machines)
+        made = ["delete group", "delete template", "delete policy", "create", "start", "start"]
+        assert (code, cloud.did()) == (0, made)
+
+    def test_starts_a_crashed_training_again(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        machines = ["segzero failed 137", "segzero running", "segzero failed 3", "segzero running", "segzero done"]
+        code, _ = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=machines)
+        assert (code, cloud.did()) == (0, ["stop", "start", "stop", "start"])
+
+    def test_leaves_to_people_what_they_must_put_right(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        code, said = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=["segzero failed 2"])
+        assert (code, cloud.did()) == (1, [])
+        assert "exit code 2; put it right" in said
+
+    def test_gives_up_a_training_that_does_not_stay_up(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        options = ("--every", "0", "--tries", "3")
+        code, said = cloud.play("babysit", *options, states=[QUEUE_READY], machines=["segzero failed 1"])
+        assert (code, cloud.did()) == (1, ["stop", "start"] * 3)
+        assert "gave up" in said.splitlines()[-1]
+        steady = [*["segzero running"] * 10, "segzero failed 1"]
+        options = ("--every", "0", "--tries", "1")
+        code, _ = cloud.play("babysit", *options, states=[QUEUE_READY], machines=[*steady * 2, "segzero done"])
+        assert (code, cloud.did()) == (0, ["stop", "start"] * 2), "who trained for a while may start over as often"
+
+    def test_counts_machines_that_do_not_answer(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, "v5e:4x4")
+        code, said = cloud.play(
+            "babysit", "--every", "0", "--tries", "2", states=[QUEUE_READY], machines=["segzero running"]
+        )
+        assert (code, cloud.did()) == (1, [])
+        assert "not all machines answer" in said
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_may_be_stopped_at_any_moment(self, number: int, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        cloud.states.write_text(f"{QUEUE_READY}\n")
+        cloud.machines.write_text("segzero running\n")
+        words = [ROOT / "tpu/babysit.sh", "--settings", cloud.settings, "--every", "600"]
+        child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=cloud.environment())
+        deadline = time.monotonic() + 30
+        while "worker.sh state" not in (cloud.log.read_text() if cloud.log.exists() else ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)
+        child.send_signal(number)
+        _, said = child.communicate(timeout=20)
+        assert child.returncode == 130
+        assert "stopped; slice and training go on" in said
+        assert cloud.did() == []
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    for tpu in SLICES:
+        with tempfile.TemporaryDirectory() as folder:
+            golden(tpu).write_text(dry_runs(Path(folder), tpu))

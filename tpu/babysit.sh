@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# tpu/babysit.sh [--every SECONDS (60)] [--tries N] [-- OPTION...]: keeps the training going until it is done.
+#
+# Looks at the slice again and again and does what is missing: creates it, sets it up, starts the training; deletes what was
+# taken away. It keeps no notes: each look finds out where things stand, so it may be stopped (Ctrl-C) and started again at
+# any moment, while slice and training go on. Leave it on a machine that stays on.
+#
+# Gives up when it had to do something N times (20) without finding the training running at ten looks in a row in between, and
+# at once when the training ends with exit code 2, which only a person can put right. Exit codes: 0 the training is done; 1 gave up; 130 stopped.
+
+# shellcheck source=tpu/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+begin "$@"
+every=60 tries=20
+set -- ${REST[@]+"${REST[@]}"}
+while (($#)); do
+  case $1 in
+    --every | --tries)
+      [[ ${2-} =~ ^[0-9]+$ ]] || fail "$1 ${2:-(nothing)}: expected a number"
+      if [[ $1 == --every ]]; then every=$2; else tries=$2; fi
+      shift
+      ;;
+    --) break ;;
+    *) fail "$1: unexpected; options of the training come after --" ;;
+  esac
+  shift
+done
+more=("$@")
+
+if [[ $DRY_RUN ]]; then
+  echo "# Every $every seconds:"
+  "$HERE/status.sh" --dry-run
+  echo "# Where there is no slice:"
+  "$HERE/create.sh" --dry-run
+  echo "# Where it is lost, before another is made:"
+  "$HERE/delete.sh" --dry-run
+  echo "# Where a machine is new:"
+  "$HERE/setup.sh" --dry-run
+  echo "# Where the training does not run, at the first start as after an interruption:"
+  "$HERE/run.sh" --dry-run ${more[@]+"${more[@]}"}
+  echo "# Where a machine's training has failed while others wait for it, before the next start:"
+  "$HERE/run.sh" --dry-run --stop
+  exit 0
+fi
+
+sleeper=''
+trap '[[ ! $sleeper ]] || kill "$sleeper"; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
+
+# One word on all machines' trainings: new, idle, running, done, failed (CODE is the exit code) or unknown.
+training_state() {
+  local lines
+  lines=$("$HERE/status.sh" 2>/dev/null | grep -oE 'segzero (new|idle|running|done|failed [0-9]+)$' || true)
+  CODE=$(sed -n 's/^segzero failed //p' <<<"$lines" | sort -n | tail -n 1)
+  if (($(grep -c . <<<"$lines") != HOSTS)); then
+    STATE=unknown
+  elif [[ $CODE ]]; then
+    STATE=failed
+  elif grep -q new <<<"$lines"; then
+    STATE=new
+  elif grep -q idle <<<"$lines"; then
+    STATE=idle
+  elif grep -q running <<<"$lines"; then
+    STATE=running
+  else
+    STATE='done'
+  fi
+}
+
+# Says and counts what is about to be done; gives up where that has led nowhere too often.
+try() {
+  tried=$((tried + 1)) looks=0
+  if ((tried > tries)); then
+    say "$NAME: gave up: did something $tries times and the training does not stay up; tpu/status.sh and tpu/logs.sh say more"
+    exit 1
+  fi
+  say "$1"
+}
+
+# What goes wrong here (no quota, a connection that breaks) is looked at again, and counts.
+attempt() { "$@" || say "${1##*/}: failed; looking again in $every s"; }
+
+# Does what one look finds missing.
+tend() {
+  case $(slice_state) in
+    absent) try "$NAME: making the slice" && attempt "$HERE/create.sh" && return ;;
+    lost) try "$NAME: was taken away or broke; deleting what is left" && attempt "$HERE/delete.sh" && return ;;
+    ready) ;;
+    *) return 0 ;;
+  esac
+  training_state
+  case $STATE in
+    running) looks=$((looks + 1)) && { ((looks < 10)) || tried=0; } ;;
+    'done') say "$NAME: the training is done" && exit 0 ;;
+    new) try "$NAME: setting up" && attempt "$HERE/setup.sh" ;;
+    unknown) try "$NAME: not all machines answer" ;;
+    failed)
+      if ((CODE == 2)); then
+        say "$NAME: the training ended with exit code 2; put it right and start again: $("$HERE/logs.sh" --lines 1 2>/dev/null || true)"
+        exit 1
+      fi
+      try "$NAME: the training ended with exit code $CODE; starting it again"
+      attempt "$HERE/run.sh" --stop
+      attempt "$HERE/run.sh" ${more[@]+"${more[@]}"}
+      ;;
+    idle) try "$NAME: starting the training" && attempt "$HERE/run.sh" ${more[@]+"${more[@]}"} ;;
+  esac
+}
+
+tried=0 looks=0
+while true; do
+  tend
+  # In the background, so that a signal is answered at once.
+  sleep "$every" &
+  sleeper=$!
+  wait "$sleeper"
+  sleeper=''
+done

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# tpu/delete.sh: deletes the slice and all that tpu/create.sh made for it. The bucket stays.
+#
+# The training is not asked to save first: tpu/run.sh --stop does that.
+
+# shellcheck source=tpu/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+begin "$@"
+no_more_options
+
+# If it is there: the flags that both describe and delete take.
+remove() {
+  local kind=$1
+  shift
+  local words
+  read -ra words <<<"$kind"
+  if there gcloud "${words[@]}" describe "$NAME" "$@"; then
+    local force=()
+    [[ $kind == *queued-resources ]] && force=(--force)
+    call gcloud "${words[@]}" delete "$NAME" "$@" --project="$PROJECT" --quiet ${force[@]+"${force[@]}"}
+  fi
+}
+
+if [[ $ENGINE == queue ]]; then
+  remove 'compute tpus queued-resources' --zone="$ZONE"
+else
+  remove 'compute instance-groups managed' --zone="$ZONE"
+  remove 'compute instance-templates'
+  ((HOSTS == 1)) || remove 'compute resource-policies' --region="$REGION"
+fi
+[[ $DRY_RUN ]] || say "$NAME: nothing is left of it but $STORE"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# tpu/preflight.sh [-- OPTION...]: checks, on all machines together, what a start would trip over.
+#
+# Devices and mesh, versions equal everywhere, writing to the bucket, the reward servers, disk space; of the run that
+# tpu/run.sh would start with the same options. Nothing is trained. See `python -m segzero_jax.preflight --help`.
+
+# shellcheck source=tpu/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+begin "$@"
+if ((${#REST[@]})); then
+  [[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the training come after --"
+  REST=("${REST[@]:1}")
+fi
+train_options ${REST[@]+"${REST[@]}"}
+on_workers "cd $REMOTE && .venv/bin/python -m segzero_jax.preflight$(printf ' %q' "${OPTIONS[@]}")"

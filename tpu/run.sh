@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# tpu/run.sh [--stop] [-- OPTION...]: starts the training on all machines of the slice and returns.
+#
+# It goes on when the connection ends. Options after "--" are added to TRAIN of the settings, such as --train.steps=2. The same
+# again goes on where the run was. --stop has the run save a checkpoint and end.
+
+# shellcheck source=tpu/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+begin "$@"
+if [[ ${REST[0]-} == --stop ]]; then
+  on_workers "$REMOTE/tpu/worker.sh stop"
+  exit
+fi
+if ((${#REST[@]})); then
+  [[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the training come after --"
+  REST=("${REST[@]:1}")
+fi
+train_options ${REST[@]+"${REST[@]}"}
+on_workers "$REMOTE/tpu/worker.sh start $STORE $RUN_DIR$(printf ' %q' "${OPTIONS[@]}")"

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# tpu/setup.sh: brings this checkout's last commit and the pinned packages onto every machine of the slice.
+#
+# Again after a new commit: what is there already is kept. Files named in SECRETS go to ~/secrets.
+
+# shellcheck source=tpu/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+begin "$@"
+no_more_options
+
+for secret in ${SECRETS[@]+"${SECRETS[@]}"}; do
+  [[ -f $secret ]] || fail "$SETTINGS: SECRETS: $secret: no such file"
+done
+code=$(mktemp -d)
+trap 'rm -rf "$code"' EXIT
+archive=$code/$REMOTE.tar.gz
+if [[ $DRY_RUN ]]; then
+  archive=$REMOTE.tar.gz
+  call git archive --prefix="$REMOTE/" --output="$archive" HEAD
+else
+  [[ -z $(git -C "$HERE/.." status --porcelain) ]] || say "the working tree has changes: the last commit is what goes"
+  git -C "$HERE/.." archive --prefix="$REMOTE/" --output="$archive" HEAD
+fi
+revision=$(git -C "$HERE/.." rev-parse HEAD)
+[[ $DRY_RUN ]] && revision=REVISION
+
+to_workers "$archive" .
+if ((${#SECRETS[@]})); then
+  on_workers 'mkdir -p -m 700 secrets'
+  to_workers "${SECRETS[@]}" secrets/
+fi
+on_workers "tar -xzf $REMOTE.tar.gz && $REMOTE/tpu/worker.sh install $revision"

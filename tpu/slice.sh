@@ -1,0 +1,198 @@
+# shellcheck shell=bash disable=SC2034
+# Read by the commands beside it: settings, what a slice is made of, and how its machines are reached.
+#
+# Two engines make slices. v4 and v5e are queued resources of the Cloud TPU API; v5p and v6e are managed instance groups of
+# Compute Engine, with a workload policy that makes one slice of their machines.
+
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# On each machine, below its user's home.
+REMOTE=segzero-jax
+
+DRY_RUN='' SETTINGS=${TPU_SETTINGS:-$HERE/settings.sh} REST=()
+
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  exit 2
+}
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+
+# The comment at the head of a command is its help.
+help() {
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  printf '\n  --settings FILE  what to work on [tpu/settings.sh]\n  --dry-run        print what would be called; call nothing\n  --help\n'
+}
+
+# Reads the options that all commands have; what is left is in REST. Then reads and checks the settings.
+begin() {
+  while (($#)); do
+    case $1 in
+      --help | -h) help && exit 0 ;;
+      --dry-run) DRY_RUN=yes ;;
+      --settings)
+        (($# > 1)) || fail "--settings: expected a file"
+        SETTINGS=$2 && shift
+        ;;
+      *) REST+=("$1") ;;
+    esac
+    shift
+  done
+  read_settings
+  [[ $DRY_RUN ]] || command -v gcloud >/dev/null || fail "gcloud: not found; https://cloud.google.com/sdk/docs/install has it"
+}
+
+no_more_options() { ((${#REST[@]} == 0)) || fail "${REST[0]}: unexpected; --help lists the options"; }
+
+read_settings() {
+  [[ -f $SETTINGS ]] || fail "$SETTINGS: no such file; copy tpu/settings.example.sh to tpu/settings.sh and fill it in"
+  PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK=''
+  SSH_FLAGS=() SECRETS=() TRAIN=()
+  # shellcheck source=tpu/settings.example.sh
+  source "$SETTINGS" || fail "$SETTINGS: bash cannot read it"
+  export TPU_SETTINGS=$SETTINGS
+  local key
+  for key in PROJECT ZONE NAME TPU BUCKET SERVICE_ACCOUNT; do
+    [[ ${!key} ]] || fail "$SETTINGS: $key is empty; tpu/settings.example.sh says what it is"
+  done
+  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "$SETTINGS: ZONE=$ZONE: expected a zone such as us-west4-a"
+  [[ $NAME =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "$SETTINGS: NAME=$NAME: expected small letters, digits and dashes, 40 at most"
+  [[ $BUCKET =~ ^gs://[a-z0-9][a-z0-9._-]+[a-z0-9]$ ]] || fail "$SETTINGS: BUCKET=$BUCKET: expected gs://NAME"
+  [[ $SPOT == yes || $SPOT == no ]] || fail "$SETTINGS: SPOT=$SPOT: expected yes or no"
+  REGION=${ZONE%-*} RUN_DIR=runs/$NAME STORE=$BUCKET/$NAME
+  read_tpu
+}
+
+# TPU=v5e:4x4 as engine, chips and hosts. Machines hold four chips; a v5e slice of up to eight is one machine.
+read_tpu() {
+  GENERATION=${TPU%%:*} TOPOLOGY=${TPU#*:}
+  local expected="expected v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, such as v5e:4x4"
+  case $GENERATION in
+    v4 | v5p) [[ $TOPOLOGY =~ ^[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*$ ]] || fail "$SETTINGS: TPU=$TPU: $expected" ;;
+    v5e | v6e) [[ $TOPOLOGY =~ ^(1x1|2x2|2x4|4x4|4x8|8x8|8x16|16x16)$ ]] || fail "$SETTINGS: TPU=$TPU: $expected; there are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16 and 16x16" ;;
+    *) fail "$SETTINGS: TPU=$TPU: $expected" ;;
+  esac
+  CHIPS=$((${TOPOLOGY//x/*}))
+  HOSTS=$(((CHIPS + 3) / 4))
+  ENGINE=group
+  [[ $GENERATION == v4 || $GENERATION == v5e ]] && ENGINE=queue
+  [[ $GENERATION == v5e && $CHIPS -le 8 ]] && HOSTS=1
+  return 0
+}
+
+# What the trainer is started with, in OPTIONS: TRAIN of the settings, where the run goes, and these.
+train_options() { OPTIONS=(${TRAIN[@]+"${TRAIN[@]}"} --run.dir="$RUN_DIR" --run.checkpoint_dir="$STORE/checkpoints" "$@"); }
+
+# Runs a command, or in a dry run prints it as it could be typed.
+call() {
+  if [[ ! $DRY_RUN ]]; then
+    "$@"
+    return
+  fi
+  local word words=()
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=@,-]+$ ]] || word=\'${word//\'/\'\\\'\'}\'
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
+# Whether gcloud can describe a thing; a dry run takes it for there.
+there() {
+  [[ $DRY_RUN ]] && return 0
+  "$@" --project="$PROJECT" --format='value(name)' >/dev/null 2>&1
+}
+
+# One word on the slice: absent, waiting, ready, lost (preempted or broken), or unknown where gcloud cannot say.
+slice_state() {
+  if [[ $ENGINE == queue ]]; then queue_state; else group_state; fi
+}
+
+queue_state() {
+  local state
+  state=$(asked gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)') || return 0
+  case $state in
+    ACTIVE) state=$(asked gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)') || state=lost ;;
+    SUSPENDED | FAILED) state=lost ;;
+    absent | unknown) ;;
+    *) state=waiting ;;
+  esac
+  case $state in
+    READY) echo ready ;;
+    CREATING | STARTING | RESTARTING | REPAIRING) echo waiting ;;
+    absent | waiting | unknown) echo "$state" ;;
+    *) echo lost ;;
+  esac
+}
+
+group_state() {
+  local states
+  states=$(asked gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --format='value(instanceStatus)') || return 0
+  case $states in
+    absent | unknown) echo "$states" ;;
+    *STOP* | *TERMINATED* | *SUSPEND*) echo lost ;;
+    *) if (($(grep -c '^RUNNING$' <<<"$states") == HOSTS)); then echo ready; else echo waiting; fi ;;
+  esac
+}
+
+# What gcloud answers; "absent" where there is no such thing, "unknown" where it fails for another reason, which is told.
+asked() {
+  local answer problem
+  problem=$(mktemp)
+  if answer=$("$@" --project="$PROJECT" 2>"$problem"); then
+    printf '%s\n' "$answer"
+  elif grep -qiE 'not.?found' "$problem"; then
+    echo absent
+  else
+    say "gcloud: $(tail -n 1 "$problem")"
+    echo unknown
+  fi
+  rm -f "$problem"
+}
+
+# The machines of a group by name; a queued resource's are addressed by gcloud itself.
+machines() {
+  if [[ $DRY_RUN ]]; then
+    echo MACHINE
+  else
+    gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --project="$PROJECT" \
+      --format='value(instance.basename())' | sort
+  fi
+}
+
+# on_workers COMMAND [WORKER]: runs a shell command on all machines at once, or on one of them.
+on_workers() {
+  local command=$1 worker=${2:-all} machine children=() child status=0
+  if [[ $ENGINE == queue ]]; then
+    call gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
+      --worker="$worker" --command="$command"
+    return
+  fi
+  while read -r machine; do
+    call gcloud compute ssh "$machine" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
+      --command="$command" </dev/null &
+    children+=($!)
+  done < <(machines | chosen "$worker")
+  ((${#children[@]})) || fail "$NAME: no worker $worker; there are $HOSTS"
+  for child in "${children[@]}"; do wait "$child" || status=$?; done
+  return "$status"
+}
+
+# Of the lines on standard input all, or the one with this number.
+chosen() {
+  if [[ $1 == all ]]; then cat; else sed -n "$(($1 + 1))p"; fi
+}
+
+# to_workers FILE... FOLDER: copies files to all machines, into a folder below the home.
+to_workers() {
+  local files=("${@:1:$#-1}") folder=${*: -1} machine
+  if [[ $ENGINE == queue ]]; then
+    call gcloud compute tpus tpu-vm scp "${files[@]}" "$NAME:$folder" --zone="$ZONE" --project="$PROJECT" \
+      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --worker=all
+    return
+  fi
+  for machine in $(machines); do
+    call gcloud compute scp "${files[@]}" "$machine:$folder" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"}
+  done
+}

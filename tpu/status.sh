@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# tpu/status.sh: how the slice is, and once it is ready what each machine does.
+#
+# The slice: absent, waiting, ready, lost (taken away or broken). A machine: new (tpu/setup.sh), idle (tpu/run.sh), running,
+# done, failed with an exit code (tpu/logs.sh).
+
+# shellcheck source=tpu/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+begin "$@"
+no_more_options
+state=ready
+if [[ ! $DRY_RUN ]]; then
+  state=$(slice_state)
+  echo "$NAME: $state"
+elif [[ $ENGINE == queue ]]; then
+  call gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)' --project="$PROJECT"
+  call gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)' --project="$PROJECT"
+else
+  call gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --format='value(instanceStatus)' --project="$PROJECT"
+fi
+[[ $state == ready ]] || exit 0
+# A machine that is not set up has no script that could say so.
+on_workers "if [ -x $REMOTE/tpu/worker.sh ]; then $REMOTE/tpu/worker.sh state; else echo segzero new; fi"

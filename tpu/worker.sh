@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# tpu/worker.sh install REVISION | start STORE RUN_DIR OPTION... | stop | state | fetch | copy: one machine's part.
+#
+# The commands beside it call it on every machine. systemd keeps the training: it outlives the connection, is told to stop
+# when the machine is about to be taken away, and leaves its exit code behind.
+
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+UNIT=segzero
+UV_VERSION=0.9.7
+METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
+cd "$ROOT"
+
+install_packages() {
+  if [[ -x .venv/bin/python && $(cat .installed 2>/dev/null) == "$(cat constraints.txt pyproject.toml | sha256sum)" ]]; then
+    echo "$1" >.revision
+    return
+  fi
+  # The images bring Python 3.10; uv brings its own 3.11.
+  [[ -x $HOME/.local/bin/uv ]] || curl -LsSf "https://astral.sh/uv/$UV_VERSION/install.sh" | sh
+  "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.11 .venv
+  "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[tpu]'
+  cat constraints.txt pyproject.toml | sha256sum >.installed
+  echo "$1" >.revision
+}
+
+# What systemd knows of the training, as one word.
+state() {
+  local active sub code
+  [[ -f .revision ]] || { echo new && return; }
+  active=$(systemctl show "$UNIT" --property=ActiveState --value)
+  sub=$(systemctl show "$UNIT" --property=SubState --value)
+  code=$(systemctl show "$UNIT" --property=ExecMainStatus --value)
+  case $active/$sub in
+    active/running | activating/* | deactivating/*) echo running ;;
+    active/exited) echo 'done' ;;
+    failed/*) echo "failed $code" ;;
+    *) echo idle ;;
+  esac
+}
+
+start() {
+  local where=("$1" "$2")
+  shift 2
+  [[ $(state) != new ]] || { echo "tpu/worker.sh: not set up: tpu/setup.sh" >&2 && exit 2; }
+  [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
+  sudo systemctl stop "$UNIT" "$UNIT-copy.timer" 2>/dev/null || true
+  sudo systemctl reset-failed "$UNIT" "$UNIT-copy" 2>/dev/null || true
+  printf 'STORE=%q RUN_DIR=%q\n' "${where[@]}" >.run
+  if is_first; then
+    fetch
+    sudo systemd-run --quiet --unit="$UNIT-copy" --uid="$USER" --setenv=HOME="$HOME" --on-active=60 --on-unit-active=60 \
+      "$ROOT/tpu/worker.sh" copy
+  fi
+  # --remain-after-exit: the exit code can still be read. "mixed": first the trainer alone is told, so that it can save.
+  sudo systemd-run --quiet --unit="$UNIT" --remain-after-exit --uid="$USER" --working-directory="$ROOT" \
+    --setenv=HOME="$HOME" --property=EnvironmentFile="-$HOME/segzero.env" \
+    --property=KillMode=mixed --property=TimeoutStopSec=300 \
+    --property=StandardOutput=append:"$ROOT/train.log" --property=StandardError=append:"$ROOT/train.log" \
+    --property=ExecStopPost="$ROOT/tpu/worker.sh copy" \
+    "$ROOT/.venv/bin/python" -m segzero_jax.train "$@"
+}
+
+# Process 0 alone writes the run's files; JAX numbers processes by this as well.
+is_first() { [[ $(curl -sf -H Metadata-Flavor:Google "$METADATA") == 0 ]]; }
+
+# The run's files from the bucket, where this machine has none: it replaces one that was taken away.
+fetch() {
+  # shellcheck disable=SC1091
+  source .run
+  [[ ! -e $RUN_DIR ]] && gcloud storage ls "$STORE/run/" >/dev/null 2>&1 || return 0
+  mkdir -p "$RUN_DIR"
+  gcloud storage rsync --recursive "$STORE/run" "$RUN_DIR"
+}
+
+# The run's files into the bucket, checkpoints excepted, which the trainer writes there itself.
+copy() {
+  # shellcheck disable=SC1091
+  source .run
+  is_first && [[ -e $RUN_DIR ]] || return 0
+  gcloud storage rsync --quiet --recursive --exclude='^checkpoints/.*' "$RUN_DIR" "$STORE/run"
+}
+
+case ${1-} in
+  install) install_packages "$2" ;;
+  start) start "${@:2}" ;;
+  stop) sudo systemctl stop "$UNIT" ;;
+  state) echo "segzero $(state)" ;;
+  fetch) fetch ;;
+  copy) copy ;;
+  *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+esac
