@@ -1,22 +1,27 @@
-"""Checkpoints with Orbax: weights, optimizer, data position and configuration, saved together and atomically.
+"""Checkpoints with Orbax: weights, optimizer, data position, configuration and identity, in one atomic save.
 
-A checkpoint has three items: ``policy`` (all that inference needs), ``optimizer``, and ``run`` (JSON: configuration,
-data position, version). Arrays are stored under their path in the tree, so a file can be read without our classes.
+A checkpoint has four items: ``policy`` (all that inference needs), ``optimizer``, ``run`` (JSON: configuration, data
+position, identity, version) and ``manifest``. Arrays are stored under their path in the tree, so a file can be read
+without our classes. The reference policy is not among them: it is ``model.path``, known by its fingerprint.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import NamedSharding
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
-from segzero_jax import __version__
+from segzero_jax import __version__, manifest
 from segzero_jax import config as configs
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import is_checkpoint
+from segzero_jax.identity import Identity
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import CheckpointError, abstract_policy, load_hf, read_dims
@@ -28,16 +33,24 @@ _FREE_KEYS = (
     *("reward.missing", "reward.checkpoint_after_s", "reward.patience_s", "reward.ca_file", "reward.cert_file"),
     *("reward.key_file", "reward.token_file", "reward.tls_name"),
     *("model.remat", "train.steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints"),
+    "train.keep_best",
 )
+_FOLDER = "checkpoints"
+_REASON_LENGTH = 300
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written: the disk is full, the bucket away; one line. Earlier ones are whole."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A run as it stood after ``step`` updates."""
+    """A run as it stood after ``step`` updates, written by a ``version`` of this package."""
 
     step: int
     state: TrainState
     data: dict[str, Any]
+    version: str
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -60,36 +73,75 @@ def _rebuild(like: T, leaves: dict[str, Any]) -> T:
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in names])
 
 
+class _LastAndBest(PreservationPolicy):
+    """Keeps the newest checkpoints, and of all that have a score the one with the highest."""
+
+    def __init__(self, last: int, score: Callable[[int], float | None]) -> None:
+        self._last = last
+        self._score = score
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = set(sorted(steps)[-self._last :])
+        scores = {step: score for step in steps if (score := self._score(step)) is not None}
+        if scores:
+            kept.add(max(scores, key=lambda step: (scores[step], step)))
+        return [step in kept for step in steps]
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the run itself asks, between phases, and JAX's service expects one count of such questions."""
+        return False
+
+
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """The checkpoints of one run.
 
     Args:
-      run_dir: they are in its ``checkpoints/``, one directory per step.
-      keep: how many; older ones are deleted.
+      directory: one folder per step is in it; a local path or ``gs://bucket/path``.
+      keep: how many of the newest; with at least two, a damaged one leaves another.
+      score: of a step, None where it has none; the step with the highest is kept as well.
       read_only: for a look at a run that may be going on.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int = 1, read_only: bool = False):
-        self.directory = Path(run_dir).expanduser().resolve() / "checkpoints"
+    def __init__(
+        self,
+        directory: str | Path | epath.Path,
+        keep: int = 2,
+        score: Callable[[int], float | None] = lambda step: None,
+        read_only: bool = False,
+    ):
+        self.directory = epath.Path(directory).expanduser().resolve()
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only
             # What a killed run left half-written goes.
-            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            else ocp.CheckpointManagerOptions(
+                preservation_policy=_LastAndBest(keep, score), cleanup_tmp_directories=True
+            )
         )
         # Named here rather than at the first save: a fresh process could not read what another has written.
         handlers = {
             "policy": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
             "run": ocp.JsonCheckpointHandler(),
+            manifest.ITEM: manifest.ManifestHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._manager = _Manager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except (OSError, ValueError) as error:
+            if kind is None:
+                raise self._failed(error) from None
+            # The block has ended with an error that matters more than a save that failed in the background.
 
     @property
     def latest(self) -> int | None:
@@ -99,52 +151,93 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints."""
-        return list(self._manager.all_steps())
+        return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], config: Config) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, Any], config: Config, identity: Identity) -> None:
         """Starts writing; returns once the arrays are copied, so that training may go on and donate them.
 
-        A step that is the last one saved is left as it is.
-        """
-        if step == self.latest:
-            return
-        run = {"config": configs.to_dict(config), "data": data, "version": __version__}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                policy=ocp.args.StandardSave(_named_leaves(state.policy)),
-                optimizer=ocp.args.StandardSave(_named_leaves(_without_policy(state))),
-                run=ocp.args.JsonSave(run),
-            ),
-        )
-
-    def wait(self) -> None:
-        """Until what was saved is on the disk."""
-        self._manager.wait_until_finished()
-
-    def restore(self, like: TrainState, config: Config) -> Restored:
-        """Reads the last checkpoint onto the ambient mesh, whatever mesh wrote it.
-
-        Args:
-          like: a state of the same shapes; its shardings are what the result has.
+        Waits for an earlier save first. A step that is the last one saved is left as it is.
 
         Raises:
-          CheckpointError: there is none, it comes from another configuration (the differing keys are named), or it
-            holds another model.
+          SaveError: the earlier save has failed, or this one cannot begin.
         """
-        step = self.latest
-        if step is None:
-            raise CheckpointError(f"{self.directory}: no checkpoint to resume from; start without --resume")
-        saved = self.config(step)
-        differing = [key for key in configs.differing_keys(saved, config) if not key.startswith(_FREE_KEYS)]
+        self.wait()
+        if step == self.latest:
+            return
+        run = {
+            "config": configs.to_dict(config),
+            "data": data,
+            "identity": identity._asdict(),
+            "version": __version__,
+        }
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    policy=ocp.args.StandardSave(_named_leaves(state.policy)),
+                    optimizer=ocp.args.StandardSave(_named_leaves(_without_policy(state))),
+                    run=ocp.args.JsonSave(run),
+                    manifest=manifest.ManifestSave(),
+                ),
+            )
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from None
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk. Raises SaveError."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # ValueError is what TensorStore makes of a full disk
+            raise self._failed(error) from None
+
+    def newest(self) -> tuple[int, list[str]]:
+        """The newest step that is as it was written, and one line for each newer one that is damaged.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps):
+            problem = self.damage(step)
+            if not problem:
+                return step, damaged
+            damaged.append(f"checkpoint {self.directory}/{step} is damaged ({problem})")
+        if damaged:
+            raise CheckpointError(f"{'; '.join(damaged)}; no other is left to resume from")
+        raise CheckpointError(f"{self.directory}: no checkpoint to resume from; start without --resume")
+
+    def damage(self, step: int, items: Sequence[str] = ("policy", "optimizer", "run")) -> str:
+        """What is wrong with the files of a checkpoint, or with some of its items; empty when nothing is."""
+        return manifest.damage(self.directory / str(step), items)
+
+    def restore(self, step: int, like: TrainState, config: Config, identity: Identity) -> Restored:
+        """Reads a checkpoint onto the ambient mesh, whatever mesh wrote it. Newer ones, which are damaged, go.
+
+        Args:
+          step: see ``newest``.
+          like: a state of the same shapes, or their ShapeDtypeStructs; its shardings are what the result has.
+
+        Raises:
+          CheckpointError: it comes from another configuration (the differing keys are named), another reference
+            policy or another SAM 2, or it holds another model.
+        """
+        self.check_config(step, config)
+        run = self._run(step)
+        self._check_identity(step, Identity(**run["identity"]), identity, config)
+        rest = self._tree(step, "optimizer", _without_policy(like))
+        state = TrainState(self.policy(step, like.policy), rest["optimizer"], rest["updates"])
+        for newer in [other for other in self.steps if other > step]:
+            self._manager.delete(newer)
+        return Restored(step, state, run["data"], run["version"])
+
+    def check_config(self, step: int, config: Config) -> None:
+        """Raises CheckpointError when ``step`` was written by another run, by the keys that say so."""
+        differing = differing_runs(self.config(step), config)
         if differing:
             raise CheckpointError(
                 f"{self.directory}/{step}: written with another configuration ({', '.join(differing)} differ); "
                 "resume with the same one or choose another run.dir"
             )
-        rest = self._tree(step, "optimizer", _without_policy(like))
-        state = TrainState(self.policy(step, like.policy), rest["optimizer"], rest["updates"])
-        return Restored(step, state, self._run(step)["data"])
 
     def config(self, step: int) -> Config:
         """The configuration of the run when it wrote ``step``."""
@@ -153,6 +246,29 @@ class Checkpoints:
     def policy(self, step: int, like: Policy) -> Policy:
         """The weights alone, in the shardings of ``like``. Raises CheckpointError when they are another model's."""
         return self._tree(step, "policy", like)
+
+    def _check_identity(self, step: int, saved: Identity, now: Identity, config: Config) -> None:
+        if saved.reference != now.reference:
+            raise CheckpointError(
+                f"{self.directory}/{step}: its reference policy has fingerprint {saved.reference}, "
+                f"model.path={config.model.path} has {now.reference}; resume with the weights that the run began with"
+            )
+        if saved.sam2 != now.sam2:
+            raise CheckpointError(
+                f"{self.directory}/{step}: its rewards came from {_sam2(saved)}, reward.server={config.reward.server} "
+                f"means {_sam2(now)}; resume with the same, or choose another run.dir"
+            )
+
+    def _failed(self, error: Exception) -> SaveError:
+        """Clears away what a failed save left, and says in one line why it failed."""
+        self._manager.reload()
+        if jax.process_index() == 0 and self.directory.exists():
+            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                left.rmtree(missing_ok=True)
+        reason = " ".join(str(error).split())
+        # TensorStore begins with where it stood and ends with what the system said.
+        reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
+        return SaveError(f"{self.directory}: {reason or type(error).__name__}")
 
     def _run(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
@@ -171,6 +287,44 @@ class Checkpoints:
         return _rebuild(like, self._manager.restore(step, args=args)[item])
 
 
+def differing_runs(earlier: Config, config: Config) -> list[str]:
+    """The keys by which two configurations are two runs, not one that goes on elsewhere or for longer."""
+    return [key for key in configs.differing_keys(earlier, config) if not key.startswith(_FREE_KEYS)]
+
+
+def checkpoint_directory(config: Config) -> epath.Path:
+    """Where a run's checkpoints are: ``run.checkpoint_dir``, or inside ``run.dir``."""
+    return epath.Path(config.run.checkpoint_dir or f"{config.run.dir}/{_FOLDER}").expanduser()
+
+
+def find_checkpoints(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | None:
+    """What a path means: a directory of checkpoints and, where it names one of them, its step. None for no such thing.
+
+    Args:
+      path: a run directory, also one whose checkpoints lie in ``run.checkpoint_dir``; a directory of checkpoints; or
+        one of its steps. Local or ``gs://``.
+    """
+    directory = epath.Path(path).expanduser()
+    if directory.name.isdigit() and directory.parent.name == _FOLDER:
+        return directory.parent, int(directory.name)
+    if (directory / _FOLDER).is_dir():
+        return directory / _FOLDER, None
+    if (directory / "config.yaml").is_file():
+        elsewhere = checkpoint_directory(configs.load(str(directory / "config.yaml")))
+        return (elsewhere, None) if elsewhere.is_dir() else None
+    if directory.name.isdigit() and (directory / manifest.ITEM).is_dir():
+        return directory.parent, int(directory.name)
+    return (directory, None) if directory.is_dir() and complete_steps(directory) else None
+
+
+def complete_steps(directory: epath.Path) -> list[int]:
+    """The steps of a directory's checkpoints, at a glance and without Orbax."""
+    if not directory.is_dir():
+        return []
+    steps = [path for path in directory.iterdir() if path.name.isdigit() and (path / manifest.ITEM).is_dir()]
+    return sorted(int(path.name) for path in steps)
+
+
 def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | None]:
     """Weights for inference: a Hugging Face checkpoint, a run directory, or one of its ``checkpoints/STEP``.
 
@@ -182,18 +336,24 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
     """
     if is_checkpoint(path):
         return *load_hf(path, dtype=dtype), None
-    directory = Path(path).expanduser()
-    step: int | None = None
-    if directory.name.isdigit() and directory.parent.name == "checkpoints":
-        step, directory = int(directory.name), directory.parent.parent
-    if not (directory / "checkpoints").is_dir():
+    found = find_checkpoints(path)
+    if found is None:
         raise CheckpointError(f"{path}: expected a run directory with checkpoints, a Hugging Face checkpoint, or 'toy'")
+    directory, step = found
     with Checkpoints(directory, read_only=True) as checkpoints:
         step = checkpoints.latest if step is None else step
         if step not in checkpoints.steps:
             there = ", ".join(map(str, checkpoints.steps)) or "none"
             raise CheckpointError(f"{path}: no complete checkpoint there; {directory} has {there}")
+        problem = checkpoints.damage(step, ("policy", "run"))
+        if problem:
+            others = ", ".join(str(other) for other in checkpoints.steps if other != step) or "none"
+            raise CheckpointError(f"{directory}/{step}: is damaged ({problem}); other steps there: {others}")
         config = checkpoints.config(step)
         dims = read_dims(config.model.path)
         policy = checkpoints.policy(step, abstract_policy(dims))
     return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
+
+
+def _sam2(identity: Identity) -> str:
+    return "no SAM 2" if identity.sam2 is None else f"SAM 2 checkpoint {identity.sam2[:12] or '(unnamed)'}"

@@ -86,13 +86,19 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, P
     return job, initial_state(policy, job.optimizer), reference
 
 
-def answer(job: Job, weights: Policy, examples: Sequence[Example], greedy: bool) -> list[list[str]]:
-    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones."""
+def answer(
+    job: Job, weights: Policy, examples: Sequence[Example], greedy: bool, before_batch: Callable[[], None]
+) -> list[list[str]]:
+    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones.
+
+    ``before_batch`` may raise to end it between two batches.
+    """
     size = job.config.train.batch_size
     sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
     base = jax.random.fold_in(jax.random.key(job.config.seed), _EVAL_KEY)
     texts: list[list[str]] = []
     for start in range(0, len(examples), size):
+        before_batch()
         rows = list(examples[start : start + size])
         # A short last batch is filled up with its first row: every batch has one shape.
         filled = rows + rows[:1] * (size - len(rows))

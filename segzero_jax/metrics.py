@@ -185,6 +185,7 @@ class MetricsWriter:
             if number.isdecimal() and int(number) > step:
                 path.unlink()
         self._last_step = self._repair()
+        self._rewrite_events()
         if self._display:
             self._display.restart(self._last_step or 0)
 
@@ -218,6 +219,18 @@ class MetricsWriter:
         if not self._metrics.read_bytes().endswith(b"\n"):
             jsonl.write(self._metrics, rows)
         return max((row["step"] for row in rows), default=None)
+
+    def _rewrite_events(self) -> None:
+        """TensorBoard's files hold nothing of their own: they are made anew from what is left of the others."""
+        for path in self.run_dir.glob("tensorboard/events.out.tfevents.*"):
+            path.unlink()
+        for row in jsonl.read(self._metrics) if self._metrics.exists() else []:
+            self._write_events(row["step"], {key: value for key, value in row.items() if key != "step"})
+        for row in jsonl.read(self._evaluations) if self._evaluations.exists() else []:
+            numbers = {key: value for key, value in row.items() if key not in ("step", "split", "mode")}
+            self._write_events(
+                row["step"], {f"eval/{row['split']}/{row['mode']}/{key}": value for key, value in numbers.items()}
+            )
 
     def _write_events(self, step: int, numbers: Mapping[str, float | None]) -> None:
         if self._events is None:

@@ -23,7 +23,8 @@ class Patience:
         self,
         reward: RewardConfig,
         say: Callable[[str], None],
-        save: Callable[[], None],
+        save: Callable[[], bool],
+        check: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing is waited for yet.
@@ -31,12 +32,14 @@ class Patience:
         Args:
           reward: ``checkpoint_after_s`` and ``patience_s`` count.
           say: says a line to whoever watches.
-          save: writes what --resume needs to repeat this wait, and returns once it is on the disk.
+          save: writes what a resumed run needs to repeat this wait; returns whether it is on the disk.
+          check: is called every second and raises to end the wait for another reason.
           clock: seconds.
         """
         self._reward = reward
         self._say = say
         self._save = save
+        self._check = check
         self._clock = clock
         self._since: float | None = None
         self._spoke_s: float | None = None
@@ -53,6 +56,7 @@ class Patience:
 
     def heard(self) -> None:
         """An answer came."""
+        self._check()
         if self._since is not None and self._spoke_s is not None:
             self._say(f"the reward service answers again, after {duration(self._clock() - self._since)}")
         self._since = self._spoke_s = None
@@ -66,6 +70,7 @@ class Patience:
         Raises:
           RewardServiceAway: it has been too long.
         """
+        self._check()
         now = self._clock()
         self._since = now if self._since is None else self._since
         silent_s = now - self._since
@@ -87,7 +92,6 @@ class Patience:
         return silent_s >= self._spoke_s + _NEXT_WORD_S
 
     def _keep(self) -> None:
-        if not self._saved:
-            self._save()
+        if not self._saved and self._save():
             self._saved = True
             self._say("the last finished step is saved: --resume goes on from it")

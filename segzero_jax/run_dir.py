@@ -1,17 +1,77 @@
-"""A run's directory: opened for one run only, and what of it is done."""
+"""A run's directory: opened for one run only, what of it is done, and which of its steps was best."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from segzero_jax import config as configs
 from segzero_jax import jsonl
+from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
 
 
-def has_evaluation(config: Config, run_dir: Path, step: int) -> bool:
-    """Whether all held-out splits were evaluated after ``step`` updates."""
+class Beginning(NamedTuple):
+    """How a run begins.
+
+    Attributes:
+      step: updates done before it; the checkpoint of that step is restored, None is a run from the start.
+      done: no step and no evaluation is left.
+    """
+
+    step: int | None
+    done: bool
+
+
+def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
+    """Whether there is something to go on with in the run's directories; changes nothing.
+
+    A run that was cut off goes on from its newest intact checkpoint, or from the start where it had none yet.
+
+    Args:
+      resume: there has to be a checkpoint.
+
+    Returns:
+      How the run begins, and a line for each damaged checkpoint that is passed over.
+
+    Raises:
+      ConfigError: the directory holds another run, or no checkpoint to resume from.
+      CheckpointError: its checkpoints are all damaged, or another run's.
+    """
+    run_dir = Path(config.run.dir).expanduser()
+    directory = checkpoint_directory(config)
+    if not complete_steps(directory):
+        if resume:
+            raise ConfigError(f"run.dir={run_dir}: no checkpoint to resume from; start without --resume")
+        _refuse_another_run(config, run_dir)
+        return Beginning(None, done=False), []
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        step, damaged = checkpoints.newest()
+        checkpoints.check_config(step, config)
+    done = step >= config.train.steps and not missing_splits(config, run_dir, step)
+    return Beginning(step, done), [f"{line}: going on from step {step}" for line in damaged]
+
+
+def _refuse_another_run(config: Config, run_dir: Path) -> None:
+    """A directory with metrics but no checkpoint is begun anew only by the run that left it."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return
+    earlier = run_dir / "config.yaml"
+    if not earlier.exists():
+        raise ConfigError(f"run.dir={run_dir}: holds a run already, without its config.yaml; choose another run.dir")
+    differing = differing_runs(configs.load(earlier), config)
+    if differing:
+        raise ConfigError(
+            f"run.dir={run_dir}: holds a run already, with another configuration ({', '.join(differing)} differ); "
+            "go on with the same one or choose another run.dir"
+        )
+
+
+def missing_splits(config: Config, run_dir: Path, step: int) -> list[str]:
+    """The held-out splits that are still to be evaluated after ``step`` updates, if any are."""
+    if not evaluation_due(config, step):
+        return []
     file = run_dir / "evaluations.jsonl"
     done = {row["split"] for row in jsonl.read(file) if row["step"] == step} if file.exists() else set()
-    return done >= {split_label(name) for name in config.data.eval_splits}
+    return [label for label in _labels(config) if label not in done]
 
 
 def split_label(name: str) -> str:
@@ -19,14 +79,43 @@ def split_label(name: str) -> str:
     return name.replace("/", "-")
 
 
-def open_run(config: Config, resume: bool) -> Path:
-    """Makes the run directory and writes ``config.yaml``; refuses to mix two runs in one directory."""
+def _labels(config: Config) -> list[str]:
+    return [split_label(name) for name in config.data.eval_splits]
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether held-out splits are evaluated after ``step`` updates."""
+    return step in (0, config.train.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
+
+
+def checkpoint_due(config: Config, step: int) -> bool:
+    """Whether the state after ``step`` is saved: at intervals, at the end, and where it may prove to be the best."""
+    judged = _best_evaluation(config) is not None and evaluation_due(config, step)
+    return judged or step == config.train.steps or step % config.train.checkpoint_every == 0
+
+
+def score(config: Config, run_dir: Path, step: int) -> float | None:
+    """The number that ``train.keep_best`` names, after ``step`` updates; None where it was not measured."""
+    wanted: dict[str, int | str] = {"step": step}
+    key, file = config.train.keep_best, run_dir / "metrics.jsonl"
+    evaluation = _best_evaluation(config)
+    if evaluation is not None:
+        split, mode, key = evaluation
+        wanted, file = wanted | {"split": split, "mode": mode}, run_dir / "evaluations.jsonl"
+    rows = jsonl.read(file) if key and file.exists() else []
+    return next((row.get(key) for row in rows if wanted.items() <= row.items()), None)
+
+
+def _best_evaluation(config: Config) -> tuple[str, str, str] | None:
+    """Split, mode and number, where ``train.keep_best`` names those of an evaluation."""
+    parts = config.train.keep_best.rsplit("/", 2)
+    label = split_label(parts[0])
+    return (label, parts[1], parts[2]) if len(parts) == 3 and label in _labels(config) else None
+
+
+def open_run(config: Config) -> Path:
+    """Makes the run directory and writes ``config.yaml``."""
     run_dir = Path(config.run.dir).expanduser()
-    begun = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/[0-9]*"))
-    if not resume and begun:
-        raise ConfigError(
-            f"run.dir={run_dir}: holds a run already; add --resume to go on with it, or choose another run.dir"
-        )
     run_dir.mkdir(parents=True, exist_ok=True)
     jsonl.replace(run_dir / "config.yaml", configs.to_yaml(config).encode())
     return run_dir

@@ -6,6 +6,7 @@ works, turn rewards into advantages relative to the group, update.
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +17,9 @@ import grain
 import jax
 import numpy as np
 
+from segzero_jax import __version__, evaluation
 from segzero_jax import config as configs
-from segzero_jax import evaluation
-from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.checkpoint import Checkpoints, checkpoint_directory
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.pipeline import DataError, open_split, split_name, training_batches
 from segzero_jax.grpo import (
@@ -28,19 +29,22 @@ from segzero_jax.grpo import (
     reference_logps,
     update,
 )
+from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
+from segzero_jax.keeper import Keeper
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.patience import Patience
+from segzero_jax.preemption import Preemption, Stopped
 from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics, unscored_groups
 from segzero_jax.report import write_report
-from segzero_jax.reward_channel import RewardServerError, RewardServiceAway, read_access
+from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
 from segzero_jax.reward_service import reward_service
 from segzero_jax.rollout import padding_multiple, sample
-from segzero_jax.run_dir import has_evaluation, open_run, split_label
+from segzero_jax.run_dir import checkpoint_due, evaluation_due, look, missing_splits, open_run, score, split_label
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Rollout
 
@@ -57,9 +61,8 @@ USER_ERRORS = (
 )
 _TRAIN_KEY = 0
 
-# Saves the last finished step, from which --resume repeats what was interrupted.
-Save = Callable[[], None]
-Evaluation = Callable[[int, Policy, Save], None]
+# (step, weights in rollout layout)
+Evaluation = Callable[[int, Policy], None]
 
 
 def _crop(rollout: Rollout, longest: int) -> Rollout:
@@ -76,16 +79,17 @@ def train(
     reference: Policy,
     batches: grain.DatasetIterator[list[Example]],
     scorer: Scorer,
-    checkpoints: Checkpoints,
+    keeper: Keeper,
     writer: MetricsWriter,
     evaluate: Evaluation,
+    preemption: Preemption,
     first_step: int,
 ) -> TrainState:
-    """GRPO from ``first_step`` to ``train.steps``."""
+    """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
     config, timer = job.config, PhaseTimer()
     micro_batches = config.train.batch_size // config.train.micro_batch_size
     for step in range(first_step, config.train.steps + 1):
-        save = partial(save_and_wait, checkpoints, step - 1, state, batches.get_state(), config)
+        preemption.check()
         with timer.phase("data"):
             examples = next(batches)
             prompts = job.encode(examples)
@@ -98,14 +102,19 @@ def train(
             rollout = sample(job.to_rollout(state.policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
             said = jax.device_get(rollout)
             texts = job.texts(said)
+        preemption.check()
         pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS)
         with timer.phase("reference"):
             rollout = _crop(rollout, int(said.length_bg.max()))
             setup = job.train_pass._replace(remat=False)
             ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
             ref_logps.block_until_ready()
-        with timer.phase("reward_wait"), Patience(config.reward, writer.message, save) as patience:
+        with (
+            timer.phase("reward_wait"),
+            Patience(config.reward, writer.message, keeper.keep, preemption.check_here) as patience,
+        ):
             scored = pending.result(patience, drop=config.reward.missing == "drop")
+        preemption.check()
         unscored = unscored_groups(scored)
         if unscored:
             writer.message(f"step {step}: {unscored}")
@@ -128,46 +137,39 @@ def train(
                 losses = jax.device_get(losses)
         made = Step(step, examples, texts, said, scored, advantages_bg)
         times = timer.take()
-        numbers = {**step_metrics(made), **{name: float(value) for name, value in losses.items()}, **times}
+        update_numbers = {name: float(value) for name, value in losses.items()}
+        numbers = {**step_metrics(made), **update_numbers, "checkpoint/failed": keeper.failed, **times}
         tokens = int(jax.device_get(prompts.length_b).sum()) + int(said.length_bg.sum())
         writer.write_step(step, {**numbers, "tokens_per_second": tokens / times["time/total"]})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
-        last = step == config.train.steps
-        if last or step % config.train.checkpoint_every == 0:
-            checkpoints.save(step, state, batches.get_state(), config)
+        keeper.finished(step, state, batches.get_state())
+        if checkpoint_due(config, step):
+            with timer.phase("checkpoint"):
+                keeper.save()
         if evaluation_due(config, step):
-            save = partial(save_and_wait, checkpoints, step, state, batches.get_state(), config)
-            evaluate(step, job.to_rollout(state.policy), save)
+            evaluate(step, job.to_rollout(state.policy))
             timer.take()
     return state
 
 
-def save_and_wait(checkpoints: Checkpoints, step: int, state: TrainState, data: dict[str, Any], config: Config) -> None:
-    """Saves the state after ``step``, unless that is done; returns once it is on the disk."""
-    checkpoints.save(step, state, data, config)
-    checkpoints.wait()
-
-
-def evaluation_due(config: Config, step: int) -> bool:
-    """Whether held-out splits are evaluated after ``step`` updates."""
-    return step in (0, config.train.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
-
-
-def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluation:
-    """A function ``(step, rollout weights)`` that evaluates every held-out split and writes what it finds."""
+def make_evaluation(
+    job: Job, scorer: Scorer, keeper: Keeper, writer: MetricsWriter, preemption: Preemption
+) -> Evaluation:
+    """A function ``(step, rollout weights)`` that evaluates the held-out splits that are missing and writes results."""
     config = job.config
     splits = {}
     for name in config.data.eval_splits:
         source = open_split(*split_name(name, config.data.name), config.data.dir)
         splits[split_label(name)] = [source[i] for i in range(min(config.eval.examples, len(source)))]
 
-    def evaluate(step: int, weights: Policy, save: Save) -> None:
-        for name, examples in splits.items():
+    def evaluate(step: int, weights: Policy) -> None:
+        for name in missing_splits(config, writer.run_dir, step):
+            examples = splits[name]
             writer.message(f"evaluating {name} after {step} steps: {len(examples)} questions")
-            with Patience(config.reward, writer.message, save) as patience:
+            with Patience(config.reward, writer.message, keeper.keep, preemption.check_here) as patience:
                 summaries, rows = evaluation.evaluate_split(
                     examples,
-                    lambda asked, greedy: answer(job, weights, asked, greedy),
+                    lambda asked, greedy: answer(job, weights, asked, greedy, before_batch=preemption.check),
                     scorer,
                     job.frame,
                     config.reward.recipe,
@@ -180,36 +182,59 @@ def make_evaluation(job: Job, scorer: Scorer, writer: MetricsWriter) -> Evaluati
 
 
 def run(config: Config, resume: bool) -> None:
-    """One run from configuration to report."""
+    """One run from configuration to report. Raises Stopped once the last finished step of a stopped run is saved."""
     mesh = make_mesh(config.mesh)
     access = read_access(config.reward)
-    if resume and not (Path(config.run.dir).expanduser() / "checkpoints").is_dir():
-        raise ConfigError(f"run.dir={config.run.dir}: no checkpoint to resume from; start without --resume")
+    beginning, passed_over = look(config, resume)
+    for line in passed_over:
+        print(line, file=sys.stderr)
+    if beginning.done:
+        print(f"{config.run.dir}: all {config.train.steps} steps are done; raise train.steps to go on")
+    else:
+        _continue(config, mesh, access, beginning.step)
+    run_dir = Path(config.run.dir).expanduser()
+    print_summary(run_dir)
+    print(f"report: {write_report(run_dir)}")
+
+
+def _continue(config: Config, mesh: jax.sharding.Mesh, access: Access, begun: int | None) -> None:
+    """Trains from the checkpoint of step ``begun``, or from the start, to the end."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         job, state, reference = prepare(config, mesh)
         train_split = open_split(config.data.name, "train", config.data.dir)
         batches = training_batches(train_split, config.train.batch_size, config.seed)
-        run_dir = open_run(config, resume)
-        checkpoints = stack.enter_context(Checkpoints(run_dir, config.train.keep_checkpoints))
-        first_step = 1
-        if resume:
-            restored = checkpoints.restore(state, config)
-            state, first_step = restored.state, restored.step + 1
-            batches.set_state(restored.data)
-        scorer = Scorer(config.reward, job.frame, stack.enter_context(reward_service(config, access, run_dir)))
+        run_dir = open_run(config)
+        client = stack.enter_context(reward_service(config, access, run_dir))
+        identity = Identity(fingerprint(reference), client.checkpoint_sha256 if client else None)
         is_first_host = jax.process_index() == 0
         writer = stack.enter_context(MetricsWriter(run_dir, config.train.steps, show_progress=is_first_host))
-        evaluate = make_evaluation(job, scorer, writer)
-        if resume:
-            writer.truncate_after(first_step - 1)
-        if evaluation_due(config, first_step - 1) and not has_evaluation(config, run_dir, first_step - 1):
-            save = partial(save_and_wait, checkpoints, first_step - 1, state, batches.get_state(), config)
-            evaluate(first_step - 1, job.to_rollout(state.policy), save)
-        train(job, state, reference, batches, scorer, checkpoints, writer, evaluate, first_step)
-        checkpoints.wait()
-    print_summary(run_dir)
-    print(f"report: {write_report(run_dir)}")
+        best = partial(score, config, run_dir)
+        keep = config.train.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(checkpoint_directory(config), keep, best))
+        if begun is not None:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            del state  # Two of them may not fit.
+            restored = checkpoints.restore(begun, like, config, identity)
+            state = restored.state
+            batches.set_state(restored.data)
+            writer.message(f"going on after step {begun}")
+            if restored.version != __version__:
+                writer.message(f"version {restored.version} began it, this is {__version__}: numbers may differ")
+        writer.truncate_after(-1 if begun is None else begun)
+        keeper = Keeper(checkpoints, config, identity, writer.message)
+        keeper.finished(begun or 0, state, batches.get_state())
+        scorer = Scorer(config.reward, job.frame, client)
+        preemption = stack.enter_context(Preemption(writer.message))
+        evaluate = make_evaluation(job, scorer, keeper, writer, preemption)
+        try:
+            if missing_splits(config, run_dir, begun or 0):
+                evaluate(begun or 0, job.to_rollout(state.policy))
+            train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, (begun or 0) + 1)
+        except Stopped:
+            keeper.keep_or_fail()
+            raise
+        keeper.keep_or_fail()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,15 +242,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="segzero_jax.train",
         description="Trains a policy with GRPO; without --config, the toy run.",
-        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away: --resume goes on; "
-        "130 stopped.",
+        epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
+        "finished step saved; 2 something to put right; 3 the reward service stayed away; 130 stopped by Ctrl-C.",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
+    parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
     args, config = configs.parse_command_line(parser, argv)
     try:
         data, fsdp, tensor = parse_mesh(config.mesh)
         prepare_cpu(data * fsdp * tensor)
+        # Orbax logs a traceback for what it then raises, and we say in a line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         run(config, args.resume)
+    except Stopped as stopped:
+        print(f"{parser.prog}: stopped by {stopped}; the same command goes on", file=sys.stderr)
+        return 130 if stopped.interrupted else 0
     except RewardServiceAway as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 3
@@ -233,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; --resume goes on from the last checkpoint in {config.run.dir}", file=sys.stderr)
+        print(f"{parser.prog}: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -23,8 +23,9 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 ORDER = (
     *("config", "hub", "mesh", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
     *("rollout", "rewards", "reward_channel", "reward_messages", "reward_client", "local_server", "reward_service"),
-    *("grpo", "checkpoint", "tensorboard", "metrics", "patience", "overlay", "report", "scoring", "evaluation"),
-    *("record", "asking", "job", "run_dir", "train", "infer", "evaluate", "rescore", "plan", "export"),
+    *("grpo", "identity", "manifest", "checkpoint", "keeper", "preemption", "tensorboard", "metrics", "patience"),
+    *("overlay", "report", "scoring", "evaluation", "record", "asking", "job", "run_dir", "train", "infer"),
+    *("evaluate", "rescore", "plan", "export"),
 )
 # What a part must not know of, however indirectly: (part, its business, what would be somebody else's).
 IGNORANCE = (

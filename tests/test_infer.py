@@ -29,6 +29,7 @@ from segzero_jax.config import Config
 from segzero_jax.data.scenes import Scene, make_example_scene
 from segzero_jax.frames import rescale_object
 from segzero_jax.grpo import TrainState
+from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import load_hf, save_hf
 from segzero_jax.overlay import decode_mask
@@ -300,10 +301,10 @@ def differing(path: Path) -> np.ndarray:
 
 def save_run(run: Path, config: Config, *steps: int) -> str:
     """A run directory with the weights of ``model.path`` as these steps; returns where it is."""
-    with jax.set_mesh(make_mesh("1x1")), Checkpoints(run, keep=len(steps)) as checkpoints:
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(run / "checkpoints", len(steps)) as checkpoints:
         policy, _ = load_hf(config.model.path)
         for step in steps:
-            checkpoints.save(step, TrainState(policy, (), jnp.int32(step)), {}, config)
+            checkpoints.save(step, TrainState(policy, (), jnp.int32(step)), {}, config, Identity("", None))
         checkpoints.wait()
     return str(run)
 

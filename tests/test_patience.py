@@ -21,9 +21,13 @@ class Run:
         self.patience = Patience(
             reward,
             lambda text: self.said.append((self.now - 5, text)),
-            lambda: self.saves.append(self.now - 5),
+            self.save,
             clock=lambda: self.now,
         )
+
+    def save(self) -> bool:
+        self.saves.append(self.now - 5)
+        return True
 
     def silent_until(self, second: float) -> None:
         while self.now <= second + 5:

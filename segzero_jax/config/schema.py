@@ -21,9 +21,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
-    """Where a run lives."""
+    """Where a run lives.
+
+    Attributes:
+      dir: on this machine's disk.
+      checkpoint_dir: where its checkpoints go, a path or gs://bucket/path; empty is inside ``dir``.
+    """
 
     dir: Text = "runs/toy"
+    checkpoint_dir: str = ""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -139,7 +145,9 @@ class TrainConfig:
       micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
       moment_dtype: of AdamW's first moment; the second stays float32: with beta2 near 1 a bfloat16 one would stall.
       checkpoint_every: steps between checkpoints; one is always written at the end.
-      keep_checkpoints: older ones are deleted.
+      keep_checkpoints: older ones are deleted; two at least, so that a damaged one leaves another.
+      keep_best: the checkpoint with the highest such number is kept as well: SPLIT/MODE/NUMBER of an evaluation, as in
+        val/greedy/giou, or a key of metrics.jsonl; empty keeps the newest only.
     """
 
     steps: Positive = 120
@@ -152,7 +160,8 @@ class TrainConfig:
     max_grad_norm: Above0 = 1.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Positive = 50
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_best: str = ""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -128,10 +128,13 @@ def test_a_service_that_goes_away_again_and_again(
     # A start that finds nobody is what the user can mend.
     assert run(parts, data_dir, *options, "--resume") == 2
     assert f"reward server {address}: unreachable" in capsys.readouterr().err
-    assert run(parts, data_dir, *options) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    with serving(Fake(checkpoint="5a" * 32), port=port):
+        assert run(parts, data_dir, *options) == 2
+    assert "its rewards came from SAM 2 checkpoint (unnamed), reward.server=" in capsys.readouterr().err
     with serving(Fake(), port=port):
-        assert run(parts, data_dir, *options, "--resume") == 0
+        assert run(parts, data_dir, *options) == 0
+        assert run(parts, data_dir, *options) == 0
+    assert "all 2 steps are done; raise train.steps to go on" in capsys.readouterr().out
     assert outcome(parts) == outcome(tmp_path / "whole")
 
 

@@ -1,0 +1,52 @@
+"""What a run's numbers depend on besides its configuration: the reference policy's weights, and SAM 2's."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from segzero_jax.model.policy import Policy
+
+_SPREAD = 2654435761  # Knuth's multiplicative hash: neighbouring places get unlike weights
+
+
+class Identity(NamedTuple):
+    """Saved with every checkpoint; a resumed run must have the same, wherever its files lie by then.
+
+    Attributes:
+      reference: fingerprint of the frozen reference policy, see ``fingerprint``.
+      sam2: SHA-256 of the SAM 2 checkpoint that scores, as its server tells; None without a server.
+    """
+
+    reference: str
+    sam2: str | None
+
+
+def fingerprint(policy: Policy) -> str:
+    """Sixteen hexadecimal digits that depend on every bit of every weight, its name and its dtype.
+
+    Computed where the weights lie, in one pass without a copy, and the same on every mesh.
+    """
+    sums = jax.device_get(_sums(policy))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(policy)
+    digest = hashlib.sha256()
+    for (path, leaf), total in zip(leaves, jax.tree.leaves(sums), strict=True):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {int(total)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    return jax.tree.map(_weighted_sum, tree)
+
+
+def _weighted_sum(x: jax.Array) -> jax.Array:
+    """The bits of each number times an odd weight of its place, modulo 2^32: no single change goes unseen."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
+        place = place + index * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits * (place * jnp.uint32(_SPREAD) | jnp.uint32(1)), dtype=jnp.uint32)

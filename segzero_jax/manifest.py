@@ -1,0 +1,103 @@
+"""A checkpoint's manifest: the size and SHA-256 of every file, so that damage is found before anything is restored.
+
+Orbax and its stores checksum parts of a checkpoint only; a bit that flips in an array's file can come back as another
+number. The manifest is one more item of the checkpoint: written when the others are complete, committed with them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+ITEM = "manifest"
+_FILE = "manifest.json"
+_THREADS = 4
+
+
+class ManifestHandler(ocp.CheckpointHandler):
+    """Writes the manifest. To be the last of a checkpoint's handlers: Orbax completes its items in that order."""
+
+    def save(self, directory: epath.Path, args: "ManifestSave") -> None:
+        """Nothing yet: the other items are still being written."""
+
+    def restore(self, directory: epath.Path, args: Any = None) -> None:
+        """Nothing: ``damage`` reads it, without Orbax, which might stumble over what is to be found."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Describes what the other items have become. Runs on one host, in the background."""
+        root = directory.parent
+        items = [item for item in root.iterdir() if item.is_dir() and item.name != directory.name]
+        paths = [path for item in items for path in _files(item)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            entries = dict(zip((_name(path, root) for path in paths), pool.map(_describe, paths), strict=True))
+        (directory / _FILE).write_text(json.dumps(entries, indent=0, sort_keys=True))
+
+
+@ocp.args.register_with_handler(ManifestHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class ManifestSave(ocp.args.CheckpointArgs):
+    """Asks for the manifest of a checkpoint's other items."""
+
+
+def damage(checkpoint: epath.Path, items: Collection[str]) -> str:
+    """What is wrong with some items of a checkpoint, as one phrase; empty when they are as they were written.
+
+    Args:
+      checkpoint: the directory of a step.
+      items: names of its items.
+    """
+    file = checkpoint / ITEM / _FILE
+    try:
+        entries = json.loads(file.read_bytes())
+        described = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except OSError as error:
+        return f"{ITEM}/{_FILE}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{ITEM}/{_FILE}: is not what was written"
+    expected = {name: entry for name, entry in described.items() if name.partition("/")[0] in items}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda name: _difference(checkpoint / name, *expected[name]), expected)
+        for name, difference in zip(expected, found, strict=True):
+            if difference:
+                return f"{name}: {difference}"
+    absent = sorted(set(items) - {name.partition("/")[0] for name in expected})
+    return f"{ITEM}/{_FILE}: names no file of {absent[0]}" if absent else ""
+
+
+def _difference(path: epath.Path, size: int, digest: str) -> str:
+    try:
+        length = path.stat().length
+        if length != size:
+            return f"{length} bytes, expected {size}"
+        return "" if _digest(path) == digest else "its content has changed"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _name(path: epath.Path, root: epath.Path) -> str:
+    return str(path.relative_to(root))
+
+
+def _describe(path: epath.Path) -> dict[str, Any]:
+    return {"bytes": path.stat().length, "sha256": _digest(path)}
+
+
+def _digest(path: epath.Path) -> str:
+    """Empty for a bucket, which checksums its objects itself: reading them back would double the traffic of a save."""
+    if "://" in str(path):
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

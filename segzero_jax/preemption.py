@@ -1,0 +1,79 @@
+"""A run that is told to stop: SIGTERM from whoever takes the machine back, or Ctrl-C.
+
+A signal only leaves a note. The run looks for it between the phases of a step, saves the last finished step and ends:
+no computation is cut in two, and what a step had begun is repeated from the same random numbers.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run is to stop.
+
+    Attributes:
+      interrupted: it was Ctrl-C.
+    """
+
+    def __init__(self, interrupted: bool) -> None:
+        super().__init__("Ctrl-C" if interrupted else "SIGTERM")
+        self.interrupted = interrupted
+
+
+class Preemption:
+    """Listens for signals while it is entered, and is asked between phases.
+
+    Where several processes work together, JAX's preemption service listens: a signal to any of them makes all of them
+    stop at the same call of ``check``.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """Does not listen yet.
+
+        Args:
+          say: says a line to whoever watches.
+        """
+        self._say = say
+        self._received: int | None = None
+        self._calls = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        # Python lets only the main thread listen.
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Between phases, by every process alike. Raises Stopped when any of them was told to stop."""
+        self._calls += 1
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(self._calls):
+            raise Stopped(interrupted=False)
+        self.check_here()
+
+    def check_here(self) -> None:
+        """Where one process waits alone. Raises Stopped; with several processes only ``check`` does."""
+        if self._received is not None:
+            raise Stopped(self._received == signal.SIGINT)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT == number:
+            raise KeyboardInterrupt  # The second Ctrl-C.
+        if self._received is None:
+            again = "; again stops at once" if number == signal.SIGINT else ""
+            self._say(f"{signal.Signals(number).name}: stops after this phase and saves the last finished step{again}")
+            self._received = number
