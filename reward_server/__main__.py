@@ -39,6 +39,7 @@ _BOUNDS = [
     ("max-batch", 1, 256),
     ("max-delay-ms", 0, 10_000),
     ("max-queue", 1, 4096),
+    ("max-batch-seconds", 1, math.inf),
     ("cache-mib", 0, math.inf),
     ("drain-seconds", 0, math.inf),
 ]
@@ -105,6 +106,7 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
         max_batch=args.max_batch,
         max_delay_s=args.max_delay_ms / 1000,
         max_queue=args.max_queue,
+        max_batch_s=args.max_batch_seconds,
         cache_bytes=args.cache_mib * 2**20,
         drain_s=args.drain_seconds,
         reflection=args.reflection,
@@ -166,6 +168,13 @@ def _parse() -> argparse.Namespace:
     )
     batching.add_argument(
         "--max-queue", type=int, default=256, metavar="N", help="requests that may wait [%(default)s]"
+    )
+    batching.add_argument(
+        "--max-batch-seconds",
+        type=float,
+        default=300,
+        metavar="S",
+        help="a batch that takes longer means that its device hangs: health then says NOT_SERVING [%(default)s]",
     )
     batching.add_argument(
         "--cache-mib", type=int, default=256, metavar="MIB", help="of embeddings, per device [%(default)s]"

@@ -54,6 +54,7 @@ class Settings:
       max_batch: requests that go to a device together, and pictures that are encoded together.
       max_delay_s: how long the first request of an incomplete batch waits for others.
       max_queue: requests that wait for a device at most; the next one is refused.
+      max_batch_s: a batch that takes longer means that its device hangs: the server is dead.
       cache_bytes: embeddings kept per device.
       drain_s: how long calls in flight may take to finish once the server stops.
       reflection: tell callers what the proto says.
@@ -65,6 +66,7 @@ class Settings:
     max_batch: int = 8
     max_delay_s: float = 0.005
     max_queue: int = 256
+    max_batch_s: float = 300.0
     cache_bytes: int = 256 * 2**20
     drain_s: float = 10.0
     reflection: bool = False
@@ -125,7 +127,7 @@ class RewardServer:
             "cache_bytes", "Bytes of embeddings kept", lambda: sum(engine.embeddings.nbytes for engine in engines)
         )
         self.metrics.watch_memory([segmenter.device for segmenter in segmenters])
-        self._workers = Workers(engines, self._batcher, self.metrics, self._die)
+        self._workers = Workers(engines, self._batcher, self.metrics, self._die, self._settings.max_batch_s)
         self._workers.start()
         self._service.ready(self._workers)
         self._health.set(SERVICE_NAME, _SERVING)

@@ -1,16 +1,19 @@
-"""One thread per device, which alone runs its model."""
+"""One thread per device, which alone runs its model, and one that watches over them."""
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 
-from reward_server.batcher import Batcher, ClosedError
+from reward_server.batcher import Batcher, ClosedError, Ticket
 from reward_server.engine import Engine, Job, Outcome
 from reward_server.segmenter import Embedding
 from reward_server.telemetry import Metrics
 
+# How often the watch looks at the clock, as a share of what a batch may take.
+_LOOK = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -18,7 +21,8 @@ class Workers:
     """Threads that take batches from one queue, an engine each.
 
     A worker that meets an error it cannot lay on a request is dead, and the service with it: the queue is closed, all
-    who wait are told (ClosedError), and ``on_death`` is called.
+    who wait are told (ClosedError), and ``on_death`` is called. So is one whose batch takes longer than
+    ``max_batch_s``: a device that hangs raises nothing.
     """
 
     def __init__(
@@ -27,12 +31,17 @@ class Workers:
         batcher: Batcher[Job, Outcome],
         metrics: Metrics,
         on_death: Callable[[], None],
+        max_batch_s: float = 300.0,
     ) -> None:
         self.engines = engines
         self._batcher = batcher
         self._metrics = metrics
         self._on_death = on_death
+        self._max_batch_s = max_batch_s
         self._threads: list[threading.Thread] = []
+        # What each device computes, and since when.
+        self._running: dict[Engine, tuple[float, Sequence[Ticket[Job, Outcome]]]] = {}
+        self._ended = threading.Event()
 
     def start(self) -> None:
         """Starts all threads and waits until every model is warm. Raises what a model raised."""
@@ -47,6 +56,7 @@ class Workers:
             self._threads.append(thread)
         for warm in started:
             warm.result()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def find(self, key: bytes) -> Embedding | None:
         """The embedding of a picture, on whichever device it is."""
@@ -54,6 +64,9 @@ class Workers:
 
     def stop(self, patience_s: float) -> None:
         """Closes the queue and waits for the batches that run, so long at most."""
+        if self._ended.is_set():
+            return  # A dead worker finishes nothing.
+        self._ended.set()
         self._batcher.close("the server is stopping", drop=True)
         deadline = time.monotonic() + patience_s
         for thread in self._threads:
@@ -71,15 +84,33 @@ class Workers:
         while batch := self._batcher.take():
             start = time.monotonic()
             self._metrics.batch_size.observe(len(batch))
+            self._running[engine] = start, batch
             try:
                 engine.run(batch)
             except BaseException:
-                _log.exception("the worker of %s is dead", engine.segmenter.device)
-                self._on_death()
-                reason = f"the worker of {engine.segmenter.device} is dead: the server's log says why"
-                self._batcher.close(reason, drop=True)
-                for ticket in batch:
-                    if not ticket.future.done():
-                        ticket.future.set_exception(ClosedError(reason))
+                if self._running.pop(engine, None):
+                    _log.exception("the worker of %s is dead", engine.segmenter.device)
+                    self._die(f"the worker of {engine.segmenter.device} is dead: the server's log says why", batch)
                 return
+            if not self._running.pop(engine, None):
+                return  # The watch has given it up.
             self._batcher.finished(batch, time.monotonic() - start)
+
+    def _watch(self) -> None:
+        """Ends the service when a batch takes too long."""
+        while not self._ended.wait(self._max_batch_s * _LOOK):
+            for engine, (start, batch) in list(self._running.items()):
+                if time.monotonic() - start > self._max_batch_s and self._running.pop(engine, None):
+                    device = engine.segmenter.device
+                    _log.error("%s hangs: a batch of %d takes more than %g s", device, len(batch), self._max_batch_s)
+                    self._die(f"{device} hangs: a batch takes more than {self._max_batch_s:g} s", batch)
+
+    def _die(self, reason: str, batch: Sequence[Ticket[Job, Outcome]]) -> None:
+        """Takes the service down; who waits for this batch or in the queue is told."""
+        self._ended.set()
+        self._on_death()
+        self._batcher.close(reason, drop=True)
+        for ticket in batch:
+            # The device may give an answer at this very moment.
+            with contextlib.suppress(InvalidStateError):
+                ticket.future.set_exception(ClosedError(reason))

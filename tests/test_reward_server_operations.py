@@ -11,6 +11,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import tomllib
 import urllib.error
 import urllib.request
@@ -81,6 +82,24 @@ class TestHealth:
                     stub.Score(group_request(0), timeout=60)
                 assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
                 assert "the worker of cpu is dead" in refused.value.details()
+            assert health(channel) == [NOT_SERVING, NOT_SERVING]
+
+    def test_says_when_a_device_hangs(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        segmenter, wake = Segmenter.load("toy", "cpu"), threading.Event()
+        settings = Settings(max_batch_s=0.5, max_batch=1)
+        with serving(settings, [segmenter]) as (server, stub), grpc.insecure_channel(server.address) as channel:
+            stub.Score(group_request(0))
+            embed = segmenter.embed
+            monkeypatch.setattr(segmenter, "embed", lambda images: wake.wait(60) and embed(images))
+            # One on the device and one in the queue: both are told long before their deadlines.
+            for call in [stub.Score.future(group_request(index), timeout=60) for index in (1, 2)]:
+                with pytest.raises(grpc.RpcError) as refused:
+                    call.result()
+                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+                assert "cpu hangs: a batch takes more than 0.5 s" in refused.value.details()
+            assert health(channel) == [NOT_SERVING, NOT_SERVING]
+            assert "cpu hangs: a batch of 1 takes more than 0.5 s" in caplog.text
+            wake.set()  # An answer that comes too late is nobody's any more, and wakes nothing.
             assert health(channel) == [NOT_SERVING, NOT_SERVING]
 
     def test_of_a_port_that_is_taken(self) -> None:
