@@ -88,11 +88,11 @@ class Workers:
             try:
                 engine.run(batch)
             except BaseException:
-                if self._running.pop(engine, None):
+                if self._running.pop(engine, None) is not None:
                     _log.exception("the worker of %s is dead", engine.segmenter.device)
                     self._die(f"the worker of {engine.segmenter.device} is dead: the server's log says why", batch)
                 return
-            if not self._running.pop(engine, None):
+            if self._running.pop(engine, None) is None:
                 return  # The watch has given it up.
             self._batcher.finished(batch, time.monotonic() - start)
 
@@ -100,7 +100,8 @@ class Workers:
         """Ends the service when a batch takes too long."""
         while not self._ended.wait(self._max_batch_s * _LOOK):
             for engine, (start, batch) in list(self._running.items()):
-                if time.monotonic() - start > self._max_batch_s and self._running.pop(engine, None):
+                late = time.monotonic() - start > self._max_batch_s
+                if late and self._running.pop(engine, None) is not None:
                     device = engine.segmenter.device
                     _log.error("%s hangs: a batch of %d takes more than %g s", device, len(batch), self._max_batch_s)
                     self._die(f"{device} hangs: a batch takes more than {self._max_batch_s:g} s", batch)
