@@ -187,13 +187,15 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: gradients of the token mean over all groups, accumulated over micro-batches, clip, AdamW.
 
+    Where the loss or the norm of the gradient is not finite, the new state is the old one, bit for bit.
+
     Args:
       state: donated.
       micro_batches: how many parts the batch is worked through in; the result does not depend on it.
 
     Returns:
-      The new state and float32 scalars: ``loss``, ``kl``, ``entropy``, ``clip_fraction``, ``sampler_gap``, and
-      ``grad_norm`` before clipping.
+      The new state and float32 scalars: ``loss``, ``kl``, ``entropy``, ``clip_fraction``, ``sampler_gap``,
+      ``grad_norm`` before clipping, and ``update/skipped``, 1 where the state was kept.
     """
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
     count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
@@ -214,7 +216,11 @@ def update(
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.policy)
     policy = optax.apply_updates(state.policy, updates)
     metrics["grad_norm"] = optax.tree.norm(gradients)
-    return TrainState(policy, optimizer_state, state.updates + 1), metrics
+    # The norm is finite only where every gradient is.
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["update/skipped"] = 1.0 - finite.astype(jnp.float32)
+    made = TrainState(policy, optimizer_state, state.updates + 1)
+    return jax.tree.map(partial(jax.lax.select, finite), made, state), metrics
 
 
 @partial(jax.jit, static_argnames=("setup", "settings"))

@@ -8,9 +8,7 @@ import hashlib
 import io
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -28,39 +26,6 @@ _SHOWN = (("reward/mean", "reward", ".2f"), ("kl", "KL", ".4f"), ("reward/mask_i
 
 class MetricsError(ValueError):
     """A step written twice, or a number that is not finite; the message names the step, the key and the value."""
-
-
-class PhaseTimer:
-    """Wall-clock seconds of the phases of a step, for ``time/<phase>``.
-
-    JAX returns before a computation is done: wait for its result inside the phase that it belongs to.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._start = clock()
-        self._seconds: dict[str, float] = {}
-        self._running: str | None = None
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to ``name``. Phases do not nest: shares of a step must add up."""
-        if self._running is not None:
-            raise RuntimeError(f"phase {name!r} inside phase {self._running!r}: expected one after the other")
-        self._running, begin = name, self._clock()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - begin
-            self._running = None
-
-    def take(self) -> dict[str, float]:
-        """``time/<phase>`` of every phase since the last call, and ``time/total``; starts anew."""
-        now = self._clock()
-        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
-        taken["time/total"] = now - self._start
-        self._start, self._seconds = now, {}
-        return taken
 
 
 class MetricsWriter:
@@ -175,8 +140,17 @@ class MetricsWriter:
             jsonl.replace(path, _as_jpeg(image))
         return relative
 
-    def truncate_after(self, step: int) -> None:
-        """Forgets everything past ``step``, the step a run resumes from, so that no step appears twice."""
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``."""
+        return jsonl.read(self._metrics) if self._metrics.exists() else []
+
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+        """Forgets everything past ``step``, the step a run resumes from, so that no step appears twice.
+
+        Returns:
+          The rows of ``metrics.jsonl`` that are no more.
+        """
+        forgotten = [row for row in self.steps() if row["step"] > step]
         for path in (self._metrics, self._evaluations):
             if path.exists():
                 jsonl.write(path, [row for row in jsonl.read(path) if row["step"] <= step])
@@ -188,6 +162,7 @@ class MetricsWriter:
         self._rewrite_events()
         if self._display:
             self._display.restart(self._last_step or 0)
+        return forgotten
 
     def message(self, text: str) -> None:
         """Says one thing beside the progress display, without disturbing it."""
@@ -288,7 +263,7 @@ class _Lines:
             self.message(" | ".join([f"step {step}/{self._total}", *_readings(row), *self._left(step, row)]))
 
     def _left(self, step: int, row: Mapping[str, Any]) -> list[str]:
-        seconds = row.get("time/total")
+        seconds = row.get("time/step")
         if seconds is None or step >= self._total:
             return []
         return [f"about {duration(seconds * (self._total - step))} left"]
@@ -333,8 +308,8 @@ class _Bar:
 
 def _readings(row: Mapping[str, Any]) -> list[str]:
     readings = [f"{label} {row[key]:{form}}" for key, label, form in _SHOWN if row.get(key) is not None]
-    if row.get("time/total") is not None:
-        readings.append(f"{row['time/total']:.1f} s/step")
+    if row.get("time/step") is not None:
+        readings.append(f"{row['time/step']:.1f} s/step")
     return readings
 
 

@@ -1,7 +1,7 @@
 """What a step leaves: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and the summary of a run."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segzero_jax import jsonl
+from segzero_jax.answers import thinking
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.scoring import Scored, answered_objects, solution
 from segzero_jax.types import Example, Frame, Rollout
@@ -51,13 +52,20 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
         "reward/zero_std_groups": float((made.advantages_bg == 0).all(axis=1).mean()),
         "missing_scores": int(totals.size - present.size),
         "response_length/mean": float(made.rollout.length_bg.mean()),
+        "response_length/min": int(made.rollout.length_bg.min()),
         "response_length/max": int(made.rollout.length_bg.max()),
+        "empty_thinking": float(np.mean([not (thinking(text) or "").strip() for row in made.texts for text in row])),
         "finished": float(made.rollout.finished_bg.mean()),
     }
     if made.scored.masks is not None:
         ious = [score.iou for group in made.scored.masks for score in group if score.iou is not None]
         metrics["mask_iou/mean"] = float(np.mean(ious)) if ious else None
     return metrics
+
+
+def update_metrics(losses: Mapping[str, Any]) -> dict[str, float | None]:
+    """What an update returned, on the host: None for what is not finite, as in an update that was skipped."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in losses.items()}
 
 
 def unscored_groups(scored: Scored) -> str:

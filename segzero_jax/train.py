@@ -33,20 +33,31 @@ from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
 from segzero_jax.keeper import Keeper
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
-from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer
+from segzero_jax.metrics import MetricsError, MetricsWriter
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.patience import Patience
 from segzero_jax.preemption import Preemption, Stopped
 from segzero_jax.processor import ImageError, PromptTooLong
-from segzero_jax.record import DRAWN_PROMPTS, Step, print_summary, rollout_rows, step_metrics, unscored_groups
+from segzero_jax.profiling import Profiler, parse_steps
+from segzero_jax.record import (
+    DRAWN_PROMPTS,
+    Step,
+    print_summary,
+    rollout_rows,
+    step_metrics,
+    unscored_groups,
+    update_metrics,
+)
 from segzero_jax.report import write_report
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
 from segzero_jax.reward_service import reward_service
 from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import checkpoint_due, evaluation_due, look, missing_splits, open_run, score, split_label
 from segzero_jax.scoring import Scorer
+from segzero_jax.time_account import PhaseTimer
 from segzero_jax.types import Example, Rollout
+from segzero_jax.watch import HUNG, Diverged, Watch
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
 USER_ERRORS = (
@@ -83,17 +94,19 @@ def train(
     writer: MetricsWriter,
     evaluate: Evaluation,
     preemption: Preemption,
+    watch: Watch,
     first_step: int,
 ) -> TrainState:
     """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
-    config, timer = job.config, PhaseTimer()
+    config = job.config
     micro_batches = config.train.batch_size // config.train.micro_batch_size
     for step in range(first_step, config.train.steps + 1):
         preemption.check()
-        with timer.phase("data"):
+        watch.begin(step)
+        with watch.phase("data"):
             examples = next(batches)
             prompts = job.encode(examples)
-        with timer.phase("rollout"):
+        with watch.phase("rollout"):
             if config.model.freeze_vision:
                 # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
                 prompts = embed_images(state.policy, prompts, setup=job.train_pass)
@@ -104,13 +117,13 @@ def train(
             texts = job.texts(said)
         preemption.check()
         pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS)
-        with timer.phase("reference"):
+        with watch.phase("reference"):
             rollout = _crop(rollout, int(said.length_bg.max()))
             setup = job.train_pass._replace(remat=False)
             ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
             ref_logps.block_until_ready()
         with (
-            timer.phase("reward_wait"),
+            watch.phase("reward_wait"),
             Patience(config.reward, writer.message, keeper.keep, preemption.check_here) as patience,
         ):
             scored = pending.result(patience, drop=config.reward.missing == "drop")
@@ -119,7 +132,7 @@ def train(
         if unscored:
             writer.message(f"step {step}: {unscored}")
         losses: dict[str, Any] = {}
-        with timer.phase("update"):
+        with watch.phase("update"):
             advantages_bg = advantages(scored.rewards_bg)
             present_bg = np.isfinite(scored.rewards_bg)
             learnt, kept = job.place((advantages_bg, present_bg))
@@ -136,19 +149,18 @@ def train(
                 )
                 losses = jax.device_get(losses)
         made = Step(step, examples, texts, said, scored, advantages_bg)
-        times = timer.take()
-        update_numbers = {name: float(value) for name, value in losses.items()}
-        numbers = {**step_metrics(made), **update_numbers, "checkpoint/failed": keeper.failed, **times}
+        numbers = {**step_metrics(made), **update_metrics(losses), "checkpoint/failed": keeper.failed}
         tokens = int(jax.device_get(prompts.length_b).sum()) + int(said.length_bg.sum())
-        writer.write_step(step, {**numbers, "tokens_per_second": tokens / times["time/total"]})
+        writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
+        watch.check(step, numbers)
         keeper.finished(step, state, batches.get_state())
         if checkpoint_due(config, step):
-            with timer.phase("checkpoint"):
+            with watch.phase("checkpoint"):
                 keeper.save()
         if evaluation_due(config, step):
-            evaluate(step, job.to_rollout(state.policy))
-            timer.take()
+            with watch.phase("evaluation"):
+                evaluate(step, job.to_rollout(state.policy))
     return state
 
 
@@ -181,8 +193,14 @@ def make_evaluation(
     return evaluate
 
 
-def run(config: Config, resume: bool) -> None:
-    """One run from configuration to report. Raises Stopped once the last finished step of a stopped run is saved."""
+def run(config: Config, resume: bool, profile: str | None = None) -> None:
+    """One run from configuration to report. Raises Stopped once the last finished step of a stopped run is saved.
+
+    Args:
+      resume: there has to be a checkpoint to go on from.
+      profile: which steps are traced, see ``parse_steps``; None for none.
+    """
+    timer = PhaseTimer()
     mesh = make_mesh(config.mesh)
     access = read_access(config.reward)
     beginning, passed_over = look(config, resume)
@@ -191,14 +209,23 @@ def run(config: Config, resume: bool) -> None:
     if beginning.done:
         print(f"{config.run.dir}: all {config.train.steps} steps are done; raise train.steps to go on")
     else:
-        _continue(config, mesh, access, beginning.step)
+        _continue(config, mesh, access, beginning.step, profile, timer)
     run_dir = Path(config.run.dir).expanduser()
     print_summary(run_dir)
     print(f"report: {write_report(run_dir)}")
 
 
-def _continue(config: Config, mesh: jax.sharding.Mesh, access: Access, begun: int | None) -> None:
+def _continue(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    access: Access,
+    begun: int | None,
+    profile: str | None,
+    timer: PhaseTimer,
+) -> None:
     """Trains from the checkpoint of step ``begun``, or from the start, to the end."""
+    first_step = (begun or 0) + 1
+    profiled = range(0) if profile is None else parse_steps(profile, first_step, config.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         job, state, reference = prepare(config, mesh)
@@ -221,20 +248,25 @@ def _continue(config: Config, mesh: jax.sharding.Mesh, access: Access, begun: in
             writer.message(f"going on after step {begun}")
             if restored.version != __version__:
                 writer.message(f"version {restored.version} began it, this is {__version__}: numbers may differ")
-        writer.truncate_after(-1 if begun is None else begun)
+        removed = writer.truncate_after(-1 if begun is None else begun)
         keeper = Keeper(checkpoints, config, identity, writer.message)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client)
         preemption = stack.enter_context(Preemption(writer.message))
         evaluate = make_evaluation(job, scorer, keeper, writer, preemption)
+        profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
+        watch = stack.enter_context(Watch(config.watch, timer, writer, removed, checkpoints, profiler))
         try:
             if missing_splits(config, run_dir, begun or 0):
-                evaluate(begun or 0, job.to_rollout(state.policy))
-            train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, (begun or 0) + 1)
+                with watch.phase("evaluation"):
+                    evaluate(begun or 0, job.to_rollout(state.policy))
+            train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, watch, first_step)
         except Stopped:
             keeper.keep_or_fail()
             raise
-        keeper.keep_or_fail()
+        with watch.phase("checkpoint"):
+            keeper.keep_or_fail()
+        watch.done()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,22 +275,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="segzero_jax.train",
         description="Trains a policy with GRPO; without --config, the toy run.",
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
-        "finished step saved; 2 something to put right; 3 the reward service stayed away; 130 stopped by Ctrl-C.",
+        "finished step saved; 2 something to put right; 3 the reward service stayed away; 4 too many updates in a row "
+        f"were not finite; {HUNG} a phase took longer than watch.kill_after_s; 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        metavar="FIRST-LAST",
+        help="trace these steps into run.dir/profile; alone, the third and fourth that this command makes",
+    )
     args, config = configs.parse_command_line(parser, argv)
     try:
         data, fsdp, tensor = parse_mesh(config.mesh)
         prepare_cpu(data * fsdp * tensor)
         # Orbax logs a traceback for what it then raises, and we say in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        run(config, args.resume)
+        run(config, args.resume, args.profile)
     except Stopped as stopped:
         print(f"{parser.prog}: stopped by {stopped}; the same command goes on", file=sys.stderr)
         return 130 if stopped.interrupted else 0
     except RewardServiceAway as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 3
+    except Diverged as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 4
     except USER_ERRORS as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -276,7 +276,7 @@ def test_the_update_does_not_depend_on_micro_batches(batch):
         )
         results.append((jax.tree.map(np.subtract, before, jax.device_get(state.policy)), metrics))
     (whole, metrics), *others = results
-    assert metrics.keys() == {"loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad_norm"}
+    assert metrics.keys() == {"loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped"}
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(whole)), rel=1e-3)
     for gradients, numbers in others:
         for name, value in metrics.items():
@@ -302,6 +302,33 @@ def test_a_frozen_vision_tower_stays_bit_for_bit_and_the_rest_learns(batch):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         same = np.array_equal(after, dict(jax.tree_util.tree_leaves_with_path(before))[path])
         assert same == name.startswith("vision/"), name
+
+
+@pytest.mark.usefixtures("mesh")
+def test_an_update_that_is_not_finite_keeps_the_state_bit_for_bit(batch):
+    """A loss of NaN, and a finite loss whose gradient overflows; then the next batch is learnt from as if alone."""
+    optimizer = make_optimizer(TrainConfig(lr=1e-3), freeze_vision=False)
+
+    def step(state, batch):
+        settings = loss_settings(freeze_vision=False)
+        return update(state, batch, optimizer=optimizer, setup=SETUP, settings=settings, micro_batches=2)
+
+    nan = np.where(np.arange(8) == 0, NAN, batch.ref_logps_bgr).astype(np.float32)
+    # 1e30 is a float32, and so are sums of it; the squares in the norm are not.
+    huge = np.where(batch.keep_bg, np.float32(1e30), 0) * np.sign(batch.advantages_bg)
+    state, learnt = step(initial_state(random_policy(), optimizer), batch)
+    before, shardings = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
+    for bad in (batch._replace(ref_logps_bgr=nan), batch._replace(advantages_bg=huge)):
+        state, metrics = step(state, bad)
+        assert float(metrics["update/skipped"]) == 1
+        assert np.isfinite(metrics["loss"]) == (bad.advantages_bg is huge)
+        assert not np.isfinite(metrics["grad_norm"])
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), jax.device_get(state), before)
+    state, metrics = step(state, batch)
+    assert (float(learnt["update/skipped"]), float(metrics["update/skipped"])) == (0, 0)
+    alone, _ = step(jax.device_put(before, shardings), batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(alone))
+    assert int(state.updates) == 2
 
 
 @pytest.mark.usefixtures("mesh")

@@ -11,7 +11,7 @@ from PIL import Image
 from test_tensorboard import events
 
 from segzero_jax import jsonl
-from segzero_jax.metrics import MetricsError, MetricsWriter, PhaseTimer, duration, safe_name
+from segzero_jax.metrics import MetricsError, MetricsWriter, duration, safe_name
 
 NUMBERS = {"giou": 0.5, "giou_low": 0.4, "giou_high": 0.6, "ciou": 0.5, "count": 3}
 
@@ -151,7 +151,7 @@ def test_a_log_file_gets_readable_lines_now_and_then(tmp_path):
     with writer(tmp_path, total_steps=100, show_progress=True, stream=log) as metrics:
         metrics.message("the server says [bold]hello[/bold]")
         for step in range(1, 101):
-            metrics.write_step(step, {"reward/mean": 2.345, "kl": 0.001, "reward/mask_iou": 0.5, "time/total": 4.0})
+            metrics.write_step(step, {"reward/mean": 2.345, "kl": 0.001, "reward/mask_iou": 0.5, "time/step": 4.0})
     lines = log.getvalue().splitlines()
     assert lines[0] == "the server says [bold]hello[/bold]"
     assert lines[1].startswith("step 1/100 | reward 2.35 | KL 0.0010 | mask IoU 0.500 | 4.0 s/step | about 6 min 36 s")
@@ -217,34 +217,6 @@ def test_awkward_ids_stay_in_the_folder(tmp_path, text):
     path = (tmp_path / writer(tmp_path).write_image(text, png())).resolve()
     assert path.parent == (tmp_path / "images").resolve()
     assert path.is_file()
-
-
-def test_phases_add_up_to_the_step():
-    now = [0.0]
-    timer = PhaseTimer(lambda: now[0])
-    for name, seconds in (("rollout", 2.0), ("update", 1.0), ("rollout", 0.5)):
-        with timer.phase(name):
-            now[0] += seconds
-        now[0] += 0.25
-    assert timer.take() == {"time/rollout": 2.5, "time/update": 1.0, "time/total": 4.25}
-    now[0] += 1.0
-    assert timer.take() == {"time/total": 1.0}
-
-
-def test_phases_do_not_nest_and_end_on_errors():
-    now = [0.0]
-    timer = PhaseTimer(lambda: now[0])
-    with timer.phase("outer"), pytest.raises(RuntimeError, match="'inner' inside phase 'outer'"), timer.phase("inner"):
-        pass
-
-    def fail():
-        with timer.phase("failing"):
-            now[0] += 3.0
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert timer.take()["time/failing"] == 3.0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from segzero_jax.config.schema import (
     RolloutConfig,
     RunConfig,
     TrainConfig,
+    WatchConfig,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrainConfig",
+    "WatchConfig",
     "all_keys",
     "build",
     "differing_keys",

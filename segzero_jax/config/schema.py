@@ -180,6 +180,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class WatchConfig:
+    """When a run speaks up, and when it ends itself.
+
+    Attributes:
+      max_skipped: so many updates in a row that are not finite end the run, with exit code 4.
+      alarm_after: steps that a collapsed state lasts before it is an alarm.
+      entropy_floor: mean entropy per token, in nats, below which the policy counts as collapsed.
+      kill_after_s: a phase that takes longer ends the process, with exit code 5; 0 only says so.
+    """
+
+    max_skipped: Positive = 5
+    alarm_after: Positive = 10
+    entropy_floor: NonNegative = 0.01
+    kill_after_s: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Config:
     """Everything a run depends on. ``--mesh=4x4`` is fsdp x tensor, ``--mesh=2x4x4`` data x fsdp x tensor."""
 
@@ -193,6 +210,7 @@ class Config:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if self.train.batch_size % self.train.micro_batch_size:

@@ -32,6 +32,7 @@ _COMPONENTS = {
 }
 _NAMED_SHARE = 0.1  # of the bar: less has no room for a name
 _LENGTHS = ("response_length/mean", "response_length/max")
+_SUMS = ("time/step", "time/total", "time/goodput")
 _PHASES = ("data", "rollout", "reward_wait", "reference", "update")
 _PHASE_NAMES = {"reward_wait": "waiting for rewards", "rest": "everything else"}
 
@@ -145,7 +146,7 @@ def _phase(name: str) -> str:
 def _phase_seconds(run: Run) -> tuple[list[int], Mapping[str, Sequence[float]]]:
     """Seconds by phase over the steps after the first, and what is left of the total as "rest"."""
     rows = run.metrics[1:] or run.metrics
-    found = [key.removeprefix("time/") for key in _keys(run) if key.startswith("time/") and key != "time/total"]
+    found = [key.removeprefix("time/") for key in _keys(run) if key.startswith("time/") and key not in _SUMS]
     order = [name for name in _PHASES if name in found] + [name for name in found if name not in _PHASES]
     steps = [row["step"] for row in rows]
     phases: dict[str, list[float]] = {name: [row.get(f"time/{name}") or 0.0 for row in rows] for name in order}

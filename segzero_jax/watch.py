@@ -1,0 +1,321 @@
+"""Watches over a run: updates that are not finite, policies that collapse, and steps that hang."""
+
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.config import WatchConfig
+from segzero_jax.metrics import MetricsWriter, duration
+from segzero_jax.profiling import Profiler
+from segzero_jax.time_account import BESIDE, CompileClock, PhaseTimer, TimeAccount
+
+# Exit code of a process that ended itself because a phase took longer than watch.kill_after_s.
+HUNG = 5
+_TIMES_USUAL = 10
+_ENOUGH_STEPS = 3
+_LEAST_S = 5.0
+_LOOK_S = 1.0
+_NOTE_S = 10.0
+# Has its own messages and its own end, see Patience.
+_PATIENT = "reward_wait"
+
+Row = Mapping[str, Any]
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were not finite; the message names the last good checkpoint."""
+
+
+class FiniteWatch:
+    """Counts updates that were skipped because loss or gradient was not finite."""
+
+    def __init__(self, most: int) -> None:
+        """``most`` in a row end the run. The count starts anew with every process."""
+        self._most = most
+        self._first = 0
+        self._count = 0
+
+    def look(self, step: int, row: Row, checkpoints: Iterable[int], directory: str) -> str:
+        """One line when the step was skipped, else empty.
+
+        Args:
+          row: its metrics; ``update/skipped`` counts.
+          checkpoints: steps of the saved ones.
+          directory: where they are.
+
+        Raises:
+          Diverged: it was one too many.
+        """
+        skipped = row.get("update/skipped")
+        if not skipped:
+            # A step without an update says nothing.
+            self._count = self._count if skipped is None else 0
+            return ""
+        self._first = step if self._count == 0 else self._first
+        self._count += 1
+        if self._count >= self._most:
+            saved = sorted(checkpoints)
+            # Those of skipped steps hold the same weights.
+            good = [number for number in saved if number < self._first] or saved
+            where = f"last good checkpoint: {directory}/{good[-1]}" if good else "there is no checkpoint yet"
+            raise Diverged(
+                f"step {step}: loss or gradient not finite in {self._count} updates in a row, from step {self._first} "
+                f"on; {where}; start a new run with another configuration, such as a lower train.lr"
+            )
+        return (
+            f"step {step}: loss or gradient not finite, update skipped ({self._count} in a row; "
+            f"{self._most} end the run)"
+        )
+
+
+class CollapseWatch:
+    """Alarms for states that a healthy policy does not stay in, computed from a step's metrics alone."""
+
+    def __init__(self, config: WatchConfig) -> None:
+        self._config = config
+        self._held = dict.fromkeys(_COLLAPSES, 0)
+
+    def look(self, row: Row) -> dict[str, int]:
+        """``alarm/<state>``: 1 where the state has held for ``watch.alarm_after`` steps, this one included, else 0.
+
+        Feed it every step in order, those before a restart too.
+        """
+        for name, (key, holds, _) in _COLLAPSES.items():
+            # What a step could not measure neither prolongs a state nor ends it.
+            if row.get(key) is not None and row.get("reward/mean") is not None:
+                self._held[name] = self._held[name] + 1 if holds(row, self._config) else 0
+        return {f"alarm/{name}": int(held >= self._config.alarm_after) for name, held in self._held.items()}
+
+    def onsets(self, step: int) -> list[str]:
+        """One line for every alarm that the last step raised."""
+        after = self._config.alarm_after
+        return [
+            f"step {step}: alarm: {words.format(floor=self._config.entropy_floor)}, for {after} steps now"
+            for name, (_, _, words) in _COLLAPSES.items()
+            if self._held[name] == after
+        ]
+
+
+# Name: the metric it needs, whether it holds, how it is told.
+_COLLAPSES: Mapping[str, tuple[str, Callable[[Row, WatchConfig], bool], str]] = {
+    "empty_thinking": (
+        "empty_thinking",
+        lambda row, _: row["empty_thinking"] > 0.5,
+        "most responses hold no reasoning (empty_thinking above 0.5)",
+    ),
+    "one_length": (
+        "response_length/min",
+        lambda row, _: row["response_length/min"] == row["response_length/max"],
+        "all responses have one length (response_length/min equals /max)",
+    ),
+    "no_spread": (
+        "reward/zero_std_groups",
+        lambda row, _: row["reward/zero_std_groups"] == 1,
+        "no group has any spread of rewards, so nothing is learnt (reward/zero_std_groups is 1)",
+    ),
+    "low_entropy": (
+        "entropy",
+        lambda row, config: row["entropy"] < config.entropy_floor,
+        "the policy hardly varies its answers any more (entropy below watch.entropy_floor={floor})",
+    ),
+}
+
+
+class HangWatch:
+    """A thread that says which phase hangs, while it hangs, and writes down where every thread is.
+
+    A phase hangs that takes ten times as long as a whole step usually does; an evaluation or a checkpoint, ten times
+    as long as those usually do. Usual is the median of this process; compilation counts for nothing, and a wait for
+    rewards has ``Patience``.
+
+    Args:
+      timer: knows the phase in progress.
+      compiling: whether a program is being compiled now.
+      stacks: a file that Python stacks are appended to.
+      say: says one line; called from the thread.
+      kill_after_s: a phase that takes longer ends the process with exit code 5; 0 never does.
+      note: called every ten seconds.
+      end: ends the process.
+    """
+
+    def __init__(
+        self,
+        timer: PhaseTimer,
+        compiling: Callable[[], bool],
+        stacks: Path,
+        say: Callable[[str], None],
+        kill_after_s: float,
+        note: Callable[[], None] = lambda: None,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._timer, self._compiling, self._stacks = timer, compiling, stacks
+        self._say, self._kill_after_s, self._note, self._end = say, kill_after_s, note, end
+        self._usual: dict[str, deque[float]] = {}
+        self._step = 0
+        self._told: tuple[int, str, float] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
+
+    def __enter__(self) -> "HangWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def finished(self, step: int, times: Mapping[str, float]) -> None:
+        """Learns from a step's ``time/*`` what is usual."""
+        self._step = step
+        for name in ("step", "checkpoint", "evaluation"):
+            if f"time/{name}" in times:
+                self._usual.setdefault(name, deque(maxlen=50)).append(times[f"time/{name}"])
+
+    def look(self) -> None:
+        """Speaks, or acts, when the phase in progress has taken too long; again whenever that time has doubled."""
+        phase, seconds = self._timer.running()
+        if phase == _PATIENT or self._compiling():
+            return
+        if self._kill_after_s and seconds > self._kill_after_s:
+            self._report(phase, seconds, f"longer than watch.kill_after_s={self._kill_after_s:g}: this ends it")
+            self._end(HUNG)
+        usual = self._usual_s(phase)
+        if usual is None or seconds < max(_LEAST_S, _TIMES_USUAL * usual):
+            return
+        told = self._told
+        if told is None or told[:2] != (self._step, phase) or seconds >= 2 * told[2]:
+            self._told = self._step, phase, seconds
+            whole = f"{phase}s take" if phase in BESIDE else "whole steps take"
+            self._report(phase, seconds, f"where {whole} {usual:.1f} s")
+
+    def _usual_s(self, phase: str) -> float | None:
+        found = self._usual.get(phase if phase in BESIDE else "step", ())
+        return statistics.median(found) if len(found) >= (1 if phase in BESIDE else _ENOUGH_STEPS) else None
+
+    def _report(self, phase: str, seconds: float, why: str) -> None:
+        head = f"step {self._step + 1}: {phase} has taken {duration(seconds)}, {why}"
+        with self._stacks.open("a", encoding="utf-8") as file:
+            file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {head}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        self._say(f"{head}; where each thread is stands in {self._stacks}")
+
+    def _run(self) -> None:
+        since_note = 0.0
+        while not self._stop.wait(_LOOK_S):
+            since_note += _LOOK_S
+            try:
+                self.look()
+                if since_note >= _NOTE_S:
+                    since_note = 0.0
+                    self._note()
+            except OSError as error:
+                # A full disk is the run's own trouble, told where it writes what matters.
+                print(f"hang watch: {error}", file=sys.stderr)
+
+
+class Watch:
+    """All of it for one run, as the train loop meets it. Use it as a context manager.
+
+    Args:
+      config: of the watches.
+      timer: started with the run; all that it has counted so far is start-up.
+      writer: has the steps that the run goes on from, and says what there is to say. Its run directory gets
+        ``clock.json`` and, when something hangs, ``stacks-PROCESS.txt``.
+      removed: rows of ``metrics.jsonl`` past them.
+      checkpoints: of the run; the last good one is named when updates fail.
+      profiler: traces some steps.
+    """
+
+    def __init__(
+        self,
+        config: WatchConfig,
+        timer: PhaseTimer,
+        writer: MetricsWriter,
+        removed: Sequence[Row],
+        checkpoints: Checkpoints,
+        profiler: Profiler,
+    ) -> None:
+        timer.name_rest("startup")
+        self._timer, self._profiler, self._say = timer, profiler, writer.message
+        self._checkpoints = checkpoints
+        kept = writer.steps()
+        self._account = TimeAccount(writer.run_dir, timer, kept, removed)
+        self._finite = FiniteWatch(config.max_skipped)
+        self._collapse = CollapseWatch(config)
+        for row in kept:
+            self._collapse.look(row)
+        compilation = CompileClock(timer)
+        self._hang = HangWatch(
+            timer,
+            lambda: compilation.compiling,
+            writer.run_dir / f"stacks-{jax.process_index()}.txt",
+            self._say_here,
+            config.kill_after_s,
+            note=self._account.note,
+        )
+        self._listening = compilation.listening()
+        self._done = False
+
+    def __enter__(self) -> "Watch":
+        self._listening.__enter__()
+        self._hang.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._profiler.close()
+        self._hang.__exit__()
+        self._listening.__exit__(None, None, None)
+        # On a full disk, the error that ends the run is the one to be told.
+        with suppress(OSError):
+            self._account.note(ended=self._done)
+
+    def _say_here(self, line: str) -> None:
+        """A process tells what concerns it alone: where one of a job hangs, all wait, and only it knows where."""
+        if jax.process_count() == 1:
+            self._say(line)
+        else:
+            print(f"process {jax.process_index()}: {line}", file=sys.stderr, flush=True)
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        self._profiler.begin(step)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A phase of a step, or of what is beside the steps."""
+        return self._timer.phase(name)
+
+    def done(self) -> None:
+        """The run has made all its steps, and saved and evaluated what it should."""
+        self._done = True
+
+    def line(self, step: int, row: Row, tokens: int) -> dict[str, float]:
+        """What a step's line also holds: ``alarm/*``, ``time/*`` and ``tokens_per_second``. Says what alarms are new.
+
+        Args:
+          row: the step's other metrics.
+          tokens: how many the step worked on.
+        """
+        alarms = self._collapse.look(row)
+        for line in self._collapse.onsets(step):
+            self._say(line)
+        times = self._account.line(step)
+        self._hang.finished(step, times)
+        return {**alarms, **times, "tokens_per_second": tokens / times["time/step"]}
+
+    def check(self, step: int, row: Row) -> None:
+        """Says so when the update was skipped. Raises Diverged when it was one too many."""
+        line = self._finite.look(step, row, self._checkpoints.steps, str(self._checkpoints.directory))
+        if line:
+            self._say(line)
