@@ -145,7 +145,7 @@ class TimeAccount:
         self._timer = timer
         self._lock = threading.Lock()
         self._step = kept[-1]["step"] if kept else 0
-        self._total = sum(row.get("time/total") or 0.0 for row in kept)
+        self._total = sum((row.get("time/total") or 0.0 for row in kept), 0.0)
         self._productive = sum(row.get(f"time/{name}") or 0.0 for row in kept for name in PRODUCTIVE)
         lost = sum(row.get("time/total") or 0.0 for row in removed)
         left = _read(self._file)
@@ -161,18 +161,20 @@ class TimeAccount:
         self.note()
 
     def line(self, step: int) -> dict[str, float]:
-        """``time/*`` of a step: seconds by phase, ``time/total``, ``time/step`` (without what is beside the steps), and
-        ``time/goodput``, the productive share of all time of the run so far, 0 to 1."""
+        """``time/*`` of a step: seconds by phase, ``time/total``, ``time/step`` (without what is beside the steps),
+        ``time/data_share`` (of the step), and ``time/goodput``, the productive share of all the run's time so far."""
         with self._lock:
             seconds = self._timer.take()
             self._step = step
         total = sum(seconds.values())
+        in_step = total - sum(seconds.get(name, 0.0) for name in BESIDE)
         self._total += total
         self._productive += sum(seconds.get(name, 0.0) for name in PRODUCTIVE)
         return {
             **{f"time/{name}": value for name, value in seconds.items()},
-            "time/step": total - sum(seconds.get(name, 0.0) for name in BESIDE),
+            "time/step": in_step,
             "time/total": total,
+            "time/data_share": seconds.get("data", 0.0) / in_step if in_step else 0.0,
             "time/goodput": self._productive / self._total if self._total else 0.0,
         }
 

@@ -32,20 +32,33 @@ def write_fake_run(
     group: int = 4,
     planned: int | None = None,
     seed: int = 0,
+    troubled: bool = False,
 ) -> None:
-    """Writes a run whose rewards rise. ``planned`` steps above ``steps`` make it a run in progress."""
+    """Writes a run whose rewards rise.
+
+    Args:
+      planned: above ``steps`` it makes this a run in progress.
+      troubled: updates are skipped in steps 3, 4 and 7, all groups lose their spread in steps 6 to 9, responses of
+        step 5 have no score, two saves fail, and a restart loses 20 s before step 4.
+    """
     rng = np.random.default_rng(seed)
     overrides = {"train.steps": planned or max(steps, 1), "reward.server": "local" if masks else "none"}
     settings = config.replace(config.Config(), **overrides)
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(config.to_yaml(settings))
+    after = {"evaluation": 11.0, "checkpoint": 1.5} if steps in evaluated else {}
+    (run_dir / "clock.json").write_text(json.dumps({"after_step": steps, "ended": True, "seconds": after}))
     with MetricsWriter(run_dir, planned or steps, show_progress=False) as writer:
         for step in range(steps + 1):
             skill = 0.25 + 0.55 * (1 - np.exp(-2.5 * step / max(steps, 1)))
             if step:
                 rows = _rollouts(writer, step, group, skill, masks, rng)
                 writer.write_rollouts(step, rows)
-                writer.write_step(step, _metrics(rows, step, skill, masks, rng))
+                numbers = _metrics(rows, step, skill, masks, rng)
+                if troubled:
+                    numbers |= _trouble(step)
+                    numbers["time/total"] += numbers.get("time/lost", 0.0)
+                writer.write_step(step, numbers)
             if step in evaluated:
                 for split in SPLITS:
                     _evaluation(writer, step, split, questions, skill, masks, rng)
@@ -56,6 +69,10 @@ def _metrics(rows: list[dict[str, Any]], step: int, skill: float, masks: bool, r
     lengths = [row["length"] for row in rows]
     seconds = {"data": 0.05, "rollout": 2.1, "reward_wait": 0.12, "reference": 0.6, "update": 1.9}
     times = {f"time/{phase}": value * rng.uniform(0.9, 1.15) for phase, value in seconds.items()}
+    times["time/other"] = 0.08
+    beside = {"time/startup": 4.0, "time/compile": 14.0, "time/evaluation": 11.0} if step == 1 else {}
+    beside |= {"time/checkpoint": 0.7} if step % 5 == 0 else {}
+    whole = {"time/step": sum(times.values()), "time/total": sum(times.values()) + sum(beside.values())}
     components = {
         f"reward/{name}": float(np.mean([row["components"][name] for row in rows])) for name in rows[0]["components"]
     }
@@ -63,19 +80,42 @@ def _metrics(rows: list[dict[str, Any]], step: int, skill: float, masks: bool, r
         "reward/mean": rewards.mean(),
         "reward/std": rewards.std(),
         **components,
-        "reward/zero_std_groups": int(rng.integers(0, 3)),
+        "reward/zero_std_groups": float(rng.integers(0, 3)) / 16,
+        "missing_scores": 0,
+        "empty_thinking": 0.04 * rng.random(),
+        "update/skipped": 0.0,
+        "checkpoint/failed": 0,
+        **{f"alarm/{name}": 0 for name in ("empty_thinking", "one_length", "no_spread", "low_entropy")},
         "kl": 0.02 * (skill - 0.25) + 0.001 * rng.random(),
         "entropy": 0.9 - 0.6 * skill + 0.03 * rng.standard_normal(),
         "loss": 0.01 * rng.standard_normal(),
         "grad_norm": 0.8 + 0.3 * rng.random(),
         "response_length/mean": float(np.mean(lengths)),
+        "response_length/min": min(lengths),
         "response_length/max": max(lengths),
         "finished": float(np.mean([row["finished"] for row in rows])),
         "sampler_gap": 1e-5 * rng.random(),
+        **beside,
         **times,
-        "time/total": sum(times.values()) + 0.08,
+        **whole,
+        "time/data_share": times["time/data"] / whole["time/step"],
+        "time/goodput": 0.5,
         "tokens_per_second": 900 + 60 * rng.standard_normal(),
     }
+
+
+def _trouble(step: int) -> dict[str, Any]:
+    return (
+        {
+            "update/skipped": float(step in (3, 4, 7)),
+            "reward/zero_std_groups": 1.0 if 6 <= step <= 9 else 0.1,
+            "alarm/no_spread": int(8 <= step <= 9),
+            "missing_scores": 3 if step == 5 else 0,
+            "checkpoint/failed": (step >= 5) + (step >= 10),
+        }
+        | ({"loss": None, "grad_norm": None} if step in (3, 4, 7) else {})
+        | ({"time/lost": 20.0} if step == 4 else {})
+    )
 
 
 def _rollouts(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segzero_jax import jsonl, overlay, rewards
+from segzero_jax.metrics import duration
 from segzero_jax.report import RunError, charts, write_report
 from segzero_jax.report.__main__ import main
 from segzero_jax.report.cases import Case, choose
@@ -140,14 +141,66 @@ def test_the_evaluation_table_holds_every_row(run_dir, page):
     assert (len(everything), len(first)) == (12, 8)
 
 
-def test_times_are_means_without_the_step_that_compiles(run_dir, page):
-    measured = rows(run_dir, "metrics.jsonl")[1:]
-    total = np.mean([row["time/total"] for row in measured])
-    words = page.words()
+def test_all_time_of_the_run_is_accounted_for(run_dir, page):
+    """Every line's seconds, and those after the last line: an evaluation of 11 s and a checkpoint of 1.5 s."""
+    measured = rows(run_dir, "metrics.jsonl")
+    total = sum(row["time/total"] for row in measured) + 12.5
+    spent = lambda phase: sum(row.get(f"time/{phase}", 0.0) for row in measured)  # noqa: E731
+    words = " ".join(page.words().split())
     for phase, name in (("rollout", "rollout"), ("reward_wait", "waiting for rewards"), ("update", "update")):
-        mean = np.mean([row[f"time/{phase}"] for row in measured])
-        assert re.search(rf"{name} +{mean:.2f} s +{100 * mean / total:.1f}%", words), name
-    assert f"in all {total:.2f} s" in words
+        seconds = spent(phase)
+        assert f"{name} {duration(seconds)} {seconds / total:.1%} {seconds / 24:.2f} s" in words, name
+    assert f"evaluation 22 s {22 / total:.1%}" in words
+    assert f"checkpoint 4 s {(4 * 0.7 + 1.5) / total:.1%}" in words
+    assert f"in all {duration(total)} {spent('step') / 24:.2f} s" in words
+    goodput = sum(map(spent, ("rollout", "reference", "update"))) / total
+    assert f"Of {duration(total)} in all, {goodput:.0%} went into rollout, reference and update" in words
+    assert f"waited for data for {spent('data') / spent('step'):.1%} of their time" in words
+    assert "Restarts cost" not in words
+
+
+def test_seconds_that_a_line_holds_are_not_added_from_the_clock(copied):
+    clock = json.loads((copied / "clock.json").read_text())
+    (copied / "clock.json").write_text(json.dumps(clock | {"after_step": 23}))
+    total = sum(row["time/total"] for row in rows(copied, "metrics.jsonl"))
+    assert f"Of {duration(total)} in all" in report(copied).words()
+    (copied / "clock.json").write_text("{")
+    with pytest.raises(RunError, match=r"clock\.json: not JSON"):
+        write_report(copied)
+
+
+def test_what_went_wrong_is_on_one_time_line(tmp_path):
+    write_fake_run(tmp_path / "run", steps=20, evaluated=(0,), questions=1, troubled=True)
+    page = report(tmp_path / "run")
+    assert page.sections[0] == "events"
+    words = " ".join(page.words().split())
+    for said in (
+        "alarm: no spread No group's rewards differed, so nothing was learnt. Steps 8 to 9.",
+        "weights stayed as they were. Steps 3 to 4, 7.",
+        "left out of the loss. Step 5.",
+        "A checkpoint could not be written. Steps 5, 10.",
+        "Restarts cost 20 s of work that had to be done again.",
+    ):
+        assert said in words
+    assert "alarm: one length" not in words
+    bars = [attrs for attrs in page.all("rect") if attrs.get("class") == "span"]
+    assert len(bars) == 2 * (1 + 2 + 1 + 2)
+    wide = {}  # by row of the first drawing: first and last pixel
+    for bar in bars[:6]:
+        wide.setdefault(bar["y"], []).append((float(bar["x"]), float(bar["x"]) + float(bar["width"])))
+    (alarm,), (skipped, again), (missing,), (saved, later) = wide.values()
+    step = (later[0] - saved[0]) / 5
+    assert alarm[1] - alarm[0] == pytest.approx(2 * step, rel=0.01)
+    assert skipped[0] == pytest.approx(missing[0] - 2 * step, abs=0.2)
+    assert again[1] == pytest.approx(alarm[0], abs=0.2)
+
+
+@pytest.mark.parametrize(("steps", "first", "last"), [([1], 1, 1), ([1, 2], 2, 2), (range(1, 9001), 9000, 9000)])
+def test_the_shortest_stretch_can_be_seen_and_lies_in_the_drawing(steps, first, last):
+    drawing = charts.span_chart(list(steps), [("x", [(first, last)])], "d", charts.Size(350, 66))
+    x, width = (float(re.search(rf'class="span".* {key}="([^"]+)"', drawing).group(1)) for key in ("x", "width"))
+    assert width >= 3
+    assert 12 <= x < x + width <= 340.1
 
 
 def test_every_metric_has_its_curve_with_its_last_value(run_dir, page):
@@ -215,7 +268,10 @@ def test_text_of_a_run_is_never_markup(copied):
         poison(path, ("text", "question", "solution", "length", "sample"))
     poison(copied / "evaluations.jsonl", ("mode", "count"))
     metrics = rows(copied, "metrics.jsonl")
-    jsonl.write(copied / "metrics.jsonl", [row | {ATTACK: 1.0, f"reward/{ATTACK}": 2.0} for row in metrics])
+    jsonl.write(
+        copied / "metrics.jsonl",
+        [row | {ATTACK: 1.0, f"reward/{ATTACK}": 2.0, f"alarm/{ATTACK}": 1} for row in metrics],
+    )
     jsonl.write(copied / "metrics.jsonl", [row | {f"time/{ATTACK}": 0.1} for row in rows(copied, "metrics.jsonl")])
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["data"]["name"] = config["reward"]["mask_iou_weight"] = ATTACK

@@ -124,7 +124,7 @@ def test_a_line_accounts_for_all_time_since_the_last(tmp_path, timer, clock):
     assert line == {
         **{"time/startup": 10.0, "time/data": 1.0, "time/rollout": 4.0, "time/reward_wait": 1.0},
         **{"time/reference": 2.0, "time/update": 2.0, "time/other": 0.0},
-        **{"time/step": 10.0, "time/total": 20.0, "time/goodput": 8 / 20},
+        **{"time/step": 10.0, "time/total": 20.0, "time/data_share": 0.1, "time/goodput": 8 / 20},
     }
     spend(timer, clock, checkpoint=3.0, evaluation=5.0, rollout=8.0)
     clock.now += 4.0

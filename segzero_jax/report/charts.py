@@ -102,6 +102,29 @@ def stacked_chart(steps: Sequence[int], layers: Sequence[Series], description: s
     return svg(size, description, parts)
 
 
+def span_chart(
+    steps: Sequence[int], rows: Sequence[tuple[str, Sequence[tuple[int, int]]]], description: str, size: Size
+) -> str:
+    """Stretches of steps as bars, one named row each; a stretch of one step has a width that one can see."""
+    left = 12 + 6.6 * max(len(name) for name, _ in rows)
+    plot = _Plot(left, size.width - 10, 8, size.height - 24, steps, 0.0, 1.0, [])
+    height = (plot.bottom - plot.top) / len(rows)
+    each = (plot.right - plot.left) / max(1, steps[-1] - steps[0])
+    parts = [*plot.axes(None)]
+    for index, (name, spans) in enumerate(rows):
+        middle = plot.top + (index + 0.5) * height
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{plot.right}" y1="{middle}" y2="{middle}"/>')
+        parts.append(f'<text class="tick" x="{left - 10:.1f}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
+        for first, last in spans:
+            width = max(3.0, (last - first + 1) * each)
+            x = min(plot.right - width, plot.left + (first - steps[0] - 0.5) * each)
+            parts.append(
+                f'<rect class="span" x="{max(plot.left, x):.1f}" y="{middle - 7}" width="{width:.1f}" height="14">'
+                f"<title>{escape(name)}: {first if first == last else f'{first} to {last}'}</title></rect>"
+            )
+    return svg(size, description, parts)
+
+
 def svg(size: Size, description: str, parts: Sequence[str]) -> str:
     """Wraps drawing parts."""
     return (

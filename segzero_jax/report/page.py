@@ -5,7 +5,7 @@ from typing import Any
 
 from segzero_jax import __version__
 from segzero_jax.metrics import duration
-from segzero_jax.report import cases, curves, evaluations
+from segzero_jax.report import cases, curves, evaluations, events, times
 from segzero_jax.report.markup import NOTHING, bound, direction, fixed, show, signed, text
 from segzero_jax.report.run import Run, ends, number, reward_maxima
 from segzero_jax.report.style import CSS
@@ -32,12 +32,13 @@ _SUMMARY = (
 def build(run: Run) -> str:
     """The page as HTML text."""
     sections = {
+        "Alarms": events.event_section(run),
         "Reward": curves.reward_section(run) if run.metrics else "",
         "Before and after": cases.gallery(run),
         "Rollouts": cases.rollouts_section(run),
         "Held-out evaluations": evaluations.section(run),
         "How it learned": curves.signal_section(run),
-        "Time": curves.time_section(run) if run.metrics else "",
+        "Time": times.time_section(run),
     }
     links = "".join(f'<a href="#{_anchor(part)}">{name}</a>' for name, part in sections.items() if part)
     return (
@@ -62,8 +63,8 @@ def _title(run: Run) -> str:
         state = f"{done} of {planned} steps, still running or stopped early"
     if not run.metrics:
         state = "no step yet"
-    spent = sum(value for value in run.column("time/total") if value is not None)
-    spoken = f", {duration(spent)} of training" if spent else ""
+    spent = sum(value or 0.0 for value in run.column("time/total")) + sum(run.after_last_line.values())
+    spoken = f", {duration(spent)} in all" if spent else ""
     return (
         f'<h1>{text(run.name)}</h1><p class="lead">A policy that thinks, points and is scored by SAM 2\'s masks, '
         f"trained by GRPO. {state[0].upper()}{state[1:]}{spoken}.</p>"

@@ -1,5 +1,6 @@
 """Reads a run directory, finished or still being written, without touching it."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Run:
       evaluations: rows of ``evaluations.jsonl`` by step, in the order of splits in the file.
       sample_steps: split to the steps whose evaluation wrote single answers.
       rollout_steps: steps with a rollouts file.
+      after_last_line: seconds by phase that passed after the last row of ``metrics``.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Run:
     evaluations: Sequence[Mapping[str, Any]]
     sample_steps: Mapping[str, Sequence[int]]
     rollout_steps: Sequence[int]
+    after_last_line: Mapping[str, float]
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A dotted key of the configuration."""
@@ -105,6 +108,7 @@ def read_run(path: str | Path) -> Run:
         evaluations=_by_step(folder / "evaluations.jsonl"),
         sample_steps=_sample_steps(folder / "evaluations"),
         rollout_steps=sorted(int(f.stem) for f in (folder / "rollouts").glob("*.jsonl") if f.stem.isdecimal()),
+        after_last_line=_after(folder / "clock.json", metrics),
     )
 
 
@@ -201,6 +205,21 @@ def _by_step(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row.get("step"), int):
             raise RunError(f"{path}:{index}: expected a whole number under 'step', got {row.get('step')!r}")
     return sorted(rows, key=lambda row: row["step"])
+
+
+def _after(file: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What ``clock.json`` says, unless a line has been written since."""
+    if not file.is_file() or not metrics:
+        return {}
+    try:
+        clock = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise RunError(f"{file}: not JSON: {error}") from None
+    if not isinstance(clock, dict) or clock.get("after_step") != metrics[-1]["step"]:
+        return {}
+    seconds = clock.get("seconds")
+    known = {key: number(value) for key, value in seconds.items()} if isinstance(seconds, dict) else {}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _sample_steps(folder: Path) -> dict[str, list[int]]:

@@ -86,6 +86,7 @@ svg .line.s2 { stroke-dasharray: 1 5; }
 svg .layer { fill: color-mix(in srgb, var(--c0) var(--part), var(--paper)); stroke: var(--paper); stroke-width: 1; }
 .l0 { --part: 100%; } .l1 { --part: 80%; } .l2 { --part: 62%; } .l3 { --part: 46%; } .l4 { --part: 31%; }
 .l5 { --part: 19%; } .l6, .l7, .l8, .l9 { --part: 10%; }
+svg .span { fill: var(--bad); }
 svg .at rect { fill: transparent; }
 svg .at line, svg .at text, svg .at circle { opacity: 0; pointer-events: none; }
 svg .at line { stroke: var(--soft); stroke-width: 1; }
@@ -97,6 +98,12 @@ svg .at:hover line { opacity: 0.5; } svg .at:hover text, svg .at:hover circle { 
 .shares i { overflow: hidden; white-space: nowrap; font-style: normal; font-size: 13px; line-height: 30px;
   padding-left: 0; text-indent: 9px; }
 .shares .l0, .shares .l1, .shares .l2 { color: var(--paper); }
+.shares .beside, .swatch.beside { background:
+    repeating-linear-gradient(45deg, var(--soft) 0 1.5px, var(--paper) 1.5px var(--gap)); color: var(--ink); }
+.shares .beside, .swatch.beside { border: 1px solid var(--soft); }
+.shares .beside { text-shadow: 0 0 4px var(--paper), 0 0 4px var(--paper); }
+.b0 { --gap: 3px; } .b1 { --gap: 4.5px; } .b2 { --gap: 6.5px; } .b3 { --gap: 9px; } .b4 { --gap: 12px; }
+.b5 { --gap: 2.2px; }
 .swatch { display: inline-block; width: 13px; height: 13px; border-radius: 2px; vertical-align: -1px;
   margin-right: 9px; }
 .scroll { overflow-x: auto; }
@@ -109,6 +116,10 @@ td { border-bottom: 1px solid var(--rule); }
 td .range { color: var(--soft); }
 .two table { width: 100%; } .two figure + figure { margin-top: 30px; }
 .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 40px; align-items: start; }
+
+.events { margin: 18px 0 0; font-size: 14px; } .events div { border-top: 1px solid var(--rule); padding: 7px 0;
+  display: grid; grid-template-columns: 12em 1fr; gap: 4px 20px; }
+.events dt { color: var(--soft); } .events dd { margin: 0; } .events dd span { color: var(--soft); }
 
 .legend { display: flex; flex-wrap: wrap; gap: 6px 28px; font-size: 14px; color: var(--soft); margin: 18px 0 0;
   align-items: center; }
