@@ -1,4 +1,4 @@
-"""Where a model's files lie: inside the package, in a directory, or on the Hugging Face hub."""
+"""Where the files of a model or data set lie: inside the package, in a directory, or on the Hugging Face hub."""
 
 import functools
 import re
@@ -10,6 +10,7 @@ from huggingface_hub.errors import HTTPError
 TOY = Path(__file__).parent / "assets" / "toy_policy"
 # Weights, configuration, tokenizer and licence; not the same weights again in other formats.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*"]
+_TABLES = ["*.parquet"]
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -30,8 +31,21 @@ def model_directory(path: str | Path) -> Path:
     """
     match = _as_hub_id(path)
     if match:
-        return _download(match["repo"], match["revision"])
+        return _download(match["repo"], match["revision"], "model")
     return TOY if str(path) == "toy" else Path(path).expanduser()
+
+
+def data_directory(source: str | Path) -> Path:
+    """The directory that the source of a data set means; whether it is there is not looked at.
+
+    Args:
+      source: a directory or, where there is no such directory, a hub id whose parquet files are downloaded once.
+
+    Raises:
+      HubError: as in ``model_directory``.
+    """
+    match = _as_hub_id(source)
+    return _download(match["repo"], match["revision"], "dataset") if match else Path(source).expanduser()
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -45,13 +59,15 @@ def _as_hub_id(path: str | Path) -> re.Match[str] | None:
 
 
 @functools.cache  # One run reads a model several times: always the same revision, and the hub is asked once.
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, kind: str) -> Path:
+    wanted = _WANTED if kind == "model" else _TABLES
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, HTTPError) as error:
         asked = repo if revision is None else f"{repo}@{revision}"
+        aside = ", 'toy'," if kind == "model" else ""
         raise HubError(
-            f"{asked}: no such directory, and the Hugging Face hub gave no such model "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); expected a directory, 'toy', or a hub id "
+            f"{asked}: no such directory, and the Hugging Face hub gave no such {kind} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); expected a directory{aside} or a hub id "
             "that is in the cache or can be reached"
         ) from None

@@ -15,10 +15,6 @@ from segzero_jax.data import records, toy
 from segzero_jax.data.scenes import SPLITS
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
-# Of TFDS: the folder that holds all built sets, and the version of their form.
-BUILT = "question_set"
-VERSION = "1.0.0"
-
 
 class DataError(ValueError):
     """A data set or split that there is none of; one line."""
@@ -75,7 +71,7 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     """
     if name == "toy":
         return _open_toy(split, data_dir)
-    directory = built_directory(name, data_dir)
+    directory = records.built_directory(name, Path(data_dir).expanduser())
     if not directory.is_dir():
         raise DataError(
             f"data set {name!r}: not in {Path(data_dir).expanduser()}, expected {_known(data_dir)}; "
@@ -89,11 +85,6 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     texts = functools.partial(_index_texts, directory, split)
     checksum = hashlib.sha256(records.index_path(directory, split).read_bytes()).hexdigest()
     return Source(f"{name}/{split}", checksum, rows, records.to_example, places, texts)
-
-
-def built_directory(name: str, data_dir: str | Path) -> Path:
-    """Where a built set lies."""
-    return Path(data_dir).expanduser() / BUILT / name / VERSION
 
 
 def split_name(text: str, data_set: str) -> tuple[str, str]:
@@ -111,7 +102,9 @@ def _open_toy(split: str, data_dir: str | Path) -> Source:
 
 
 def _known(data_dir: str | Path) -> str:
-    built = sorted(path.parent.name for path in (Path(data_dir).expanduser() / BUILT).glob(f"*/{VERSION}"))
+    built = sorted(
+        path.parent.name for path in (Path(data_dir).expanduser() / records.BUILT).glob(f"*/{records.VERSION}")
+    )
     return " or ".join(["toy", *built])
 
 

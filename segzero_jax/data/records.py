@@ -20,6 +20,10 @@ import tensorflow_datasets as tfds
 
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
+# Of TFDS: the folder of all built sets, and the version of this form.
+BUILT = "question_set"
+VERSION = "1.0.0"
+
 FEATURES = tfds.features.FeaturesDict(
     {
         "image": tfds.features.Image(shape=(None, None, 3), doc="PNG, JPEG or WebP: upright, 8 bits, no transparency"),
@@ -140,3 +144,8 @@ def read_index(directory: Path, split: str) -> pa.Table:
 def index_path(directory: Path, split: str) -> Path:
     """Where the index of a split lies in the directory of a built set."""
     return directory / f"index-{split}.parquet"
+
+
+def built_directory(name: str, data_dir: Path) -> Path:
+    """Where a built set lies."""
+    return data_dir / BUILT / name / VERSION

@@ -91,7 +91,7 @@ def prepared_builder(data_dir: str | Path) -> ToyShapes:
     """
     directory = Path(data_dir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    with _turn(directory / ".toy_shapes.lock"):
+    with turn(directory / ".toy_shapes.lock"):
         builder = ToyShapes(data_dir=directory, file_format="array_record")
         if not builder.data_path.exists():
             for leftover in builder.data_path.parent.glob("incomplete.*"):  # Of a build that was killed.
@@ -106,7 +106,7 @@ def prepared_builder(data_dir: str | Path) -> ToyShapes:
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
+def turn(path: Path) -> Iterator[None]:
     """Waits until no other process is here; the lock goes with its process, however that ends."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

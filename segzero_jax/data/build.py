@@ -1,0 +1,172 @@
+"""Builds a data set from its source: ``python -m segzero_jax.data.build NAME --source DIR``.
+
+What the source is, is seen from its files; docs/data.md says where the papers' data sets are to be had. An interrupted
+build goes on when the same command is given again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from segzero_jax.config import Config
+from segzero_jax.config.reading import OneLineParser
+from segzero_jax.data import builder
+from segzero_jax.data.builder import LeakError, Plan
+from segzero_jax.data.forms import hub_parquet
+from segzero_jax.data.forms.coco import CocoJson
+from segzero_jax.data.forms.form import Form, SourceError
+from segzero_jax.data.forms.lines import Lines
+from segzero_jax.data.forms.reason_seg import ReasonSeg
+from segzero_jax.data.forms.refer import Refer
+from segzero_jax.data.records import built_directory, index_path
+from segzero_jax.hub import HubError, data_directory
+
+# Where the papers' data sets are on the hub.
+HUB = {
+    "refCOCOg_9k_840": ("Ricky06662/refCOCOg_9k_840",),
+    "VisionReasoner_multi_object_1k_840": ("Ricky06662/VisionReasoner_multi_object_1k_840",),
+    "VisionReasoner_multi_object_7k_840": ("Ricky06662/VisionReasoner_multi_object_7k_840",),
+    "ReasonSeg": ("Ricky06662/ReasonSeg_val", "Ricky06662/ReasonSeg_test"),
+}
+_FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
+
+
+def find_form(name: str, sources: Sequence[Path], images: Path | None) -> Form:
+    """The form that a source is in.
+
+    Args:
+      sources: folders; more than one only of parquet files.
+      images: where REFER's pictures lie, when not beside the references.
+
+    Raises:
+      SourceError: no such folder, or nothing in it that is known.
+    """
+    for source in sources:
+        if not source.is_dir():
+            raise SourceError(f"--source {source}: no such directory")
+    tables = hub_parquet.find(name, list(sources))
+    if tables is not None:
+        return tables
+    if len(sources) > 1:
+        raise SourceError(f"--source: {len(sources)} directories, expected one unless they hold parquet files")
+    (source,) = sources
+    form: Form | None = Refer.find(name, source, images) or ReasonSeg.find(name, source)
+    if form is None and next(source.glob("*.jsonl"), None) is not None:
+        form = Lines(name, source)
+    if form is None:
+        annotations = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
+        if not annotations:
+            raise SourceError(f"--source {source}: found none of {_FORMS}")
+        form = CocoJson(name, images or source, tuple(annotations))
+    return form
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="segzero_jax.data.build",
+        description="Builds a data set that data.name can then name. The same command goes on after an interruption.",
+        epilog="Exit codes: 0 built; 2 something to put right; 130 stopped.",
+    )
+    parser.add_argument("name", help=f"what the data set is called, such as {', '.join(HUB)} or one of your own")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        metavar="DIR",
+        help="a directory, or ids of data sets on the Hugging Face hub; the papers' sets know their own",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures lie, when not below the source")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(Config().data.dir), metavar="DIR", help="data.dir (%(default)s)"
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="NAME/SPLIT",
+        help="further built splits whose pictures must not be in the training split; its own are checked anyway",
+    )
+    parser.add_argument("--drop-leaks", action="store_true", help="leave such training questions out")
+    parser.add_argument("--rebuild", action="store_true", help="replace a built set whose source has changed")
+    parser.add_argument("--check", action="store_true", help="only compare a built set's files with their checksums")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    data_dir = args.data_dir.expanduser()
+    try:
+        if "/" in args.name or args.name == "toy":
+            raise SourceError(f"{args.name}: a name of its own is expected, without /")
+        return _check(args.name, data_dir) if args.check else _build(args, data_dir)
+    except (SourceError, LeakError, HubError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _check(name: str, data_dir: Path) -> int:
+    if not built_directory(name, data_dir).is_dir():
+        raise SourceError(f"data set {name}: not in {data_dir}")
+    damaged = builder.damaged_files(name, data_dir)
+    if damaged:
+        raise SourceError(f"data set {name}: {'; '.join(damaged)}; build it again with --rebuild")
+    print(f"{name}: all files are as they were built")
+    return 0
+
+
+def _build(args: argparse.Namespace, data_dir: Path) -> int:
+    name, sources = args.name, args.source or HUB.get(args.name)
+    if not sources:
+        raise SourceError(f"{name}: expected --source DIR; only {', '.join(HUB)} are known to the hub")
+    for other in args.against:
+        data_set, _, split = other.rpartition("/")
+        if not index_path(built_directory(data_set, data_dir), split).is_file():
+            raise SourceError(f"--against {other}: expected NAME/SPLIT of a built set in {data_dir}")
+    form = find_form(name, [data_directory(source) for source in sources], args.images)
+    plan = builder.make_plan(form)
+    before = builder.built_from(name, data_dir)
+    if before == plan.digest and not args.rebuild:
+        print(f"{name}: built already, from the same source, in {built_directory(name, data_dir)}")
+        return 0
+    if before is not None and not args.rebuild:
+        raise SourceError(f"{name}: built already, from another source; --rebuild replaces it")
+    outcome = _with_bar(args, form, plan, data_dir)
+    for split, rows in outcome.rows.items():
+        print(f"{name}/{split}: {rows} questions")
+    for reason, count in outcome.left_out.items():
+        print(f"left out: {count} ({reason})")
+    if outcome.left_out:
+        print(f"which ones: {outcome.directory / 'left_out.jsonl'}")
+    return 0
+
+
+def _with_bar(args: argparse.Namespace, form: Form, plan: Plan, data_dir: Path) -> builder.Outcome:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(args.name, total=sum(shard.rows for shard in plan.shards))
+        return builder.build(
+            args.name,
+            form,
+            plan,
+            data_dir,
+            args.against,
+            args.drop_leaks,
+            args.workers,
+            progress=lambda rows: bar.advance(task, rows),
+            say=console.print,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""Question sets as a TensorFlow Datasets builder: planned, written shard by shard, checked for leaks, put in place.
+
+Shards are written beside the data set's place, by as many processes as there are cores. When all are there, they take
+their place by one rename. What an interrupted build has finished, the next one finds.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+
+from segzero_jax import jsonl
+from segzero_jax.data import shards
+from segzero_jax.data.forms.form import Form, Part, SourceError
+from segzero_jax.data.leaks import Leak, find_leaks
+from segzero_jax.data.records import BUILT, FEATURES, VERSION, built_directory, index_path, read_index
+from segzero_jax.data.shards import Shard, Written
+from segzero_jax.data.toy import turn
+
+# A source of which more than this share cannot be used is not what it is taken for.
+_MOST_LEFT_OUT = 0.1
+_TRAIN = "train"
+
+Progress = Callable[[int], None]
+
+
+class LeakError(ValueError):
+    """Training pictures that are in an evaluation split; one line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build writes.
+
+    Attributes:
+      files: what the source consists of: (path, bytes, SHA-256 of a file with annotations, empty for a picture).
+      shards: in order, split by split.
+    """
+
+    files: tuple[tuple[str, int, str], ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def digest(self) -> str:
+        """Stands for the source and for how it is cut."""
+        told = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+class QuestionSet(tfds.core.dataset_builder.FileReaderBuilder):
+    """All question sets that are not generated: one configuration for each, named like the data set."""
+
+    name = BUILT
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, data_set: str, data_dir: Path, pieces: "Pieces"):
+        self._pieces = pieces
+        config = tfds.core.BuilderConfig(name=data_set, version=VERSION)
+        super().__init__(data_dir=data_dir, config=config, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        description = "Pictures with questions about them, and what answers each: see segzero_jax/data/records.py."
+        return tfds.core.DatasetInfo(builder=self, description=description, features=FEATURES, disable_shuffling=True)
+
+    def _download_and_prepare(self, dl_manager: object, download_config: object = None) -> None:
+        """Links the shards into place; TFDS renames the folder when this returns."""
+        infos = []
+        for split, pieces in self._pieces.by_split.items():
+            template = self._get_filename_template(split_name=split)
+            for number, (name, _) in enumerate(pieces):
+                target = template.sharded_filepath(shard_index=number, num_shards=len(pieces))
+                _link(shards.data_file(self._pieces.directory, name), Path(target))
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[written.records for _, written in pieces],
+                    num_bytes=sum(written.size for _, written in pieces),
+                    filename_template=template,
+                )
+            )
+            pq.write_table(self._pieces.indices[split], index_path(Path(self.data_dir), split))
+        self.info.set_splits(tfds.core.splits.SplitDict(infos))
+        jsonl.write(Path(self.data_dir) / "left_out.jsonl", self._pieces.left_out)
+        jsonl.replace(Path(self.data_dir) / "build.json", json.dumps(self._pieces.summary, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a data set is put together from.
+
+    Attributes:
+      directory: of the shards.
+      by_split: (name, summary) of the shards that hold records.
+      indices: of each split, all shards together.
+      left_out: id, split and reason of each question that is not in the set.
+      summary: what the set is made of, for ``build.json``.
+    """
+
+    directory: Path
+    by_split: dict[str, list[tuple[str, Written]]]
+    indices: dict[str, pa.Table]
+    left_out: list[dict[str, str]]
+    summary: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished build.
+
+    Attributes:
+      rows: questions in each split.
+      left_out: how many questions are not in the set, by reason.
+    """
+
+    directory: Path
+    rows: dict[str, int]
+    left_out: dict[str, int]
+
+
+def make_plan(form: Form) -> Plan:
+    """Reads the annotations. Raises SourceError for a picture that is not there, or no questions at all."""
+    splits = form.splits()
+    if not any(splits.values()):
+        raise SourceError(f"{form.root}: no questions")
+    for split in splits:
+        if not split.isidentifier():
+            raise SourceError(f"{form.root}: split {split!r}, expected letters, digits and _")
+    files = []
+    for path in form.files():
+        with path.open("rb") as file:
+            files.append((path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
+    files += _picture_files(form.root, [part for parts in splits.values() for part in parts])
+    return Plan(tuple(files), tuple(shard for split, parts in splits.items() for shard in shards.cut(split, parts)))
+
+
+def build(
+    name: str,
+    form: Form,
+    plan: Plan,
+    data_dir: Path,
+    against: Sequence[str] = (),
+    drop_leaks: bool = False,
+    workers: int = 1,
+    progress: Progress = lambda rows: None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Builds a data set, or finishes a build that was interrupted.
+
+    Args:
+      against: further splits that are held out, "NAME/SPLIT" of built sets.
+      drop_leaks: leaves training questions out whose picture is held out, rather than refusing.
+      progress: called with the number of questions that have been dealt with since the last call.
+      say: told what is worth knowing.
+
+    Raises:
+      LeakError: training pictures are in an evaluation split.
+      SourceError: too much of the source cannot be used.
+      OSError: the source cannot be read, or ``data_dir`` not written.
+    """
+    place = data_dir / BUILT
+    place.mkdir(parents=True, exist_ok=True)
+    with turn(place / f".{name}.lock"):
+        work = _work_directory(place / f".{name}.building", plan, say)
+        _write_all(form, plan, work, workers, progress)
+        written = [(shard, _finished(work, shard)) for shard in plan.shards]
+        _check_usable(written)
+        indices = {split: _merged(work, written, split) for split in dict.fromkeys(s.split for s in plan.shards)}
+        dropped = _drop_leaks(indices, data_dir, name, against, drop_leaks)
+        pieces = _pieces(work, plan, written, indices, dropped)
+        directory = built_directory(name, data_dir)
+        shutil.rmtree(directory, ignore_errors=True)
+        for leftover in directory.parent.glob("incomplete.*"):
+            shutil.rmtree(leftover)
+        with contextlib.redirect_stdout(io.StringIO()):  # It would announce a download of unknown size.
+            QuestionSet(name, data_dir, pieces).download_and_prepare()
+        shutil.rmtree(work)
+    return Outcome(directory, {split: len(index) for split, index in indices.items()}, _counted(pieces.left_out))
+
+
+def built_from(name: str, data_dir: Path) -> str | None:
+    """The digest of the plan that a built set was made by; None where there is no such set."""
+    path = built_directory(name, data_dir) / "build.json"
+    return json.loads(path.read_text())["digest"] if path.is_file() else None
+
+
+def damaged_files(name: str, data_dir: Path) -> list[str]:
+    """Files of a built set that are not as they were written, or not there."""
+    directory = built_directory(name, data_dir)
+    found = []
+    for file, expected in json.loads((directory / "build.json").read_text())["files"].items():
+        path = directory / file
+        if not path.is_file():
+            found.append(f"{file} is missing")
+            continue
+        with path.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != expected:
+                found.append(f"{file} has changed")
+    return found
+
+
+def _picture_files(root: Path, parts: Sequence[Part]) -> Iterator[tuple[str, int, str]]:
+    missing = []
+    pictures = dict.fromkeys(picture for part in parts for picture in part.pictures)
+    for picture in pictures:
+        try:
+            yield picture, (root / picture).stat().st_size, ""
+        except FileNotFoundError:
+            missing.append(picture)
+    if missing:
+        raise SourceError(f"{len(missing)} of {len(pictures)} pictures are missing, the first is {root / missing[0]}")
+
+
+def _work_directory(work: Path, plan: Plan, say: Callable[[str], None]) -> Path:
+    """The folder of the shards, with what an interrupted build of the same source has left there."""
+    mark = work / "plan"
+    if work.is_dir() and (not mark.is_file() or mark.read_text() != plan.digest):
+        say("the source has changed since the interrupted build: starting over")
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    jsonl.replace(mark, plan.digest.encode())
+    done = sum(shards.finished(work, shard.name) is not None for shard in plan.shards)
+    if done:
+        say(f"going on: {done} of {len(plan.shards)} shards are there already")
+    return work
+
+
+def _write_all(form: Form, plan: Plan, work: Path, workers: int, progress: Progress) -> None:
+    missing = []
+    for shard in plan.shards:
+        if shards.finished(work, shard.name) is None:
+            missing.append(shard)
+        else:
+            progress(shard.rows)
+    if workers == 1 or len(missing) == 1:
+        for shard in missing:
+            shards.write_shard(form, shard, work)
+            progress(shard.rows)
+        return
+    with _pool(min(workers, len(missing) or 1)) as pool:
+        running: dict[Future[Written], Shard] = {
+            pool.submit(shards.write_shard, form, shard, work): shard for shard in missing
+        }
+        for future in as_completed(running):
+            future.result()
+            progress(running[future].rows)
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that finish the shards they are at when this one is interrupted, and start no others."""
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(work: Path, shard: Shard) -> Written:
+    written = shards.finished(work, shard.name)
+    if written is None:
+        raise FileNotFoundError(f"{work / shard.name}.json: gone while the set was built")
+    return written
+
+
+def _check_usable(written: Sequence[tuple[Shard, Written]]) -> None:
+    for split in dict.fromkeys(shard.split for shard, _ in written):
+        left_out = [reason for shard, found in written if shard.split == split for reason in found.left_out]
+        rows = sum(shard.rows for shard, _ in written if shard.split == split)
+        kept = sum(found.rows for shard, found in written if shard.split == split)
+        if not kept or len(left_out) > max(1, _MOST_LEFT_OUT * rows):
+            name, reason = left_out[0]
+            raise SourceError(
+                f"split {split}: {len(left_out)} of {rows} questions cannot be used, expected at most "
+                f"{_MOST_LEFT_OUT:.0%}; the first is {name}: {reason}"
+            )
+
+
+def _merged(work: Path, written: Sequence[tuple[Shard, Written]], split: str) -> pa.Table:
+    tables = []
+    records = 0
+    for shard, found in written:
+        if shard.split == split:
+            table = pq.read_table(shards.index_file(work, shard.name))
+            place = table.schema.get_field_index("record")
+            moved = pa.array(table["record"].to_numpy() + np.int32(records), pa.int32())
+            tables.append(table.set_column(place, table.schema.field(place), moved))
+            records += found.records
+    return pa.concat_tables(tables)
+
+
+def _drop_leaks(
+    indices: dict[str, pa.Table], data_dir: Path, name: str, against: Sequence[str], drop: bool
+) -> list[Leak]:
+    """Leaves leaks out of ``indices`` where that is wanted, and returns them. Raises LeakError otherwise."""
+    if _TRAIN not in indices:
+        return []
+    held_out = {f"{name}/{split}": index for split, index in indices.items() if split != _TRAIN}
+    for other in against:
+        data_set, _, split = other.rpartition("/")
+        held_out[other] = read_index(built_directory(data_set, data_dir), split)
+    leaks: dict[int, Leak] = {}
+    for other, index in held_out.items():
+        found = find_leaks(indices[_TRAIN], index)
+        if found and not drop:
+            first = found[0]
+            raise LeakError(
+                f"{len(found)} of {len(indices[_TRAIN])} training questions are about pictures of {other}, "
+                f"the first is {first.id}: {first.held_out} ({first.why}); --drop-leaks leaves them out"
+            )
+        leaks |= {leak.row: leak for leak in found}
+    if leaks:
+        kept = np.setdiff1d(np.arange(len(indices[_TRAIN])), list(leaks))
+        indices[_TRAIN] = indices[_TRAIN].take(pa.array(kept))
+    return list(leaks.values())
+
+
+def _pieces(
+    work: Path, plan: Plan, written: Sequence[tuple[Shard, Written]], indices: dict[str, pa.Table], leaks: list[Leak]
+) -> Pieces:
+    by_split: dict[str, list[tuple[str, Written]]] = {split: [] for split in indices}
+    left_out = [{"split": _TRAIN, "id": leak.id, "reason": f"held out: {leak.why}"} for leak in leaks]
+    for shard, found in written:
+        left_out += [{"split": shard.split, "id": name, "reason": reason} for name, reason in found.left_out]
+        if found.records:
+            by_split[shard.split].append((shard.name, found))
+    digests = {
+        f"{BUILT}-{split}.array_record-{number:05d}-of-{len(pieces):05d}": found.sha256
+        for split, pieces in by_split.items()
+        for number, (_, found) in enumerate(pieces)
+    }
+    annotations = {path: digest for path, _, digest in plan.files if digest}
+    summary = {"digest": plan.digest, "source": annotations, "files": digests, "left_out": len(left_out)}
+    return Pieces(work, by_split, indices, left_out, summary)
+
+
+def _counted(left_out: Sequence[dict[str, str]]) -> dict[str, int]:
+    """By reason, without the numbers that are a row's own."""
+    counts: dict[str, int] = {}
+    for row in left_out:
+        reason = row["reason"].split(",")[0]
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _link(source: Path, target: Path) -> None:
+    """Without a copy where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

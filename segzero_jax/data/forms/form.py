@@ -1,0 +1,144 @@
+"""What all forms have in common: pictures with questions about them, read part by part in any process."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from segzero_jax.types import Frame, ObjectPrompt
+
+_COCO_FILE = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?(?:\.\w+)?")
+
+
+class SourceError(ValueError):
+    """A source that is not in the form it should be in; one line."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as its source has it.
+
+    Attributes:
+      masks: bool [H, W], one for each object that is meant; empty for a question without a target; None where the
+        source has ``objects`` instead of masks.
+      objects: the target boxes and points, where there are no masks.
+      ignore: bool [H, W], pixels that do not count.
+    """
+
+    id: str
+    text: str
+    instance_id: str
+    masks: tuple[np.ndarray, ...] | None = None
+    objects: tuple[ObjectPrompt, ...] = ()
+    ignore: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture as its source has it, with the questions about it.
+
+    Attributes:
+      image: the encoded picture.
+      image_id: its name in the source; "coco:391895" for a picture of COCO.
+      source: its file in the source, and the row where that holds several.
+      annotated: the size that masks and objects speak of; None where they are in pixels of the upright picture.
+    """
+
+    image: bytes
+    image_id: str
+    source: str
+    annotated: Frame | None
+    questions: tuple[Asked, ...]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Questions that could not be read, and why, in one line."""
+
+    ids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is read in one go: plain values that are sent to another process.
+
+    Attributes:
+      ids: of its questions, in order.
+      pictures: the files of its pictures, relative to the form's ``root``; empty where they lie in other files.
+      content: what the form needs to read it.
+    """
+
+    ids: tuple[str, ...]
+    pictures: tuple[str, ...]
+    content: Any
+
+
+class Form(Protocol):
+    """A source in a form. Made in one process, it reads parts in others."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that pictures are relative to."""
+
+    def files(self) -> list[Path]:
+        """The files with annotations; their content is the source's identity."""
+
+    def splits(self) -> dict[str, list[Part]]:
+        """All there is to read. Raises SourceError for annotations that are not in this form."""
+
+    def read(self, part: Part) -> Iterator[Shown | Unreadable]:
+        """The pictures of a part. What is wrong with one of them is yielded; it does not raise."""
+
+
+def coco_id(name: str) -> str | None:
+    """ "coco:391895" for a file name of COCO's, such as ``COCO_train2014_000000391895.jpg``, else None."""
+    match = _COCO_FILE.fullmatch(Path(name).name)
+    return f"coco:{int(match[1])}" if match else None
+
+
+def unique(ids: Sequence[str]) -> list[str]:
+    """The ids in order; one that has come before gets "-2", "-3" and so on."""
+    taken: set[str] = set(ids)
+    seen: Counter[str] = Counter()
+    found = []
+    for name in ids:
+        seen[name] += 1
+        if seen[name] > 1:
+            fresh = f"{name}-{seen[name]}"
+            while fresh in taken:
+                seen[name] += 1
+                fresh = f"{name}-{seen[name]}"
+            name = fresh
+            taken.add(name)
+        found.append(name)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file in UTF-8 or, as some of LISA's are, in Windows' code page. Raises SourceError."""
+    data = path.read_bytes()
+    try:
+        return json.loads(_decoded(data))
+    except ValueError as error:
+        raise SourceError(f"{path}: not JSON: {error}") from None
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252")
+
+
+def field(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """A value that must be there. Raises SourceError, which names what is there instead."""
+    if not isinstance(row, Mapping) or name not in row:
+        has = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise SourceError(f"{where}: no {name!r}, found {has[:200]}")
+    return row[name]

@@ -1,0 +1,167 @@
+"""The parquet files of the Hugging Face hub, in the two schemas of Seg-Zero's authors.
+
+Training sets (refCOCOg_9k_840, VisionReasoner_multi_object_7k_840) have ``id``, ``problem``, ``solution``, ``image``,
+``img_height``, ``img_width``; the picture is squashed to 840 x 840 already, the solution is in its pixels, and the
+height and width are those it had before. Evaluation sets (ReasonSeg_val, refcoco_testA) have ``text``, ``image``,
+``image_id``, ``ann_id`` and a ``mask`` of nested lists of bool in the size of the picture.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, unique
+from segzero_jax.prompt import parse_solution
+from segzero_jax.types import Frame
+
+_SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+# Rows that are in memory at once.
+_ROWS = 16
+_SOLUTION = ("id", "problem", "solution", "image")
+_MASK = ("text", "mask", "image")
+
+
+@dataclass(frozen=True)
+class HubParquet:
+    """Parquet files; each row is a picture with one question.
+
+    Attributes:
+      root: a folder that all files lie in.
+      tables: the files.
+    """
+
+    name: str
+    root: Path
+    tables: tuple[Path, ...]
+
+    def files(self) -> list[Path]:
+        return list(self.tables)
+
+    def splits(self) -> dict[str, list[Part]]:
+        groups: dict[str, list[tuple[Path, int, int]]] = defaultdict(list)
+        names: dict[str, list[str]] = defaultdict(list)
+        for path in self.tables:
+            with _open(path) as file:
+                columns = _columns(path, file.schema_arrow.names)
+                match = _SHARD.fullmatch(path.stem)
+                split = match["split"] if match else path.stem
+                for group in range(file.num_row_groups):
+                    rows = file.read_row_group(group, columns=columns)
+                    groups[split].append((path, group, rows.num_rows))
+                    names[split] += _names(self.name, split, rows, len(names[split]))
+        parts: dict[str, list[Part]] = {}
+        for split, found in groups.items():
+            ids = iter(unique(names[split]))
+            parts[split] = [
+                Part(tuple(next(ids) for _ in range(count)), (), (path, group)) for path, group, count in found
+            ]
+        return parts
+
+    def read(self, part: Part) -> Iterator[Shown | Unreadable]:
+        path, group = part.content
+        with _open(path) as file:
+            ids = iter(part.ids)
+            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group]):
+                for row in range(batch.num_rows):
+                    yield self._row(path, batch, row, next(ids))
+
+    def _row(self, path: Path, batch: pa.RecordBatch, row: int, name: str) -> Shown | Unreadable:
+        at = f"{path.name}: {name}"
+        image = batch["image"][row].as_py()
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not data:
+            return Unreadable((name,), "no picture")
+        try:
+            if "solution" in batch.schema.names:
+                objects = parse_solution(batch["solution"][row].as_py())
+                asked = Asked(name, _text(batch["problem"][row].as_py()), f"{self.name}:{name}", objects=objects)
+                return Shown(data, self._picture(batch, row, image, name), at, None, (asked,))
+            mask = _nested_mask(batch["mask"][row])
+        except ValueError as error:
+            return Unreadable((name,), str(error))
+        picture = self._picture(batch, row, image, name)
+        instance = f"{picture}:{_value(batch, 'ann_id', row)}"
+        masks = (mask,) if mask.any() else ()
+        asked = Asked(name, _text(batch["text"][row].as_py()), instance, masks)
+        return Shown(data, picture, at, Frame(mask.shape[1], mask.shape[0]), (asked,))
+
+    def _picture(self, batch: pa.RecordBatch, row: int, image: Any, name: str) -> str:
+        """The picture's name; in sets made of RefCOCO a plain number is COCO's."""
+        given = _value(batch, "image_id", row)
+        path = image.get("path") if isinstance(image, dict) else None
+        named = [coco for text in (given, path) if text and (coco := coco_id(str(text)))]
+        if named:
+            return named[0]
+        if given is not None and str(given).isdigit() and self.name.lower().startswith("refcoco"):
+            return f"coco:{int(given)}"
+        return f"{self.name}:{name if given is None else given}"
+
+
+def find(name: str, sources: list[Path]) -> HubParquet | None:
+    """The parquet files under the sources; None where there are none. Raises SourceError for another schema."""
+    tables = sorted({path for source in sources for path in source.rglob("*.parquet")})
+    if not tables:
+        return None
+    for path in tables:
+        with _open(path) as file:
+            _columns(path, file.schema_arrow.names)
+    return HubParquet(name, sources[0], tuple(tables))
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        # Without read-ahead, a column of pictures never lies in memory as a whole.
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except pa.ArrowException as error:
+        raise SourceError(f"{path}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
+
+
+def _columns(path: Path, names: list[str]) -> list[str]:
+    """Those that name a row."""
+    if not (set(names) >= set(_SOLUTION) or set(names) >= set(_MASK)):
+        raise SourceError(
+            f"{path}: columns {', '.join(names)}; expected {', '.join(_SOLUTION)} or {', '.join(_MASK)} among them"
+        )
+    return [name for name in ("id", "image_id", "ann_id") if name in names] or ["text"]
+
+
+def _names(name: str, split: str, rows: pa.Table, start: int) -> list[str]:
+    if "id" in rows.column_names:
+        return [str(value) for value in rows["id"].to_pylist()]
+    if "image_id" in rows.column_names:
+        keys = [rows[key].to_pylist() for key in ("image_id", "ann_id") if key in rows.column_names]
+        return [f"{split}-{'-'.join(str(part) for part in key)}" for key in zip(*keys, strict=True)]
+    return [f"{split}-{start + n:06d}" for n in range(rows.num_rows)]
+
+
+def _value(batch: pa.RecordBatch, column: str, row: int) -> Any:
+    return batch[column][row].as_py() if column in batch.schema.names else None
+
+
+def _text(value: Any) -> str:
+    """A question; where there are several for the same thing, the first."""
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    return value if isinstance(value, str) else ""
+
+
+def _nested_mask(scalar: Any) -> np.ndarray:
+    """A mask stored as a list of rows, each a list of bool or of 0 and 1, as bool [H, W].
+
+    Raises ValueError for rows of different lengths, or no rows.
+    """
+    rows = scalar.values
+    if rows is None or not len(rows):
+        raise ValueError("no mask")
+    widths = np.diff(rows.offsets.to_numpy())
+    if (widths != widths[0]).any() or not widths[0] or rows.null_count:
+        raise ValueError("a mask whose rows have different lengths")
+    flat = rows.flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(bool).reshape(len(rows), int(widths[0]))

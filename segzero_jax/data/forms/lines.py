@@ -1,0 +1,120 @@
+"""One's own data: a folder with pictures, masks, and a ``SPLIT.jsonl`` for each split.
+
+A line is one question, its paths relative to the folder:
+
+    {"image": "images/a.jpg", "question": "the red mug", "mask": "masks/a.png"}
+    {"image": "images/a.jpg", "question": "both mugs", "masks": ["masks/a-1.png", "masks/a-2.png"]}
+    {"image": "images/b.jpg", "question": "the sofa", "objects": [{"bbox_2d": [10, 20, 90, 80], "point_2d": [50, 60]}]}
+    {"image": "images/b.jpg", "question": "the mug", "masks": []}
+
+A mask is a picture of the same size, 0 where the object is not. No masks mean that nothing answers the question.
+Optional: ``id``, ``instance`` (the same for several questions about the same thing), ``ignore`` (a mask of pixels that
+do not count).
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from segzero_jax import answers
+from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, field, unique
+from segzero_jax.types import Frame, ObjectPrompt
+
+_TARGETS = ("mask", "masks", "objects")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A folder with ``SPLIT.jsonl`` files."""
+
+    name: str
+    root: Path
+
+    def files(self) -> list[Path]:
+        return sorted(self.root.glob("*.jsonl"))
+
+    def splits(self) -> dict[str, list[Part]]:
+        return {path.stem: self._parts(path) for path in self.files()}
+
+    def _parts(self, path: Path) -> list[Part]:
+        located = _rows(path)
+        for where, row in located:
+            field(row, "image", where)
+            field(row, "question", where)
+            if sum(key in row for key in _TARGETS) != 1:
+                raise SourceError(f"{where}: expected one of {', '.join(_TARGETS)}, found {', '.join(row)}")
+        rows = [row for _, row in located]
+        ids = iter(unique([str(row.get("id", f"{path.stem}-{n:06d}")) for n, row in enumerate(rows)]))
+        parts = []
+        # Lines about the same picture that follow one another share it.
+        for image, group in itertools.groupby(rows, key=lambda row: row["image"]):
+            asked = list(group)
+            parts.append(Part(tuple(next(ids) for _ in asked), (image,), asked))
+        return parts
+
+    def read(self, part: Part) -> Iterator[Shown | Unreadable]:
+        (file,) = part.pictures
+        name = coco_id(file) or f"{self.name}:{file}"
+        asked = []
+        frame = None
+        for own, row in zip(part.ids, part.content, strict=True):
+            try:
+                question = self._question(own, row, name)
+            except (ValueError, OSError) as error:
+                yield Unreadable((own,), str(error))
+                continue
+            for mask in (*(question.masks or ()), *([] if question.ignore is None else [question.ignore])):
+                frame = Frame(mask.shape[1], mask.shape[0])
+            asked.append(question)
+        yield Shown((self.root / file).read_bytes(), name, file, frame, tuple(asked))
+
+    def _question(self, own: str, row: dict[str, Any], picture: str) -> Asked:
+        instance = f"{picture}:{row.get('instance', own)}"
+        ignore = self._mask(row["ignore"]) if row.get("ignore") else None
+        if "objects" in row:
+            return Asked(own, row["question"], instance, objects=_objects(row), ignore=ignore)
+        files = row["masks"] if "masks" in row else [row["mask"]] if row["mask"] else []
+        masks = tuple(self._mask(file) for file in files)
+        return Asked(own, row["question"], instance, masks, ignore=ignore)
+
+    def _mask(self, file: str) -> np.ndarray:
+        return read_mask(self.root / file)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask from a picture file, bool [H, W]: True where any colour is above 0; what is transparent is not the object.
+
+    Raises OSError for a file that is no picture.
+    """
+    with Image.open(path) as image:
+        if image.mode == "P":  # The number of a colour is what counts, not how it looks.
+            return np.asarray(image) > 0
+        pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
+    if pixels.ndim == 2:
+        return pixels > 0
+    seen = (pixels[..., :3] > 0).max(axis=-1)
+    return seen & (pixels[..., 3] > 0) if pixels.shape[-1] == 4 else seen
+
+
+def _objects(row: dict[str, Any]) -> tuple[ObjectPrompt, ...]:
+    located = answers.read_solution(json.dumps(row["objects"]))
+    return tuple(ObjectPrompt(box=box, points=points) for box, points in located)
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Where a line stands and what it says; empty lines are none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        where = f"{path}:{number}"
+        if line.strip():
+            try:
+                rows.append((where, json.loads(line)))
+            except ValueError as error:
+                raise SourceError(f"{where}: not JSON: {error}") from None
+    return rows

@@ -1,0 +1,102 @@
+"""ReasonSeg as LISA's authors publish it: in ``train``, ``val`` and ``test`` a JSON file beside each picture.
+
+Source: dvlab-research/LISA, ``utils/data_processing.py``. Polygons are painted from the largest to the smallest, so
+that a small one labelled "ignore" cuts a hole into a large target; edges belong to the polygon; those labelled "flag"
+mean nothing. Where a picture has several sentences, LISA's evaluation asks the first; for training there is each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, field, read_json
+from segzero_jax.data.pictures import PictureError, upright_size
+from segzero_jax.types import Frame
+
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class ReasonSeg:
+    """The folder that holds ``train``, ``val`` and ``test``; one of them is enough."""
+
+    name: str
+    root: Path
+
+    @staticmethod
+    def find(name: str, source: Path) -> "ReasonSeg | None":
+        """The source, when it holds a split with a JSON file that has shapes."""
+        for split in _SPLITS:
+            first = next((source / split).glob("*.json"), None)
+            if first is not None:
+                content = read_json(first)
+                return ReasonSeg(name, source) if isinstance(content, dict) and "shapes" in content else None
+        return None
+
+    def files(self) -> list[Path]:
+        return [path for split in _SPLITS for path in sorted((self.root / split).glob("*.json"))]
+
+    def splits(self) -> dict[str, list[Part]]:
+        found: dict[str, list[Part]] = {}
+        for path in self.files():
+            content = read_json(path)
+            texts = field(content, "text", str(path))
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            split = path.parent.name
+            texts = texts if split == "train" else texts[:1]
+            if not texts:
+                raise SourceError(f"{path}: no text, expected a question")
+            name = f"{split}-{path.stem}"
+            ids = tuple(name if n == 0 else f"{name}-sentence-{n + 1}" for n in range(len(texts)))
+            shapes = [(field(s, "label", str(path)), field(s, "points", str(path))) for s in content["shapes"]]
+            picture = str(path.with_suffix(".jpg").relative_to(self.root))
+            found.setdefault(split, []).append(Part(ids, (picture,), (texts, shapes)))
+        return found
+
+    def read(self, part: Part) -> Iterator[Shown | Unreadable]:
+        texts, shapes = part.content
+        data = (self.root / part.pictures[0]).read_bytes()
+        name = f"{self.name}:{Path(part.pictures[0]).with_suffix('')}"
+        try:
+            frame = upright_size(data)
+        except PictureError as error:
+            yield Unreadable(part.ids, str(error))
+            return
+        target, ignore = paint(shapes, frame)
+        # Nothing but "ignore" or "flag" is a question without a target.
+        masks = (target,) if any(_kind(label) == "target" for label, _ in shapes) else ()
+        asked = [
+            Asked(own, text, name, masks, ignore=ignore if ignore.any() else None)
+            for own, text in zip(part.ids, texts, strict=True)
+        ]
+        yield Shown(data, name, part.pictures[0], frame, tuple(asked))
+
+
+def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """Polygons as the bool [H, W] masks of what is meant and of what does not count."""
+    layers = []
+    for label, points in shapes:
+        corners = [(int(x), int(y)) for x, y in points]
+        if _kind(label) == "flag" or not corners:
+            continue
+        layer = Image.new("1", (frame.width, frame.height))
+        draw = ImageDraw.Draw(layer)
+        if len(corners) > 2:
+            draw.polygon(corners, fill=1, outline=1)
+        else:
+            draw.line(corners, fill=1) if len(corners) == 2 else draw.point(corners, fill=1)
+        mask = np.asarray(layer)
+        layers.append((int(mask.sum()), _kind(label) == "ignore", mask))
+    painted = np.zeros((frame.height, frame.width), np.uint8)
+    for _, ignored, mask in sorted(layers, key=lambda layer: -layer[0]):
+        painted[mask] = 2 if ignored else 1
+    return painted == 1, painted == 2
+
+
+def _kind(label: str) -> str:
+    lower = label.lower()
+    return "flag" if lower == "flag" else "ignore" if "ignore" in lower else "target"

@@ -1,0 +1,194 @@
+"""Parts of a source become shards: ArrayRecord files of records, each with its piece of the index.
+
+A shard is whole or absent: its summary, ``NAME.json``, is written last. Shards are independent of one another, so any
+number of processes write them and an interrupted build goes on with those that are missing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python import array_record_module
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from segzero_jax import jsonl
+from segzero_jax.data.forms.form import Asked, Form, Part, Shown, Unreadable
+from segzero_jax.data.pictures import Picture, PictureError, fit_mask, read_picture
+from segzero_jax.data.records import FEATURES, INDEX, Question, to_record
+from segzero_jax.data.targets import run_lengths, target_object, union
+from segzero_jax.frames import rescale_object
+from segzero_jax.types import Frame, ObjectPrompt
+
+# Questions in a shard, unless a single part has more.
+ROWS = 512
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is to be written.
+
+    Attributes:
+      name: "train-00003".
+      parts: of the source, in order.
+    """
+
+    name: str
+    split: str
+    parts: tuple[Part, ...]
+
+    @property
+    def rows(self) -> int:
+        """Questions in the source."""
+        return sum(len(part.ids) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The summary of a whole shard.
+
+    Attributes:
+      records: pictures in it.
+      rows: questions in it.
+      size: of the file in bytes.
+      sha256: of the file.
+      left_out: (id, reason) of each question that could not be used.
+    """
+
+    records: int
+    rows: int
+    size: int
+    sha256: str
+    left_out: tuple[tuple[str, str], ...]
+
+
+def cut(split: str, parts: Sequence[Part]) -> list[Shard]:
+    """The shards of a split."""
+    shards: list[Shard] = []
+    group: list[Part] = []
+    for part in parts:
+        group.append(part)
+        if sum(len(p.ids) for p in group) >= ROWS:
+            shards.append(Shard(f"{split}-{len(shards):05d}", split, tuple(group)))
+            group = []
+    if group:
+        shards.append(Shard(f"{split}-{len(shards):05d}", split, tuple(group)))
+    return shards
+
+
+def finished(directory: Path, name: str) -> Written | None:
+    """The summary of a shard that is there already."""
+    path = directory / f"{name}.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return Written(**{**found, "left_out": tuple(map(tuple, found["left_out"]))})
+
+
+def data_file(directory: Path, name: str) -> Path:
+    """The records of a shard."""
+    return directory / f"{name}.array_record"
+
+
+def index_file(directory: Path, name: str) -> Path:
+    """The index of a shard; its ``record`` counts from the start of the shard."""
+    return directory / f"{name}.parquet"
+
+
+def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
+    """Reads a shard's parts and writes its files."""
+    partial = directory / f"{shard.name}.partial"
+    serializer = ExampleSerializer(FEATURES.get_serialized_info())
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    index: list[tuple[object, ...]] = []
+    left_out: list[tuple[str, str]] = []
+    records = 0
+    for part in shard.parts:
+        for shown in form.read(part):
+            stored = _store(shown, left_out)
+            if stored is None:
+                continue
+            record, lines = stored
+            writer.write(serializer.serialize_example(FEATURES.encode_example(record)))
+            index += [(name, text, records, place, *rest) for place, (name, text, *rest) in enumerate(lines)]
+            records += 1
+    writer.close()
+    columns = zip(*index, strict=True) if index else [()] * len(INDEX)
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, INDEX, strict=True)], INDEX)
+    pq.write_table(table, index_file(directory, shard.name))
+    with partial.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    written = Written(records, len(index), partial.stat().st_size, digest, tuple(left_out))
+    os.replace(partial, data_file(directory, shard.name))
+    jsonl.replace(directory / f"{shard.name}.json", json.dumps(asdict(written)).encode())
+    return written
+
+
+def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[dict, list[tuple]] | None:
+    """The record of a picture and the lines of its index but for their place; None where nothing of it is left."""
+    if isinstance(shown, Unreadable):
+        left_out += [(name, shown.reason) for name in shown.ids]
+        return None
+    try:
+        picture = read_picture(shown.image, shown.annotated)
+    except PictureError as error:
+        left_out += [(asked.id, str(error)) for asked in shown.questions]
+        return None
+    targets: dict[int, tuple[ObjectPrompt, ...]] = {}
+    questions = []
+    for asked in shown.questions:
+        try:
+            questions.append(_question(asked, picture, targets))
+        except ValueError as error:
+            left_out.append((asked.id, str(error)))
+    if not questions:
+        return None
+    about = shown.image_id, picture.sha256
+    record = to_record(picture.data, picture.frame, *about, shown.source, questions)
+    return record, [(q.id, q.text, *about, picture.fingerprint, q.instance_id, shown.source) for q in questions]
+
+
+def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPrompt, ...]]) -> Question:
+    """Raises ValueError for a question that cannot be asked or has no possible answer."""
+    text = asked.text.strip() if isinstance(asked.text, str) else ""
+    if not text.strip(".?! "):
+        raise ValueError("an empty question")
+    frame = picture.frame
+    for mask in (*(asked.masks or ()), *([] if asked.ignore is None else [asked.ignore])):
+        if mask.shape != (picture.original.height, picture.original.width):
+            size = f"{picture.original.width}x{picture.original.height}"
+            raise ValueError(f"a mask of {mask.shape[1]}x{mask.shape[0]} pixels, expected the picture's {size}")
+    ignore = "" if asked.ignore is None else run_lengths(fit_mask(asked.ignore, frame))
+    if asked.masks is None:
+        objects = tuple(_inside(rescale_object(obj, picture.original, frame), frame) for obj in asked.objects)
+        nothing = run_lengths(union((), frame.height, frame.width))
+        return Question(asked.id, text, objects, "" if objects else nothing, ignore, asked.instance_id)
+    masks = [fit_mask(mask, frame) for mask in asked.masks]
+    found: list[ObjectPrompt] = []
+    for given, mask in zip(asked.masks, masks, strict=True):
+        # Expressions for the same thing share its mask, and what is computed from it.
+        if id(given) not in targets:
+            obj = target_object(mask)
+            targets[id(given)] = () if obj is None else (obj,)
+        found += targets[id(given)]
+    if masks and not found:
+        raise ValueError("a target mask without pixels")
+    whole = run_lengths(union(masks, frame.height, frame.width))
+    return Question(asked.id, text, tuple(found), whole, ignore, asked.instance_id)
+
+
+def _inside(obj: ObjectPrompt, frame: Frame) -> ObjectPrompt:
+    """A target in whole pixels. Raises ValueError where it is no area within the picture."""
+    x1, y1, x2, y2 = (round(v) for v in obj.box)
+    if x1 >= x2 or y1 >= y2:
+        raise ValueError(f"a target box without area, {[x1, y1, x2, y2]}")
+    if x1 < 0 or y1 < 0 or x2 > frame.width or y2 > frame.height:
+        raise ValueError(f"a target box {[x1, y1, x2, y2]} outside the {frame.width}x{frame.height} picture")
+    points = tuple((float(round(x)), float(round(y))) for x, y in obj.points)
+    if any(not (0 <= x <= frame.width and 0 <= y <= frame.height) for x, y in points):
+        raise ValueError(f"a target point outside the {frame.width}x{frame.height} picture, {points}")
+    return ObjectPrompt(box=(float(x1), float(y1), float(x2), float(y2)), points=points)
