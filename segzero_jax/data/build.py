@@ -5,6 +5,7 @@ build goes on when the same command is given again.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
+    # TFDS warns of every configuration that it does not bring itself.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     data_dir = args.data_dir.expanduser()
     try:
         if "/" in args.name or args.name == "toy":

@@ -1,0 +1,116 @@
+"""Stored pictures: what the policy and the segmenter decode from them is the same, whatever the source had."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from question_sources import encoded, picture
+
+from reward_server.codec import decode_image as as_the_segmenter
+from segzero_jax.data import pictures
+from segzero_jax.data.pictures import PictureError, fingerprint, fit_mask, read_picture
+from segzero_jax.processor import decode_image as as_the_policy
+from segzero_jax.types import Frame
+
+RGB = picture(1)
+ALPHA = np.dstack([np.asarray(RGB), np.where(np.arange(128) < 64, 255, 0)[None].repeat(96, 0).astype(np.uint8)])
+DEEP = (np.arange(128 * 96).reshape(96, 128) * 5).astype(np.uint16)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # A quarter turn: stored lying, shown upright.
+OVER = Image.Exif()
+OVER[0x0112] = 3
+KINDS = {
+    "jpeg": encoded(RGB),
+    "grey jpeg": encoded(RGB.convert("L")),
+    "cmyk jpeg": encoded(RGB.convert("CMYK")),
+    "turned jpeg": encoded(RGB, exif=TURNED),
+    "upside down": encoded(RGB, exif=OVER),
+    "png": encoded(RGB, "PNG"),
+    "rgba png": encoded(Image.fromarray(ALPHA), "PNG"),
+    "grey and alpha png": encoded(Image.fromarray(ALPHA).convert("LA"), "PNG"),
+    "16-bit png": encoded(Image.fromarray(DEEP), "PNG"),
+    "palette png": encoded(RGB.convert("P"), "PNG"),
+    "palette png with a hole": encoded(RGB.convert("P"), "PNG", transparency=3),
+    "1-bit png": encoded(RGB.convert("1"), "PNG"),
+    "webp": encoded(RGB, "WEBP"),
+    "webp with alpha": encoded(Image.fromarray(ALPHA), "WEBP"),
+    "animated webp": encoded(RGB, "WEBP", save_all=True, append_images=[picture(2)]),
+    "gif": encoded(RGB, "GIF"),
+    "bmp": encoded(RGB, "BMP"),
+    "tiff": encoded(RGB, "TIFF"),
+}
+
+
+def reopened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_and_segmenter_see_the_same(kind: str) -> None:
+    stored = read_picture(KINDS[kind], None)
+    policy = np.asarray(as_the_policy(stored.data, kind))
+    np.testing.assert_array_equal(policy, as_the_segmenter(stored.data))
+    assert policy.shape == (stored.frame.height, stored.frame.width, 3)
+    assert stored.frame == stored.original == (Frame(96, 128) if "turned" in kind else Frame(128, 96))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "grey jpeg", "png", "webp"])
+def test_plain_files_are_stored_as_they_are(kind: str) -> None:
+    assert read_picture(KINDS[kind], None).data == KINDS[kind]
+
+
+def test_what_the_pixels_become() -> None:
+    shown = {kind: as_the_segmenter(read_picture(KINDS[kind], None).data).astype(int) for kind in KINDS}
+    original, lossy = (np.asarray(reopened(KINDS[kind])).astype(int) for kind in ("png", "jpeg"))
+    assert np.abs(shown["turned jpeg"] - np.rot90(lossy, -1)).mean() < 2, "upright"
+    assert np.abs(shown["upside down"] - lossy[::-1, ::-1]).mean() < 2
+    np.testing.assert_array_equal(shown["rgba png"][:, :64], original[:, :64])
+    np.testing.assert_array_equal(shown["rgba png"][:, 64:], 255)
+    np.testing.assert_array_equal(shown["16-bit png"][..., 0], DEEP >> 8)
+    cmyk = np.asarray(reopened(KINDS["cmyk jpeg"]).convert("RGB")).astype(int)
+    assert np.abs(shown["cmyk jpeg"] - cmyk).mean() < 2
+    np.testing.assert_array_equal(shown["bmp"], original)
+
+
+def test_annotations_on_unturned_pixels_keep_them_unturned() -> None:
+    lying = read_picture(KINDS["turned jpeg"], Frame(128, 96))
+    assert lying.frame == Frame(128, 96)
+    source = np.asarray(reopened(KINDS["jpeg"])).astype(int)
+    assert np.abs(as_the_segmenter(lying.data).astype(int) - source).mean() < 2
+    assert read_picture(KINDS["turned jpeg"], Frame(96, 128)).frame == Frame(96, 128)
+    with pytest.raises(PictureError, match="picture of 128x96 pixels, expected the annotated 100x96"):
+        read_picture(KINDS["jpeg"], Frame(100, 96))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_damaged_file_is_told(kind: str) -> None:
+    for data in (KINDS[kind][:-400], b"GIF87a", b"", b"\x00" * 100):
+        with pytest.raises(PictureError, match="picture cannot be read") as caught:
+            read_picture(data, None)
+        assert "\n" not in str(caught.value)
+
+
+def test_too_large_pictures_are_scaled_down_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 4000)
+    stored = read_picture(KINDS["png"], Frame(128, 96))
+    assert stored.original == Frame(128, 96)
+    assert stored.frame == Frame(73, 54)
+    mask = np.zeros((96, 128), bool)
+    mask[:48, :64] = True
+    fitted = fit_mask(mask, stored.frame)
+    assert fitted.shape == (54, 73)
+    assert fitted.mean() == pytest.approx(0.25, abs=0.01)
+
+
+def bits(image: Image.Image) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(fingerprint(image), np.uint8))
+
+
+def test_a_fingerprint_survives_what_data_sets_do_to_pictures_and_tells_pictures_apart() -> None:
+    for seed in range(4):
+        original = reopened(encoded(picture(seed, 320, 240), quality=90))
+        squashed = picture(seed, 320, 240).resize((420, 420), Image.Resampling.BICUBIC)
+        for other in (encoded(squashed, "PNG"), encoded(squashed, quality=60), encoded(squashed.resize((200, 150)))):
+            assert (bits(original) != bits(reopened(other))).sum() <= 20
+        assert (bits(original) != bits(picture(seed + 1000, 320, 240))).sum() > 60

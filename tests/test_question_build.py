@@ -1,0 +1,304 @@
+"""Builds that are interrupted, repeated, changed or leaking; and what the command says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import question_sources as sources
+from PIL import Image
+from question_sources import encoded, picture
+
+from segzero_jax.data import build, builder, leaks, shards
+from segzero_jax.data.pipeline import open_split
+from segzero_jax.data.records import INDEX, built_directory
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(tmp_path: Path, name: str, source: Path, *options: str) -> int:
+    return build.main([name, "--source", str(source), "--data-dir", str(tmp_path / "built"), "--workers=1", *options])
+
+
+def work(tmp_path: Path, name: str) -> Path:
+    return tmp_path / f"built/question_set/.{name}.building"
+
+
+def files(tmp_path: Path, name: str) -> dict[str, bytes]:
+    directory = built_directory(name, tmp_path / "built")
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROWS", 2)
+
+
+class Interrupted(BaseException):
+    """What stops a build in the middle, as a kill would."""
+
+
+def test_an_interrupted_build_goes_on_and_is_the_same(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.refer(tmp_path / "s")
+    assert run(tmp_path, "refcoco", source) == 0
+    whole = files(tmp_path, "refcoco")
+    assert sum("array_record" in name for name in whole) == 8
+    written: list[str] = []
+    real = shards.write_shard
+
+    def until_the_fourth(form, shard, directory):
+        if len(written) == 3:
+            (directory / f"{shard.name}.partial").write_bytes(b"half a shard")
+            raise Interrupted
+        written.append(shard.name)
+        return real(form, shard, directory)
+
+    monkeypatch.setattr(shards, "write_shard", until_the_fourth)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "refcoco", source, "--rebuild")
+    assert len(open_split("refcoco", "train", tmp_path / "built")) == 8, "the set that is there stays until the end"
+    written.clear()
+    monkeypatch.setattr(shards, "write_shard", lambda *given: written.append(given[1].name) or real(*given))
+    assert run(tmp_path, "refcoco", source, "--rebuild") == 0
+    assert written == ["val-00001", "testA-00000", "testA-00001", "testB-00000", "testB-00001"]
+    assert "going on: 3 of 8 shards are there already" in capsys.readouterr().err
+    assert files(tmp_path, "refcoco") == whole
+    assert not work(tmp_path, "refcoco").exists()
+
+
+def test_a_source_that_changes_during_an_interruption_is_noticed(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.lines(tmp_path / "s")
+    real = shards.write_shard
+
+    def only_one(form, shard, directory):
+        real(form, shard, directory)
+        raise Interrupted
+
+    monkeypatch.setattr(shards, "write_shard", only_one)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "mine", source)
+    assert list(work(tmp_path, "mine").glob("*.array_record"))
+    monkeypatch.setattr(shards, "write_shard", real)
+    path = source / "train.jsonl"
+    path.write_text(path.read_text().replace("the red mug", "the green mug"))
+    assert run(tmp_path, "mine", source) == 0
+    assert "the source has changed since the interrupted build: starting over" in capsys.readouterr().err
+    assert open_split("mine", "train", tmp_path / "built")[0].question == "the green mug"
+
+
+@pytest.mark.parametrize("changed", ["annotations", "picture"])
+def test_a_built_set_is_not_replaced_unasked(tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = sources.lines(tmp_path / "s")
+    assert run(tmp_path, "mine", source) == 0
+    assert run(tmp_path, "mine", source) == 0
+    assert "built already, from the same source" in capsys.readouterr().out
+    if changed == "annotations":
+        (source / "train.jsonl").write_text((source / "train.jsonl").read_text().replace("red", "green"))
+    else:
+        (source / "images/0.jpg").write_bytes(encoded(picture(77), quality=60))
+    assert run(tmp_path, "mine", source) == 2
+    assert "built already, from another source; --rebuild replaces it" in capsys.readouterr().err
+    before = open_split("mine", "train", tmp_path / "built")[0]
+    assert run(tmp_path, "mine", source, "--rebuild") == 0
+    after = open_split("mine", "train", tmp_path / "built")[0]
+    assert (before.question, before.image) != (after.question, after.image)
+
+
+def test_a_damaged_set_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = sources.lines(tmp_path / "s")
+    assert run(tmp_path, "mine", source) == 0
+    assert run(tmp_path, "mine", source, "--check") == 0
+    (shard,) = built_directory("mine", tmp_path / "built").glob("*train*array_record*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run(tmp_path, "mine", source, "--check") == 2
+    assert f"{shard.name} has changed" in capsys.readouterr().err
+    shard.unlink()
+    assert run(tmp_path, "mine", source, "--check") == 2
+    assert f"{shard.name} is missing" in capsys.readouterr().err
+
+
+def test_several_processes_give_the_same_rows(tmp_path: Path, small_shards: None) -> None:
+    source = sources.lines(tmp_path / "s")
+    assert run(tmp_path, "one", source) == 0
+    again = ["one", "--source", str(source), "--data-dir", str(tmp_path / "many"), "--workers=2"]
+    assert build.main(again) == 0
+    for split in ("train", "val"):
+        one, many = (open_split("one", split, tmp_path / place) for place in ("built", "many"))
+        assert list(one) == list(many)
+        assert one.checksum == many.checksum
+
+
+def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.lines(tmp_path / "s")
+    # Neighbours are about different pictures, so each line is read by itself.
+    rows = [{"image": f"images/{n % 2}.jpg", "question": f"mug {n}", "mask": "masks/one.png"} for n in range(600)]
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = (
+        "import sys; from segzero_jax.data import build, shards; shards.ROWS = 10; sys.exit(build.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "mine", "--source", str(source), "--workers=1"]
+    command += [f"--data-dir={tmp_path / 'built'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(work(tmp_path, "mine").glob("*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "stopped; the same command goes on" in error
+    assert "Traceback" not in error + out
+    monkeypatch.setattr(shards, "ROWS", 10)
+    assert run(tmp_path, "mine", source) == 0
+    assert "going on: " in capsys.readouterr().err
+    assert len(open_split("mine", "train", tmp_path / "built")) == 600
+
+
+def squashed(seed: int) -> dict[str, object]:
+    """A picture of the REFER fixture as Seg-Zero's training sets have it: recompressed and squashed."""
+    original = Image.open(sources.io.BytesIO(encoded(picture(3000 + seed))))
+    return {"bytes": encoded(original.resize((84, 84), Image.Resampling.BICUBIC), "PNG"), "path": None}
+
+
+def test_a_training_picture_that_is_held_out_elsewhere_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """refCOCOg_9k_840 beside RefCOCO: other ids, other files, other sizes; the pictures are the same."""
+    assert run(tmp_path, "refcoco", sources.refer(tmp_path / "refer")) == 0
+    images = [squashed(seed) for seed in (0, 1, 2, 5)] + [
+        {"bytes": encoded(picture(n).resize((84, 84)), "PNG"), "path": None} for n in (1, 2)
+    ]
+    source = sources.solution_parquet(tmp_path / "s", image=images)
+    against = ["--against", "refcoco/val", "refcoco/testA", "refcoco/testB"]
+    assert run(tmp_path, "r", source, *against) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    # Pictures 2 and 3 are in val, 4 and 5 in testA.
+    assert "1 of 6 training questions are about pictures of refcoco/val" in complaint
+    assert "refcocog_16002" in complaint
+    assert "looks the same" in complaint
+    assert not built_directory("r", tmp_path / "built").exists()
+    assert run(tmp_path, "r", source, *against, "--drop-leaks") == 0
+    kept = [example.id for example in open_split("r", "train", tmp_path / "built")]
+    assert kept == [f"refcocog_{16000 + n}" for n in (0, 1, 4, 5)]
+    lines = (built_directory("r", tmp_path / "built") / "left_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["refcocog_16002", "refcocog_16003"]
+
+
+def test_a_picture_in_two_splits_of_one_set_is_refused_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As between train and val of RefCOCOg's first split."""
+    folder = sources.lines(tmp_path / "s")
+    row = {"image": "images/2.jpg", "question": "the sofa again", "mask": "masks/one.png"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    assert run(tmp_path, "mine", folder) == 2
+    assert "1 of 3 training questions are about pictures of mine/val" in capsys.readouterr().err
+    assert run(tmp_path, "mine", folder, "--drop-leaks") == 0
+    assert len(open_split("mine", "train", tmp_path / "built")) == 2
+    assert len(open_split("mine", "val", tmp_path / "built")) == 2
+
+
+def index(rows: list[tuple[str, str, bytes]]) -> pa.Table:
+    columns = list(zip(*[(f"q{n}", "", 0, 0, *row, "", "") for n, row in enumerate(rows)], strict=True))
+    return pa.table([pa.array(c, field.type) for c, field in zip(columns, INDEX, strict=True)], INDEX)
+
+
+def test_what_counts_as_the_same_picture() -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (4, 256), dtype=np.uint8)
+    near, far = bits[0].copy(), bits[1].copy()
+    near[:20] ^= 1
+    far[:21] ^= 1
+    flat = np.zeros(256, np.uint8)
+    prints = [np.packbits(row).tobytes() for row in (*bits, near, far, flat)]
+    held_out = index([("coco:1", "s1", prints[0]), ("coco:2", "s2", prints[1]), ("x:3", "s3", prints[6])])
+    train = [
+        ("coco:2", "t0", prints[2]),
+        ("y", "s1", prints[3]),
+        ("y", "t2", prints[4]),
+        ("y", "t3", prints[5]),
+        ("y", "t4", prints[6]),
+    ]
+    found = leaks.find_leaks(index(train), held_out)
+    assert [(leak.row, leak.held_out, leak.why) for leak in found] == [
+        (0, "q1", "same name, coco:2"),
+        (1, "q0", "same file"),
+        (2, "q0", "looks the same, 20 of 256 bits differ"),
+    ]
+
+
+def test_a_source_that_is_mostly_unusable_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = sources.solution_parquet(tmp_path / "s", problem=["", "a", " ", "b", "c", "d"])
+    assert run(tmp_path, "r", source) == 2
+    complaint = capsys.readouterr().err
+    assert "split train: 2 of 6 questions cannot be used, expected at most 10%" in complaint
+    assert "refcocog_16000: an empty question" in complaint
+
+
+BAD = {
+    "no source": (["r"], "r: expected --source DIR"),
+    "no directory": (["r", "--source", "nowhere"], "--source nowhere: no such directory"),
+    "two directories": (["r", "--source", "segzero_jax", "docs"], "2 directories, expected one"),
+    "toy": (["toy", "--source", "docs"], "toy: a name of its own is expected"),
+    "nothing built": (["r", "--check"], "data set r: not in"),
+    "unknown against": (["r", "--source", "docs", "--against", "x/val"], "--against x/val: expected NAME/SPLIT"),
+    "no such hub set": (
+        ["r", "--source", "someone/nothing"],
+        "someone/nothing: no such directory, and the Hugging Face",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_command_is_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = BAD[case]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(builder, "_pool", None)
+
+    def offline(*args: object, **options: object) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("segzero_jax.hub.snapshot_download", offline)
+    assert build.main([*arguments, "--data-dir", str(tmp_path)]) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert expected in complaint
+    assert len(complaint.splitlines()) == 1
+
+
+def test_the_hubs_sets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        "Ricky06662/ReasonSeg_val": sources.mask_parquet(tmp_path / "val", split="val"),
+        "Ricky06662/ReasonSeg_test": sources.mask_parquet(
+            tmp_path / "test",
+            image=[{"bytes": encoded(picture(n)), "path": None} for n in range(4)],
+            image_id=list("abcd"),
+        ),
+    }
+    asked = []
+
+    def download(repo: str, **options: object) -> str:
+        asked.append(options)
+        return str(made[repo])
+
+    monkeypatch.setattr("segzero_jax.hub.snapshot_download", download)
+    assert build.main(["ReasonSeg", "--data-dir", str(tmp_path / "built"), "--workers=1"]) == 0
+    assert {len(open_split("ReasonSeg", split, tmp_path / "built")) for split in ("val", "test")} == {4}
+    assert all(options["repo_type"] == "dataset" and options["allow_patterns"] == ["*.parquet"] for options in asked)

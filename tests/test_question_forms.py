@@ -1,0 +1,389 @@
+"""What is read from each source: rows with the right pixels, targets and names; what is wrong is left out by name."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import question_sources as sources
+from PIL import Image
+from pycocotools import mask as coco
+from question_sources import HEIGHT, WIDTH, encoded, picture, polygon, rectangle
+
+from segzero_jax.data import build
+from segzero_jax.data.forms.coco import annotation_mask
+from segzero_jax.data.forms.form import SourceError, coco_id, unique
+from segzero_jax.data.forms.reason_seg import paint
+from segzero_jax.data.pipeline import Source, open_split
+from segzero_jax.data.records import built_directory
+from segzero_jax.types import Example, Frame, RleMask
+
+
+def built(tmp_path: Path, name: str, source: Path, *options: str) -> Path:
+    out = tmp_path / "built"
+    arguments = [name, "--source", str(source), "--data-dir", str(out), "--workers=1", *options]
+    assert build.main(arguments) == 0
+    return out
+
+
+def left_out(out: Path, name: str) -> dict[str, str]:
+    rows = (built_directory(name, out) / "left_out.jsonl").read_text().splitlines()
+    return {row["id"]: row["reason"] for row in map(json.loads, rows)}
+
+
+def pixels(mask: RleMask | None) -> np.ndarray:
+    assert mask is not None
+    return coco.decode({"size": [mask.height, mask.width], "counts": mask.counts}).astype(bool)
+
+
+def ids(source: Source) -> list[str]:
+    return [example.id for example in source]
+
+
+def box(example: Example) -> tuple[float, ...]:
+    (target,) = example.objects
+    return target.box
+
+
+def test_seg_zeros_training_set(tmp_path: Path) -> None:
+    source = open_split("r", "train", built(tmp_path, "r", sources.solution_parquet(tmp_path / "s")))
+    assert ids(source) == [f"refcocog_{16000 + n}" for n in range(6)]
+    example = source[4]
+    assert example.question == "The thing number 4."
+    assert example.frame == Frame(84, 84)
+    assert example.image == encoded(picture(1004).resize((84, 84)), "PNG")
+    assert box(example) == (4, 10, 40, 60)
+    assert example.objects[0].points == ((20, 30), (30, 44))
+    assert example.mask is None
+    assert source.texts() == [(one.id, one.question) for one in source]
+
+
+def test_vision_reasoners_training_set(tmp_path: Path) -> None:
+    nothing = ["[]"] + ['[{"bbox_2d": [4, 10, 40, 60], "point_2d": [20, 30]}]'] * 5
+    made = sources.solution_parquet(tmp_path / "s", multiple=True)
+    many = open_split("many", "train", built(tmp_path, "many", made))
+    assert [target.box for target in many[0].objects] == [(4, 10, 40, 60), (50, 8, 80, 30)]
+    assert [target.points for target in many[0].objects] == [((20, 30),), ((64, 20),)]
+    made = sources.solution_parquet(tmp_path / "t", multiple=True, solution=nothing)
+    none = open_split("none", "train", built(tmp_path, "none", made))
+    assert none[0].objects == ()
+    assert not pixels(none[0].mask).any()
+    assert none[1].mask is None
+
+
+def test_the_hubs_evaluation_sets(tmp_path: Path) -> None:
+    source = open_split("ReasonSeg", "test", built(tmp_path, "ReasonSeg", sources.mask_parquet(tmp_path / "s")))
+    for n, example in enumerate(source):
+        expected = rectangle(10 + n, 20, 70, 60)
+        np.testing.assert_array_equal(pixels(example.mask), expected)
+        assert box(example) == (10 + n, 20, 70, 60)
+        assert len(example.objects[0].points) == 2
+        assert (example.id, example.image_id) == (f"test-picture_{n}-{n}", f"ReasonSeg:picture_{n}")
+    # Of sets made from RefCOCO, a number is COCO's.
+    made = sources.mask_parquet(
+        tmp_path / "t", split="testA", image_id=["391895", "42", "COCO_train2014_000000000009", "7"]
+    )
+    source = open_split("refcoco", "testA", built(tmp_path, "refcoco", made))
+    assert [example.image_id for example in source] == ["coco:391895", "coco:42", "coco:9", "coco:7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "splits"),
+    [
+        ("refcoco", "unc", ("train", "val", "testA", "testB")),
+        ("refcoco+", "unc", ("train", "val", "testA", "testB")),
+        ("refcocog", "umd", ("train", "val", "test")),
+        ("refcocog", "google", ("train", "val")),
+    ],
+)
+def test_refer(tmp_path: Path, name: str, by: str, splits: tuple[str, ...]) -> None:
+    out = built(tmp_path, name, sources.refer(tmp_path / "s", name, by, splits))
+    for number, split in enumerate(splits):
+        source = open_split(name, split, out)
+        assert len(source) == 8
+        first, again, other = source[0], source[1], source[2]
+        assert (first.question, again.question, other.question) == (
+            "the left one",
+            "thing 0 on the picture",
+            "the right one",
+        )
+        assert box(first) == box(again) == (8, 12, 47, 70)
+        np.testing.assert_array_equal(pixels(other.mask), rectangle(60, 20, 110, 80))
+        assert first.image_id == f"coco:{390000 + 2 * number}"
+        assert first.instance_id == again.instance_id != other.instance_id
+        assert first.image == other.image == encoded(picture(3000 + 2 * number))
+
+
+def test_a_pickle_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "trapped",)
+
+    folder = sources.refer(tmp_path / "s")
+    (folder / "refcoco/refs(unc).p").write_bytes(pickle.dumps([Trap()]))
+    assert build.main(["refcoco", "--source", str(folder), "--data-dir", str(tmp_path / "out")]) == 2
+    assert "not a pickle of plain values: it wants to load" in capsys.readouterr().err
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_reason_seg(tmp_path: Path) -> None:
+    out = built(tmp_path, "ReasonSeg", sources.reason_seg(tmp_path / "s"))
+    train, val, test = (open_split("ReasonSeg", split, out) for split in ("train", "val", "test"))
+    assert ids(train) == ["train-100_a", "train-100_a-sentence-2", "train-101_b"]
+    assert [one.question for one in train][:2] == ["what keeps one dry?", "the thing against rain"]
+    assert train[0].instance_id == train[1].instance_id
+    np.testing.assert_array_equal(pixels(train[2].mask), rectangle(5, 30, 90, 80))
+    assert len(val) == 1
+    np.testing.assert_array_equal(pixels(val[0].mask), rectangle(20, 20, 79, 69) & ~rectangle(30, 30, 49, 49))
+    np.testing.assert_array_equal(pixels(val[0].ignore), rectangle(30, 30, 49, 49))
+    nothing, cafe = test
+    assert nothing.objects == ()
+    assert not pixels(nothing.mask).any()
+    np.testing.assert_array_equal(pixels(nothing.ignore), rectangle(3, 3, 8, 8))
+    assert cafe.question == "the café", "Windows' code page; and evaluation asks the first sentence only"
+    assert cafe.ignore is None
+
+
+def test_polygons_of_any_size_are_painted_from_large_to_small() -> None:
+    shapes = [("target", [[2.7, 2.2], [5.9, 2.9]]), ("Ignored", [[9, 9]]), ("target", [])]
+    target, ignore = paint(shapes, Frame(12, 12))
+    np.testing.assert_array_equal(np.argwhere(target), [[2, 2], [2, 3], [2, 4], [2, 5]])
+    np.testing.assert_array_equal(np.argwhere(ignore), [[9, 9]])
+
+
+def test_ones_own_folder(tmp_path: Path) -> None:
+    out = built(tmp_path, "mine", sources.lines(tmp_path / "s"))
+    mug, mugs = open_split("mine", "train", out)
+    np.testing.assert_array_equal(pixels(mug.mask), rectangle(10, 10, 40, 40))
+    np.testing.assert_array_equal(pixels(mug.ignore), rectangle(0, 0, 5, 5))
+    assert [target.box for target in mugs.objects] == [(4, 20, 30, 70), (70, 20, 110, 70)]
+    np.testing.assert_array_equal(pixels(mugs.mask), rectangle(4, 20, 30, 70) | rectangle(70, 20, 110, 70))
+    sofa, unicorn = open_split("mine", "val", out)
+    assert (sofa.id, sofa.instance_id, sofa.mask) == ("sofa", "mine:images/2.jpg:seat", None)
+    assert (box(sofa), sofa.objects[0].points) == ((10, 20, 90, 80), ((50, 60),))
+    assert unicorn.objects == ()
+    assert not pixels(unicorn.mask).any()
+
+
+MASKS = {
+    "1-bit": Image.fromarray(rectangle(1, 2, 3, 4)),
+    "0 and 255": Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8) * 255),
+    "0 and 1": Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8)),
+    "16-bit": Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint16) * 7),
+    "rgb": Image.fromarray(np.dstack([rectangle(1, 2, 3, 4).astype(np.uint8) * v for v in (0, 9, 0)])),
+    "rgba": Image.fromarray(
+        np.dstack([np.full((HEIGHT, WIDTH, 3), 255, np.uint8), rectangle(1, 2, 3, 4).astype(np.uint8)])
+    ),
+}
+PALETTE = Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8), "P")
+PALETTE.putpalette([255, 255, 255, 0, 0, 0])  # The object's colour is black.
+MASKS["palette"] = PALETTE
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_file_of_any_kind(tmp_path: Path, kind: str) -> None:
+    folder = sources.lines(tmp_path / "s")
+    MASKS[kind].save(folder / "masks/one.png")
+    mug = open_split("mine", "train", built(tmp_path, "mine", folder))[0]
+    np.testing.assert_array_equal(pixels(mug.mask), rectangle(1, 2, 3, 4))
+
+
+def test_cocos_json_with_questions(tmp_path: Path) -> None:
+    out = built(tmp_path, "c", sources.coco_json(tmp_path / "s"))
+    dogs, unicorn = open_split("c", "train", out)
+    assert [target.box for target in dogs.objects] == [(8, 8, 40, 40), (60, 10, 90, 80)]
+    np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
+    assert (dogs.question, dogs.image_id) == ("both dogs", "coco:600")
+    assert unicorn.objects == ()
+
+
+def test_cocos_json_without_questions_asks_for_categories(tmp_path: Path) -> None:
+    out = built(tmp_path, "c", sources.coco_json(tmp_path / "s", questions=False))
+    dogs, sofa = open_split("c", "val", out)
+    assert (dogs.question, len(dogs.objects), sofa.question, box(sofa)) == ("dog", 2, "sofa", (5, 5, 60, 60))
+    np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
+
+
+def test_annotations_in_any_form() -> None:
+    mask = rectangle(10, 20, 30, 40)
+    frame = Frame(WIDTH, HEIGHT)
+    compressed = coco.encode(np.asfortranarray(mask, np.uint8))
+    text = {"size": compressed["size"], "counts": compressed["counts"].decode()}
+    for segmentation in ([polygon(10, 20, 30, 40)], compressed, text, [polygon(10, 20, 30, 40), [1, 1, 2, 2]]):
+        np.testing.assert_array_equal(annotation_mask(segmentation, frame), mask)
+    assert not annotation_mask([[1, 1, 2, 2]], frame).any()
+    for bad in ({"size": [5, 5], "counts": "a"}, {"size": [HEIGHT, WIDTH], "counts": [3]}, None):
+        with pytest.raises(ValueError, match="expected"):
+            annotation_mask(bad, frame)
+
+
+# What is done to a column of twelve rows, the id of the row that is left out, and why.
+PNG = encoded(picture(9).resize((84, 84)), "PNG")
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "empty text": ({"problem": " . "}, "an empty question"),
+    "no text": ({"problem": None}, "an empty question"),
+    "box without area": (
+        {"solution": "<box>(4,10),(4,60)</box><points>(4,30),(4,44)</points>"},
+        "a target box without area, [4, 10, 4, 60]",
+    ),
+    "box outside": (
+        {"solution": "<box>(4,10),(85,60)</box><points>(4,30),(4,44)</points>"},
+        "a target box [4, 10, 85, 60] outside the 84x84 picture",
+    ),
+    "point outside": (
+        {"solution": "<box>(4,10),(80,60)</box><points>(4,30),(4,99)</points>"},
+        "a target point outside the 84x84 picture, ((4.0, 30.0), (4.0, 99.0))",
+    ),
+    "no solution": ({"solution": "over there"}, "solution: expected"),
+    "damaged picture": ({"image": {"bytes": PNG[:-300], "path": None}}, "picture cannot be read"),
+    "no picture": ({"image": {"bytes": None, "path": "gone.png"}}, "no picture"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_cannot_be_used_is_left_out_by_name(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, reason = BAD_ROWS[case]
+    table = sources.solution_parquet(tmp_path / "first", rows=12)
+    whole = pa.concat_tables([pa.parquet.read_table(path) for path in sorted(table.rglob("*.parquet"))])
+    columns = {name: whole[name].to_pylist() for name in whole.column_names}
+    ((column, value),) = change.items()
+    columns[column][7] = value
+    out = built(tmp_path, "r", sources.solution_parquet(tmp_path / "s", rows=12, **columns))
+    assert list(left_out(out, "r")) == ["refcocog_16007"]
+    assert left_out(out, "r")["refcocog_16007"].startswith(reason)
+    source = open_split("r", "train", out)
+    assert ids(source) == [f"refcocog_{16000 + n}" for n in range(12) if n != 7]
+    printed = capsys.readouterr().out
+    assert "left out: 1" in printed
+    assert "left_out.jsonl" in printed
+
+
+def test_masks_that_are_wrong_are_left_out_by_name(tmp_path: Path) -> None:
+    masks = [rectangle(10, 20, 70, 60).tolist() for _ in range(30)]
+    masks[3] = rectangle(1, 1, 2, 2, 50, 50).tolist()
+    masks[5] = [[True, False], [True]]
+    masks[7] = []
+    masks[8] = np.zeros((HEIGHT, WIDTH), bool).tolist()
+    columns = {"mask": masks} | {
+        name: [f"{name}{n}" for n in range(30)] for name in ("image_id", "ann_id", "text")
+    }  # fmt: skip
+    images = [{"bytes": encoded(picture(n)), "path": None} for n in range(30)]
+    made = sources.mask_parquet(tmp_path / "s", rows=30, image=images, **columns)
+    out = built(tmp_path, "r", made)
+    assert left_out(out, "r") == {
+        "test-image_id3-ann_id3": "picture of 128x96 pixels, expected the annotated 50x50",
+        "test-image_id5-ann_id5": "a mask whose rows have different lengths",
+        "test-image_id7-ann_id7": "no mask",
+    }
+    assert open_split("r", "test", out)[5].objects == (), "a mask without pixels is a question without a target"
+
+
+def test_an_object_without_pixels_is_left_out(tmp_path: Path) -> None:
+    folder = sources.refer(tmp_path / "s")
+    path = folder / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = [[5, 5, 5, 5, 5, 5]]
+    path.write_text(json.dumps(content))
+    references = folder / "refcoco/refs(unc).p"
+    with references.open("rb") as file:
+        rows = pickle.load(file)
+    for row in rows:
+        row["split"] = "train"
+    references.write_bytes(pickle.dumps(rows, protocol=0))
+    out = built(tmp_path, "refcoco", folder)
+    assert list(left_out(out, "refcoco").values()) == ["a target mask without pixels"] * 2
+    source = open_split("refcoco", "train", out)
+    assert len(source) == 30
+    assert source[0].question == "the right one"
+    assert box(source[0]) == (60, 20, 110, 80)
+
+
+def test_ids_stay_unique(tmp_path: Path) -> None:
+    made = sources.solution_parquet(tmp_path / "s", id=["a", "b", "a", "a-2", "a", "c"])
+    assert ids(open_split("r", "train", built(tmp_path, "r", made))) == ["a", "b", "a-3", "a-2", "a-4", "c"]
+    assert unique(["x", "x", "x-2", "x"]) == ["x", "x-3", "x-2", "x-4"]
+
+
+def test_names_of_cocos_pictures() -> None:
+    assert coco_id("train2014/COCO_train2014_000000391895.jpg") == "coco:391895"
+    assert coco_id("000000000009.jpg") == "coco:9"
+    assert coco_id("COCO_train2014_000000581857_16.jpg") == "coco:581857"
+    assert [coco_id(name) for name in ("391895.jpg", "photo.jpg", "")] == [None] * 3
+
+
+def remove(*names: str) -> Any:
+    def change(folder: Path) -> None:
+        for path in folder.rglob("*"):
+            if path.name in names:
+                path.unlink()
+
+    return change
+
+
+def write(name: str, content: str) -> Any:
+    return lambda folder: (folder / name).write_text(content)
+
+
+BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
+    "picture missing": (sources.lines, remove("2.jpg"), "1 of 4 pictures are missing, the first is"),
+    "no pictures": (
+        sources.refer,
+        lambda folder: (folder / "train2014").rename(folder / "elsewhere"),
+        "references without pictures, expected COCO's train2014 in",
+    ),
+    "not JSON": (sources.reason_seg, write("val/102_c.json", "{"), "102_c.json: not JSON"),
+    "no text": (sources.reason_seg, write("val/102_c.json", '{"shapes": []}'), "102_c.json: no 'text', found shapes"),
+    "not a line of JSON": (sources.lines, write("train.jsonl", "{}\n{"), "train.jsonl:2: not JSON"),
+    "no image": (sources.lines, write("train.jsonl", '{"question": "q"}'), "train.jsonl:1: no 'image', found question"),
+    "two targets": (
+        sources.lines,
+        write("train.jsonl", '{"image": "i", "question": "q", "mask": "m", "masks": []}'),
+        "train.jsonl:1: expected one of mask, masks, objects",
+    ),
+    "not parquet": (sources.mask_parquet, write("data/test-1.parquet", "PAR"), "test-1.parquet: not a parquet file"),
+    "annotation missing": (
+        sources.coco_json,
+        write("annotations/val.json", '{"images": [{"id": 1, "file_name": "f"}], "annotations": [], "questions": '
+              '[{"image_id": 1, "text": "t", "annotation_ids": [5]}]}'),
+        "val.json: a question means annotation 5",
+    ),
+    "picture unknown": (
+        sources.coco_json,
+        write("annotations/val.json", '{"images": [], "annotations": [], "questions": [{"image_id": 1, "text": "t"}]}'),
+        "questions about image_id 1, which is not among its images",
+    ),
+    "nothing known": (lambda folder: folder.mkdir() or folder, lambda folder: None, "found none of parquet files"),
+    "no questions": (
+        sources.lines,
+        lambda folder: [write(f"{split}.jsonl", "")(folder) for split in ("train", "val")],
+        "no questions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_a_source_that_is_not_as_it_should_be_is_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, spoil, expected = BAD_SOURCES[case]
+    folder = make(tmp_path / "s")
+    spoil(folder)
+    name = "refcoco" if make is sources.refer else "r"
+    assert build.main([name, "--source", str(folder), "--data-dir", str(tmp_path / "out")]) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert expected in complaint
+    assert len(complaint.splitlines()) == 1
+    assert not list((tmp_path / "out").rglob("*.array_record*"))
+
+
+def test_a_schema_that_is_not_known_is_told_by_its_columns(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    pa.parquet.write_table(pa.table({"question": ["a"], "image": [b""]}), folder / "train.parquet")
+    with pytest.raises(SourceError, match="columns question, image; expected id, problem, solution, image or text"):
+        build.find_form("r", [folder], None)
