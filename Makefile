@@ -33,7 +33,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x tpu/*.sh
+	$(BIN)/shellcheck -x tpu/*.sh tpu/gke/*.sh
 
 # SAM 2 builds against the torch that is already there, hence its own step.
 $(STAMP): pyproject.toml constraints.txt requirements-sam2.txt

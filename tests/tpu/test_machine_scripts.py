@@ -1,0 +1,199 @@
+"""What runs on a machine itself, beside fakes: tpu/worker.sh under systemd, tpu/gke/train.sh in a pod."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+class Machine:
+    """A TPU machine with the code on it: what systemd, the bucket and the metadata say is in the test's hands."""
+
+    def __init__(self, folder: Path, number: int = 0) -> None:
+        self.root = folder / "segzero-jax"
+        self.bin, self.calls = folder / "bin", folder / "calls"
+        (self.root / "tpu").mkdir(parents=True)
+        shutil.copy(ROOT / "tpu/worker.sh", self.root / "tpu")
+        for name in ("constraints.txt", "pyproject.toml"):
+            (self.root / name).write_text("what is installed")
+        self.calls.write_text("")
+        record = f'echo "${{0##*/}} $*" >>{self.calls}\n'
+        tool(self.bin, "sudo", '"$@"')
+        tool(self.bin, "systemd-run", record)
+        tool(self.bin, "gcloud", f"{record}[[ $* != *ls* || -e {folder}/stored ]]")
+        tool(self.bin, "curl", f"[[ $* == *Metadata-Flavor:Google*/agent-worker-number ]] && echo {number}")
+        tool(
+            folder / ".local/bin",
+            "uv",
+            f"{record}[[ $1 != venv ]] || {{ mkdir -p .venv/bin; cp $0 .venv/bin/python; }}",
+        )
+        self.unit("inactive", "dead", 0)
+        self.environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "USER": "me"}
+
+    def unit(self, active: str, sub: str, code: int) -> None:
+        """What systemd says of the training."""
+        answers = (
+            f"case $* in *ActiveState*) echo {active} ;; *SubState*) echo {sub} ;; *ExecMain*) echo {code} ;; esac"
+        )
+        tool(self.bin, "systemctl", f'[[ $1 == show ]] || echo "systemctl $*" >>{self.calls}\n{answers}')
+
+    def worker(self, *words: str) -> tuple[int, str]:
+        self.calls.write_text("")
+        script = self.root / "tpu/worker.sh"
+        done = subprocess.run([script, *words], capture_output=True, text=True, env=self.environment, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    def called(self) -> list[str]:
+        return self.calls.read_text().splitlines()
+
+
+START = ("start", "gs://b/n", "runs/n", "--mesh=4x4", "--data.name=two words")
+
+
+class TestWorker:
+    def test_is_set_up_once_a_version(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        assert machine.worker("state") == (0, "segzero new\n")
+        assert machine.worker(*START)[0] == 2
+        assert machine.worker("install", "abc")[0] == 0
+        venv, packages = machine.called()
+        assert venv.startswith("uv venv")
+        assert "--constraint constraints.txt --editable .[tpu]" in packages
+        assert machine.worker("state") == (0, "segzero idle\n")
+        assert machine.worker("install", "def")[0] == 0
+        assert machine.called() == []
+        assert (machine.root / ".revision").read_text() == "def\n"
+        (machine.root / "constraints.txt").write_text("something else")
+        machine.worker("install", "ghi")
+        assert len(machine.called()) == 2
+
+    @pytest.mark.parametrize(
+        ("unit", "word"),
+        [
+            (("active", "running", 0), "running"),
+            (("deactivating", "stop-sigterm", 0), "running"),
+            (("active", "exited", 0), "done"),
+            (("failed", "failed", 3), "failed 3"),
+            (("inactive", "dead", 0), "idle"),
+        ],
+    )
+    def test_tells_what_systemd_knows(self, unit: tuple[str, str, int], word: str, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        machine.unit(*unit)
+        assert machine.worker("state") == (0, f"segzero {word}\n")
+        code, said = machine.worker(*START)
+        assert (code, "runs already" in said) == ((2, True) if word == "running" else (0, False))
+
+    def test_starts_the_training_under_systemd(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path, number=3)
+        machine.worker("install", "abc")
+        assert machine.worker(*START) == (0, "")
+        (run,) = [line for line in machine.called() if line.startswith("systemd-run")]
+        assert run.endswith("/.venv/bin/python -m segzero_jax.train --mesh=4x4 --data.name=two words")
+        assert "--uid=me" in run
+        assert "KillMode=mixed" in run
+
+    def test_keeps_the_runs_files_in_the_bucket(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        machine.worker(*START)
+        assert [line.split()[:3] for line in machine.called() if line.startswith("gcloud")] == [
+            ["gcloud", "storage", "ls"]
+        ]
+        assert sum(line.startswith("systemd-run") for line in machine.called()) == 2, "the training and the timer"
+        machine.worker("copy")
+        assert machine.called() == [], "there are no files yet"
+        (machine.root / "runs/n").mkdir(parents=True)
+        machine.worker("copy")
+        (copy,) = machine.called()
+        assert copy.endswith("--exclude=^checkpoints/.* runs/n gs://b/n/run")
+
+    def test_takes_the_files_of_a_machine_that_is_gone(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        (tmp_path / "stored").touch()
+        machine.worker(*START)
+        assert "gcloud storage rsync --recursive gs://b/n/run runs/n" in machine.called()
+        machine.worker(*START)
+        assert not [line for line in machine.called() if "rsync" in line], "its own are newer"
+
+
+class Pod:
+    """tpu/gke/train.sh beside a trainer that a line of bash stands for."""
+
+    def __init__(self, folder: Path, trainer: str, **variables: str) -> None:
+        self.run, self.store = folder / "run-files", folder / "bucket/n"
+        tool(folder / "bin", "python", f'echo "$*"\n{trainer}')
+        path = f"{folder / 'bin'}:{os.environ['PATH']}"
+        made = {"PATH": path, "STORE": str(self.store), "RUN_DIR": str(self.run), "TPU_WORKER_ID": "0", **variables}
+        self.child = subprocess.Popen(
+            [ROOT / "tpu/gke/train.sh", "--mesh=4x4"], stdout=subprocess.PIPE, text=True, env=os.environ | made
+        )
+
+    def end(self) -> int:
+        self.child.communicate(timeout=30)
+        return self.child.returncode
+
+    def wait_for(self, file: Path) -> None:
+        deadline = time.monotonic() + 30
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+# Saves when it is told to stop, as the trainer does, and exits with 0.
+SAVES = """
+mkdir -p $RUN_DIR
+trap "sleep 0.3; echo saved >$RUN_DIR/saved; exit 0" TERM
+touch $RUN_DIR/here
+while :; do sleep 0.05; done
+"""
+
+
+class TestPod:
+    @pytest.mark.parametrize("code", [0, 2, 3])
+    def test_passes_the_trainers_exit_code_on(self, code: int, tmp_path: Path) -> None:
+        pod = Pod(tmp_path, f"mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl; exit {code}")
+        assert pod.end() == code
+        assert (pod.store / "run/metrics.jsonl").read_text() == "line\n"
+
+    def test_is_not_done_when_it_was_told_to_stop(self, tmp_path: Path) -> None:
+        pod = Pod(tmp_path, SAVES)
+        pod.wait_for(pod.run / "here")
+        pod.child.send_signal(signal.SIGTERM)
+        assert pod.end() == 75
+        assert (pod.store / "run/saved").exists(), "it waits until the trainer has saved"
+
+    def test_takes_the_files_of_the_pod_before(self, tmp_path: Path) -> None:
+        stored = tmp_path / "bucket/n/run"
+        stored.mkdir(parents=True)
+        (stored / "metrics.jsonl").write_text("earlier\n")
+        pod = Pod(tmp_path, "echo later >>$RUN_DIR/metrics.jsonl")
+        assert pod.end() == 0
+        assert (stored / "metrics.jsonl").read_text() == "earlier\nlater\n"
+
+    @pytest.mark.parametrize("place", [{"TPU_WORKER_ID": "1"}, {"MEGASCALE_SLICE_ID": "1"}])
+    def test_leaves_the_bucket_to_the_first_process(self, place: dict[str, str], tmp_path: Path) -> None:
+        pod = Pod(tmp_path, "mkdir -p $RUN_DIR; touch $RUN_DIR/mine", **place)
+        assert pod.end() == 0
+        assert not pod.store.exists()
+
+    def test_copies_while_the_trainer_runs(self, tmp_path: Path) -> None:
+        pod = Pod(tmp_path, SAVES, COPY_EVERY_S="0.1")
+        pod.wait_for(pod.store / "run/here")
+        pod.child.send_signal(signal.SIGTERM)
+        assert pod.end() == 75

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The trainer in a pod: `python -m segzero_jax.train` with these options, its run's files kept in $STORE.
+#
+# A trainer that is told to stop saves and exits with 0, which a Job takes for done: here that is 75, so that the JobSet starts
+# it again. The first process alone writes files; they are copied to $STORE, a mounted bucket, and taken from there in a new
+# pod. Checkpoints go to the bucket without that way round.
+
+set -uo pipefail
+: "${STORE:?expected the folder of the run in the mounted bucket}" "${RUN_DIR:?expected the directory of the run}"
+
+first() { [[ ${MEGASCALE_SLICE_ID:-0}/${TPU_WORKER_ID:-0} == 0/0 ]]; }
+
+copy() {
+  first && [[ -e $RUN_DIR ]] || return 0
+  mkdir -p "$STORE/run" && cp -ru "$RUN_DIR/." "$STORE/run/"
+}
+
+stopped='' copier=''
+if first; then
+  [[ -e $RUN_DIR || ! -e $STORE/run ]] || { mkdir -p "$RUN_DIR" && cp -r "$STORE/run/." "$RUN_DIR/"; }
+  (
+    trap 'kill $! && exit' TERM
+    while true; do
+      sleep "${COPY_EVERY_S:-60}" &
+      wait $!
+      copy
+    done
+  ) &
+  copier=$!
+fi
+
+python -m segzero_jax.train --run.dir="$RUN_DIR" "$@" &
+trainer=$!
+trap 'stopped=yes; kill -TERM "$trainer" 2>/dev/null' TERM INT
+code=0
+# A signal ends the first wait; the second one is for the trainer.
+wait "$trainer" || code=$?
+while kill -0 "$trainer" 2>/dev/null; do
+  wait "$trainer"
+  code=$?
+done
+[[ ! $copier ]] || kill "$copier"
+copy
+if [[ $stopped && $code == 0 ]]; then
+  echo "tpu/gke/train.sh: stopped before the end; exit code 75" >&2
+  exit 75
+fi
+exit "$code"
