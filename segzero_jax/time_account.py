@@ -132,16 +132,21 @@ class TimeAccount:
     as ``lost`` what the run had done past the checkpoint it went on from. Between processes no time is counted.
 
     Args:
-      run_dir: its ``clock.json`` says what an earlier process did after its last line.
+      run_dir: its ``clock.json`` says what an earlier process did after its last line. None writes and reads nothing,
+        for all processes of a run but the first.
       timer: of this process.
       kept: rows of ``metrics.jsonl`` that this process goes on from.
       removed: rows past them, whose steps are repeated.
     """
 
     def __init__(
-        self, run_dir: Path, timer: PhaseTimer, kept: Sequence[Mapping[str, Any]], removed: Sequence[Mapping[str, Any]]
+        self,
+        run_dir: Path | None,
+        timer: PhaseTimer,
+        kept: Sequence[Mapping[str, Any]],
+        removed: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._file = run_dir / "clock.json"
+        self._file = run_dir / "clock.json" if run_dir is not None else None
         self._timer = timer
         self._lock = threading.Lock()
         self._step = kept[-1]["step"] if kept else 0
@@ -180,13 +185,15 @@ class TimeAccount:
 
     def note(self, ended: bool = False) -> None:
         """Writes ``clock.json``; any thread may. ``ended``: the run is done, nothing after its last line is lost."""
+        if self._file is None:
+            return
         with self._lock:
             content = {"after_step": self._step, "ended": ended, "seconds": self._timer.peek()}
             jsonl.replace(self._file, json.dumps(content).encode())
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
+def _read(file: Path | None) -> dict[str, Any]:
+    if file is None or not file.exists():
         return {"after_step": -1, "ended": False, "seconds": {}}
     content: dict[str, Any] = json.loads(file.read_bytes())
     return content

@@ -57,7 +57,7 @@ from segzero_jax.run_dir import checkpoint_due, evaluation_due, look, missing_sp
 from segzero_jax.scoring import Scorer
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.types import Example, Rollout
-from segzero_jax.watch import HUNG, Diverged, Watch
+from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
 USER_ERRORS = (
@@ -255,7 +255,7 @@ def _continue(
         preemption = stack.enter_context(Preemption(writer.message))
         evaluate = make_evaluation(job, scorer, keeper, writer, preemption)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
-        watch = stack.enter_context(Watch(config.watch, timer, writer, removed, checkpoints, profiler))
+        watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
         try:
             if missing_splits(config, run_dir, begun or 0):
                 with watch.phase("evaluation"):
@@ -275,8 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="segzero_jax.train",
         description="Trains a policy with GRPO; without --config, the toy run.",
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
-        "finished step saved; 2 something to put right; 3 the reward service stayed away; 4 too many updates in a row "
-        f"were not finite; {HUNG} a phase took longer than watch.kill_after_s; 130 stopped by Ctrl-C.",
+        "finished step saved; 2 something to put right; 3 the reward service stayed away; "
+        f"{DIVERGED} too many updates in a row were not finite; {HUNG} a phase took longer than watch.kill_after_s; "
+        "130 stopped by Ctrl-C.",
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
     parser.add_argument(
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     except Diverged as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 4
+        return DIVERGED
     except USER_ERRORS as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

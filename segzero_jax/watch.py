@@ -20,8 +20,8 @@ from segzero_jax.metrics import MetricsWriter, duration
 from segzero_jax.profiling import Profiler
 from segzero_jax.time_account import BESIDE, CompileClock, PhaseTimer, TimeAccount
 
-# Exit code of a process that ended itself because a phase took longer than watch.kill_after_s.
-HUNG = 5
+# Exit codes: too many updates in a row were not finite; a phase took longer than watch.kill_after_s.
+DIVERGED, HUNG = 5, 6
 _TIMES_USUAL = 10
 _ENOUGH_STEPS = 3
 _LEAST_S = 5.0
@@ -144,7 +144,7 @@ class HangWatch:
       compiling: whether a program is being compiled now.
       stacks: a file that Python stacks are appended to.
       say: says one line; called from the thread.
-      kill_after_s: a phase that takes longer ends the process with exit code 5; 0 never does.
+      kill_after_s: a phase that takes longer ends the process with exit code 6; 0 never does.
       note: called every ten seconds.
       end: ends the process.
     """
@@ -205,6 +205,7 @@ class HangWatch:
 
     def _report(self, phase: str, seconds: float, why: str) -> None:
         head = f"step {self._step + 1}: {phase} has taken {duration(seconds)}, {why}"
+        self._stacks.parent.mkdir(parents=True, exist_ok=True)
         with self._stacks.open("a", encoding="utf-8") as file:
             file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {head}\n")
             file.flush()
@@ -230,9 +231,9 @@ class Watch:
 
     Args:
       config: of the watches.
+      run_dir: gets ``clock.json`` from the first process, ``stacks-PROCESS.txt`` from each that hangs.
       timer: started with the run; all that it has counted so far is start-up.
-      writer: has the steps that the run goes on from, and says what there is to say. Its run directory gets
-        ``clock.json`` and, when something hangs, ``stacks-PROCESS.txt``.
+      writer: has the steps that the run goes on from, and says what there is to say.
       removed: rows of ``metrics.jsonl`` past them.
       checkpoints: of the run; the last good one is named when updates fail.
       profiler: traces some steps.
@@ -241,6 +242,7 @@ class Watch:
     def __init__(
         self,
         config: WatchConfig,
+        run_dir: Path,
         timer: PhaseTimer,
         writer: MetricsWriter,
         removed: Sequence[Row],
@@ -251,7 +253,7 @@ class Watch:
         self._timer, self._profiler, self._say = timer, profiler, writer.message
         self._checkpoints = checkpoints
         kept = writer.steps()
-        self._account = TimeAccount(writer.run_dir, timer, kept, removed)
+        self._account = TimeAccount(run_dir if jax.process_index() == 0 else None, timer, kept, removed)
         self._finite = FiniteWatch(config.max_skipped)
         self._collapse = CollapseWatch(config)
         for row in kept:
@@ -260,7 +262,7 @@ class Watch:
         self._hang = HangWatch(
             timer,
             lambda: compilation.compiling,
-            writer.run_dir / f"stacks-{jax.process_index()}.txt",
+            run_dir / f"stacks-{jax.process_index()}.txt",
             self._say_here,
             config.kill_after_s,
             note=self._account.note,

@@ -132,6 +132,14 @@ def test_a_line_accounts_for_all_time_since_the_last(tmp_path, timer, clock):
     assert (line["time/step"], line["time/total"], line["time/goodput"]) == (12.0, 20.0, 16 / 40)
 
 
+def test_only_the_first_of_several_processes_writes(tmp_path, timer, clock):
+    account = TimeAccount(None, timer, [], [])
+    spend(timer, clock, rollout=4.0)
+    assert account.line(1)["time/goodput"] == 1.0
+    account.note()
+    assert list(tmp_path.iterdir()) == []
+
+
 def rows(*totals):
     return [{"step": i, "time/total": t, "time/rollout": t / 2} for i, t in enumerate(totals, 1)]
 

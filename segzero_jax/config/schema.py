@@ -184,10 +184,10 @@ class WatchConfig:
     """When a run speaks up, and when it ends itself.
 
     Attributes:
-      max_skipped: so many updates in a row that are not finite end the run, with exit code 4.
+      max_skipped: so many updates in a row that are not finite end the run, with exit code 5.
       alarm_after: steps that a collapsed state lasts before it is an alarm.
       entropy_floor: mean entropy per token, in nats, below which the policy counts as collapsed.
-      kill_after_s: a phase that takes longer ends the process, with exit code 5; 0 only says so.
+      kill_after_s: a phase that takes longer ends the process, with exit code 6; 0 only says so.
     """
 
     max_skipped: Positive = 5

@@ -56,7 +56,7 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
     monkeypatch.setattr(train, "reference_logps", broken_reference)
     monkeypatch.setattr(train, "sample", slow_sample)
     options = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={run}", "--train.steps=9", "--watch.max_skipped=3"]
-    assert train.main([*options, "--train.keep_checkpoints=4", "--profile=3-4"]) == 4
+    assert train.main([*options, "--train.keep_checkpoints=4", "--profile=3-4"]) == watch.DIVERGED
 
     said = "".join(asleep) + capsys.readouterr().err
     assert "step 5: rollout has taken" in said
