@@ -6,7 +6,8 @@
 # any moment, while slice and training go on. Leave it on a machine that stays on.
 #
 # Gives up when it had to do something N times (20) without finding the training running at ten looks in a row in between, and
-# at once when the training ends with exit code 2, which only a person can put right. Exit codes: 0 the training is done; 1 gave up; 130 stopped.
+# at once when the training ends with exit code 2 or 5 (updates that are not finite), which only a person can put right.
+# Exit codes: 0 the training is done; 1 gave up; 130 stopped.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -94,8 +95,8 @@ tend() {
     new) try "$NAME: setting up" && attempt "$HERE/setup.sh" ;;
     unknown) try "$NAME: not all machines answer" ;;
     failed)
-      if ((CODE == 2)); then
-        say "$NAME: the training ended with exit code 2; put it right and start again: $("$HERE/logs.sh" --lines 1 2>/dev/null || true)"
+      if ((CODE == 2 || CODE == 5)); then
+        say "$NAME: the training ended with exit code $CODE; put it right and start again: $("$HERE/logs.sh" --lines 1 2>/dev/null || true)"
         exit 1
       fi
       try "$NAME: the training ended with exit code $CODE; starting it again"

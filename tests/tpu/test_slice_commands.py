@@ -289,11 +289,13 @@ class TestBabysit:
         code, _ = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=machines)
         assert (code, cloud.did()) == (0, ["stop", "start", "stop", "start"])
 
-    def test_leaves_to_people_what_they_must_put_right(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("of_training", [2, 5])
+    def test_leaves_to_people_what_they_must_put_right(self, tmp_path: Path, of_training: int) -> None:
         cloud = Cloud(tmp_path)
-        code, said = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=["segzero failed 2"])
+        machines = [f"segzero failed {of_training}"]
+        code, said = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=machines)
         assert (code, cloud.did()) == (1, [])
-        assert "exit code 2; put it right" in said
+        assert f"exit code {of_training}; put it right" in said
 
     def test_gives_up_a_training_that_does_not_stay_up(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path)
