@@ -9,10 +9,14 @@ Mesh axes are ``Explicit``: an array's sharding is part of its type, and an oper
 ambiguous asks for ``out_sharding``.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -71,29 +75,88 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def prepare_cpu(count: int) -> None:
-    """Lets a CPU-only host show ``count`` virtual devices; without effect on TPU and GPU. Call before JAX starts."""
+def prepare_cpu(mesh: str, hosts: int = 1) -> None:
+    """Lets a CPU-only host show its part of the mesh as virtual devices; no effect on TPU and GPU.
+
+    Call it before JAX starts.
+
+    Args:
+      mesh: the whole mesh.
+      hosts: processes that it is spread over.
+
+    Raises:
+      MeshError: the text is no mesh, or it does not divide among the processes.
+    """
+    count = math.prod(parse_mesh(mesh))
+    if count % hosts:
+        raise MeshError(f"--mesh={mesh}: {count} devices do not divide among {hosts} processes")
     # The CPU client can lock up behind a queue of dependent programs: one at a time.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", count // hosts)
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
-    """Builds the mesh over the first devices of this job.
+    """Builds the mesh over the devices of this job; a single process on CPU may leave some of its own out.
 
     Raises:
-      MeshError: the text is no mesh, or the job has fewer devices, or an accelerator job has more.
+      MeshError: the text is no mesh, the job has fewer devices or more, or its slices do not divide the data axis.
     """
     shape = parse_mesh(text)
     devices = jax.devices()
-    needed = shape[0] * shape[1] * shape[2]
-    if needed > len(devices) or (needed < len(devices) and devices[0].platform != "cpu"):
+    needed = math.prod(shape)
+    may_spare = devices[0].platform == "cpu" and jax.process_count() == 1
+    if needed > len(devices) or (needed < len(devices) and not may_spare):
         kind = devices[0].device_kind
         raise MeshError(
             f"--mesh={text}: needs {needed} devices, this job has {len(devices)} ({kind}); choose factors of that"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:needed])
+    return arrange(text, devices[:needed])
+
+
+def arrange(text: str, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh over exactly these devices; where they lie in several slices, the data axis alone goes from one to another.
+
+    Only gradients, once a step, are exchanged along data: what the slow network between slices can bear.
+
+    Raises:
+      MeshError: the slices do not divide the data axis.
+    """
+    data, fsdp, tensor = parse_mesh(text)
+    axis_types = (AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
+    if data % slices:
+        each = len(devices) // slices
+        raise MeshError(
+            f"--mesh={text}: data = {data} does not divide among {slices} slices of {each} chips; expected "
+            f"DATAxFSDPxTENSOR with data a multiple of {slices}, such as {slices}x{each // tensor}x{tensor}"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=axis_types)
+
+
+class Rows(NamedTuple):
+    """The rows of a batch that concern a process, in ascending order.
+
+    Attributes:
+      held: on its devices: it must know them.
+      own: of those, what it alone deals with: every row of the batch is one process's own.
+    """
+
+    held: list[int]
+    own: list[int]
+
+
+def batch_rows(mesh: jax.sharding.Mesh, size: int, process: int) -> Rows:
+    """Which of ``size`` rows, laid out as a batch is, are a process's. Several may hold a row if tensor spans them."""
+    holders: dict[int, set[int]] = {}
+    for device, (rows,) in jax.sharding.NamedSharding(mesh, TRAIN.spec("batch")).devices_indices_map((size,)).items():
+        for row in range(size)[rows]:
+            holders.setdefault(row, set()).add(device.process_index)
+    held = [row for row in range(size) if process in holders[row]]
+    return Rows(held, [row for row in held if sorted(holders[row])[row % len(holders[row])] == process])
 
 
 def kv_copies(kv_heads: int) -> int:

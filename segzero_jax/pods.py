@@ -1,0 +1,223 @@
+"""One run on several hosts: joining, agreeing on what to do next, and ending together.
+
+Hosts talk through JAX's coordination service, which the first one runs: short texts and barriers beside the devices'
+own network. So they can agree while no program runs, every wait has a name and a deadline, and a host that dies is
+told from one that is slow. A collective of the devices has neither: on TPU it waits for a dead host for ever.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import distributed  # the client of the coordination service has no public name
+
+_HEARTBEAT_S = 30
+_DEADLINE_S = 900.0
+_LOOK_S = 1.0
+_FAREWELL_S = 15.0
+HOST_LOST = 4
+
+
+class PodError(ValueError):
+    """An environment that names no proper pod; one line."""
+
+
+class HostLost(RuntimeError):
+    """A host has not come where the others wait for it; one line names the host and the place."""
+
+
+class Pod:
+    """The hosts of a run, as one of them sees it. All of them must make the same calls in the same order.
+
+    Attributes:
+      index: this process among them.
+      count: of processes, one a host.
+      names: of the hosts.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, prog: str = "", advice: str = "") -> None:
+        """Use ``join``, or ``ALONE``.
+
+        Args:
+          prog: begins every line on standard error.
+          advice: what to do when a host is lost.
+        """
+        self.index, self.count = index, count
+        self.names = [socket.gethostname()]
+        self._prog, self._advice = prog, advice
+        self._rounds = 0
+        self._leaving = threading.Event()
+        self._ending = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name="pod", daemon=True)
+        if count > 1:
+            self._client: Any = distributed.global_state.client
+            self.names = self.exchange("start", socket.gethostname())
+            self._watcher.start()
+
+    @property
+    def first(self) -> bool:
+        """Whether this host writes files and speaks for all."""
+        return self.index == 0
+
+    def host(self, index: int) -> str:
+        """A host as messages call it."""
+        return f"host {index} ({self.names[index]})"
+
+    def exchange(self, what: str, said: str, deadline_s: float = _DEADLINE_S) -> list[str]:
+        """What every host says, in order of hosts; returns once all have said it.
+
+        Args:
+          what: names the place in the program for messages.
+          said: this host's part; a few megabytes at most.
+          deadline_s: patience for hosts that are alive; one that has died ends the process much sooner.
+
+        Raises:
+          HostLost: some have not come.
+        """
+        if self.count == 1:
+            return [said]
+        self._rounds += 1
+        place = f"segzero/round/{self._rounds}/"
+        self._client.key_value_set(f"{place}{self.index}", said)
+        try:
+            self._client.wait_at_barrier(f"{what} ({self._rounds})", int(deadline_s * 1000))
+        except jax.errors.JaxRuntimeError:
+            self._await_verdict()
+            here = {key for key, _ in self._client.key_value_dir_get(place)}
+            missing = [self.host(i) for i in range(self.count) if f"{place}{i}" not in here]
+            who = ", ".join(missing) or "another host"
+            raise HostLost(f"{who} did not come to {what!r} within {deadline_s:.0f} s; {self._advice}") from None
+        parts = {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get(place)}
+        # Whoever has come here has read what was said the last time.
+        self._client.key_value_delete(f"segzero/round/{self._rounds - 1}/{self.index}")
+        return [parts[str(i)] for i in range(self.count)]
+
+    def decided(self, what: str, ask: Callable[[], bool]) -> bool:
+        """The first host's answer, for what only that one can see, such as its files."""
+        return json.loads(self.exchange(what, json.dumps(ask() if self.first else None))[0])
+
+    def leave(self, code: int, line: str = "") -> int:
+        """Ends this host's part of the run and gives ``code`` back: with 0 once all are here, else the others stop too.
+
+        Args:
+          code: the exit code.
+          line: why, for standard error and for the other hosts.
+        """
+        if self.count > 1 and code == 0:
+            self._leaving.set()
+            self.exchange("the end", "")
+        elif self.count > 1:
+            with self._ending:
+                self._client.key_value_set(f"segzero/left/{self.index}", json.dumps([code, line]))
+                self._leaving.set()
+                self._say(line)
+        else:
+            self._say(line)
+        if self.count > 1:
+            if self.first:
+                # Without the coordination service the others would be aborted.
+                self._watcher.join(_FAREWELL_S)
+            jax.distributed.shutdown()
+        return code
+
+    def await_blame(self, error: BaseException) -> None:
+        """Waits a while if ``error`` looks like another host's end; should that come out, this process ends with it."""
+        if self.count > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
+            self._await_verdict()
+
+    def _await_verdict(self) -> None:
+        self._watcher.join(_HEARTBEAT_S + _FAREWELL_S)
+
+    def _watch(self) -> None:
+        """Looks for hosts that have died or stopped, and ends this process when there is one."""
+        everyone = list(range(self.count))
+        while True:
+            try:
+                # Returns when every host that lives has asked; one that is silent for too long is not waited for.
+                live = self._client.get_live_nodes(everyone)
+                notices = self._client.key_value_dir_get("segzero/left/")
+            except jax.errors.JaxRuntimeError:
+                # This host has left, or the first one has: JAX ends a process whose coordination service is gone.
+                return
+            if self._leaving.is_set():
+                if len(live) == 1:
+                    return
+            elif notices:
+                key, value = min(notices)
+                code, line = json.loads(value)
+                self._end(code, f"{self.host(int(key.rpartition('/')[2]))} stopped: {line}")
+            elif len(live) < self.count:
+                dead = ", ".join(self.host(i) for i in everyone if i not in live)
+                self._end(HOST_LOST, f"{dead} died (no sign of life for {_HEARTBEAT_S} s); {self._advice}")
+            self._leaving.wait(_LOOK_S)
+            time.sleep(_LOOK_S / 10)
+
+    def _end(self, code: int, line: str) -> None:
+        """Ends the process whatever its other threads wait for, unless it is leaving by itself."""
+        with self._ending:
+            if self._leaving.is_set():
+                return
+            self._say(line)
+            sys.stdout.flush()
+            if self.first:
+                threading.Timer(_FAREWELL_S, os._exit, [code]).start()
+                while len(self._client.get_live_nodes(list(range(self.count)))) > 1:
+                    time.sleep(_LOOK_S / 10)
+            else:
+                self._client.shutdown()
+            os._exit(code)
+
+    def _say(self, line: str) -> None:
+        if line:
+            print(f"{self._prog}: {line}", file=sys.stderr, flush=True)
+
+
+ALONE = Pod()
+
+
+def join(prog: str, advice: str) -> Pod:
+    """Joins this process to the others of its run, if there are any; call it before JAX starts.
+
+    Cloud TPU VMs, GKE (several slices included) and Slurm are recognised by JAX. Elsewhere, JAX_COORDINATOR_ADDRESS
+    (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+
+    Args:
+      prog: begins every line on standard error.
+      advice: what to do when a host is lost.
+
+    Raises:
+      PodError: the variables make no sense.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and jax.config.jax_platforms == "cpu":
+        return Pod(prog=prog)
+    # A host's death is for ``Pod`` to tell: JAX would abort the others with a stack trace.
+    jax.config.update("jax_enable_recoverability", True)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+        )
+    except ValueError as error:
+        if address is None and "coordinator_address should be defined" in str(error):
+            return Pod(prog=prog)
+        raise PodError(f"JAX_COORDINATOR_ADDRESS={address}: {error}") from None
+    state = distributed.global_state
+    return Pod(state.process_id, state.num_processes, prog, advice)
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise PodError(f"{variable}={text}: expected a number")
+    return int(text)
