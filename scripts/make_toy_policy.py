@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    prepare_cpu(1)
+    prepare_cpu("1x1")
     jax.set_mesh(make_mesh("1x1"))
     processor = Processor.load("toy", IMAGE_SIZE, "toy", PROMPT)
     dims = read_dims("toy")

@@ -13,8 +13,8 @@ import numpy as np
 from pycocotools import mask as coco
 from scipy.optimize import linear_sum_assignment
 
+from segzero_jax.patience import Patience
 from segzero_jax.prompt import parse_answer
-from segzero_jax.reward_client import Listener
 from segzero_jax.reward_messages import CandidateScore
 from segzero_jax.rewards import thinking_format
 from segzero_jax.scoring import Scored, Scorer, answered_objects, solution
@@ -157,7 +157,7 @@ def evaluate_split(
     frame: Frame,
     recipe: str,
     store_image: Callable[[Example], str],
-    patience: Listener | None = None,
+    patience: Patience | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Evaluates one split.
 

@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if Path(args.out).expanduser().exists() and not Path(args.out).expanduser().is_dir():
             raise InferError(f"--out={args.out}: is a file, expected a directory")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
-        prepare_cpu(math.prod(parse_mesh(args.mesh)))
+        prepare_cpu(args.mesh)
         run(args)
     except _USER_ERRORS as error:
         sys.stderr.write(f"{parser.prog}: {_one_line(error)}\n")

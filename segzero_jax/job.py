@@ -1,26 +1,31 @@
 """What stays the same during a run: configuration, mesh, processor, and how the policy is run in each phase."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
+from pydantic import ConfigDict, TypeAdapter
 
 from segzero_jax.asking import load_processor, make_sampling
 from segzero_jax.config import Config
 from segzero_jax.grpo import LossSettings, TrainState, initial_state, make_optimizer
-from segzero_jax.mesh import ROLLOUT, TRAIN
+from segzero_jax.mesh import ROLLOUT, TRAIN, Rows, batch_rows
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import check_fits, load_hf, read_dims
+from segzero_jax.pods import Pod
 from segzero_jax.processor import Processor
+from segzero_jax.record import DRAWN_PROMPTS
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, Frame, PromptBatch, Rollout
 
 _EVAL_KEY = 1
+_EXAMPLES = TypeAdapter(dict[int, Example], config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,51 @@ class Job:
     loss: LossSettings
     optimizer: optax.GradientTransformation
     to_rollout: Callable[[Policy], Policy]
+    pod: Pod
+    rows: Rows
 
-    def place(self, tree: Any) -> Any:
-        """Host arrays with a leading batch axis onto the mesh."""
+    def place(self, tree: Any, rows: Sequence[int]) -> Any:
+        """Host arrays with a leading batch axis onto the mesh.
+
+        Args:
+          tree: arrays of some rows of a batch, at least those that this process's devices hold.
+          rows: which these are, in ascending order.
+        """
+        size, place_of = self.config.train.batch_size, {row: place for place, row in enumerate(rows)}
 
         def put(x: np.ndarray) -> jax.Array:
-            spec = TRAIN.spec("batch", *(None,) * (x.ndim - 1))
-            return jax.make_array_from_process_local_data(jax.sharding.NamedSharding(self.mesh, spec), x)
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                wanted = range(size)[index[0]]
+                return x[place_of[wanted[0]] : place_of[wanted[-1]] + 1]
+
+            sharding = jax.sharding.NamedSharding(self.mesh, TRAIN.spec("batch", *(None,) * (x.ndim - 1)))
+            return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard)
 
         return jax.tree.map(put, tree)
 
     def encode(self, examples: Sequence[Example]) -> PromptBatch:
-        """Examples as prompts on the mesh."""
+        """This process's rows of a batch as prompts on the mesh, where those of the others join them."""
         prompts = [self.processor.encode(example) for example in examples]
-        return self.place(
-            self.processor.batch(prompts, multiple=padding_multiple(self.config.rollout.max_prompt_tokens))
-        )
+        # All prompts of a batch are padded to one length.
+        longest = max(map(int, self.pod.exchange("prompt lengths", str(max(len(p.tokens_p) for p in prompts)))))
+        multiple = padding_multiple(self.config.rollout.max_prompt_tokens)
+        return self.place(self.processor.batch(prompts, multiple, longest), self.rows.held)
+
+    def share(self, examples: Sequence[Example]) -> list[Example]:
+        """The whole batch, of which this process has read its own rows; pictures of others are left out.
+
+        The first pictures, which a run keeps for its report, come along.
+        """
+        held = dict(zip(self.rows.held, examples, strict=True))
+        mine = {row: held[row] if row < DRAWN_PROMPTS else replace(held[row], image=b"") for row in self.rows.own}
+        parts = self.pod.exchange("the batch", _EXAMPLES.dump_json(mine).decode())
+        others = {row: example for part in parts for row, example in _EXAMPLES.validate_json(part).items()}
+        return [held.get(row, others[row]) for row in range(len(others))]
+
+    def fetch(self, tree: Any) -> Any:
+        """Arrays of the mesh on every host, whole, as numpy arrays."""
+        return multihost_utils.process_allgather(tree, tiled=True)
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Responses on the host as text, ``[b][g]``."""
@@ -62,7 +96,7 @@ class Job:
         ]
 
 
-def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, Policy]:
+def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, TrainState, Policy]:
     """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits."""
     dims = read_dims(config.model.path)
     processor = load_processor(config, f"model.path={config.model.path}")
@@ -82,6 +116,8 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> tuple[Job, TrainState, P
         loss=LossSettings(config.grpo, config.rollout.temperature, processor.visual_ids, config.model.freeze_vision),
         optimizer=make_optimizer(config.train, config.model.freeze_vision),
         to_rollout=rollout_layout(dims, dtype),
+        pod=pod,
+        rows=batch_rows(mesh, config.train.batch_size, pod.index),
     )
     return job, initial_state(policy, job.optimizer), reference
 
@@ -103,6 +139,7 @@ def answer(
         # A short last batch is filled up with its first row: every batch has one shape.
         filled = rows + rows[:1] * (size - len(rows))
         key = jax.random.fold_in(base, start)
-        rollout = sample(weights, job.encode(filled), key, setup=job.rollout_pass, sampling=sampling)
-        texts += job.texts(jax.device_get(rollout))[: len(rows)]
+        prompts = job.encode([filled[row] for row in job.rows.held])
+        rollout = sample(weights, prompts, key, setup=job.rollout_pass, sampling=sampling)
+        texts += job.texts(job.fetch(rollout))[: len(rows)]
     return texts

@@ -115,7 +115,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 
 def arrange(text: str, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """The mesh over exactly these devices; where they lie in several slices, the data axis alone goes from one to another.
+    """The mesh over exactly these devices; of several slices, only the data axis goes from one to another.
 
     Only gradients, once a step, are exchanged along data: what the slow network between slices can bear.
 
@@ -152,8 +152,11 @@ class Rows(NamedTuple):
 def batch_rows(mesh: jax.sharding.Mesh, size: int, process: int) -> Rows:
     """Which of ``size`` rows, laid out as a batch is, are a process's. Several may hold a row if tensor spans them."""
     holders: dict[int, set[int]] = {}
-    for device, (rows,) in jax.sharding.NamedSharding(mesh, TRAIN.spec("batch")).devices_indices_map((size,)).items():
-        for row in range(size)[rows]:
+    places = jax.sharding.NamedSharding(mesh, TRAIN.spec("batch")).devices_indices_map((size,))
+    for device in mesh.devices.flat:
+        index = places[device]
+        assert index is not None
+        for row in range(size)[index[0]]:
             holders.setdefault(row, set()).add(device.process_index)
     held = [row for row in range(size) if process in holders[row]]
     return Rows(held, [row for row in held if sorted(holders[row])[row % len(holders[row])] == process])

@@ -215,6 +215,47 @@ class MetricsWriter:
         self._events.write(step, {key: value for key, value in numbers.items() if value is not None})
 
 
+class SilentWriter(MetricsWriter):
+    """Stands in for the writer on every host but the first, which writes for all."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def steps(self) -> list[dict[str, Any]]:
+        return []
+
+    @property
+    def last_step(self) -> None:
+        return None
+
+    def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def write_evaluation(
+        self,
+        step: int,
+        split: str,
+        summaries: Mapping[str, Mapping[str, Any]],
+        samples: Iterable[Mapping[str, Any]],
+    ) -> None:
+        pass
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def write_image(self, example_id: str, image: bytes) -> str:
+        return ""
+
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+        return []
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def safe_name(text: str) -> str:
     """A file name for any text: short plain lower-case text as it is, other text cleaned and told apart by a digest."""
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", text):

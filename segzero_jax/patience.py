@@ -1,16 +1,47 @@
-"""What a run does while its reward service is away: says so, saves a checkpoint, and in the end gives up."""
+"""What a run does while its reward service is away: says so, saves a checkpoint, and in the end gives up.
 
+Several hosts wait together. Each waits for its own scores, but every second or so they tell each other how it stands:
+a checkpoint is saved by all or none, and when one gives up all do.
+"""
+
+import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 
+from pydantic import TypeAdapter
+
 from segzero_jax.config import RewardConfig
 from segzero_jax.metrics import duration
+from segzero_jax.pods import ALONE, Pod
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 
 _FIRST_WORD_S = 15.0
 _NEXT_WORD_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Word:
+    """How one host's wait stands.
+
+    Attributes:
+      line: for whoever watches.
+      save: it is time for a checkpoint.
+      gave_up: why the wait has failed; empty while it has not.
+      away: it failed because the service stayed away.
+      found: what the host waited for, None as long as it waits.
+    """
+
+    line: str = ""
+    save: bool = False
+    gave_up: str = ""
+    away: bool = True
+    found: str | None = None
+
+
+_WORD = TypeAdapter(_Word)
 
 
 class Patience:
@@ -25,6 +56,7 @@ class Patience:
         say: Callable[[str], None],
         save: Callable[[], bool],
         check: Callable[[], None] = lambda: None,
+        pod: Pod = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing is waited for yet.
@@ -34,16 +66,19 @@ class Patience:
           say: says a line to whoever watches.
           save: writes what a resumed run needs to repeat this wait; returns whether it is on the disk.
           check: is called every second and raises to end the wait for another reason.
+          pod: the hosts that wait together.
           clock: seconds.
         """
         self._reward = reward
         self._say = say
         self._save = save
         self._check = check
+        self._pod = pod
         self._clock = clock
         self._since: float | None = None
         self._spoke_s: float | None = None
         self._saved = False
+        self._all_know = False
 
     def __enter__(self) -> "Patience":
         return self
@@ -51,8 +86,9 @@ class Patience:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RewardServerError):
-            self._keep()
+        if isinstance(error, RewardServerError) and not self._all_know:
+            with contextlib.suppress(RewardServerError):
+                self._agree(_Word(save=True, gave_up=str(error), away=isinstance(error, RewardServiceAway)))
 
     def heard(self) -> None:
         """An answer came."""
@@ -74,17 +110,49 @@ class Patience:
         now = self._clock()
         self._since = now if self._since is None else self._since
         silent_s = now - self._since
+        line, gave_up = "", ""
         if silent_s >= self._reward.patience_s:
-            self._keep()
-            raise RewardServiceAway(
+            gave_up = (
                 f"no scores for {duration(silent_s)}: {why()}: gave up, --resume repeats this step once it is back"
             )
-        if self._word_due(silent_s):
+        elif self._word_due(silent_s):
             began = datetime.fromtimestamp(time.time() - silent_s).strftime("%H:%M:%S")
-            self._say(f"waiting for scores since {began}: {why()}")
+            line = f"waiting for scores since {began}: {why()}"
             self._spoke_s = silent_s
-        if silent_s >= self._reward.checkpoint_after_s:
+        save = bool(gave_up) or silent_s >= self._reward.checkpoint_after_s
+        self._agree(_Word(line=line, save=save, gave_up=gave_up))
+
+    def finish(self, found: str) -> list[str]:
+        """What every host has found, once all have; to be called by a host that has all its scores.
+
+        Raises:
+          RewardServerError: another host cannot get its scores.
+          RewardServiceAway: it has waited for too long.
+        """
+        while True:
+            words = self._agree(_Word(found=found))
+            everything = [word.found for word in words if word.found is not None]
+            if len(everything) == len(words):
+                return everything
+
+    def _agree(self, word: _Word) -> list[_Word]:
+        """Tells the other hosts and does what any of them asks for. Raises what the first to give up raises."""
+        said = self._pod.exchange("scores", _WORD.dump_json(word).decode())
+        words = [_WORD.validate_json(text) for text in said]
+        for host, other in enumerate(words):
+            if other.line:
+                self._say(self._told_by(host) + other.line)
+        if any(other.save for other in words):
             self._keep()
+        for host, other in enumerate(words):
+            if other.gave_up:
+                self._all_know = True
+                failure = RewardServiceAway if other.away else RewardServerError
+                raise failure(self._told_by(host) + other.gave_up)
+        return words
+
+    def _told_by(self, host: int) -> str:
+        return f"{self._pod.host(host)}: " if self._pod.count > 1 else ""
 
     def _word_due(self, silent_s: float) -> bool:
         if self._spoke_s is None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # the client of the coordination service has no public name
@@ -21,6 +21,8 @@ _HEARTBEAT_S = 30
 _DEADLINE_S = 900.0
 _LOOK_S = 1.0
 _FAREWELL_S = 15.0
+T = TypeVar("T")
+# Exit code of a process that another host of its run was lost to.
 HOST_LOST = 4
 
 
@@ -98,8 +100,8 @@ class Pod:
         self._client.key_value_delete(f"segzero/round/{self._rounds - 1}/{self.index}")
         return [parts[str(i)] for i in range(self.count)]
 
-    def decided(self, what: str, ask: Callable[[], bool]) -> bool:
-        """The first host's answer, for what only that one can see, such as its files."""
+    def from_first(self, what: str, ask: Callable[[], T]) -> T:
+        """The first host's answer (fit for JSON), for what only that one can see, such as its files."""
         return json.loads(self.exchange(what, json.dumps(ask() if self.first else None))[0])
 
     def leave(self, code: int, line: str = "") -> int:
@@ -112,6 +114,8 @@ class Pod:
         if self.count > 1 and code == 0:
             self._leaving.set()
             self.exchange("the end", "")
+            if self.first:
+                self._say(line)
         elif self.count > 1:
             with self._ending:
                 self._client.key_value_set(f"segzero/left/{self.index}", json.dumps([code, line]))
@@ -195,7 +199,7 @@ def join(prog: str, advice: str) -> Pod:
       PodError: the variables make no sense.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None and jax.config.jax_platforms == "cpu":
+    if address is None and os.environ.get("JAX_PLATFORMS") == "cpu":
         return Pod(prog=prog)
     # A host's death is for ``Pod`` to tell: JAX would abort the others with a stack trace.
     jax.config.update("jax_enable_recoverability", True)

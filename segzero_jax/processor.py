@@ -301,15 +301,17 @@ class Processor:
         positions, following = mrope_positions(tokens, self.image_id, grids)
         return EncodedPrompt(name, tokens, positions, following, tuple(images))
 
-    def batch(self, prompts: Sequence[EncodedPrompt], multiple: int | None = None) -> PromptBatch:
+    def batch(self, prompts: Sequence[EncodedPrompt], multiple: int | None = None, longest: int = 0) -> PromptBatch:
         """Stacks prompts, padded on the right to a multiple (of ``max_prompt_tokens``, unless given).
+
+        ``longest`` counts as the length of one more prompt: that of a longer one in another part of the batch.
 
         Every picture gets as many slots as the largest one, every prompt as many pictures as the one with most;
         what is absent is invalid.
         """
         multiple = multiple or self.max_prompt_tokens
         b, merge2 = len(prompts), self.vision.merge**2
-        p = -(-max(len(prompt.tokens_p) for prompt in prompts) // multiple) * multiple
+        p = -(-max(longest, *(len(prompt.tokens_p) for prompt in prompts)) // multiple) * multiple
         i = max(len(prompt.images) for prompt in prompts)
         s = max((len(image.valid_s) for prompt in prompts for image in prompt.images), default=0)
         batch = PromptBatch(

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from segzero_jax import rewards
 from segzero_jax.config import RewardConfig
 from segzero_jax.frames import rescale_object
+from segzero_jax.patience import Patience
+from segzero_jax.pods import ALONE, Pod
 from segzero_jax.prompt import parse_answer, seg_zero_solution_text, solution_text
-from segzero_jax.reward_client import Listener, PendingScores, RewardClient
+from segzero_jax.reward_client import PendingScores, RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.types import Example, Frame, ObjectPrompt
 
@@ -42,22 +46,45 @@ def answered_objects(text: str, example: Example, frame: Frame) -> tuple[ObjectP
     return tuple(rescale_object(obj, frame, example.frame) for obj in parse_answer(text).objects)
 
 
-class Scorer:
-    """Scores responses by a recipe, with masks where there is a client."""
+@dataclass(frozen=True)
+class _Part:
+    """What one host of several has scored: some rows of ``Scored``, by number; None for a missing reward."""
 
-    def __init__(self, config: RewardConfig, frame: Frame, client: RewardClient | None):
+    rewards: dict[int, list[float | None]]
+    components: dict[int, list[dict[str, float]]]
+    masks: dict[int, list[CandidateScore]] | None
+
+
+_PART = TypeAdapter(_Part)
+
+
+class Scorer:
+    """Scores responses by a recipe, with masks where there is a client. Of several hosts each scores its share."""
+
+    def __init__(self, config: RewardConfig, frame: Frame, client: RewardClient | None, pod: Pod = ALONE):
         self._config = config
         self._frame = frame
         self._client = client
+        self._pod = pod
 
-    def send(self, examples: Sequence[Example], texts: Sequence[Sequence[str]], masks: int = 0) -> "PendingRewards":
+    def send(
+        self,
+        examples: Sequence[Example],
+        texts: Sequence[Sequence[str]],
+        masks: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> "PendingRewards":
         """Sends one call per prompt and returns at once.
 
         Args:
-          examples: ``b`` of them.
+          examples: ``b`` of them, the same on all hosts.
           texts: ``[b][g]``.
           masks: so many of the first prompts bring their predicted masks back too.
+          rows: the prompts that this host scores, in ascending order; by default every n-th of n hosts.
         """
+        own = range(self._pod.index, len(examples), self._pod.count) if rows is None else rows
+        masks = sum(row < masks for row in own)
+        examples, texts = [examples[row] for row in own], [texts[row] for row in own]
         pending = None
         if self._client is not None:
             requests = [
@@ -72,24 +99,47 @@ class Scorer:
             ]
             pending = self._client.score(requests, masks)
         solutions = [solution(example, self._frame, self._config.recipe) for example in examples]
-        return PendingRewards(self._config, texts, solutions, pending)
+        return PendingRewards(self._config, own, texts, solutions, pending, self._pod)
 
 
 @dataclass(frozen=True)
 class PendingRewards:
-    """Rewards whose masks are being scored."""
+    """Rewards whose masks are being scored.
+
+    Attributes:
+      rows: of the whole batch, what ``texts``, ``solutions`` and ``pending`` are for.
+    """
 
     config: RewardConfig
+    rows: Sequence[int]
     texts: Sequence[Sequence[str]]
     solutions: Sequence[str]
     pending: PendingScores | None
+    pod: Pod
 
-    def result(self, patience: Listener | None = None, drop: bool = False) -> Scored:
-        """Waits for SAM 2, as ``PendingScores.result`` does; a score that is not there is missing, never a zero."""
+    def result(self, patience: Patience | None = None, drop: bool = False) -> Scored:
+        """The scores of the whole batch, all hosts' shares of it put together.
+
+        Waits for SAM 2, as ``PendingScores.result`` does; a score that is not there is missing, never a zero.
+        """
+        mine = self._score(patience, drop)
+        if self.pod.count == 1:
+            return mine
+        say = patience.finish if patience is not None else partial(self.pod.exchange, "scores")
+        parts = [_PART.validate_json(said) for said in say(_PART.dump_json(self._part(mine)).decode())]
+        return _whole(parts)
+
+    def _part(self, mine: Scored) -> _Part:
+        rewards = [[float(x) if np.isfinite(x) else None for x in group] for group in mine.rewards_bg]
+        by_row = lambda values: dict(zip(self.rows, values, strict=True))  # noqa: E731
+        masks = None if mine.masks is None else by_row(mine.masks)
+        return _Part(by_row(rewards), by_row(mine.components), masks)
+
+    def _score(self, patience: Patience | None, drop: bool) -> Scored:
         masks = self._masks(patience, drop)
         weight = self.config.mask_iou_weight if masks is not None else 0.0
         needs_mask = "mask_iou" in rewards.component_names(self.config.recipe, weight > 0)
-        totals = np.full((len(self.texts), len(self.texts[0])), np.nan)
+        totals = np.full((len(self.texts), len(self.texts[0]) if self.texts else 0), np.nan)
         components: list[list[dict[str, float]]] = []
         for b, (group, target) in enumerate(zip(self.texts, self.solutions, strict=True)):
             row: list[dict[str, float]] = []
@@ -105,7 +155,7 @@ class PendingRewards:
             components.append(row)
         return Scored(totals, components, masks)
 
-    def _masks(self, patience: Listener | None, drop: bool) -> list[list[CandidateScore]] | None:
+    def _masks(self, patience: Patience | None, drop: bool) -> list[list[CandidateScore]] | None:
         if self.pending is None:
             return None
         answers = self.pending.result(patience, drop)
@@ -120,3 +170,16 @@ class PendingRewards:
             ]
             for row, group in zip(answers, self.texts, strict=True)
         ]
+
+
+def _whole(parts: Sequence[_Part]) -> Scored:
+    """The rows of all hosts in order."""
+    rewards = {row: group for part in parts for row, group in part.rewards.items()}
+    components = {row: group for part in parts for row, group in part.components.items()}
+    masks = {row: group for part in parts for row, group in (part.masks or {}).items()}
+    rows = sorted(rewards)
+    return Scored(
+        rewards_bg=np.array([rewards[row] for row in rows], np.float64),
+        components=[components[row] for row in rows],
+        masks=None if parts[0].masks is None else [masks[row] for row in rows],
+    )

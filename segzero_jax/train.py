@@ -32,11 +32,12 @@ from segzero_jax.grpo import (
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
 from segzero_jax.keeper import Keeper
-from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
-from segzero_jax.metrics import MetricsError, MetricsWriter
+from segzero_jax.mesh import MeshError, make_mesh, prepare_cpu
+from segzero_jax.metrics import MetricsError, MetricsWriter, SilentWriter
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.patience import Patience
+from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
 from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
@@ -53,7 +54,16 @@ from segzero_jax.report import write_report
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
 from segzero_jax.reward_service import reward_service
 from segzero_jax.rollout import padding_multiple, sample
-from segzero_jax.run_dir import checkpoint_due, evaluation_due, look, missing_splits, open_run, score, split_label
+from segzero_jax.run_dir import (
+    Beginning,
+    checkpoint_due,
+    evaluation_due,
+    look,
+    missing_splits,
+    open_run,
+    score,
+    split_label,
+)
 from segzero_jax.scoring import Scorer
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.types import Example, Rollout
@@ -64,6 +74,7 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     MeshError,
+    PodError,
     CheckpointError,
     MetricsError,
     ImageError,
@@ -104,8 +115,9 @@ def train(
         preemption.check()
         watch.begin(step)
         with watch.phase("data"):
-            examples = next(batches)
-            prompts = job.encode(examples)
+            mine = next(batches)
+            prompts = job.encode(mine)
+            examples = job.share(mine)
         with watch.phase("rollout"):
             if config.model.freeze_vision:
                 # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
@@ -113,10 +125,10 @@ def train(
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
             # The copy in rollout layout lives no longer than the call.
             rollout = sample(job.to_rollout(state.policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
-            said = jax.device_get(rollout)
+            said = job.fetch(rollout)
             texts = job.texts(said)
         preemption.check()
-        pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS)
+        pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS, rows=job.rows.own)
         with watch.phase("reference"):
             rollout = _crop(rollout, int(said.length_bg.max()))
             setup = job.train_pass._replace(remat=False)
@@ -124,7 +136,7 @@ def train(
             ref_logps.block_until_ready()
         with (
             watch.phase("reward_wait"),
-            Patience(config.reward, writer.message, keeper.keep, preemption.check_here) as patience,
+            Patience(config.reward, writer.message, keeper.keep, preemption.check_here, job.pod) as patience,
         ):
             scored = pending.result(patience, drop=config.reward.missing == "drop")
         preemption.check()
@@ -135,7 +147,7 @@ def train(
         with watch.phase("update"):
             advantages_bg = advantages(scored.rewards_bg)
             present_bg = np.isfinite(scored.rewards_bg)
-            learnt, kept = job.place((advantages_bg, present_bg))
+            learnt, kept = job.place((advantages_bg, present_bg), range(config.train.batch_size))
             batch = UpdateBatch(prompts, rollout, learnt, kept, ref_logps)
             # Without any score there is no gradient, and neither momentum nor weight decay should move the policy.
             if present_bg.any():
@@ -150,7 +162,7 @@ def train(
                 losses = jax.device_get(losses)
         made = Step(step, examples, texts, said, scored, advantages_bg)
         numbers = {**step_metrics(made), **update_metrics(losses), "checkpoint/failed": keeper.failed}
-        tokens = int(jax.device_get(prompts.length_b).sum()) + int(said.length_bg.sum())
+        tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
         writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
         watch.check(step, numbers)
@@ -175,10 +187,11 @@ def make_evaluation(
         splits[split_label(name)] = [source[i] for i in range(min(config.eval.examples, len(source)))]
 
     def evaluate(step: int, weights: Policy) -> None:
-        for name in missing_splits(config, writer.run_dir, step):
+        run_dir = Path(config.run.dir).expanduser()
+        for name in job.pod.from_first("what is evaluated", lambda: missing_splits(config, run_dir, step)):
             examples = splits[name]
             writer.message(f"evaluating {name} after {step} steps: {len(examples)} questions")
-            with Patience(config.reward, writer.message, keeper.keep, preemption.check_here) as patience:
+            with Patience(config.reward, writer.message, keeper.keep, preemption.check_here, job.pod) as patience:
                 summaries, rows = evaluation.evaluate_split(
                     examples,
                     lambda asked, greedy: answer(job, weights, asked, greedy, before_batch=preemption.check),
@@ -193,8 +206,10 @@ def make_evaluation(
     return evaluate
 
 
-def run(config: Config, resume: bool, profile: str | None = None) -> None:
-    """One run from configuration to report. Raises Stopped once the last finished step of a stopped run is saved.
+def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> None:
+    """One run from configuration to report; on several hosts each does its part, and the first one writes.
+
+    Raises Stopped once the last finished step of a stopped run is saved.
 
     Args:
       resume: there has to be a checkpoint to go on from.
@@ -203,16 +218,31 @@ def run(config: Config, resume: bool, profile: str | None = None) -> None:
     timer = PhaseTimer()
     mesh = make_mesh(config.mesh)
     access = read_access(config.reward)
-    beginning, passed_over = look(config, resume)
-    for line in passed_over:
-        print(line, file=sys.stderr)
-    if beginning.done:
+    beginning = _begin(config, resume, pod)
+    if not beginning.done:
+        _continue(config, mesh, access, beginning.step, pod, profile, timer)
+    elif pod.first:
         print(f"{config.run.dir}: all {config.train.steps} steps are done; raise train.steps to go on")
-    else:
-        _continue(config, mesh, access, beginning.step, profile, timer)
-    run_dir = Path(config.run.dir).expanduser()
-    print_summary(run_dir)
-    print(f"report: {write_report(run_dir)}")
+    if pod.first:
+        run_dir = Path(config.run.dir).expanduser()
+        print_summary(run_dir)
+        print(f"report: {write_report(run_dir)}")
+
+
+def _begin(config: Config, resume: bool, pod: Pod) -> Beginning:
+    """How the run begins. Raises as ``look`` does, and ConfigError where hosts see different checkpoints."""
+    beginning, passed_over = look(config, resume)
+    seen = pod.exchange("the newest checkpoint", str(beginning.step))
+    other = next((host for host, step in enumerate(seen) if step != seen[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"{checkpoint_directory(config)}: the newest checkpoint is {seen[0]} on {pod.host(0)}, {seen[other]} on "
+            f"{pod.host(other)}; run.checkpoint_dir has to be storage that all hosts share, such as gs://bucket/path"
+        )
+    if pod.first:
+        for line in passed_over:
+            print(line, file=sys.stderr)
+    return Beginning(beginning.step, pod.from_first("what is left to do", lambda: beginning.done))
 
 
 def _continue(
@@ -220,6 +250,7 @@ def _continue(
     mesh: jax.sharding.Mesh,
     access: Access,
     begun: int | None,
+    pod: Pod,
     profile: str | None,
     timer: PhaseTimer,
 ) -> None:
@@ -228,14 +259,16 @@ def _continue(
     profiled = range(0) if profile is None else parse_steps(profile, first_step, config.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        job, state, reference = prepare(config, mesh)
+        job, state, reference = prepare(config, mesh, pod)
         train_split = open_split(config.data.name, "train", config.data.dir)
-        batches = training_batches(train_split, config.train.batch_size, config.seed)
-        run_dir = open_run(config)
-        client = stack.enter_context(reward_service(config, access, run_dir))
+        batches = training_batches(train_split, config.train.batch_size, config.seed, job.rows.held)
+        run_dir = Path(config.run.dir).expanduser()
+        if pod.first:
+            open_run(config)
+        client = stack.enter_context(reward_service(config, access, run_dir, pod))
         identity = Identity(fingerprint(reference), client.checkpoint_sha256 if client else None)
-        is_first_host = jax.process_index() == 0
-        writer = stack.enter_context(MetricsWriter(run_dir, config.train.steps, show_progress=is_first_host))
+        writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
+        stack.enter_context(writer)
         best = partial(score, config, run_dir)
         keep = config.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(checkpoint_directory(config), keep, best))
@@ -251,13 +284,13 @@ def _continue(
         removed = writer.truncate_after(-1 if begun is None else begun)
         keeper = Keeper(checkpoints, config, identity, writer.message)
         keeper.finished(begun or 0, state, batches.get_state())
-        scorer = Scorer(config.reward, job.frame, client)
+        scorer = Scorer(config.reward, job.frame, client, pod)
         preemption = stack.enter_context(Preemption(writer.message))
         evaluate = make_evaluation(job, scorer, keeper, writer, preemption)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
         try:
-            if missing_splits(config, run_dir, begun or 0):
+            if pod.from_first("evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))):
                 with watch.phase("evaluation"):
                     evaluate(begun or 0, job.to_rollout(state.policy))
             train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, watch, first_step)
@@ -276,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains a policy with GRPO; without --config, the toy run.",
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
         "finished step saved; 2 something to put right; 3 the reward service stayed away; "
-        f"{DIVERGED} too many updates in a row were not finite; {HUNG} a phase took longer than watch.kill_after_s; "
-        "130 stopped by Ctrl-C.",
+        f"{HOST_LOST} another host of the run was lost; {DIVERGED} too many updates in a row were not finite; "
+        f"{HUNG} a phase took longer than watch.kill_after_s; 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
     parser.add_argument(
@@ -288,28 +321,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="trace these steps into run.dir/profile; alone, the third and fourth that this command makes",
     )
     args, config = configs.parse_command_line(parser, argv)
+    pod = Pod(prog=parser.prog)
     try:
-        data, fsdp, tensor = parse_mesh(config.mesh)
-        prepare_cpu(data * fsdp * tensor)
+        pod = join(parser.prog, f"the same command goes on from the last checkpoint in {checkpoint_directory(config)}")
+        prepare_cpu(config.mesh, pod.count)
         # Orbax logs a traceback for what it then raises, and we say in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        run(config, args.resume, args.profile)
+        run(config, args.resume, pod, args.profile)
+        return pod.leave(0)
     except Stopped as stopped:
-        print(f"{parser.prog}: stopped by {stopped}; the same command goes on", file=sys.stderr)
-        return 130 if stopped.interrupted else 0
+        return pod.leave(130 if stopped.interrupted else 0, f"stopped by {stopped}; the same command goes on")
     except RewardServiceAway as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 3
+        return pod.leave(3, str(error))
+    except HostLost as error:
+        return pod.leave(HOST_LOST, str(error))
     except Diverged as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return DIVERGED
+        return pod.leave(DIVERGED, str(error))
     except USER_ERRORS as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        return pod.leave(2, str(error))
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        return pod.leave(130, "stopped at once; the same command goes on from the last checkpoint")
+    except BaseException as error:
+        pod.await_blame(error)
+        pod.leave(1, f"{type(error).__name__}: {error}")
+        raise
 
 
 if __name__ == "__main__":

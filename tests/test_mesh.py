@@ -58,7 +58,7 @@ def test_accelerators_must_all_be_used(platform, monkeypatch):
 
 
 def test_a_cpu_shows_as_many_devices_as_asked_for():
-    code = "from segzero_jax import mesh; mesh.prepare_cpu(6); print(mesh.make_mesh('3x2').size)"
+    code = "from segzero_jax import mesh; mesh.prepare_cpu('3x2'); print(mesh.make_mesh('3x2').size)"
     environment = {"JAX_PLATFORMS": "cpu", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "6\n", done.stderr

@@ -23,8 +23,8 @@ def ids(batches: list[list[Example]]) -> list[list[str]]:
     return [[example.id for example in batch] for batch in batches]
 
 
-def take(count: int, size: int = 4, seed: int = 0, of: int = 10, process: tuple[int, int] = (0, 1)) -> list[list[str]]:
-    return ids(list(islice(training_batches(examples(of), size, seed, process), count)))
+def take(count: int, size: int = 4, seed: int = 0, of: int = 10, rows: list[int] | None = None) -> list[list[str]]:
+    return ids(list(islice(training_batches(examples(of), size, seed, rows), count)))
 
 
 def test_every_example_once_an_epoch_in_an_order_of_its_own() -> None:
@@ -46,11 +46,11 @@ def test_a_source_smaller_than_a_batch() -> None:
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
 def test_resume_is_exact_through_json(taken: int) -> None:
-    iterator = training_batches(examples(10), 4, 0, (0, 1))
+    iterator = training_batches(examples(10), 4, 0)
     list(islice(iterator, taken))
     state = json.loads(json.dumps(iterator.get_state()))
     expected = ids(list(islice(iterator, 6)))
-    fresh = training_batches(examples(10), 4, 0, (0, 1))
+    fresh = training_batches(examples(10), 4, 0)
     fresh.set_state(state)
     assert ids(list(islice(fresh, 6))) == expected
     # Back again with an iterator that has already read ahead.
@@ -58,25 +58,35 @@ def test_resume_is_exact_through_json(taken: int) -> None:
     assert ids(list(islice(fresh, 6))) == expected
 
 
-def test_processes_share_each_batch_of_the_global_order() -> None:
-    whole = take(8)
-    halves = [take(8, process=(index, 2)) for index in range(2)]
-    for batch, first, second in zip(whole, *halves, strict=True):
-        assert len(first) == len(second) == 2
-        assert sorted(first + second) == sorted(batch)
+@pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1, 3], [0]])
+def test_a_process_reads_its_rows_of_each_batch_of_the_global_order(rows: list[int]) -> None:
+    for batch, part in zip(take(8), take(8, rows=rows), strict=True):
+        assert part == [batch[row] for row in rows]
+
+
+def test_no_other_row_is_read() -> None:
+    read: list[str] = []
+
+    class Watched(list[Example]):
+        def __getitem__(self, index):  # type: ignore[no-untyped-def]
+            read.append(f"e{index}")
+            return super().__getitem__(index)
+
+    taken = ids(list(islice(training_batches(Watched(examples(100)), 4, 0, [3]), 5)))
+    # Some are read ahead, by two threads.
+    last_rows = {batch[3] for batch in take(20, of=100)}
+    assert {name for batch in taken for name in batch} <= set(read) <= last_rows
 
 
 def test_position_holds_for_another_number_of_processes() -> None:
-    iterator = training_batches(examples(10), 4, 0, (0, 2))
+    iterator = training_batches(examples(10), 4, 0, [1, 2])
     list(islice(iterator, 3))
-    alone = training_batches(examples(10), 4, 0, (0, 1))
+    alone = training_batches(examples(10), 4, 0)
     alone.set_state(iterator.get_state())
     assert ids([next(alone)]) == take(4)[3:]
 
 
-def test_bad_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size=5: expected a multiple of the 2 processes"):
-        training_batches(examples(10), 5, 0, (0, 2))
+def test_an_empty_source_is_refused() -> None:
     with pytest.raises(ValueError, match="no examples to train on"):
         training_batches([], 4, 0)
 

@@ -144,7 +144,7 @@ from segzero_jax.model import load_hf
 def status(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
-prepare_cpu(16)
+prepare_cpu("4x4")
 with jax.set_mesh(make_mesh(sys.argv[2])):
     load_hf("toy")
     open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
@@ -178,7 +178,7 @@ from segzero_jax.model import load_hf, save_hf
 from segzero_jax.model.weights import CheckpointError
 
 address, host, whole, damaged, out = sys.argv[1:]
-prepare_cpu(2)
+prepare_cpu("1x2")
 jax.distributed.initialize(address, 2, int(host))
 with jax.set_mesh(make_mesh("2x2")):
     policy, dims = load_hf(whole)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -119,30 +118,28 @@ def _index_texts(directory: Path, split: str) -> list[tuple[str, str]]:
 
 
 def training_batches(
-    source: Sequence[Example], batch_size: int, seed: int, process: tuple[int, int] | None = None
+    source: Sequence[Example], batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator[list[Example]]:
     """An endless iterator over shuffled batches; every epoch has its own order and uses every example once.
 
     All processes walk one global order: batch k is its examples [k * batch_size, (k + 1) * batch_size), of which each
-    process receives an equal share. ``get_state()`` is a small dict fit for JSON that stands between two batches;
-    ``set_state`` continues there, also with another number of processes.
+    process reads the rows that its devices need. ``get_state()`` is a small dict fit for JSON that stands between two
+    batches; ``set_state`` continues there, also with another number of processes.
 
     Args:
       source: what is sampled from; may be shorter than a batch.
       batch_size: examples per batch over all processes.
       seed: of the order.
-      process: (index, count), by default this JAX process.
+      rows: of each batch that are read, all by default.
 
     Raises:
-      ValueError: no examples, or ``batch_size`` does not divide among the processes.
+      ValueError: no examples.
     """
-    index, count = process if process is not None else (jax.process_index(), jax.process_count())
     if len(source) == 0:
         raise ValueError(f"{getattr(source, 'name', 'source')}: no examples to train on")
-    if batch_size % count:
-        raise ValueError(f"batch_size={batch_size}: expected a multiple of the {count} processes")
-    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    batches = order[index::count].batch(batch_size // count, batch_fn=list)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
+    wanted = range(batch_size) if rows is None else rows
+    batches = order.map(lambda indices: [source[int(indices[row])] for row in wanted])
     # Reading is quick: a small buffer hides it and keeps a resume cheap.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

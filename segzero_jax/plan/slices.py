@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType
 
-from segzero_jax.mesh import AXES, MeshError, parse_mesh
+from segzero_jax.mesh import MeshError, arrange, parse_mesh
 
 
 class PlanError(ValueError):
@@ -82,4 +81,4 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
         if importlib.util.find_spec("libtpu") is None:
             raise PlanError(f"--topology={topology}: needs the TPU compiler: pip install 'jax[tpu]'") from None
         raise PlanError(f"--topology={topology}: no such slice: {reason}") from None
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=slice_.devices)
+    return arrange(mesh, slice_.devices)
