@@ -1,0 +1,137 @@
+"""A run is killed at any point, on any step, and started again: it ends as if nothing had happened."""
+
+import json
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from fake_reward_server import Fake, serving
+from killed_run import Point, Processes
+from test_tensorboard import events
+
+STEPS = 10
+OPTIONS = [f"--train.steps={STEPS}", "--train.batch_size=2", "--train.micro_batch_size=2", "--rollout.group_size=2"]
+OPTIONS += ["--train.checkpoint_every=2", "--eval.every=5", "--eval.examples=2", "--eval.samples=2"]
+OPTIONS += ["--data.eval_splits=[val,heldout_crowd]", "--rollout.max_response_tokens=48"]
+
+# Two chains of ten kills: each process goes on where the one before was killed. In brackets: what the kill comes into.
+TRAIN, METRICS, JSONL = "segzero_jax.train", "segzero_jax.metrics", "segzero_jax.jsonl"
+CHAINS = (
+    (
+        Point("segzero_jax.evaluation:evaluate_split", "before", 2),  # [evaluation before training, second split]
+        Point(f"{TRAIN}:sample", "after", 1),  # [step 1, nothing saved yet]
+        Point("segzero_jax.jsonl:append", "midway", 4, "*/metrics.jsonl"),  # [a line of metrics]
+        Point(f"{TRAIN}:Scorer.send", "after", 2),  # [scores on their way]
+        Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2),  # [a checkpoint, written and uncommitted]
+        Point("segzero_jax.reward_client:PendingScores.result", "before", 2),  # [waiting for scores]
+        Point(f"{METRICS}:MetricsWriter.write_evaluation", "after", 1),  # [between two splits]
+        Point(f"{TRAIN}:update", "before", 2),  # [about to update]
+        Point("segzero_jax.manifest:ManifestHandler.finalize", "after", 1),  # [a manifest, uncommitted]
+        Point("segzero_jax.jsonl:replace", "before", 1, "*/report.html"),  # [all done but the page]
+    ),
+    (
+        Point(f"{TRAIN}:update", "after", 3),  # [updated, not written]
+        Point(f"{METRICS}:EventFile.write", "before", 3),  # [in metrics.jsonl, not in TensorBoard]
+        Point(f"{TRAIN}:reference_logps", "after", 4),  # [the reference policy]
+        Point("segzero_jax.jsonl:write", "midway", 1, "*/rollouts/*.jsonl"),  # [the rollouts of a step]
+        Point("segzero_jax.keeper:Keeper.save", "after", 1),  # [a save that has begun]
+        Point(f"{METRICS}:MetricsWriter.truncate_after", "before", 1),  # [a start, restored]
+        Point(f"{TRAIN}:sample", "before", 2),  # [about to sample]
+        Point("segzero_jax.jsonl:write", "before", 2, "*/evaluations.jsonl"),  # [answers written, numbers not]
+        Point("segzero_jax.checkpoint:Checkpoints.save", "before", 2),  # [about to save]
+        Point("segzero_jax.evaluation:evaluate_split", "before", 2),  # [evaluation after training]
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    return Processes(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving(Fake()) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def whole(
+    processes: Processes, server: str, data_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """The options of a run, and the run that nothing happened to."""
+    options = [*OPTIONS, f"--reward.server={server}", f"--data.dir={data_dir}"]
+    folder = tmp_path_factory.mktemp("runs")
+    code = processes.exit_code([*options, f"--run.dir={folder / 'whole'}"], folder / "whole.log")
+    assert code == 0, (folder / "whole.log").read_text()[-2000:]
+    return options, folder / "whole"
+
+
+def lines(file: Path) -> list[dict]:
+    """Whole lines, times apart."""
+    text = file.read_text() if file.exists() else ""
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+
+def scalars(run: Path) -> list[tuple[int, str, float]]:
+    """What TensorBoard is told, times apart."""
+    found = []
+    for path in (run / "tensorboard").iterdir():
+        for event in events(path):
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return sorted(
+        (step, tag, value) for step, tag, value in found if not fnmatch(tag, "time/*") and "tokens_per" not in tag
+    )
+
+
+def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as reader:
+        return {
+            f"{item}/{name}": np.asarray(value)
+            for item in ("policy", "optimizer")
+            for name, value in reader.restore(checkpoint / item).items()
+        }
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert lines(run / "metrics.jsonl") == lines(whole / "metrics.jsonl")
+    assert lines(run / "evaluations.jsonl") == lines(whole / "evaluations.jsonl")
+    for folder in ("rollouts", "evaluations"):
+        names = sorted(path.name for path in (whole / folder).glob("*.jsonl"))
+        assert sorted(path.name for path in (run / folder).glob("*.jsonl")) == names
+        for name in names:
+            assert lines(run / folder / name) == lines(whole / folder / name), name
+    assert scalars(run) == scalars(whole)
+    ours, theirs = (arrays(path / f"checkpoints/{STEPS}") for path in (run, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str], Path], tmp_path: Path) -> None:
+    options, reference = whole
+
+    def chain(number: int) -> Path:
+        run = tmp_path / str(number)
+        for point in CHAINS[number]:
+            log = tmp_path / f"{number}.log"
+            code = processes.exit_code([*options, f"--run.dir={run}"], log, point)
+            assert code == -signal.SIGKILL, f"{point}: {log.read_text()[-2000:]}"
+            written = lines(run / "metrics.jsonl")
+            assert written == lines(reference / "metrics.jsonl")[: len(written)], point
+        assert processes.exit_code([*options, f"--run.dir={run}"], log) == 0, log.read_text()[-2000:]
+        return run
+
+    with ThreadPoolExecutor(len(CHAINS)) as pool:
+        for run in pool.map(chain, range(len(CHAINS))):
+            assert_same(run, reference)
+    metrics = lines(reference / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    assert len({row["loss"] for row in metrics}) == STEPS, "steps that do not differ would prove little"

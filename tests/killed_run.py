@@ -1,0 +1,109 @@
+"""A training run that kills itself with SIGKILL at a named point; for processes of their own, see ``in_processes``."""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from segzero_jax import train
+
+
+class Point(NamedTuple):
+    """A moment of a run.
+
+    Attributes:
+      where: ``module:function`` or ``module:Class.method``, as the run looks it up.
+      when: "before" the function, "after" it, or "midway": a file is half written, under the name it is written under.
+      call: counted in this process, from 1, over the calls that match.
+      path: of the file written, as a glob pattern; for functions of ``jsonl``.
+    """
+
+    where: str
+    when: str
+    call: int
+    path: str = "*"
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ends_at(point: Point, function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        is_file = bool(arguments) and isinstance(arguments[0], Path)
+        calls += not is_file or arguments[0].match(point.path)
+        if calls < point.call or (is_file and not arguments[0].match(point.path)):
+            return function(*arguments, **named)
+        if point.when == "midway":
+            _write_half(function.__name__, arguments[0])
+        if point.when == "before" or point.when == "midway":
+            die()
+        function(*arguments, **named)
+        die()
+
+    return wrapped
+
+
+def _write_half(how: str, path: Path) -> None:
+    """What a kill leaves of a line that is appended, or of a file that was to take another's place."""
+    with (path if how == "append" else path.with_name(path.name + ".tmp")).open("ab") as file:
+        file.write(b'{"step": 4, "reward/mean": 3.')
+        file.flush()
+
+
+def arm(point: Point) -> None:
+    """Puts the end in the way of the function."""
+    module, _, name = point.where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parts, name = name.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    setattr(owner, name, _ends_at(point, getattr(owner, name)))
+
+
+def run(arguments: list[str], cache: str, log: str, point: Point | None) -> None:
+    """The process: trains, and exits with the trainer's code or by SIGKILL."""
+    import jax
+
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    # One device is enough, and nothing has asked JAX for devices yet.
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    for name, value in {
+        "jax_compilation_cache_dir": cache,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_disable_most_optimizations": True,
+    }.items():
+        jax.config.update(name, value)
+    if point is not None:
+        arm(point)
+    sys.exit(train.main(arguments))
+
+
+class Processes:
+    """Starts runs as processes that are forked from one that has imported everything and computed nothing."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["killed_run"])
+
+    def start(self, arguments: list[str], log: Path, point: Point | None = None) -> BaseProcess:
+        process = self._context.Process(target=run, args=(arguments, str(self._cache), str(log), point))
+        process.start()
+        return process
+
+    def exit_code(self, arguments: list[str], log: Path, point: Point | None = None) -> int | None:
+        process = self.start(arguments, log, point)
+        process.join()
+        return process.exitcode
