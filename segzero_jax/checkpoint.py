@@ -37,7 +37,7 @@ _FREE_KEYS = (
     "train.keep_best",
 )
 _FOLDER = "checkpoints"
-_REASON_LENGTH = 300
+_REASON_LENGTH = 200
 
 
 class SaveError(CheckpointError):
@@ -266,8 +266,8 @@ class Checkpoints:
         if jax.process_index() == 0 and self.directory.exists():
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 left.rmtree(missing_ok=True)
-        reason = " ".join(str(error).split())
-        # TensorStore begins with where it stood and ends with what the system said.
+        # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
+        reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
         reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
         return SaveError(f"{self.directory}: {reason or type(error).__name__}")
 

@@ -35,7 +35,8 @@ class ManifestHandler(ocp.CheckpointHandler):
         paths = [path for item in items for path in _files(item)]
         with ThreadPoolExecutor(_THREADS) as pool:
             entries = dict(zip((_name(path, root) for path in paths), pool.map(_describe, paths), strict=True))
-        (directory / _FILE).write_text(json.dumps(entries, indent=0, sort_keys=True))
+        content = json.dumps(entries, indent=0, sort_keys=True)
+        (directory / _FILE).write_text(f"{content}\n{_sha256(content)}")
 
 
 @ocp.args.register_with_handler(ManifestHandler, for_save=True, for_restore=True)
@@ -53,30 +54,33 @@ def damage(checkpoint: epath.Path, items: Collection[str]) -> str:
     """
     file = checkpoint / ITEM / _FILE
     try:
-        entries = json.loads(file.read_bytes())
-        described = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        content, _, digest = file.read_bytes().decode(errors="replace").rpartition("\n")
     except OSError as error:
         return f"{ITEM}/{_FILE}: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{ITEM}/{_FILE}: is not what was written"
-    expected = {name: entry for name, entry in described.items() if name.partition("/")[0] in items}
+    if _sha256(content) != digest:
+        return f"{ITEM}/{_FILE}: its content has changed"
+    entries = json.loads(content)
+    expected = {name: entry for name, entry in entries.items() if name.partition("/")[0] in items}
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _difference(checkpoint / name, *expected[name]), expected)
+        found = pool.map(lambda name: _difference(checkpoint / name, expected[name]), expected)
         for name, difference in zip(expected, found, strict=True):
             if difference:
                 return f"{name}: {difference}"
-    absent = sorted(set(items) - {name.partition("/")[0] for name in expected})
-    return f"{ITEM}/{_FILE}: names no file of {absent[0]}" if absent else ""
+    return ""
 
 
-def _difference(path: epath.Path, size: int, digest: str) -> str:
+def _difference(path: epath.Path, expected: dict[str, Any]) -> str:
     try:
         length = path.stat().length
-        if length != size:
-            return f"{length} bytes, expected {size}"
-        return "" if _digest(path) == digest else "its content has changed"
+        if length != expected["bytes"]:
+            return f"{length} bytes, expected {expected['bytes']}"
+        return "" if _digest(path) == expected["sha256"] else "its content has changed"
     except OSError as error:
         return error.strerror or type(error).__name__
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:

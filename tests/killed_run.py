@@ -1,4 +1,4 @@
-"""A training run that kills itself with SIGKILL at a named point; for processes of their own, see ``in_processes``."""
+"""A training run that sends itself a signal at a named point, in a process of its own."""
 
 import importlib
 import multiprocessing
@@ -21,16 +21,14 @@ class Point(NamedTuple):
       when: "before" the function, "after" it, or "midway": a file is half written, under the name it is written under.
       call: counted in this process, from 1, over the calls that match.
       path: of the file written, as a glob pattern; for functions of ``jsonl``.
+      signals: sent one after the other.
     """
 
     where: str
     when: str
     call: int
     path: str = "*"
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
 
 
 def _ends_at(point: Point, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,15 +37,16 @@ def _ends_at(point: Point, function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         is_file = bool(arguments) and isinstance(arguments[0], Path)
-        calls += not is_file or arguments[0].match(point.path)
-        if calls < point.call or (is_file and not arguments[0].match(point.path)):
+        matches = not is_file or arguments[0].match(point.path)
+        calls += matches
+        if calls != point.call or not matches:
             return function(*arguments, **named)
         if point.when == "midway":
             _write_half(function.__name__, arguments[0])
-        if point.when == "before" or point.when == "midway":
-            die()
-        function(*arguments, **named)
-        die()
+        result = function(*arguments, **named) if point.when == "after" else None
+        for number in point.signals:
+            os.kill(os.getpid(), number)
+        return result if point.when == "after" else function(*arguments, **named)
 
     return wrapped
 
@@ -60,7 +59,7 @@ def _write_half(how: str, path: Path) -> None:
 
 
 def arm(point: Point) -> None:
-    """Puts the end in the way of the function."""
+    """Puts the signal in the way of the function."""
     module, _, name = point.where.partition(":")
     owner: Any = importlib.import_module(module)
     *parts, name = name.split(".")

@@ -1,7 +1,12 @@
 """What is saved is what is restored: bits, position, and on whatever mesh."""
 
 import json
+import os
+import resource
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -11,15 +16,17 @@ import pytest
 from tiny import DIMS, hf_config, random_policy
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, load_policy
+from segzero_jax.checkpoint import Checkpoints, SaveError, checkpoint_directory, load_policy
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, initial_state, make_optimizer
-from segzero_jax.identity import Identity
+from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.weights import CheckpointError
+from segzero_jax.run_dir import open_run
 
 DATA = {"next_index": 48}
+ITEMS = ("policy", "optimizer", "run", "manifest")
 IDENTITY = Identity("0123456789abcdef", "ab" * 32)
 
 
@@ -55,7 +62,7 @@ def save(config: Config, steps: tuple[int, ...], keep: int = 2) -> TrainState:
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "2x2", "4x4"])
-def test_bits_and_position_come_back_on_another_mesh(config: Config, mesh: str) -> None:
+def test_bits_and_position_come_back_on_another_mesh_and_from_there(config: Config, mesh: str) -> None:
     saved = save(config, (3,))
     with jax.set_mesh(make_mesh(mesh)), Checkpoints(folder(config)) as checkpoints:
         like = make_state(config, seed=0)
@@ -65,6 +72,12 @@ def test_bits_and_position_come_back_on_another_mesh(config: Config, mesh: str) 
             np.testing.assert_array_equal(got, want)
         placed = [leaf.sharding for leaf in jax.tree.leaves(restored.state.policy)]
         assert placed == [leaf.sharding for leaf in jax.tree.leaves(like.policy)]
+        checkpoints.save(4, restored.state, DATA, config, IDENTITY)
+        checkpoints.wait()
+    with jax.set_mesh(make_mesh("4x4")), Checkpoints(folder(config)) as checkpoints:
+        back = checkpoints.restore(4, make_state(config, seed=0), config, IDENTITY)
+        for got, want in zip(leaves(back.state), leaves(saved), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 def test_old_checkpoints_go_and_the_newest_is_taken(config: Config) -> None:
@@ -153,3 +166,168 @@ def test_weights_are_cast_for_inference(config: Config) -> None:
         for path in (config.run.dir, config.model.path):
             policy, _, _ = load_policy(path, jnp.bfloat16)
             assert {leaf.dtype for leaf in jax.tree.leaves(policy)} == {jnp.dtype("bfloat16")}
+
+
+def files(checkpoint: Path) -> list[Path]:
+    """All that a restored run depends on, the manifest included; not the marks that Orbax leaves of its commits."""
+    described = [path for item in ITEMS[:-1] for path in (checkpoint / item).rglob("*") if path.is_file()]
+    return [*sorted(described), checkpoint / "manifest" / "manifest.json"]
+
+
+@pytest.mark.parametrize("harm", ["bit flipped", "cut short", "gone"])
+def test_any_damage_to_any_file_is_found_and_the_step_before_is_taken(config: Config, harm: str) -> None:
+    save(config, (1, 2))
+    assert {path.relative_to(folder(config) / "2").parts[0] for path in files(folder(config) / "2")} == set(ITEMS)
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        for step in (1, 2):
+            assert checkpoints.damage(step) == ""
+        for number, path in enumerate(files(folder(config) / "2")):
+            content = path.read_bytes()
+            if harm == "bit flipped":
+                place = number * 7919 % max(len(content), 1)
+                changed = content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :]
+                path.write_bytes(changed if content else b"more")
+            elif harm == "cut short":
+                path.write_bytes(content[: len(content) // 2] if content else b"more")
+            else:
+                path.unlink()
+            step, damaged = checkpoints.newest()
+            assert step == 1, path
+            (line,) = damaged
+            name = path.relative_to(folder(config) / "2")
+            assert line.startswith(f"checkpoint {folder(config)}/2 is damaged ({name}: ") or name.parts[0] == "manifest"
+            path.write_bytes(content)
+        assert checkpoints.newest() == (2, [])
+
+
+def test_a_run_goes_on_from_the_step_before_a_damaged_one_and_saves_it_anew(config: Config) -> None:
+    save(config, (1, 2))
+    with jax.set_mesh(make_mesh("1x1")):
+        os.truncate(max(files(folder(config) / "2"), key=os.path.getsize), 100)
+        with pytest.raises(CheckpointError, match=r"checkpoints/2: is damaged \(policy/.* 100 bytes, expected .* 1$"):
+            load_policy(config.run.dir, np.float32)
+        with Checkpoints(folder(config)) as checkpoints:
+            step, _ = checkpoints.newest()
+            state = checkpoints.restore(step, make_state(config, seed=0), config, IDENTITY).state
+            assert checkpoints.steps == [1]
+            for got, want in zip(leaves(state), leaves(make_state(config, seed=1)), strict=True):
+                np.testing.assert_array_equal(got, want)
+            checkpoints.save(2, state, DATA, config, IDENTITY)
+            checkpoints.wait()
+            assert checkpoints.newest() == (2, [])
+
+
+def test_when_all_are_damaged_each_is_named(config: Config) -> None:
+    save(config, (1, 2))
+    for step in ("1", "2"):
+        (folder(config) / step / "manifest" / "manifest.json").write_text("{}")
+    with (
+        jax.set_mesh(make_mesh("1x1")),
+        Checkpoints(folder(config)) as checkpoints,
+        pytest.raises(CheckpointError) as error,
+    ):
+        checkpoints.newest()
+    for step in ("1", "2"):
+        assert f"checkpoints/{step} is damaged (manifest/manifest.json: its content has changed)" in str(error.value)
+
+
+def test_another_reference_or_sam_2_is_refused(config: Config) -> None:
+    save(config, (1,))
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        like = make_state(config, seed=0)
+        for identity, expected in (
+            (
+                IDENTITY._replace(reference="feedface00000000"),
+                "has fingerprint 0123456789abcdef, model.path=.* has feed",
+            ),
+            (IDENTITY._replace(sam2="cd" * 32), "came from SAM 2 checkpoint abababababab, .* SAM 2 checkpoint cdcdcd"),
+            (
+                IDENTITY._replace(sam2=None),
+                "came from SAM 2 checkpoint abababababab, reward.server=local means no SAM 2",
+            ),
+        ):
+            with pytest.raises(CheckpointError, match=expected):
+                checkpoints.restore(1, like, config, identity)
+
+
+def test_the_best_is_kept_beside_the_newest(config: Config) -> None:
+    scores = {1: 0.1, 2: 0.7, 3: 0.2, 5: 0.7, 6: 0.3}
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config), 2, scores.get) as checkpoints:
+        state = make_state(config, seed=0)
+        kept = []
+        for step in range(1, 8):
+            checkpoints.save(step, state, DATA, config, IDENTITY)
+            checkpoints.wait()
+            kept.append(sorted(int(path.name) for path in folder(config).iterdir() if path.name.isdigit()))
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6], [5, 6, 7]]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_next_save_succeeds(config: Config) -> None:
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        state = make_state(config, seed=1)
+        checkpoints.save(1, state, DATA, config, IDENTITY)
+        checkpoints.wait()
+        with no_file_above(20_000):
+            checkpoints.save(2, state, DATA, config, IDENTITY)
+            with pytest.raises(SaveError) as error:
+                checkpoints.wait()
+        assert "File too large" in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
+        assert len(str(error.value)) < 500
+        assert checkpoints.steps == [1]
+        assert [path.name for path in folder(config).iterdir()] == ["1"]
+        checkpoints.save(2, state, DATA, config, IDENTITY)
+        checkpoints.wait()
+        assert checkpoints.newest() == (2, [])
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """What a full disk is to a writer: files cannot grow past ``size`` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("form", ["run directory elsewhere", "directory", "its step"])
+def test_checkpoints_are_found_where_they_lie(config: Config, tmp_path: Path, form: str) -> None:
+    elsewhere = tmp_path / "bucket" / "mine"
+    config = configs.replace(config, **{"run.checkpoint_dir": str(elsewhere)})
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(checkpoint_directory(config)) as checkpoints:
+        checkpoints.save(4, make_state(config, seed=3), DATA, config, IDENTITY)
+        checkpoints.wait()
+        open_run(config)
+        path = {"run directory elsewhere": Path(config.run.dir), "directory": elsewhere, "its step": elsewhere / "4"}
+        policy, _, found = load_policy(path[form], np.float32)
+        assert found == config
+        for got, want in zip(leaves(policy), leaves(random_policy(seed=3)), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_the_fingerprint_sees_every_bit_and_no_mesh() -> None:
+    found = set()
+    for mesh in ("1x1", "2x2", "4x4"):
+        with jax.set_mesh(make_mesh(mesh)):
+            found.add(fingerprint(random_policy(seed=1)))
+    assert len(found) == 1
+    with jax.set_mesh(make_mesh("2x2")):
+        policy = random_policy(seed=1)
+        found.add(fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)))
+        paths, structure = jax.tree.flatten(policy)
+        largest = max(range(len(paths)), key=lambda i: paths[i].size)
+        bits = np.asarray(paths[largest]).view(np.uint32)
+        for place, bit in ((0, 0), (-1, 31), (bits.size // 3, 7)):
+            flipped = bits.copy()
+            flipped.flat[place] ^= np.uint32(1 << bit)
+            changed = jax.device_put(flipped.view(np.float32), paths[largest].sharding)
+            found.add(fingerprint(jax.tree.unflatten(structure, [*paths[:largest], changed, *paths[largest + 1 :]])))
+        swapped = np.array(paths[largest])
+        swapped.flat[0], swapped.flat[1] = swapped.flat[1], swapped.flat[0]
+        changed = jax.device_put(swapped, paths[largest].sharding)
+        found.add(fingerprint(jax.tree.unflatten(structure, [*paths[:largest], changed, *paths[largest + 1 :]])))
+    assert len(found) == 6

@@ -135,3 +135,35 @@ def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str
     metrics = lines(reference / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert len({row["loss"] for row in metrics}) == STEPS, "steps that do not differ would prove little"
+
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+# A signal, how the run ends, the step that it leaves saved, what it says last.
+STOPS = (
+    (Point(f"{TRAIN}:sample", "before", 2, signals=(TERM, TERM)), 0, 1, "stopped by SIGTERM; the same command goes on"),
+    (Point(f"{TRAIN}:update", "before", 1, signals=(TERM,)), 0, 2, "stopped by SIGTERM; the same command goes on"),
+    (Point("segzero_jax.evaluation:evaluate_split", "after", 1, signals=(INT,)), 130, 5, "stopped by Ctrl-C; the same"),
+    (
+        Point(f"{TRAIN}:Scorer.send", "after", 3, signals=(INT, INT)),
+        130,
+        6,
+        "stopped at once; the same command goes on",
+    ),
+)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_its_last_step(
+    processes: Processes, whole: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """Checkpoints are due at even steps only; a step in flight is given up before its update, finished behind it."""
+    options, reference = whole
+    run, log = tmp_path / "run", tmp_path / "log"
+    for point, expected, saved, last in STOPS:
+        code = processes.exit_code([*options, f"--run.dir={run}"], log, point)
+        said = log.read_text()
+        assert code == expected, f"{point}: {said[-2000:]}"
+        assert max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*")) == saved, point
+        assert last in said.splitlines()[-1]
+    assert processes.exit_code([*options, f"--run.dir={run}"], log) == 0, log.read_text()[-2000:]
+    assert_same(run, reference)

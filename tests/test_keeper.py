@@ -1,0 +1,93 @@
+"""What becomes of a run whose checkpoints cannot be written, with a store that fails on command."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from segzero_jax.checkpoint import SaveError
+from segzero_jax.config import Config
+from segzero_jax.grpo import TrainState
+from segzero_jax.identity import Identity
+from segzero_jax.keeper import Keeper
+
+STATE = TrainState({}, (), jnp.int32(0))  # type: ignore[arg-type]
+
+
+class Store:
+    """Writes in the background as Orbax does: a save that goes wrong is known at the next wait."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.steps: list[int] = []
+        self._pending: int | None = None
+
+    @property
+    def latest(self) -> int | None:
+        return self.steps[-1] if self.steps else None
+
+    def save(self, step: int, *_: Any) -> None:
+        self.wait()
+        if step != self.latest:
+            self._pending = step
+
+    def wait(self) -> None:
+        step, self._pending = self._pending, None
+        if step is not None and self.full:
+            raise SaveError("disk: no space left")
+        if step is not None:
+            self.steps.append(step)
+
+
+class Run:
+    def __init__(self) -> None:
+        self.store, self.said = Store(), []  # type: ignore[var-annotated]
+        self.keeper = Keeper(self.store, Config(), Identity("", None), self.said.append)  # type: ignore[arg-type]
+
+    def finish(self, step: int) -> None:
+        self.keeper.finished(step, STATE, {})
+
+
+def test_a_failed_save_is_said_and_counted_and_the_next_one_tries_again() -> None:
+    run = Run()
+    run.finish(1)
+    run.keeper.save()
+    run.store.full = True
+    run.finish(2)
+    run.keeper.save()
+    assert (run.store.steps, run.said, run.keeper.failed) == (
+        [],
+        ["checkpoint not written: disk: no space left; training goes on, the next save tries again"],
+        1,
+    )
+    run.store.full = False
+    run.finish(3)
+    run.keeper.save()
+    assert run.keeper.keep()
+    assert (run.store.steps, len(run.said), run.keeper.failed) == ([2, 3], 1, 1)
+
+
+def test_what_is_saved_already_is_not_saved_twice() -> None:
+    run = Run()
+    run.finish(1)
+    assert run.keeper.keep()
+    assert run.keeper.keep()
+    assert run.store.steps == [1]
+
+
+def test_the_last_step_of_a_run_that_cannot_be_saved_is_an_error() -> None:
+    run = Run()
+    run.finish(1)
+    assert run.keeper.keep()
+    run.store.full = True
+    run.finish(2)
+    run.keeper.save()
+    assert not run.keeper.keep()
+    with pytest.raises(SaveError) as error:
+        run.keeper.keep_or_fail()
+    assert str(error.value) == (
+        "the last finished step is not saved: disk: no space left; the newest checkpoint is of step 1"
+    )
+    run.store.full = False
+    run.keeper.keep_or_fail()
+    assert run.store.steps == [1, 2]

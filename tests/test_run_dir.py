@@ -1,0 +1,120 @@
+"""Whether a directory is begun in, gone on with, or refused; and which of a run's steps is the best."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from segzero_jax import config as configs
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.config import Config, ConfigError
+from segzero_jax.grpo import TrainState
+from segzero_jax.identity import Identity
+from segzero_jax.mesh import make_mesh
+from segzero_jax.model.weights import CheckpointError
+from segzero_jax.run_dir import Beginning, checkpoint_due, look, missing_splits, open_run, score
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return configs.replace(
+        Config(), **{"run.dir": str(tmp_path / "run"), "train.steps": 4, "data.eval_splits": ["val"]}
+    )
+
+
+def save(config: Config, *steps: int) -> None:
+    directory = Path(config.run.checkpoint_dir or f"{config.run.dir}/checkpoints")
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(directory, keep=9) as checkpoints:
+        for step in steps:
+            state = TrainState({"w": jnp.ones(3)}, {}, jnp.int32(step))  # type: ignore[arg-type]
+            checkpoints.save(step, state, {}, config, Identity("", None))
+        checkpoints.wait()
+
+
+def evaluated(config: Config, *rows: tuple[int, str, str, float]) -> None:
+    keys = ("step", "split", "mode", "giou")
+    text = "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
+    Path(config.run.dir, "evaluations.jsonl").write_text(text)
+
+
+def test_nothing_there_begins_and_resume_insists_on_a_checkpoint(config: Config) -> None:
+    assert look(config, resume=False) == (Beginning(None, False), [])
+    assert not Path(config.run.dir).exists(), "a look changes nothing"
+    with pytest.raises(ConfigError, match="no checkpoint to resume from; start without --resume"):
+        look(config, resume=True)
+
+
+@pytest.mark.parametrize("place", ["", "elsewhere"])
+def test_a_run_that_was_cut_off_goes_on(config: Config, tmp_path: Path, place: str) -> None:
+    config = configs.replace(config, **{"run.checkpoint_dir": place and str(tmp_path / place)})
+    save(config, 1, 3)
+    for resume in (False, True):
+        assert look(config, resume) == (Beginning(3, False), [])
+    longer = configs.replace(config, **{"train.steps": 9, "mesh": "2x2", "model.path": "moved"})
+    assert look(longer, resume=False)[0] == Beginning(3, False)
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(config: Config) -> None:
+    save(config, 1, 3)
+    (file,) = Path(config.run.dir).glob("checkpoints/3/run/metadata")
+    file.write_bytes(file.read_bytes()[:-1])
+    beginning, (line,) = look(config, resume=False)
+    assert beginning == Beginning(1, False)
+    assert "checkpoints/3 is damaged (run/metadata: " in line
+    assert line.endswith("): going on from step 1")
+
+
+def test_all_steps_and_evaluations_are_the_end(config: Config) -> None:
+    save(config, 4)
+    evaluated(config, (0, "val", "greedy", 0.5))
+    assert look(config, resume=False)[0] == Beginning(4, False), "its last evaluation is missing"
+    evaluated(config, (4, "val", "greedy", 0.5))
+    assert look(config, resume=False)[0] == Beginning(4, True)
+    assert look(configs.replace(config, **{"train.steps": 5}), resume=False)[0] == Beginning(4, False)
+
+
+def test_another_run_is_refused_with_or_without_checkpoints(config: Config) -> None:
+    other = configs.replace(config, **{"train.lr": 0.5, "reward.recipe": "seg_zero_soft", "train.steps": 99})
+    run_dir = open_run(config)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert look(config, resume=False)[0] == Beginning(None, False), "killed before its first checkpoint"
+    with pytest.raises(ConfigError, match=r"another configuration \(reward\.recipe, train\.lr differ\)"):
+        look(other, resume=False)
+    save(config, 1)
+    with pytest.raises(CheckpointError, match=r"another configuration \(reward\.recipe, train\.lr differ\)"):
+        look(other, resume=False)
+    (run_dir / "config.yaml").unlink()
+    assert look(config, resume=False)[0] == Beginning(1, False)
+
+
+def test_only_the_splits_without_numbers_are_evaluated_again(config: Config) -> None:
+    config = configs.replace(config, **{"data.eval_splits": ["val", "ReasonSeg/test"]})
+    run_dir = open_run(config)
+    assert missing_splits(config, run_dir, 0) == ["val", "ReasonSeg-test"]
+    evaluated(config, (0, "val", "greedy", 0.5))
+    assert missing_splits(config, run_dir, 0) == ["ReasonSeg-test"]
+    assert missing_splits(config, run_dir, 2) == []
+
+
+def test_the_best_step_by_an_evaluation_or_a_metric(config: Config) -> None:
+    run_dir = open_run(config)
+    evaluated(config, (2, "val", "sampled", 0.1), (2, "val", "greedy", 0.75))
+    (run_dir / "metrics.jsonl").write_text('{"step": 2, "reward/mean": 3.5}\n{"step": 3, "reward/mean": null}\n')
+    for name, expected in {
+        "val/greedy/giou": [None, 0.75, None],
+        "reward/mean": [None, 3.5, None],
+        "no/such/number": [None, None, None],
+        "": [None, None, None],
+    }.items():
+        named = configs.replace(config, **{"train.keep_best": name})
+        assert [score(named, run_dir, step) for step in (1, 2, 3)] == expected
+
+
+def test_steps_that_may_prove_the_best_are_saved(config: Config) -> None:
+    config = configs.replace(config, **{"train.steps": 9, "train.checkpoint_every": 4, "eval.every": 3})
+    due = lambda config: [step for step in range(1, 10) if checkpoint_due(config, step)]  # noqa: E731
+    assert due(config) == [4, 8, 9]
+    assert due(configs.replace(config, **{"train.keep_best": "reward/mean"})) == [4, 8, 9]
+    assert due(configs.replace(config, **{"train.keep_best": "val/greedy/giou"})) == [3, 4, 6, 8, 9]
