@@ -13,6 +13,7 @@ from jax.profiler import ProfileData
 
 from segzero_jax import train, watch
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=2", "--train.micro_batch_size=2", "--rollout.group_size=2", "--reward.server=none"]
 SMALL += ["--eval.examples=2", "--eval.samples=2", "--data.eval_splits=[val]", "--train.checkpoint_every=1"]
 PHASES = ("data", "rollout", "reference", "reward_wait", "update", "checkpoint")
@@ -80,8 +81,17 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
     for name, value in good.items():
         np.testing.assert_array_equal(value, skipped[name], err_msg=name)
     assert any((value != before[name]).any() for name, value in good.items())
+    documented(rows)
     account(rows)
     profile(run)
+
+
+def documented(rows: list[dict]) -> None:
+    manual = (ROOT / "docs/monitoring.md").read_text()
+    for key in {key for row in rows for key in row} - {"step"}:
+        shown = key.removeprefix("alarm/") if key.startswith("alarm/") else key
+        component = key.startswith("reward/") and key not in ("reward/mean", "reward/std", "reward/zero_std_groups")
+        assert component or f"`{shown}`" in manual, key
 
 
 def account(rows: list[dict]) -> None:
