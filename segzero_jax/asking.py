@@ -1,11 +1,13 @@
 """A policy that can be asked: any checkpoint, with all that its weights do not say of themselves, and one response."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import load_policy
@@ -17,7 +19,7 @@ from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
-from segzero_jax.rollout import Sampling, sample
+from segzero_jax.rollout import Sampling, padding_multiple, sample_in_parts
 from segzero_jax.types import Example
 
 _DEFAULT_RUN = Path("runs/toy")
@@ -31,6 +33,7 @@ _RELEASED = {
     "rollout.max_response_tokens": 2000,
     "reward.local_model": _LARGE_SAM,
 }
+_WATCHED_TOKENS = 8  # whoever watches a response is shown it in parts of so many tokens
 _UNIT = 28  # pixels along the side of what becomes one image token
 
 
@@ -50,6 +53,16 @@ class Loaded:
     config: Config
 
 
+def find_checkpoints(given: Sequence[str | None]) -> list[str]:
+    """What several ``--checkpoint`` mean: as ``find_checkpoint``, and ``RUN/checkpoints`` stands for all its steps."""
+    found: list[str] = []
+    for text in given:
+        folder = Path(text or "").expanduser()
+        steps = _steps(folder) if folder.name == "checkpoints" else []
+        found += [str(folder / str(step)) for step in steps] or [find_checkpoint(text)]
+    return list(dict.fromkeys(found))
+
+
 def find_checkpoint(given: str | None) -> str:
     """What ``--checkpoint`` means: a run directory stands for its newest step, nothing for the toy run or "toy"."""
     if given is None:
@@ -58,9 +71,13 @@ def find_checkpoint(given: str | None) -> str:
 
 
 def _newest(run: Path) -> str | None:
+    steps = _steps(run / "checkpoints")
+    return str(run / "checkpoints" / str(steps[-1])) if steps else None
+
+
+def _steps(checkpoints: Path) -> list[int]:
     # Orbax names a checkpoint by its step alone only once it is complete.
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    return str(run / "checkpoints" / str(max(steps))) if steps else None
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
 def load(name: str, image_size: int | None = None, prompt: str | None = None) -> Loaded:
@@ -135,7 +152,11 @@ def default_sam(config: Config) -> str:
 
 
 def respond(
-    loaded: Loaded, example: Example, seed: int | None = None, temperature: float | None = None
+    loaded: Loaded,
+    example: Example,
+    seed: int | None = None,
+    temperature: float | None = None,
+    watch: Callable[[str], None] | None = None,
 ) -> tuple[str, bool]:
     """The policy's response to one question.
 
@@ -143,6 +164,7 @@ def respond(
       loaded: on the ambient mesh.
       seed: None for the most probable tokens, else of the draw.
       temperature: of the draw; the run's own by default, like top-p and top-k.
+      watch: is given the text so far whenever there are some tokens more.
 
     Returns:
       The text, and whether it ended by itself rather than at the length limit.
@@ -154,9 +176,14 @@ def respond(
     sampling = make_sampling(rollout, processor)._replace(
         group=1, temperature=temperature or rollout.temperature, greedy=seed is None
     )
-    batch = processor.batch([processor.encode(example)])
+    batch = processor.batch([processor.encode(example)], multiple=padding_multiple(rollout.max_prompt_tokens))
     dtype, kernel = jnp.dtype(loaded.config.model.compute_dtype), choose_kernel(jax.sharding.get_mesh())
     setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel)
-    key = jax.random.key(seed or 0)
-    drawn = jax.device_get(sample(loaded.policy, batch, key, setup=setup, sampling=sampling))
-    return processor.decode(drawn.tokens_bgr[0, 0, : drawn.length_bg[0, 0]]), bool(drawn.finished_bg[0, 0])
+    parts = sample_in_parts(
+        loaded.policy, batch, jax.random.key(seed or 0), setup=setup, sampling=sampling, tokens=_WATCHED_TOKENS
+    )
+    for drawn in parts:
+        text = processor.decode(np.asarray(drawn.tokens_bgr)[0, 0, : drawn.length_bg[0, 0]])
+        if watch is not None:
+            watch(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character whose other bytes are still to come
+    return text, bool(drawn.finished_bg[0, 0])

@@ -1,18 +1,20 @@
-"""Evaluation on held-out questions: gIoU, cIoU, box accuracy and format, greedy and sampled, with confidence intervals.
+"""Evaluation numbers: gIoU, cIoU, box accuracy, format and no-target rates, with bootstrap confidence intervals.
 
 Every question counts: a broken answer, one without objects, and one that the service refuses to segment are IoU 0.
 gIoU is the mean of the IoUs, cIoU the summed intersections over the summed unions (as ReasonSeg's authors define
-them, arXiv 2308.00692, section 4.1).
+them, arXiv 2308.00692, section 4.1). No-target questions follow GRES (arXiv 2306.00968, section 4): IoU 1 for an empty
+mask and 0 for any other. ``docs/evaluation.md`` says all of it in full.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
 from scipy.optimize import linear_sum_assignment
 
+from segzero_jax.answers import tagged_json
 from segzero_jax.patience import Patience
 from segzero_jax.prompt import parse_answer
 from segzero_jax.reward_messages import CandidateScore
@@ -27,14 +29,36 @@ Answers = Callable[[Sequence[Example], bool], list[list[str]]]
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one answer is worth.
+
+    Attributes:
+      iou: of the masks; None without a reward server.
+      intersection, union: pixels.
+      box_accuracy: share of the boxes that match a target's at IoU above 0.5, see ``box_hits``.
+      well_formed: whether reasoning and answer are in the form asked for.
+      found: whether something was pointed out: a mask with pixels, or without a server an object.
+    """
+
+    iou: float | None
+    intersection: int
+    union: int
+    box_accuracy: float
+    well_formed: bool
+    found: bool
+
+
+@dataclass(frozen=True)
 class Judged:
-    """One mode of a split, ``q`` questions with ``a`` answers each.
+    """Answers to ``q`` questions, ``a`` each.
 
     Attributes:
       ious_qa: mask IoU; None without a reward server.
       intersections_qa, unions_qa: pixels.
-      box_hits_qa: share of an answer's boxes that match a target's at IoU above 0.5.
+      box_hits_qa: see ``Measured.box_accuracy``.
       format_qa: whether an answer is well formed.
+      found_qa: whether it pointed something out.
+      has_target_q: whether there is anything to find.
     """
 
     ious_qa: np.ndarray | None
@@ -42,6 +66,26 @@ class Judged:
     unions_qa: np.ndarray
     box_hits_qa: np.ndarray
     format_qa: np.ndarray
+    found_qa: np.ndarray
+    has_target_q: np.ndarray
+
+    @classmethod
+    def of(cls, measured: Sequence[Sequence[Measured]], has_target: Sequence[bool]) -> "Judged":
+        """From single answers, ``[q][a]``."""
+
+        def column(name: str) -> np.ndarray:
+            return np.array([[getattr(one, name) for one in group] for group in measured], np.float64)
+
+        scored = measured[0][0].iou is not None
+        return cls(
+            ious_qa=column("iou") if scored else None,
+            intersections_qa=column("intersection"),
+            unions_qa=column("union"),
+            box_hits_qa=column("box_accuracy"),
+            format_qa=column("well_formed"),
+            found_qa=column("found"),
+            has_target_q=np.array(has_target, bool),
+        )
 
 
 def box_iou(a: Box, b: Box) -> float:
@@ -62,82 +106,192 @@ def box_hits(answer: Sequence[ObjectPrompt], target: Sequence[ObjectPrompt]) -> 
     return float((ious[rows, columns] > 0.5).sum() / max(len(answer), len(target)))
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval (95%) of the mean over questions, from a fixed seed."""
+def has_target(example: Example) -> bool:
+    """Whether there is anything to find: its mask has pixels, or without a mask there are objects."""
+    return bool(example.objects) if example.mask is None else _area(example.mask) > 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as far as it can be read.
+
+    Attributes:
+      objects: what it points out, in pixels of the stored picture.
+      readable: whether the answer could be read; one that could not is wrong even where nothing was to be found.
+      in_form: whether the whole response has the form asked for.
+      finished: whether it ended by itself rather than at the limit of tokens.
+      problem: why the question could not even be asked; empty where it could.
+    """
+
+    text: str
+    objects: tuple[ObjectPrompt, ...]
+    readable: bool = True
+    in_form: bool = True
+    finished: bool = True
+    problem: str = ""
+
+
+def read_response(text: str, example: Example, frame: Frame, finished: bool = True, problem: str = "") -> Response:
+    """Reads a response that speaks of ``frame``."""
+    readable = parse_answer(text).well_formed
+    in_form = readable and thinking_format(text) > 0
+    return Response(text, answered_objects(text, example, frame), readable, in_form, finished, problem)
+
+
+def measure(example: Example, response: Response, score: CandidateScore | None) -> Measured:
+    """Measures one response.
+
+    Args:
+      example: the question.
+      score: what SAM 2 made of it, with its mask where there are pixels to ignore; None without a server.
+    """
+    objects, readable = response.objects, response.readable
+    hits = box_hits(objects, example.objects) if readable else 0.0
+    if score is None:
+        return Measured(None, 0, 0, hits, response.in_form, bool(objects))
+    if score.iou is None:  # refused
+        return Measured(0.0, 0, _area(example.mask), hits, response.in_form, False)
+    iou, inside, union = score.iou, score.intersection, score.union
+    if example.ignore is not None and score.mask is not None and example.mask is not None:
+        inside, union = _overlap_outside(score.mask, example.mask, example.ignore)
+        iou = inside / union if union else 1.0
+    if not readable:
+        iou, inside = 0.0, 0
+    found = bool(objects) if score.mask is None else _area(score.mask) > 0
+    return Measured(iou, inside, union, hits, response.in_form, found)
+
+
+def failure(response: Response, score: CandidateScore | None) -> str:
+    """Why a response could not be judged by its mask; empty where it could.
+
+    Returns:
+      ``not_asked`` (the picture cannot be read, or the prompt is too long), ``cut_off`` (at the limit of tokens),
+      ``no_answer`` (no ``<answer>`` block), ``not_json``, ``not_objects`` (JSON of another form), or ``refused`` (by
+      SAM 2).
+    """
+    if response.problem:
+        return "not_asked"
+    if response.readable:
+        return "refused" if score is not None and score.iou is None else ""
+    if not response.finished:
+        return "cut_off"
+    if "</answer>" not in response.text.partition("<answer>")[2]:
+        return "no_answer"
+    return "not_json" if tagged_json(response.text) is None else "not_objects"
+
+
+def bootstrap_interval(
+    numerators_q: np.ndarray, denominators_q: np.ndarray | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (95%) of a ratio of sums over questions, from a fixed seed.
+
+    Questions are drawn with replacement, as many as there are, and the ratio is computed anew each time. A draw in
+    which nothing is counted (all its denominators are 0) is left out.
+
+    Args:
+      numerators_q: one a question.
+      denominators_q: the same; without it each question counts 1, and the ratio is the mean.
+    """
+    count = len(numerators_q)
+    denominators_q = np.ones(count) if denominators_q is None else denominators_q
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    ratios = []
+    for _ in range(_RESAMPLES):
+        drawn = rng.integers(0, count, count)
+        below = denominators_q[drawn].sum()
+        if below > 0:
+            ratios.append(numerators_q[drawn].sum() / below)
+    low, high = np.quantile(ratios, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return float(low), float(high)
 
 
 def summary(judged: Judged) -> dict[str, float | int | None]:
-    """The numbers of a mode: ``giou`` with its interval, ``ciou``, ``box_accuracy``, ``format_rate``, ``count``."""
-    numbers: dict[str, float | int | None] = {"giou": None, "giou_low": None, "giou_high": None, "ciou": None}
-    if judged.ious_qa is not None:
-        per_question = judged.ious_qa.mean(axis=1)
-        numbers["giou"] = float(per_question.mean())
-        numbers["giou_low"], numbers["giou_high"] = bootstrap_interval(per_question)
-        numbers["ciou"] = float(judged.intersections_qa.sum() / max(judged.unions_qa.sum(), 1))
-    numbers["box_accuracy"] = float(judged.box_hits_qa.mean())
-    numbers["format_rate"] = float(judged.format_qa.mean())
+    """The numbers of a mode; None for what was not measured.
+
+    Returns:
+      ``giou``, ``ciou``, ``box_accuracy`` and ``format_rate``; ``n_acc``, the share of questions without a target for
+      which nothing was pointed out, and ``t_acc``, the share of those with one for which something was; each with its
+      interval in ``*_low`` and ``*_high``. ``count`` is questions, ``no_target`` how many of them have no target.
+    """
+    scored = judged.ious_qa is not None
+    ones = np.ones(len(judged.format_qa))
+    nothing, something = (~judged.has_target_q).astype(float), judged.has_target_q.astype(float)
+    # Where nothing is to be found, an answer's IoU is 1 for an empty mask and 0 for any other.
+    right_qa = judged.box_hits_qa if judged.ious_qa is None else judged.ious_qa
+    ratios: dict[str, tuple[np.ndarray, np.ndarray] | None] = {
+        "giou": (judged.ious_qa.mean(1), ones) if judged.ious_qa is not None else None,
+        "ciou": (judged.intersections_qa.sum(1), judged.unions_qa.sum(1)) if scored else None,
+        "box_accuracy": (judged.box_hits_qa.mean(1), ones),
+        "format_rate": (judged.format_qa.mean(1), ones),
+        "n_acc": (nothing * right_qa.mean(1), nothing),
+        "t_acc": (something * judged.found_qa.mean(1), something),
+    }
+    numbers: dict[str, float | int | None] = {}
+    for name, parts in ratios.items():
+        value, low, high = None, None, None
+        if parts is not None and parts[1].sum() > 0:
+            value, (low, high) = float(parts[0].sum() / parts[1].sum()), bootstrap_interval(*parts)
+        numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
     numbers["count"] = len(judged.format_qa)
+    numbers["no_target"] = int(nothing.sum())
     return numbers
 
 
-def _area(mask: RleMask | None) -> int:
-    if mask is None:
-        return 0
-    return int(coco.area({"size": [mask.height, mask.width], "counts": mask.counts.encode()}))
+def per_instance(judged: Judged, instances: Sequence[str]) -> Judged:
+    """The same with one row an instance, the mean over its expressions; ``instances`` names each question's."""
+    _, index = np.unique(np.array(instances), return_inverse=True)
+    counts = np.bincount(index)
 
+    def mean(values_qa: np.ndarray) -> np.ndarray:
+        total = np.zeros((len(counts), values_qa.shape[1]))
+        np.add.at(total, index, values_qa.astype(np.float64))
+        return total / counts[:, None]
 
-def _overlap(score: CandidateScore, example: Example) -> tuple[float, int, int]:
-    if score.iou is None:
-        return 0.0, 0, _area(example.mask)
-    return score.iou, score.intersection, score.union
-
-
-def judge(examples: Sequence[Example], texts: list[list[str]], scored: Scored, frame: Frame) -> Judged:
-    """Measures answers ``[q][a]`` that have been scored."""
-    overlaps = None
-    if scored.masks is not None:
-        groups = zip(examples, scored.masks, strict=True)
-        overlaps = np.array([[_overlap(score, example) for score in group] for example, group in groups], np.float64)
-    hits = [
-        [box_hits(answered_objects(text, example, frame), example.objects) for text in group]
-        for example, group in zip(examples, texts, strict=True)
-    ]
-    well = [[thinking_format(text) > 0 and parse_answer(text).well_formed for text in group] for group in texts]
-    zeros = np.zeros((len(texts), len(texts[0])))
-    return Judged(
-        ious_qa=None if overlaps is None else overlaps[..., 0],
-        intersections_qa=zeros if overlaps is None else overlaps[..., 1],
-        unions_qa=zeros if overlaps is None else overlaps[..., 2],
-        box_hits_qa=np.array(hits),
-        format_qa=np.array(well),
-    )
+    columns = {name: value for name, value in vars(judged).items() if name.endswith("_qa") and value is not None}
+    target = mean(judged.has_target_q[:, None])[:, 0] > 0
+    return replace(judged, **{name: mean(value) for name, value in columns.items()}, has_target_q=target)
 
 
 def sample_row(
-    example: Example, text: str, scored: Scored, index: int, frame: Frame, recipe: str, image: str
+    example: Example, response: Response, score: CandidateScore | None, target: str, image: str = ""
 ) -> dict[str, Any]:
-    """A line of ``evaluations/STEP_SPLIT.jsonl``: the first answer to question ``index``, and what shows it."""
-    score = scored.masks[index][0] if scored.masks is not None else None
-    reward = scored.rewards_bg[index, 0]
+    """A response, what it is worth and what shows it, as JSON.
+
+    Args:
+      target: the solution in the form that the recipe of the rewards takes.
+      image: where the picture is kept.
+    """
     return {
         "id": example.id,
+        "instance": example.instance_id or example.id,
         "question": example.question,
-        "text": text,
-        "solution": solution(example, frame, recipe),
+        "text": response.text,
+        "solution": target,
         "image": image,
         "frame": [example.frame.width, example.frame.height],
-        "objects": object_rows(answered_objects(text, example, frame)),
+        "objects": object_rows(response.objects),
         "target_objects": object_rows(example.objects),
-        "iou": None if score is None else (score.iou or 0.0),
-        "mask": mask_row(score.mask if score is not None else None),
+        "has_target": has_target(example),
+        **vars(measure(example, response, score)),
+        "failure": failure(response, score),
+        "error": response.problem or (score.error if score else ""),
+        "model_score": score.model_score if score else None,
+        "mask": mask_row(score.mask if score else None),
         "target_mask": mask_row(example.mask),
-        "reward": float(reward) if np.isfinite(reward) else None,
-        "components": scored.components[index][0],
     }
+
+
+def rewarded(scored: Scored, q: int, a: int) -> dict[str, Any]:
+    """The reward of an answer as JSON."""
+    reward = float(scored.rewards_bg[q, a])
+    return {"reward": reward if np.isfinite(reward) else None, "components": scored.components[q][a]}
+
+
+def judge_rows(rows: Sequence[Mapping[str, Any]], answers: int) -> Judged:
+    """The numbers in rows of ``sample_row``, ``answers`` after one another for each question."""
+    measured = [Measured(**{name: row[name] for name in Measured.__dataclass_fields__}) for row in rows]
+    groups = [measured[start : start + answers] for start in range(0, len(measured), answers)]
+    return Judged.of(groups, [row["has_target"] for row in rows[::answers]])
 
 
 def object_rows(objects: Sequence[ObjectPrompt]) -> list[dict[str, Any]]:
@@ -173,20 +327,38 @@ def evaluate_split(
     greedy, sampled = answer(examples, True), answer(examples, False)
     together = [first + more for first, more in zip(greedy, sampled, strict=True)]
     scored = scorer.send(examples, together, masks=len(examples)).result(patience)
-    judged = judge(examples, together, scored, frame)
-    summaries = {"greedy": summary(_answers(judged, slice(0, 1))), "sampled": summary(_answers(judged, slice(1, None)))}
+    groups = [
+        [
+            (read_response(text, example, frame), scored.masks[q][a] if scored.masks is not None else None)
+            for a, text in enumerate(group)
+        ]
+        for q, (example, group) in enumerate(zip(examples, together, strict=True))
+    ]
+    measured = [
+        [measure(example, *answered) for answered in group] for example, group in zip(examples, groups, strict=True)
+    ]
+    targets = [has_target(example) for example in examples]
+    summaries = {
+        mode: summary(Judged.of([group[which] for group in measured], targets))
+        for mode, which in (("greedy", slice(0, 1)), ("sampled", slice(1, None)))
+    }
     rows = [
-        sample_row(example, greedy[i][0], scored, i, frame, recipe, store_image(example))
-        for i, example in enumerate(examples)
+        sample_row(example, *groups[q][0], solution(example, frame, recipe), store_image(example))
+        | rewarded(scored, q, 0)
+        for q, example in enumerate(examples)
     ]
     return summaries, rows
 
 
-def _answers(judged: Judged, which: slice) -> Judged:
-    return Judged(
-        ious_qa=None if judged.ious_qa is None else judged.ious_qa[:, which],
-        intersections_qa=judged.intersections_qa[:, which],
-        unions_qa=judged.unions_qa[:, which],
-        box_hits_qa=judged.box_hits_qa[:, which],
-        format_qa=judged.format_qa[:, which],
-    )
+def _coco(mask: RleMask) -> dict[str, Any]:
+    return {"size": [mask.height, mask.width], "counts": mask.counts.encode()}
+
+
+def _area(mask: RleMask | None) -> int:
+    return 0 if mask is None else int(coco.area(_coco(mask)))
+
+
+def _overlap_outside(predicted: RleMask, target: RleMask, ignore: RleMask) -> tuple[int, int]:
+    """Pixels of the intersection and of the union outside ``ignore``."""
+    p, t, i = (coco.decode(_coco(mask)).astype(bool) for mask in (predicted, target, ignore))
+    return int((p & t & ~i).sum()), int(((p | t) & ~i).sum())

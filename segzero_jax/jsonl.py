@@ -31,8 +31,13 @@ def dump(row: Mapping[str, Any]) -> str:
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one line; it is on the disk when this returns."""
+    append_lines(path, [dump(row)])
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds lines that ``dump`` made; they are on the disk when this returns."""
     with path.open("a", encoding="ascii") as file:
-        file.write(dump(row))
+        file.write("".join(lines))
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,10 +1,12 @@
 """Rollout: one prefill per prompt, G sampled continuations, in one jitted program that ends when all have ended."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from segzero_jax.mesh import ROLLOUT
 from segzero_jax.model.attention import KeyValue
@@ -150,10 +152,52 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, s
       Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
       temperature, before top-p and top-k.
     """
-    hidden_bd, prompt = prefill(policy, batch, setup)
-    end = jax.lax.while_loop(
-        lambda progress: (progress.step < sampling.max_tokens) & ~progress.done_bg.all(),
+    end = _run(policy, batch, key, _begin(policy, batch, setup, sampling), setup, sampling, sampling.max_tokens)
+    return _rollout(end)
+
+
+def sample_in_parts(
+    policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, sampling: Sampling, tokens: int
+) -> Iterator[Rollout]:
+    """What ``sample`` returns, seen while it grows: after every ``tokens`` tokens, and at the end.
+
+    The loop stops and starts again between two programs: nothing calls back to the host from inside one.
+    """
+    progress = _begin_alone(policy, batch, setup=setup, sampling=sampling)
+    limit, ended = 0, False
+    while limit < sampling.max_tokens and not ended:
+        limit = min(limit + tokens, sampling.max_tokens)
+        progress = _run_alone(policy, batch, key, progress, setup=setup, sampling=sampling, limit=limit)
+        # Copied: the next part takes the buffers over.
+        seen = jax.tree.map(np.array, jax.device_get(_rollout(progress)))
+        ended = bool(seen.finished_bg.all())
+        yield seen
+
+
+def _begin(policy: Policy, batch: PromptBatch, setup: Pass, sampling: Sampling) -> _Progress:
+    return _start(*prefill(policy, batch, setup), setup, sampling)
+
+
+def _run(
+    policy: Policy,
+    batch: PromptBatch,
+    key: jax.Array,
+    progress: _Progress,
+    setup: Pass,
+    sampling: Sampling,
+    limit: int | jax.Array,
+) -> _Progress:
+    """Samples until responses have ``limit`` tokens or all have ended."""
+    return jax.lax.while_loop(
+        lambda progress: (progress.step < limit) & ~progress.done_bg.all(),
         lambda progress: _decode_step(policy, batch, key, progress, setup, sampling),
-        _start(hidden_bd, prompt, setup, sampling),
+        progress,
     )
+
+
+_begin_alone = partial(jax.jit, static_argnames=("setup", "sampling"))(_begin)
+_run_alone = partial(jax.jit, static_argnames=("setup", "sampling"), donate_argnames=("progress",))(_run)
+
+
+def _rollout(end: _Progress) -> Rollout:
     return Rollout(end.tokens_bgr, end.length_bg, end.logps_bgr, end.done_bg)

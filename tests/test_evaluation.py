@@ -1,11 +1,30 @@
 """Evaluation numbers against independent computations; every question counts."""
 
+import json
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco
 
+from segzero_jax import jsonl
 from segzero_jax.config import RewardConfig
-from segzero_jax.evaluation import Judged, bootstrap_interval, box_hits, box_iou, evaluate_split, summary
+from segzero_jax.evaluation import (
+    Judged,
+    Measured,
+    Response,
+    bootstrap_interval,
+    box_hits,
+    box_iou,
+    evaluate_split,
+    failure,
+    has_target,
+    judge_rows,
+    measure,
+    per_instance,
+    read_response,
+    sample_row,
+    summary,
+)
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -88,26 +107,144 @@ def test_a_broken_answer_lowers_giou() -> None:
     assert broken["greedy"]["giou"] == 0.75
 
 
-def test_numbers_equal_an_independent_computation() -> None:
-    rng = np.random.default_rng(0)
-    unions = rng.integers(50, 100, (40, 3))
-    inside = (unions * rng.random((40, 3))).astype(int)
-    judged = Judged(inside / unions, inside, unions, rng.random((40, 3)), rng.random((40, 3)) > 0.5)
+def draw_judged(seed: int, questions: int = 40, answers: int = 3) -> tuple[Judged, list[list[tuple[set, set]]]]:
+    """Judged random masks, and the same masks as sets of pixels; every fifth question has no target."""
+    rng = np.random.default_rng(seed)
+    groups, measured, targets = [], [], []
+    for q in range(questions):
+        target = rng.random((9, 11)) < (0.0 if q % 5 == 0 else rng.uniform(0.1, 0.8))
+        example = Example(f"q{q}", b"", Frame(11, 9), "?", (), rle(target))
+        group = [rng.random((9, 11)) < rng.choice([0.0, 0.3, 0.7]) for _ in range(answers)]
+        scores = []
+        for mask in group:
+            inside, union = int((mask & target).sum()), int((mask | target).sum())
+            scores.append(CandidateScore(inside / union if union else 1.0, inside, union, 1.0, rle(mask), ""))
+        measured.append([measure(example, Response("", ()), score) for score in scores])
+        targets.append(has_target(example))
+        places = lambda m: {tuple(p) for p in np.argwhere(m).tolist()}  # noqa: E731
+        groups.append([(places(mask), places(target)) for mask in group])
+    return Judged.of(measured, targets), groups
+
+
+def plain_numbers(groups: list[list[tuple[set, set]]]) -> dict[str, float]:
+    """The metrics as their definitions read, on sets of pixels."""
+    ious = [[len(m & t) / len(m | t) if m | t else 1.0 for m, t in group] for group in groups]
+    nothing = [group for group in groups if not group[0][1]]
+    something = [group for group in groups if group[0][1]]
+    return {
+        "giou": sum(sum(row) / len(row) for row in ious) / len(ious),
+        "ciou": sum(len(m & t) for g in groups for m, t in g) / sum(len(m | t) for g in groups for m, t in g),
+        "n_acc": sum(not m for g in nothing for m, _ in g) / sum(len(g) for g in nothing),
+        "t_acc": sum(bool(m) for g in something for m, _ in g) / sum(len(g) for g in something),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_equal_an_independent_computation(seed: int) -> None:
+    """On random masks, with intervals: the same questions drawn again, every metric computed anew from pixels."""
+    judged, groups = draw_judged(seed)
     numbers = summary(judged)
-    assert numbers["giou"] == pytest.approx(
-        sum(i / u for i, u in zip(inside.flat, unions.flat, strict=True)) / 120, abs=1e-9
+    expected = plain_numbers(groups)
+    for name, value in expected.items():
+        assert numbers[name] == pytest.approx(value, abs=1e-9)
+    rng = np.random.default_rng(0)
+    drawn: list[dict[str, float]] = []
+    for _ in range(1000):
+        drawn.append(plain_numbers([groups[i] for i in rng.integers(0, len(groups), len(groups))]))
+    for name in expected:
+        low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
+        assert numbers[f"{name}_low"] == pytest.approx(low, abs=1e-9)
+        assert numbers[f"{name}_high"] == pytest.approx(high, abs=1e-9)
+    assert (numbers["count"], numbers["no_target"]) == (40, 8)
+
+
+def test_an_interval_covers_what_it_should() -> None:
+    values = np.random.default_rng(1).random(400)
+    low, high = bootstrap_interval(values)
+    spread = 1.96 * values.std() / np.sqrt(400)
+    assert low == pytest.approx(values.mean() - spread, abs=0.15 * spread)
+    assert high == pytest.approx(values.mean() + spread, abs=0.15 * spread)
+    assert bootstrap_interval(np.ones(5), np.ones(5) * 4) == (0.25, 0.25)
+
+
+def test_an_instance_is_the_mean_of_its_expressions() -> None:
+    judged = Judged(
+        ious_qa=np.array([[1.0], [0.0], [0.4]]),
+        intersections_qa=np.array([[10.0], [0.0], [4.0]]),
+        unions_qa=np.array([[10.0], [30.0], [10.0]]),
+        box_hits_qa=np.array([[1.0], [0.0], [1.0]]),
+        format_qa=np.ones((3, 1)),
+        found_qa=np.ones((3, 1)),
+        has_target_q=np.array([True, True, True]),
     )
-    assert numbers["ciou"] == pytest.approx(sum(inside.flat) / sum(unions.flat), abs=1e-9)
-    per_question = (inside / unions).mean(axis=1)
-    spread = 1.96 * per_question.std() / np.sqrt(40)
-    assert numbers["giou_low"] == pytest.approx(numbers["giou"] - spread, abs=0.25 * spread)
-    assert numbers["giou_high"] == pytest.approx(numbers["giou"] + spread, abs=0.25 * spread)
-    assert bootstrap_interval(per_question) == bootstrap_interval(per_question)
+    numbers = summary(per_instance(judged, ["cat", "cat", "dog"]))
+    assert numbers["giou"] == pytest.approx((0.5 + 0.4) / 2)
+    assert numbers["ciou"] == pytest.approx((5 + 4) / (20 + 10))
+    assert numbers["box_accuracy"] == pytest.approx(0.75)
+    assert numbers["count"] == 2
+
+
+def test_questions_without_a_target() -> None:
+    """An empty answer is right, another is wrong, and so is one that cannot be read, though its mask is empty too."""
+    empty, some = rle(np.zeros((10, 10))), rle(pixels((1, 1, 2, 2)))
+    example = Example("none", b"", FRAME, "?", (), empty)
+    blank = CandidateScore(1.0, 0, 0, 0.0, empty, "")
+    nothing = measure(example, read_response("<think>none</think><answer>[]</answer>", example, FRAME), blank)
+    broken = measure(example, read_response("hm", example, FRAME), blank)
+    wrong = measure(
+        example, read_response(answer((1, 1, 2, 2)), example, FRAME), CandidateScore(0.0, 0, 4, 0.9, some, "")
+    )
+    assert [one.iou for one in (nothing, broken, wrong)] == [1.0, 0.0, 0.0]
+    assert [one.box_accuracy for one in (nothing, broken, wrong)] == [1.0, 0.0, 0.0]
+    numbers = summary(Judged.of([[nothing], [broken], [wrong]], [False] * 3))
+    assert (numbers["n_acc"], numbers["t_acc"], numbers["ciou"]) == (pytest.approx(1 / 3), None, 0.0)
+
+
+def test_ignored_pixels_count_on_neither_side() -> None:
+    target, predicted, ignored = pixels((0, 0, 3, 0)), pixels((0, 0, 7, 0)), pixels((3, 0, 5, 0))
+    box = ObjectPrompt((0, 0, 7, 0), ((1, 0),))
+    example = Example("i", b"", FRAME, "?", (box,), rle(target), ignore=rle(ignored))
+    measured = measure(example, Response("", (box,)), CandidateScore(0.5, 4, 8, 1.0, rle(predicted), ""))
+    assert (measured.intersection, measured.union, measured.iou) == (3, 5, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "cause"),
+    [
+        (answer((2, 2, 5, 5)), True, ""),
+        ("<think>still thinking", False, "cut_off"),
+        ("<think>done</think>", True, "no_answer"),
+        ("<answer>[{'bbox_2d': 1}]</answer>", True, "not_json"),
+        ('<answer>[{"bbox_2d": [1]}]</answer>', True, "not_objects"),
+    ],
+)
+def test_failures_have_a_cause(text: str, finished: bool, cause: str) -> None:
+    example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
+    response = read_response(text, example, FRAME, finished)
+    assert failure(response, CandidateScore(1.0, 1, 1, 1.0, None, "")) == cause
+    if not cause:
+        assert failure(response, CandidateScore(None, 0, 0, 0.0, None, "no")) == "refused"
+    assert failure(read_response("", example, FRAME, problem="too long"), None) == "not_asked"
+
+
+def test_numbers_from_rows_are_the_numbers() -> None:
+    """What is kept as JSON gives the same numbers, to the last bit."""
+    example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
+    rows, measured = [], []
+    for text, iou in ((answer((2, 2, 5, 5)), 1 / 3), ("hm", 0.1), (answer((1, 1, 2, 2)), 0.7), ("<answer>", 0.2)):
+        response = read_response(text, example, FRAME)
+        score = CandidateScore(iou, 1, 3, 0.5, rle(pixels(BOXES[0])), "")
+        rows.append(json.loads(jsonl.dump(sample_row(example, response, score, ""))))
+        measured.append(measure(example, response, score))
+    assert summary(judge_rows(rows, 2)) == summary(Judged.of([measured[:2], measured[2:]], [True, True]))
 
 
 def test_without_a_server_there_is_no_giou_but_box_accuracy() -> None:
-    numbers = summary(Judged(None, np.zeros((2, 1)), np.zeros((2, 1)), np.array([[1.0], [0.0]]), np.ones((2, 1))))
-    assert (numbers["giou"], numbers["ciou"], numbers["box_accuracy"]) == (None, None, 0.5)
+    hit, miss = Measured(None, 0, 0, 1.0, True, True), Measured(None, 0, 0, 0.0, True, False)
+    numbers = summary(Judged.of([[hit], [miss], [hit]], [True, True, False]))
+    assert (numbers["giou"], numbers["ciou"]) == (None, None)
+    assert numbers["box_accuracy"] == pytest.approx(2 / 3)
+    assert (numbers["t_acc"], numbers["n_acc"]) == (0.5, 1.0)
 
 
 def test_boxes_match_one_to_one() -> None:

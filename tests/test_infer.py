@@ -1,12 +1,9 @@
 """The infer command: a picture and a question in, reasoning, box and mask out; bad input is one line."""
 
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,15 @@ import numpy as np
 import pytest
 import tiny
 from authority import Authority
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from box_server import FRAME, PICTURE, QUESTION, SCENE, BoxServer, encoded, rotated, serving
 from PIL import Image
 
-from reward_server import reward_pb2, reward_pb2_grpc
-from reward_server.codec import decode_image, encode_mask
-from segzero_jax import asking, infer
+from reward_server import reward_pb2
+from reward_server.codec import decode_image
+from segzero_jax import asking, infer, options
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
-from segzero_jax.data.scenes import Scene, make_example_scene
 from segzero_jax.frames import rescale_object
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
@@ -35,40 +31,11 @@ from segzero_jax.model import load_hf, save_hf
 from segzero_jax.overlay import decode_mask
 from segzero_jax.processor import Processor, checkpoint_directory
 from segzero_jax.prompt import parse_answer
-from segzero_jax.reward_channel import Access, RewardServiceAway
 from segzero_jax.rollout import Sampling
 from segzero_jax.types import Frame, Rollout
 
 SIDE = 112
-ROTATED = 6  # EXIF: turn clockwise by a quarter to see it upright
 TORCH = {"torch", "torchvision", "sam2", "transformers", "tensorflow"}
-
-
-def simple_scene() -> tuple[Scene, str]:
-    """One large object alone in a picture that is not square: what any trained toy policy finds."""
-    for index in range(1000):
-        scene, question = make_example_scene("val", index)
-        if len(scene.objects) == 1 and scene.objects[0].mask.mean() > 0.05 and question.kind == "attribute":
-            return scene, question.text
-    raise AssertionError("no such scene")
-
-
-SCENE, QUESTION = simple_scene()
-PICTURE = Image.fromarray(SCENE.image)
-FRAME = Frame(*PICTURE.size)
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def rotated(kind: str, **options: Any) -> bytes:
-    """The picture as a camera held sideways stores it."""
-    exif = Image.Exif()
-    exif[0x0112] = ROTATED
-    return encoded(PICTURE.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, **options)
 
 
 @pytest.fixture
@@ -100,52 +67,6 @@ def mask_file(image: Path) -> np.ndarray:
     picture = Image.open(image.parent / "out" / f"{image.stem}_mask.png")
     assert picture.mode == "L"
     return np.asarray(picture)
-
-
-class BoxServer(reward_pb2_grpc.RewardServiceServicer):
-    """Reads pictures and frames as the real server does; its masks are the boxes themselves."""
-
-    def __init__(self, version: int = reward_pb2.API_VERSION_CURRENT, pixels: int = 10**6) -> None:
-        self.version = version
-        self.pixels = pixels
-        self.seen: list[reward_pb2.SegmentRequest] = []
-        self.change: Callable[[reward_pb2.SegmentResponse], None] = lambda response: None
-
-    def GetInfo(self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext) -> reward_pb2.GetInfoResponse:
-        limits = reward_pb2.Limits(image_bytes=2**20, image_pixels=self.pixels)
-        return reward_pb2.GetInfoResponse(api_version=self.version, model="boxes", limits=limits)
-
-    def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
-        self.seen.append(request)
-        height, width = decode_image(request.image.data).shape[:2]
-        scale = width / request.frame.width, height / request.frame.height
-        response = reward_pb2.SegmentResponse(request_id=request.request_id)
-        for candidate in request.candidates:
-            mask = np.zeros((height, width), bool)
-            for item in candidate.objects:
-                x1, y1, x2, y2 = item.box.x1, item.box.y1, item.box.x2, item.box.y2
-                rows, columns = round(y1 * scale[1]), round(x1 * scale[0])
-                mask[rows : round(y2 * scale[1]), columns : round(x2 * scale[0])] = True
-            response.candidates.add(mask=encode_mask(mask), model_score=0.5)
-        self.change(response)
-        return response
-
-
-@contextmanager
-def serving(servicer: BoxServer, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(4))
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
-    healthy = health.HealthServicer()
-    name = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
-    healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    address = "127.0.0.1:0"
-    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
 
 
 def test_the_shipped_policy_and_sam_find_an_object(image: Path) -> None:
@@ -215,28 +136,6 @@ def test_policy_and_server_agree_on_the_picture(image: Path) -> None:
                 assert (seen[SCENE.objects[0].mask] == 255).all(), "transparency is white for the policy"
 
 
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [
-        (encoded(PICTURE), None),
-        (encoded(PICTURE, "JPEG"), None),
-        (encoded(PICTURE.convert("L")), None),
-        (rotated("JPEG", quality=95), "JPEG"),
-        (rotated("WEBP", lossless=True), "PNG"),
-        (encoded(Image.fromarray(np.full((5, 7), 40_000, np.uint16))), "PNG"),
-    ],
-    ids=["PNG", "JPEG", "grey", "rotated JPEG", "rotated WebP", "16 bits"],
-)
-def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, kind: str | None) -> None:
-    upright = infer.decode_image(data, "it")
-    sent = infer.as_seen(data, upright)
-    assert (sent is data) == (kind is None)
-    if kind:
-        assert Image.open(io.BytesIO(sent)).format == kind
-    difference = np.abs(decode_image(sent).astype(int) - np.asarray(upright))
-    assert difference.mean() < (3 if kind == "JPEG" else 1e-9)
-
-
 def test_a_drawn_answer_follows_its_seed_and_may_be_malformed(
     image: Path, babbler: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,12 +164,15 @@ def test_options_reach_the_sampler_and_any_answer_is_understood(
     processor = Processor.load("toy", SIDE, "toy", 64)
 
     def says(text: str, finished: bool = True) -> None:
-        def sample(policy: object, batch: object, key: object, *, setup: object, sampling: Sampling) -> Rollout:
+        def parts(
+            policy: object, batch: object, key: object, *, setup: object, sampling: Sampling, tokens: int
+        ) -> Iterator[Rollout]:
             asked.append(sampling)
-            tokens = np.array([[[*processor.encode_text(text), 0]]])
-            return Rollout(tokens, np.array([[tokens.size - 1]]), np.zeros(tokens.shape), np.array([[finished]]))
+            ids = np.array([[[*processor.encode_text(text), 0]]])
+            for length in range(1, ids.size):
+                yield Rollout(ids, np.array([[length]]), np.zeros(ids.shape), np.array([[finished]]))
 
-        monkeypatch.setattr(asking, "sample", sample)
+        monkeypatch.setattr(asking, "sample_in_parts", parts)
 
     says("<think>none here</think><answer>[]</answer>")
     row = ask(image)
@@ -375,7 +277,8 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
     ("changes", "parts"),
     [
         ({"--image": "absent.png"}, ("absent.png: no such file",)),
-        ({"--image": "."}, ("--image=.: no such file",)),
+        ({"--image": "hollow"}, ("--image=hollow: no picture in this folder",)),
+        ({"--demo": None}, ("--demo asks on its page",)),
         ({"--image": "text.png"}, ("text.png: image cannot be read",)),
         ({"--image": "empty.png"}, ("empty.png: no image, expected",)),
         ({"--image": "cut.png"}, ("cut.png: image cannot be read",)),
@@ -394,7 +297,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--server": "a:1", "--reward.token_file": "text.png"}, ("a:1", "plain text", "reward.ca_file")),
         ({"--reward.ca_file": "text.png"}, ("reward.ca_file=text.png", "reward.server=host:port")),
         ({"--seed": "3"}, ("expected --sample",)),
-        ({"--sample": None, "--seed": "-1"}, ("--seed=-1: expected 0 to",)),
+        ({"--sample": None, "--seed": "-1"}, ("--seed: -1: expected 0 to",)),
         ({"--sample": None, "--temperature": "0"}, ("--temperature", "'0'")),
         ({"--mesh": "2x2"}, ("--mesh: 2x2: expected 1xTENSOR",)),
         ({"--mesh": "1x99"}, ("needs 99 devices",)),
@@ -414,12 +317,13 @@ def test_bad_input_is_one_line(
     Path("empty.png").touch()
     Path("cut.png").write_bytes(encoded(PICTURE)[:2000])
     Path("taken").touch()
+    Path("hollow").mkdir()
     Path("damaged").mkdir()
     for file in checkpoint_directory("toy").iterdir():
         whole = file.read_bytes()
         Path("damaged", file.name).write_bytes(whole[:5000] if file.suffix == ".safetensors" else whole)
-    options = {"--image": "scene.png", "--query": "x", "--checkpoint": "toy", "--out": "out", "--server": "none"}
-    arguments = [part for item in (options | changes).items() for part in item if part is not None]
+    given = {"--image": "scene.png", "--query": "x", "--checkpoint": "toy", "--out": "out", "--server": "none"}
+    arguments = [part for item in (given | changes).items() for part in item if part is not None]
     refused(capsys, arguments, *parts)
 
 
@@ -451,23 +355,6 @@ def test_a_server_behind_tls_is_reached_with_its_authority(image: Path, tmp_path
         assert ask(image, "--server", address, *access)["sam"] != ""
 
 
-def test_a_local_server_that_dies_is_told_in_words_for_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-
-    @contextmanager
-    def dies(model: str, log: Path, **options: object) -> Iterator[str]:
-        told.append(options["if_it_dies"])
-        raise RewardServiceAway("local reward server died")
-        yield
-
-    monkeypatch.setattr(infer, "local_server", dies)
-    with pytest.raises(RewardServiceAway), infer._client("local", Access(), "toy"):
-        pytest.fail("served")
-    assert "--server=none" in told[0]
-    assert "train" not in told[0]
-    assert "--resume" not in told[0]
-
-
 def test_an_answer_that_sam_refuses_is_kept_without_a_mask(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(response: reward_pb2.SegmentResponse) -> None:
         response.candidates[0].status.CopyFrom(reward_pb2.Status(code=3, message="objects[0]: far away"))
@@ -491,7 +378,7 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    infer._say("a\x1b[2Jb\u202ec é\n猫")
+    options.say("a\x1b[2Jb\u202ec é\n猫")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\u202ec é\n猫\n"
 
 
@@ -500,6 +387,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         infer.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    options = ("image", "query", "checkpoint", "out", "server", "sam", "image-size", "prompt", "sample", "mesh")
-    for option in (*options, "reward.ca_file", "reward.token_file"):
+    names = ("image", "query", "checkpoint", "out", "server", "sam", "image-size", "prompt", "sample", "mesh")
+    for option in (*names, "queries", "demo", "reward.ca_file", "reward.token_file"):
         assert f"--{option}" in printed

@@ -5,29 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from segzero_jax import overlay
-from segzero_jax.report.markup import NOTHING, bound, fixed, label, places, show, signed, text
-from segzero_jax.report.run import Run, marks, number, reward_maxima
+from segzero_jax.report.cards import LEGEND, components, picture, words
+from segzero_jax.report.markup import NOTHING, fixed, show, signed, text
+from segzero_jax.report.run import Run, number, reward_maxima
 
 _EACH = 3  # cases of a kind
-_WIDTH = 440  # pixels of a picture, twice what a laptop shows
 _MOST_RESPONSES = 16
-_LONG = 420  # characters of text that are shown at once
 _CHANGE = 0.02  # less is no change
 
 Row = Mapping[str, Any]
-
-_SWATCH = '<svg viewBox="0 0 30 18" aria-hidden="true">'
-_FRAME = '<rect x="2" y="2" width="26" height="14"'
-LEGEND = (
-    f'<div class="legend"><span>{_SWATCH}{_FRAME} fill="#2678dc" fill-opacity=".42" stroke="#2678dc" '
-    'stroke-width="2.5"/>'
-    '<path d="M8 15L19 3M14 15L25 3M3 13L12 3" stroke="#fff"/></svg>predicted mask and box</span>'
-    f'<span>{_SWATCH}<circle cx="15" cy="9" r="6.5" fill="#101216"/><circle cx="15" cy="9" r="5.4" fill="#fff"/>'
-    '<circle cx="15" cy="9" r="3.4" fill="#2678dc"/></svg>predicted point</span>'
-    f'<span>{_SWATCH}{_FRAME} fill="none" stroke="#101216" stroke-width="4"/>'
-    f'{_FRAME} fill="none" stroke="#ff961e" stroke-width="2.2" stroke-dasharray="6 4"/></svg>target</span></div>'
-)
 
 
 @dataclass(frozen=True)
@@ -160,7 +146,7 @@ def _side(run: Run, row: Row, step: int) -> str:
     return (
         f'<div class="side"><div>{_picture(run, row, row, f"answer at step {step}, reward {reward}")}</div><div>'
         f'<div class="when">step {step}</div>'
-        f'<div class="score">{best}</div>{_components(run, row)}{_words(row)}</div></div>'
+        f'<div class="score">{best}</div>{_components(run, row)}{words(row)}</div></div>'
     )
 
 
@@ -179,62 +165,16 @@ def _response(run: Run, row: Row, asked: Row, largest: float) -> str:
         f'<div class="score">{show(row.get("reward"))} '
         f"<small>advantage {NOTHING if known is None else signed(known, 2)}</small></div>"
         f'<div class="lean"><i class="{"minus" if advantage < 0 else "plus"}" style="{bar}"></i></div>'
-        f'<p class="note">{" · ".join(facts)}</p>{_components(run, row)}{_words(row)}</article>'
+        f'<p class="note">{" · ".join(facts)}</p>{_components(run, row)}{words(row)}</article>'
     )
 
 
 def _picture(run: Run, row: Row, asked: Row, what: str) -> str:
-    """The picture of ``asked`` with the marks of ``row``, or a note where it cannot be shown."""
-    picture = run.picture(asked.get("image"))
-    if picture is None:
-        return f'<div class="missing">picture missing: {text(asked.get("image"))}</div>'
-    prediction, target = (
-        _fitting(marks(side.get(objects), side.get(mask)), picture)
-        for side, objects, mask in ((row, "objects", "mask"), (asked, "target_objects", "target_mask"))
-    )
-    drawn = overlay.draw(picture, prediction, target, _WIDTH)
-    return f'<img src="{overlay.data_uri(drawn)}" width="{drawn.width}" height="{drawn.height}" alt="{text(what)}">'
-
-
-def _fitting(side: overlay.Marks, picture: Any) -> overlay.Marks:
-    """Without its mask when that is of another size than the picture."""
-    fits = side.mask is None or side.mask.shape == (picture.height, picture.width)
-    return side if fits else overlay.Marks(side.boxes, side.points)
-
-
-def _of(maximum: float | None) -> str:
-    return "" if maximum is None else f" <small>/ {bound(maximum)}</small>"
+    return picture(run.picture(asked.get("image")), row, asked, what)
 
 
 def _components(run: Run, row: Row) -> str:
-    components = row.get("components")
-    if not isinstance(components, dict) or not components:
-        return ""
-    maxima = reward_maxima(run).components
-    items = "".join(
-        f"<dt>{label(name)}</dt><dd>{places(value)}{_of(maxima.get(name))}</dd>" for name, value in components.items()
-    )
-    return f'<dl class="parts">{items}</dl>'
-
-
-def _words(row: Row) -> str:
-    """Reasoning and answer of a response; one that has another form is shown as it is."""
-    response = str(row.get("text", ""))
-    before, think, rest = response.partition("<think>")
-    thought, closed, answer = rest.partition("</think>")
-    if before.strip() or not think or not closed:
-        return f'<p class="note">Not in the form asked for:</p>{_long(response, "answer")}'
-    answer = answer.strip().removeprefix("<answer>").removesuffix("</answer>")
-    return _long(thought.strip(), "thought") + _long(answer.strip(), "answer")
-
-
-def _long(words: str, kind: str) -> str:
-    if len(words) <= _LONG:
-        return f'<p class="{kind}">{text(words)}</p>'
-    return (
-        f'<p class="{kind}">{text(words[:_LONG])}…</p><details><summary>all {len(words)} characters</summary>'
-        f'<p class="{kind}">{text(words)}</p></details>'
-    )
+    return components(row, reward_maxima(run).components)
 
 
 def _late_group(run: Run) -> list[dict[str, Any]]:

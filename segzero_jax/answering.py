@@ -1,0 +1,118 @@
+"""One question about one picture, answered whole: reasoning, objects in the picture's own pixels, mask, drawing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from segzero_jax.asking import Loaded, respond
+from segzero_jax.evaluation import mask_row, object_rows
+from segzero_jax.frames import rescale_object
+from segzero_jax.overlay import Marks, decode_mask, draw
+from segzero_jax.processor import decode_image
+from segzero_jax.prompt import Answer, parse_answer
+from segzero_jax.segmenting import Found, Segmenter
+from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as stored, and as the policy and SAM 2 see it: upright, RGB."""
+
+    name: str
+    stored: bytes
+    upright: Image.Image
+
+    @classmethod
+    def read(cls, data: bytes, name: str) -> "Picture":
+        """Raises ImageError, which names it, for what is no PNG, JPEG or WebP."""
+        return cls(name, data, decode_image(data, name))
+
+    @property
+    def frame(self) -> Frame:
+        """The size of the upright picture."""
+        return Frame(*self.upright.size)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer.
+
+    Attributes:
+      said: what the response says, in the frame that the policy sees, ``side`` pixels squared.
+      finished: whether the response ended by itself rather than at the limit of tokens.
+      objects: in pixels of the picture.
+      found: what SAM 2 made of it; ``mask`` is the same mask, bool ``[height, width]``.
+    """
+
+    picture: Picture
+    question: str
+    text: str
+    said: Answer
+    finished: bool
+    side: int
+    objects: tuple[ObjectPrompt, ...]
+    found: Found
+    mask: np.ndarray | None
+
+    def row(self) -> dict[str, Any]:
+        """The answer as JSON."""
+        frame = self.picture.frame
+        return {
+            "image": self.picture.name,
+            "question": self.question,
+            "text": self.text,
+            "thinking": self.said.thinking,
+            "well_formed": self.said.well_formed,
+            "objects": object_rows(self.objects),
+            "frame": [frame.width, frame.height],
+            "answer_frame": [self.side, self.side],
+            "mask": mask_row(self.found.mask),
+            "model_score": self.found.model_score,
+            "sam": self.found.model,
+            "error": self.found.error,
+        }
+
+    def drawn(self) -> Image.Image:
+        """The picture with boxes, points and mask on it."""
+        points = [point for obj in self.objects for point in obj.points]
+        return draw(self.picture.upright, Marks([obj.box for obj in self.objects], points, self.mask))
+
+
+def answer_question(
+    loaded: Loaded,
+    picture: Picture,
+    question: str,
+    segmenter: Segmenter,
+    seed: int | None = None,
+    temperature: float | None = None,
+    watch: Callable[[str], None] | None = None,
+) -> Answered:
+    """Asks the policy, then SAM 2.
+
+    Args:
+      loaded: on the ambient mesh.
+      seed, temperature, watch: see ``asking.respond``.
+
+    Raises:
+      PromptTooLong: the question.
+      PictureTooLarge, RewardServerError: see ``segmenting.segment``.
+    """
+    frame, side = picture.frame, loaded.config.data.image_size
+    example = Example(picture.name, picture.stored, frame, question, (), None)
+    text, finished = respond(loaded, example, seed, temperature, watch)
+    said = parse_answer(text)
+    objects = tuple(rescale_object(obj, Frame(side, side), frame) for obj in said.objects)
+    found = Found(_empty_mask(frame))
+    if objects:
+        found = segmenter(picture.name, picture.stored, picture.upright, objects)
+    mask = None if found.mask is None else decode_mask(vars(found.mask))
+    return Answered(picture, question, text, said, finished, side, objects, found, mask)
+
+
+def _empty_mask(frame: Frame) -> RleMask:
+    rle = coco.encode(np.zeros((frame.height, frame.width), np.uint8, order="F"))
+    return RleMask(frame.height, frame.width, rle["counts"].decode())

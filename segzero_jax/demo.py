@@ -1,0 +1,149 @@
+"""``python -m segzero_jax.infer --demo``: a page to ask a policy on, with Gradio; nothing comes from elsewhere."""
+
+import io
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Before Gradio is imported: it would ask its makers for the newest version, and tell them of this one.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+import jax
+import numpy as np
+from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from segzero_jax.answering import Answered, Picture, answer_question
+from segzero_jax.asking import Loaded
+from segzero_jax.options import say
+from segzero_jax.processor import ImageError, PromptTooLong
+from segzero_jax.reward_channel import RewardServerError
+from segzero_jax.segmenting import PictureTooLarge, Segmenter
+
+_FONTS = ["system-ui", "sans-serif"]
+_TROUBLE = (ImageError, PictureTooLarge, PromptTooLong, RewardServerError)
+# The browser refuses whatever Gradio's page would load from elsewhere (fonts, a script for embedding).
+_ONLY_FROM_HERE = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; connect-src 'self'; font-src 'self' data:; worker-src 'self' blob:"
+)
+
+# (picture, question) to the states of an answer that grows: reasoning so far, then the answer.
+Ask = Callable[[Picture, str], Iterator[str | Answered]]
+
+
+class OnlyFromHere:
+    """Sends a Content-Security-Policy with every response (ASGI middleware)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = _ONLY_FROM_HERE
+            await send(message)
+
+        await self._app(scope, receive, with_policy)
+
+
+def make_ask(loaded: Loaded, segmenter: Segmenter) -> Ask:
+    """Asks a policy, one question at a time, on the mesh that is ambient now."""
+    mesh, alone = jax.sharding.get_mesh(), threading.Lock()
+
+    def ask(picture: Picture, question: str) -> Iterator[str | Answered]:
+        grown: queue.SimpleQueue[str | Answered | BaseException] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                with alone, jax.set_mesh(mesh):
+                    grown.put(answer_question(loaded, picture, question, segmenter, watch=grown.put))
+            except BaseException as error:  # told to the one who waits
+                grown.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            item = grown.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if isinstance(item, Answered):
+                return
+
+    return ask
+
+
+def make_page(ask: Ask, policy: str) -> gr.Blocks:
+    """The page: picture and question in; reasoning while it grows, drawing, mask and JSON out."""
+
+    def respond(image: Image.Image | None, question: str) -> Iterator[tuple[Any, ...]]:
+        if image is None or not question.strip(" \t\r\n."):
+            raise gr.Error("A picture and a question are needed, such as 'the red circle'.", print_exception=False)
+        try:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            for state in ask(Picture.read(buffer.getvalue(), "the picture"), question):
+                yield _shown(state)
+        except _TROUBLE as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    with gr.Blocks(title="segzero-jax", analytics_enabled=False) as page:
+        gr.Markdown(f"## What is meant?\nThe policy `{policy}` reasons and points; SAM 2 makes the mask.")
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(type="pil", label="picture", sources=["upload", "clipboard"])
+                question = gr.Textbox(label="question", placeholder="the red circle")
+                button = gr.Button("Ask", variant="primary")
+            with gr.Column():
+                drawn = gr.Image(label="answer", format="png", interactive=False)
+                reasoning = gr.Textbox(label="reasoning", lines=3, interactive=False)
+                with gr.Accordion("mask and numbers", open=False):
+                    mask = gr.Image(label="mask", format="png", interactive=False)
+                    numbers = gr.JSON(label="answer as JSON")
+        outputs = [reasoning, drawn, mask, numbers]
+        gr.on([button.click, question.submit], respond, [image, question], outputs, api_name="ask")
+    return page
+
+
+def _shown(state: str | Answered) -> tuple[Any, ...]:
+    """Reasoning, drawing, mask and JSON of an answer, or of a response so far."""
+    if isinstance(state, str):
+        return state.partition("<think>")[2].partition("</think>")[0].strip(), None, None, None
+    said = state.said.thinking.strip() if state.said.thinking is not None else state.text.strip()
+    mask = None if state.mask is None else Image.fromarray(state.mask.astype(np.uint8) * 255)
+    return said, state.drawn(), mask, state.row()
+
+
+def launch(page: gr.Blocks, port: int, wait: bool = True) -> str:
+    """Serves the page on this machine; returns its address, at once without ``wait``.
+
+    Raises:
+      OSError: the port is taken.
+    """
+    theme = gr.themes.Base(font=_FONTS, font_mono=["ui-monospace", "monospace"])
+    _, address, _ = page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        theme=theme,
+        footer_links=[],
+        app_kwargs={"middleware": [Middleware(OnlyFromHere)]},
+    )
+    say(f"open {address}")
+    if wait:
+        page.block_thread()
+    return address
+
+
+def serve(loaded: Loaded, segmenter: Segmenter, port: int) -> None:
+    """Serves the page until it is stopped."""
+    launch(make_page(make_ask(loaded, segmenter), loaded.name), port)

@@ -1,0 +1,1 @@
+"""``python -m segzero_jax.evaluate``: one evaluator for every data set."""

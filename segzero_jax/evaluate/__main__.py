@@ -1,0 +1,163 @@
+"""The command. Checkpoints are compared on validation splits; other splits are for the chosen one alone."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from PIL import Image
+
+from segzero_jax import jsonl
+from segzero_jax.asking import find_checkpoints
+from segzero_jax.config import Config, ConfigError, OneLineParser
+from segzero_jax.data.pipeline import DataError, Source
+from segzero_jax.evaluate.evaluator import Evaluator, How, Questions, open_questions
+from segzero_jax.evaluate.results import choose, is_validation, write_results
+from segzero_jax.evaluate.work import ORACLE, EvaluateError
+from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
+from segzero_jax.model.weights import CheckpointError
+from segzero_jax.options import access_from, add_policy_options, add_server_options, complain, say, seed
+from segzero_jax.processor import ImageError, decode_image
+from segzero_jax.report.gallery import Shown, build_gallery
+from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.segmenting import greet
+
+_USER_ERRORS = (EvaluateError, ConfigError, DataError, MeshError, CheckpointError, RewardServerError, OSError)
+
+
+def run(args: argparse.Namespace) -> None:
+    """From the command line to ``results.json`` and the page."""
+    sets = [open_questions(name, args.data_dir, args.limit) for name in args.dataset]
+    checkpoints = find_checkpoints(args.checkpoint or [None])
+    validation = [questions for questions in sets if is_validation(questions.split)]
+    if len(checkpoints) > 1 and not validation:
+        raise EvaluateError(
+            f"--dataset={' '.join(args.dataset)}: {len(checkpoints)} checkpoints, expected a validation split among "
+            "them, such as toy/val: one is chosen there and alone evaluated on other splits"
+        )
+    access = access_from(args)
+    greet(args.server, access)
+    out = Path(args.out).expanduser()
+    chosen = None
+    how = How(
+        batch=args.batch,
+        samples=args.samples,
+        seed=args.seed,
+        mesh=args.mesh,
+        server=args.server,
+        access=access,
+        sam=args.sam,
+        image_size=args.image_size,
+        prompt=args.prompt,
+    )
+    with jax.set_mesh(make_mesh(args.mesh)), Evaluator(how, out) as evaluator:
+        if len(checkpoints) == 1:
+            evaluator.policy(checkpoints[0], sets)
+        else:
+            for checkpoint in checkpoints:
+                evaluator.policy(checkpoint, validation)
+            chosen = choose(evaluator.results, checkpoints)
+            say(f"chosen by {chosen['by']} on {', '.join(chosen['on'])}: {chosen['checkpoint']}")
+            evaluator.policy(chosen["checkpoint"], [one for one in sets if one not in validation])
+        if args.oracle:
+            evaluator.oracle(sets)
+    path = write_results(out, evaluator.results, chosen)
+    page = out / "index.html"
+    shown = _shown(evaluator, sets, chosen["checkpoint"] if chosen else checkpoints[0])
+    title = ", ".join(f"{questions.dataset}/{questions.split}" for questions in sets)
+    html = build_gallery(title, shown, {"evaluations": evaluator.results, "chosen": chosen})
+    jsonl.replace(page, html.encode("utf-8", "replace"))
+    say(f"wrote {path}, {page}")
+
+
+def _shown(evaluator: Evaluator, sets: Sequence[Questions], checkpoint: str) -> list[Shown]:
+    """What the page has pictures of: the only checkpoint, or the chosen one."""
+    found = {
+        (one["dataset"], one["split"], one["checkpoint"]): (one, rows)
+        for one, rows in zip(evaluator.results, evaluator.rows, strict=True)
+    }
+    shown = []
+    for questions in sets:
+        one, rows = found[questions.dataset, questions.split, checkpoint]
+        _, ceiling = found.get((questions.dataset, questions.split, ORACLE), (None, []))
+
+        def picture(index: int, source: Source = questions.source) -> Image.Image | None:
+            try:
+                return decode_image(source[index].image, source[index].id)
+            except ImageError:
+                return None
+
+        shown.append(Shown(one, rows, ceiling, picture, evaluator.recipe))
+    return shown
+
+
+def _mesh(text: str) -> str:
+    try:
+        parse_mesh(text)
+    except MeshError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    return int(text)
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="python -m segzero_jax.evaluate",
+        description="Asks a policy the questions of a data set: gIoU, cIoU, box accuracy, format and no-target rates "
+        "with intervals, every answer, and a page of cases. The same command goes on where it was cut off.",
+        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away; 130 stopped.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dataset", required=True, nargs="+", metavar="D", help="NAME or NAME/SPLIT [val], such as toy ReasonSeg/test")
+    add("--data-dir", default=Config().data.dir, metavar="DIR", help="where built data sets are kept [%(default)s]")
+    add(
+        "--checkpoint",
+        nargs="+",
+        metavar="C",
+        help="run directories, their checkpoints/STEP or checkpoints (all), Hugging Face directories, hub ids, or toy; "
+        "of several one is chosen on the validation splits [the newest of runs/toy, else toy]",
+    )
+    add("--out", default="evaluate", metavar="DIR", help="where files are written; made if need be [%(default)s]")
+    add("--oracle", action="store_true", help="also what SAM 2 makes of the target boxes and points: its ceiling")
+    add("--samples", type=_count, default=0, metavar="N", help="draw N answers to each question [one greedy answer]")
+    add("--seed", type=seed, default=0, metavar="N", help="of --samples [%(default)s]")
+    add("--limit", type=_count, metavar="N", help="the first N questions of each split [all]")
+    add("--batch", type=_count, default=32, metavar="N", help="questions at once, over the mesh [%(default)s]")
+    add("--mesh", default="1x1", type=_mesh, help="FSDPxTENSOR or DATAxFSDPxTENSOR, as in training [%(default)s]")
+    add_server_options(parser)
+    add_policy_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. On bad input: 2 and one line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.oracle and args.server == "none":
+        parser.error("--oracle: asks SAM 2, expected --server=local or host:port, got none")
+    try:
+        if Path(args.out).expanduser().is_file():
+            raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
+        prepare_cpu(args.mesh)
+        run(args)
+    except RewardServiceAway as error:
+        return complain(parser, error) and 3
+    except _USER_ERRORS as error:
+        return complain(parser, error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{parser.prog}: stopped; the same command goes on\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Evaluates policies one after another on splits of data sets, with one SAM 2 for all."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segzero_jax.asking import Loaded, default_sam, load
+from segzero_jax.config import Config
+from segzero_jax.data.pipeline import Source, open_split
+from segzero_jax.evaluate.judging import Judge, OracleJudge, PolicyJudge
+from segzero_jax.evaluate.respondent import Respondent
+from segzero_jax.evaluate.results import result
+from segzero_jax.evaluate.work import ORACLE, EvaluateError, Task, work
+from segzero_jax.options import say
+from segzero_jax.reward_channel import Access
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.scoring import Scorer
+from segzero_jax.segmenting import STARTUP_S, connected
+from segzero_jax.types import Frame
+
+_SHOWN_NUMBERS = (("giou", "gIoU"), ("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("n_acc", "N-acc."))
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A split, or its first questions."""
+
+    dataset: str
+    split: str
+    source: Source
+    count: int
+
+
+def open_questions(name: str, data_dir: str | Path, limit: int | None = None) -> Questions:
+    """The questions of "NAME" or "NAME/SPLIT", by default of its split "val"; the first ``limit`` of them.
+
+    Raises:
+      DataError: there is no such set or split.
+      EvaluateError: there is no question in it.
+    """
+    dataset, _, split = name.partition("/")
+    source = open_split(dataset, split or "val", data_dir)
+    count = min(limit or len(source), len(source))
+    if not count:
+        raise EvaluateError(f"data set {name}: no questions in it")
+    return Questions(dataset, split or "val", source, count)
+
+
+@dataclass(frozen=True)
+class How:
+    """How questions are asked.
+
+    Attributes:
+      batch: questions at once.
+      samples: 0 for one greedy answer, else so many drawn ones; ``seed`` is of the draw.
+      mesh: as in training.
+      server: "local", "none" or addresses; ``sam`` is what a local one loads, the run's own without.
+      image_size, prompt: take the place of a run's own.
+    """
+
+    batch: int = 32
+    samples: int = 0
+    seed: int = 0
+    mesh: str = "1x1"
+    server: str = "local"
+    access: Access = field(default_factory=Access)
+    sam: str | None = None
+    image_size: int | None = None
+    prompt: str | None = None
+
+
+class Evaluator:
+    """Evaluates policies one after another with one SAM 2, and keeps what it found. Use it as a context manager."""
+
+    def __init__(self, how: How, out: Path) -> None:
+        """Nothing is loaded or started yet; the ambient mesh is ``how.mesh``."""
+        self._how, self._out = how, out
+        self._stack = contextlib.ExitStack()
+        self._sam: tuple[RewardClient, str] | None = None
+        self.recipe = Config().reward.recipe
+        self.results: list[dict[str, Any]] = []
+        self.rows: list[list[dict[str, Any]]] = []
+
+    def __enter__(self) -> "Evaluator":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+    def policy(self, checkpoint: str, sets: Sequence[Questions]) -> None:
+        """Evaluates a checkpoint on these questions."""
+        if not sets:
+            return
+        how = self._how
+        say(f"policy: {checkpoint}")
+        loaded = load(checkpoint, how.image_size, how.prompt)
+        config = loaded.config
+        client, sam = self._segmenter(config)
+        respondent = Respondent(loaded, how.batch, how.samples, how.seed)
+        frame = Frame(config.data.image_size, config.data.image_size)
+        judge = PolicyJudge(respondent, Scorer(config.reward, frame, client), frame, config.reward.recipe)
+        options = self._options(sam) | _asked_how(loaded) | {"seed": how.seed if how.samples else 0}
+        self.recipe = config.reward.recipe
+        for questions in sets:
+            self._one(questions, checkpoint, how.samples, options, judge)
+
+    def oracle(self, sets: Sequence[Questions]) -> None:
+        """Evaluates the targets' own boxes and points."""
+        client, sam = self._segmenter(Config())
+        assert client is not None, "checked with the options"
+        for questions in sets:
+            self._one(questions, ORACLE, 0, self._options(sam), OracleJudge(client))
+
+    def _one(self, questions: Questions, checkpoint: str, samples: int, options: dict[str, Any], judge: Judge) -> None:
+        dataset, split, source = questions.dataset, questions.split, questions.source
+        task = Task(dataset, split, source.checksum, questions.count, checkpoint, samples, options)
+        say(f"evaluating {task.name}")
+        rows = work(task, self._out, source, judge, say)
+        self.rows.append(rows)
+        self.results.append(result(task, rows))
+        numbers = self.results[-1]["expression"]
+        found = (f"{name} {_with_interval(numbers, key)}" for key, name in _SHOWN_NUMBERS if numbers[key] is not None)
+        failed = len(self.results[-1]["failed"])
+        say(f"{dataset}/{split}: {', '.join(found)}" + (f"; {failed} answers failed" if failed else ""))
+
+    def _options(self, sam: str) -> dict[str, Any]:
+        return {"batch": self._how.batch, "mesh": self._how.mesh, "sam": sam}
+
+    def _segmenter(self, config: Config) -> tuple[RewardClient | None, str]:
+        """The client, None without a server, and what serves: the same for all policies."""
+        how = self._how
+        if how.server == "none":
+            return None, "none"
+        if self._sam is None:
+            advice = "run the same command again, perhaps with a smaller --sam: it goes on where it was"
+            served = connected(how.server, how.access, how.sam or default_sam(config), advice, threads=1)
+            client = self._stack.enter_context(served)
+            info = client.wait_until_serving(STARTUP_S)[0]
+            self._sam = client, f"{info.model} {info.checkpoint_sha256[:16]} {info.dtype}"
+        return self._sam
+
+
+def _asked_how(loaded: Loaded) -> dict[str, Any]:
+    config = loaded.config
+    return {
+        "image_size": config.data.image_size,
+        "prompt": config.data.prompt,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "compute_dtype": config.model.compute_dtype,
+        "recipe": config.reward.recipe,
+    }
+
+
+def _with_interval(numbers: dict[str, Any], key: str) -> str:
+    return f"{numbers[key]:.3f} [{numbers[f'{key}_low']:.3f}, {numbers[f'{key}_high']:.3f}]"

@@ -1,0 +1,94 @@
+"""A policy that answers questions in batches on the mesh, in the layout of rollout, with the prompt of training."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from segzero_jax.asking import Loaded, make_sampling
+from segzero_jax.mesh import ROLLOUT
+from segzero_jax.model.attention import choose_kernel
+from segzero_jax.model.policy import Pass
+from segzero_jax.model.weights import check_fits
+from segzero_jax.processor import EncodedPrompt, ImageError, PromptTooLong
+from segzero_jax.rollout import padding_multiple, rollout_layout, sample
+from segzero_jax.types import Example, PromptBatch
+
+# Evaluation draws from another stream than training.
+_EVALUATE_KEY = 2
+
+
+class Reply(NamedTuple):
+    """The answers to one question, and whether each ended by itself; or why it could not be asked."""
+
+    texts: list[str]
+    finished: list[bool]
+    problem: str = ""
+
+
+class Respondent:
+    """Answers batches of questions: greedily, or with ``samples`` drawn answers each."""
+
+    def __init__(self, loaded: Loaded, batch: int, samples: int, seed: int) -> None:
+        """Lays the weights out for rollout.
+
+        Args:
+          loaded: on the ambient mesh.
+          batch: questions at once; a shorter batch is filled up, so that every batch has one shape.
+          samples: 0 for one greedy answer.
+          seed: of the draw.
+
+        Raises:
+          MeshError: the mesh divides neither the policy nor the batch.
+        """
+        mesh = jax.sharding.get_mesh()
+        check_fits(mesh, loaded.dims, batch, batch)
+        dtype = jnp.dtype(loaded.config.model.compute_dtype)
+        self._batch = batch
+        self._processor = loaded.processor
+        self._mesh = mesh
+        self._weights = rollout_layout(loaded.dims, dtype)(loaded.policy)
+        self._setup = Pass(loaded.dims, ROLLOUT, dtype, kernel=choose_kernel(mesh))
+        sampling = make_sampling(loaded.config.rollout, loaded.processor)
+        self._sampling = sampling._replace(greedy=samples == 0, group=max(1, samples))
+        self._multiple = padding_multiple(loaded.config.rollout.max_prompt_tokens)
+        self._key = jax.random.fold_in(jax.random.key(seed), _EVALUATE_KEY)
+
+    def __call__(self, examples: Sequence[Example], start: int) -> list[Reply]:
+        """Answers at most ``batch`` questions; ``start`` is the place of the first one in its split."""
+        answers = self._sampling.group
+        encoded = [self._encode(example) for example in examples]
+        asked = [prompt for prompt in encoded if isinstance(prompt, EncodedPrompt)]
+        rows = iter(self._sample(asked, start) if asked else [])
+        return [
+            next(rows) if isinstance(prompt, EncodedPrompt) else Reply([""] * answers, [True] * answers, prompt)
+            for prompt in encoded
+        ]
+
+    def _encode(self, example: Example) -> EncodedPrompt | str:
+        try:
+            return self._processor.encode(example)
+        except (ImageError, PromptTooLong) as error:
+            return str(error)
+
+    def _sample(self, prompts: list[EncodedPrompt], start: int) -> list[Reply]:
+        filled = prompts + prompts[:1] * (self._batch - len(prompts))
+        batch = self._place(self._processor.batch(filled, multiple=self._multiple))
+        key = jax.random.fold_in(self._key, start)
+        drawn = jax.device_get(sample(self._weights, batch, key, setup=self._setup, sampling=self._sampling))
+        lengths = drawn.length_bg
+        return [
+            Reply(
+                [self._processor.decode(drawn.tokens_bgr[b, a, : lengths[b, a]]) for a in range(lengths.shape[1])],
+                [bool(ended) for ended in drawn.finished_bg[b]],
+            )
+            for b in range(len(prompts))
+        ]
+
+    def _place(self, batch: PromptBatch) -> PromptBatch:
+        def put(x: jax.Array) -> jax.Array:
+            spec = ROLLOUT.spec("batch", *(None,) * (x.ndim - 1))
+            return jax.device_put(x, jax.sharding.NamedSharding(self._mesh, spec))
+
+        return jax.tree.map(put, batch)

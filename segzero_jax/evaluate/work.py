@@ -1,0 +1,119 @@
+"""One policy on one split: batch after batch into ``samples.jsonl``, going on where an earlier run was cut off."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from segzero_jax import jsonl
+from segzero_jax.evaluate.judging import Judge, Pending
+from segzero_jax.metrics import safe_name
+from segzero_jax.types import Example
+
+ORACLE = "oracle"
+
+
+class EvaluateError(ValueError):
+    """An evaluation that cannot be made; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is evaluated. Two runs with equal tasks make equal results.
+
+    Attributes:
+      dataset, split: the questions; ``checksum`` stands for their content.
+      count: so many of them, from the first.
+      checkpoint: who answers, or "oracle" for the targets themselves.
+      samples: 0 for greedy answers.
+      options: what else the answers depend on.
+    """
+
+    dataset: str
+    split: str
+    checksum: str
+    count: int
+    checkpoint: str
+    samples: int
+    options: dict[str, Any]
+
+    @property
+    def answers(self) -> int:
+        """For each question."""
+        return max(1, self.samples)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        drawn = f", {self.samples} drawn answers each" if self.samples else ""
+        return f"{self.checkpoint} on {self.dataset}/{self.split}, {self.count} questions{drawn}"
+
+    def folder(self, out: Path) -> Path:
+        """Where its files are."""
+        return out / safe_name(f"{self.dataset}-{self.split}") / safe_name(self.checkpoint)
+
+
+def done_rows(task: Task, out: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same task, whole batches only; forgets what comes after them.
+
+    Raises:
+      EvaluateError: the folder holds another evaluation.
+    """
+    folder = task.folder(out)
+    settings, samples = folder / "task.json", folder / "samples.jsonl"
+    ours = json.loads(json.dumps(asdict(task)))
+    if not settings.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        samples.unlink(missing_ok=True)
+        jsonl.replace(settings, (json.dumps(ours, indent=1) + "\n").encode())
+        return []
+    theirs = json.loads(settings.read_text())
+    flat = lambda tree: {k: v for k, v in tree.items() if k != "options"} | tree.get("options", {})  # noqa: E731
+    old, new = flat(theirs), flat(ours)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        raise EvaluateError(
+            f"{folder}: holds another evaluation ({', '.join(f'{k} {old.get(k)!r}' for k in differing)}; now "
+            f"{', '.join(f'{new.get(k)!r}' for k in differing)}): choose another --out, or delete the folder"
+        )
+    rows = jsonl.read(samples) if samples.exists() else []
+    whole = task.options["batch"] * task.answers
+    kept = rows if len(rows) == task.count * task.answers else rows[: len(rows) // whole * whole]
+    if samples.exists():
+        jsonl.write(samples, kept)
+    return kept
+
+
+def work(
+    task: Task, out: Path, source: Sequence[Example], judge: Judge, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Evaluates what is not yet done; returns all rows.
+
+    One batch is scored by SAM 2 while the policy answers the next one. A batch's rows are written together.
+
+    Args:
+      task: whose ``done_rows`` are taken as they are.
+      say: is told how far it is, now and then.
+    """
+    rows = done_rows(task, out)
+    batch, path = task.options["batch"], task.folder(out) / "samples.jsonl"
+    scoring: Pending | None = None
+    for start in range(len(rows) // task.answers, task.count, batch):
+        examples = [source[i] for i in range(start, min(start + batch, task.count))]
+        answered = judge(examples, start)
+        if scoring is not None:
+            rows += _keep(path, scoring())
+            say(f"{len(rows) // task.answers} of {task.count} questions")
+        scoring = answered
+    if scoring is not None:
+        rows += _keep(path, scoring())
+        say(f"{task.count} of {task.count} questions")
+    return rows
+
+
+def _keep(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds a batch to the file; as JSON has it, so that a run that goes on computes with the same numbers."""
+    lines = [jsonl.dump(row) for row in rows]
+    jsonl.append_lines(path, lines)
+    return [json.loads(line) for line in lines]

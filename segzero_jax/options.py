@@ -1,0 +1,89 @@
+"""Command-line options that ``infer`` and ``evaluate`` share: which policy, how it is asked, who makes the masks."""
+
+import argparse
+import math
+import sys
+
+from segzero_jax.config import OneLineParser, RewardConfig
+from segzero_jax.prompt import WORDINGS
+from segzero_jax.reward_channel import Access, read_access
+
+_ACCESS = {
+    "ca_file": "PEM certificates that vouch for the server's; turns TLS on",
+    "cert_file": "own certificate in PEM, for a server that asks for one",
+    "key_file": "its private key in PEM",
+    "token_file": "holds the word that the server asks for",
+    "tls_name": "the name in the server's certificate where it is not the host in --server",
+}
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """``--image-size`` and ``--prompt``: what takes the place of a run's own."""
+    add = parser.add_argument
+    add("--image-size", type=int, metavar="N", help="side of the picture for the policy [the run's; toy 112; 840]")
+    add(
+        "--prompt",
+        choices=tuple(WORDINGS),
+        help="wording of the question [the run's own; toy for toy; vision_reasoner]",
+    )
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """``--server``, ``--sam`` and what a server asks of its clients."""
+    add = parser.add_argument
+    add(
+        *("--server", "--reward.server"),
+        default="local",
+        type=_server,
+        metavar="S",
+        help="who makes the mask: local starts a SAM 2 server, host:port uses one, none does without [%(default)s]",
+    )
+    for key, meaning in _ACCESS.items():
+        add(f"--reward.{key}", dest=key, default="", metavar="F", help=meaning)
+    add(
+        "--sam",
+        metavar="MODEL",
+        help="what a local server loads: toy, a hub id or a directory [the run's own, toy for toy, hiera-large]",
+    )
+
+
+def access_from(args: argparse.Namespace) -> Access:
+    """What ``add_server_options`` says of certificates and tokens. Raises RewardServerError."""
+    return read_access(RewardConfig(server=args.server, **{key: getattr(args, key) for key in _ACCESS}))
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed, for argparse."""
+    if not text.isdecimal() or not int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {2**32 - 1}")
+    return int(text)
+
+
+def say(text: str) -> None:
+    """Prints a line that a model or a file name may have made up; nothing in it steers the terminal."""
+    print(shown(text), flush=True)
+
+
+def shown(text: str) -> str:
+    """Text with its control characters escaped, but for new lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def complain(parser: OneLineParser, error: BaseException) -> int:
+    """Says on standard error what is wrong, in one line; returns the exit code, 2."""
+    sys.stderr.write(f"{parser.prog}: {' '.join(str(error).split())[:500]}\n")
+    return 2
+
+
+def _server(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected local, none or host:port, got nothing")
+    return text

@@ -1,0 +1,86 @@
+"""One answer for a person to look at: the picture and what was pointed out, rewards, reasoning and answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from segzero_jax import overlay
+from segzero_jax.report.markup import bound, label, places, text
+from segzero_jax.report.run import marks
+
+_WIDTH = 440  # pixels of a picture, twice what a laptop shows
+_LONG = 420  # characters of text that are shown at once
+
+Row = Mapping[str, Any]
+
+_SWATCH = '<svg viewBox="0 0 30 18" aria-hidden="true">'
+_FRAME = '<rect x="2" y="2" width="26" height="14"'
+LEGEND = (
+    f'<div class="legend"><span>{_SWATCH}{_FRAME} fill="#2678dc" fill-opacity=".42" stroke="#2678dc" '
+    'stroke-width="2.5"/>'
+    '<path d="M8 15L19 3M14 15L25 3M3 13L12 3" stroke="#fff"/></svg>predicted mask and box</span>'
+    f'<span>{_SWATCH}<circle cx="15" cy="9" r="6.5" fill="#101216"/><circle cx="15" cy="9" r="5.4" fill="#fff"/>'
+    '<circle cx="15" cy="9" r="3.4" fill="#2678dc"/></svg>predicted point</span>'
+    f'<span>{_SWATCH}{_FRAME} fill="none" stroke="#101216" stroke-width="4"/>'
+    f'{_FRAME} fill="none" stroke="#ff961e" stroke-width="2.2" stroke-dasharray="6 4"/></svg>target</span></div>'
+)
+
+
+def picture(image: Image.Image | None, row: Row, asked: Row, what: str) -> str:
+    """The picture of a question with the marks of an answer, or a note where it cannot be shown.
+
+    Args:
+      row: the answer's ``objects`` and ``mask``.
+      asked: the question's ``image``, ``target_objects`` and ``target_mask``; often the same row.
+      what: is read aloud in place of the picture.
+    """
+    if image is None:
+        return f'<div class="missing">picture missing: {text(asked.get("image") or asked.get("id"))}</div>'
+    prediction, target = (
+        _fitting(marks(side.get(objects), side.get(mask)), image)
+        for side, objects, mask in ((row, "objects", "mask"), (asked, "target_objects", "target_mask"))
+    )
+    drawn = overlay.draw(image, prediction, target, _WIDTH)
+    return f'<img src="{overlay.data_uri(drawn)}" width="{drawn.width}" height="{drawn.height}" alt="{text(what)}">'
+
+
+def _fitting(side: overlay.Marks, picture: Any) -> overlay.Marks:
+    """Without its mask when that is of another size than the picture."""
+    fits = side.mask is None or side.mask.shape == (picture.height, picture.width)
+    return side if fits else overlay.Marks(side.boxes, side.points)
+
+
+def components(row: Row, maxima: Mapping[str, float]) -> str:
+    """The reward components of an answer, each with the most it can be where that is known."""
+    found = row.get("components")
+    if not isinstance(found, dict) or not found:
+        return ""
+    items = "".join(
+        f"<dt>{label(name)}</dt><dd>{places(value)}{_of(maxima.get(name))}</dd>" for name, value in found.items()
+    )
+    return f'<dl class="parts">{items}</dl>'
+
+
+def _of(maximum: float | None) -> str:
+    return "" if maximum is None else f" <small>/ {bound(maximum)}</small>"
+
+
+def words(row: Row) -> str:
+    """Reasoning and answer of a response; one that has another form is shown as it is."""
+    response = str(row.get("text", ""))
+    before, think, rest = response.partition("<think>")
+    thought, closed, answer = rest.partition("</think>")
+    if before.strip() or not think or not closed:
+        return f'<p class="note">Not in the form asked for:</p>{_long(response, "answer")}'
+    answer = answer.strip().removeprefix("<answer>").removesuffix("</answer>")
+    return _long(thought.strip(), "thought") + _long(answer.strip(), "answer")
+
+
+def _long(words: str, kind: str) -> str:
+    if len(words) <= _LONG:
+        return f'<p class="{kind}">{text(words)}</p>'
+    return (
+        f'<p class="{kind}">{text(words[:_LONG])}…</p><details><summary>all {len(words)} characters</summary>'
+        f'<p class="{kind}">{text(words)}</p></details>'
+    )

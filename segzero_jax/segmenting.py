@@ -1,0 +1,154 @@
+"""SAM 2 for whoever asks a policy outside of training: which server, what it is shown, what it makes of an answer."""
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from segzero_jax.local_server import local_server
+from segzero_jax.reward_channel import Access, RewardServerError
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.types import Frame, ObjectPrompt, RleMask
+
+STARTUP_S = 600.0
+_ANSWER_S = 300.0
+_HELLO_S = 15.0
+
+
+class PictureTooLarge(ValueError):
+    """A picture that the server does not take; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What SAM 2 made of an answer.
+
+    Attributes:
+      mask: of the picture's size; empty for an answer without objects, None where nobody made one.
+      model_score: SAM 2's own estimate of the IoU; 0 without objects or mask.
+      model: who made it; empty without.
+      error: why an answer with objects has no mask.
+    """
+
+    mask: RleMask | None
+    model_score: float = 0.0
+    model: str = ""
+    error: str = ""
+
+
+def greet(server: str, access: Access) -> None:
+    """Raises RewardServerError unless a server that runs elsewhere is there: before anybody waits for a policy."""
+    if server not in ("local", "none"):
+        with RewardClient(server, _HELLO_S, access=access) as hello:
+            hello.info()
+
+
+@contextlib.contextmanager
+def connected(
+    server: str,
+    access: Access,
+    sam: str,
+    advice: str = "try again, a smaller --sam, or --server=none for an answer without a mask",
+    threads: int = 0,
+) -> Iterator[RewardClient]:
+    """A client of the server that ``--server`` means, "local" or addresses.
+
+    A local one is started and stopped; its log is kept if it fails.
+
+    Args:
+      sam: what a local server loads.
+      advice: what the user can do if a local one dies.
+      threads: CPU threads of a local one; 0 leaves it to PyTorch.
+    """
+    with contextlib.ExitStack() as stack:
+        if server != "local":
+            yield stack.enter_context(RewardClient(server, _ANSWER_S, access=access))
+            return
+        folder = Path(tempfile.mkdtemp(prefix="segzero_sam_"))
+        log = folder / "reward_server.log"
+        served = local_server(sam, log, threads=threads, startup_timeout_s=STARTUP_S, if_it_dies=advice)
+        address = stack.enter_context(served)
+        yield stack.enter_context(RewardClient(address, _ANSWER_S, wait_for_ready=False))
+    shutil.rmtree(folder)
+
+
+class Segmenter:
+    """Asks the server that ``--server`` means, which is connected to, or started, when it is first needed.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self, server: str, access: Access, sam: Callable[[], str]) -> None:
+        """Nothing is started yet; ``sam`` says what a local server loads. See ``connected``."""
+        self._server, self._access, self._sam = server, access, sam
+        self._stack = contextlib.ExitStack()
+        self._client: RewardClient | None = None
+
+    def __enter__(self) -> "Segmenter":
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+    def __call__(self, name: str, stored: bytes, upright: Image.Image, objects: tuple[ObjectPrompt, ...]) -> Found:
+        """The mask for an answer's objects, in pixels of the upright picture; ``segment`` has the errors."""
+        if self._server == "none":
+            return Found(None)
+        if self._client is None:
+            self._client = self._stack.enter_context(connected(self._server, self._access, self._sam()))
+        return segment(self._client, name, as_seen(stored, upright), Frame(*upright.size), objects)
+
+
+def as_seen(data: bytes, upright: Image.Image) -> bytes:
+    """The picture for the server, which takes pictures as stored and drops transparency.
+
+    Where that is not what the policy sees (a rotation in the EXIF data, transparent or 16-bit pixels), the picture is
+    encoded anew as it is seen: a JPEG as JPEG, since a photograph may be too large for the server as PNG.
+    """
+    stored = Image.open(io.BytesIO(data))
+    pixels = stored.convert("RGB")
+    if pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
+        return data
+    buffer = io.BytesIO()
+    if stored.format == "JPEG":
+        upright.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        upright.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def segment(client: RewardClient, name: str, image: bytes, frame: Frame, objects: tuple[ObjectPrompt, ...]) -> Found:
+    """SAM 2's mask for an answer's objects.
+
+    Args:
+      client: of a server, waited for until it serves.
+      name: of the picture, for messages.
+      image: as the server shall see it; ``frame`` is its size.
+      objects: in pixels of ``frame``.
+
+    Raises:
+      PictureTooLarge: for this server.
+      RewardServerError: the server went away, speaks another version, or answers nonsense.
+    """
+    info = client.wait_until_serving(STARTUP_S)[0]
+    if len(image) > info.max_image_bytes or frame.width * frame.height > info.max_image_pixels:
+        raise PictureTooLarge(
+            f"{name}: {frame.width}x{frame.height} pixels in {len(image)} bytes, the reward server takes at most "
+            f"{info.max_image_pixels} pixels in {info.max_image_bytes} bytes: shrink the picture"
+        )
+    (answer,) = client.segment(image, frame, [objects], id="infer")
+    if answer.error:
+        return Found(None, model=info.model, error=answer.error)
+    mask = answer.mask
+    if mask is None or (mask.width, mask.height) != (frame.width, frame.height):
+        got = "none" if mask is None else f"{mask.width}x{mask.height}"
+        raise RewardServerError(
+            f"reward server {info.address}: expected a mask of {frame.width}x{frame.height} pixels, got {got}"
+        )
+    return Found(mask, answer.model_score, info.model)
