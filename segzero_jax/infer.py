@@ -135,9 +135,9 @@ def run(args: argparse.Namespace) -> None:
         loaded = load(name, args.image_size, args.prompt)
         with Segmenter(args.server, access, lambda: args.sam or default_sam(loaded.config)) as segmenter:
             if args.demo:
-                from segzero_jax import demo  # Gradio is an extra
+                from segzero_jax.demo import serve  # Gradio is an extra
 
-                demo.serve(loaded, segmenter, args.port)
+                serve(loaded, segmenter, args.port)
                 return
             for path in paths:
                 picture = Picture.read(path.read_bytes(), str(path))
