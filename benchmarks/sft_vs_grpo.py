@@ -29,10 +29,12 @@ from segzero_jax.data.pipeline import open_split, training_batches
 from segzero_jax.evaluate.evaluator import Evaluator, How, open_questions
 from segzero_jax.evaluate.results import write_results
 from segzero_jax.grpo import TrainState
+from segzero_jax.identity import Identity
 from segzero_jax.job import Job, prepare
 from segzero_jax.mesh import make_mesh, prepare_cpu
 from segzero_jax.model.logprobs import response_logps
 from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.pods import ALONE
 from segzero_jax.run_dir import open_run
 from segzero_jax.scoring import solution
 from segzero_jax.types import Example, PromptBatch
@@ -84,13 +86,13 @@ def train_supervised(config: Config, checkpoints_at: tuple[int, ...]) -> None:
     """Supervised fine-tuning for ``train.steps``, with a checkpoint after each of these steps."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        job, state, _ = prepare(config, mesh)
+        job, state, _ = prepare(config, mesh, ALONE)
         source = open_split(config.data.name, "train", Path(config.data.dir).expanduser())
         batches = training_batches(source, config.train.batch_size, config.seed)
-        with Checkpoints(open_run(config, resume=False), keep=len(checkpoints_at)) as checkpoints:
+        with Checkpoints(open_run(config) / "checkpoints", keep=len(checkpoints_at)) as checkpoints:
             for step in range(1, config.train.steps + 1):
                 examples = next(batches)
-                tokens, mask = job.place(target_answers(job, examples))
+                tokens, mask = job.place(target_answers(job, examples), range(len(examples)))
                 state, value = supervised_update(
                     state,
                     job.encode(examples),
@@ -105,7 +107,7 @@ def train_supervised(config: Config, checkpoints_at: tuple[int, ...]) -> None:
                         f"sft seed {config.seed} step {step}/{config.train.steps}: loss {float(value):.4f}", flush=True
                     )
                 if step in checkpoints_at:
-                    checkpoints.save(step, state, batches.get_state(), config)
+                    checkpoints.save(step, state, batches.get_state(), config, Identity(config.model.path, None))
 
 
 def train_grpo(seed: int, run: Path) -> None:
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first so many questions of each split")
     parser.add_argument("--output", type=Path, default=Path("runs/sft_vs_grpo"))
     args = parser.parse_args()
-    prepare_cpu(1)
+    prepare_cpu("1x1")
     methods: dict[str, dict[int | None, str]] = {"start": {None: "toy"}}
     for seed in args.seeds:
         for method, checkpoint in trained(seed, args.output).items():
