@@ -29,7 +29,8 @@ from segzero_jax.model.weights import CheckpointError, abstract_policy, load_hf,
 T = TypeVar("T")
 # A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
 _FREE_KEYS = (
-    *("mesh", "run.", "eval.", "watch.", "data.dir", "model.path", "reward.server", "reward.local_model"),
+    *("mesh", "run.", "eval.", "watch.", "data.dir", "data.workers", "model.path"),
+    *("reward.server", "reward.local_model"),
     "reward.timeout_s",
     *("reward.missing", "reward.checkpoint_after_s", "reward.patience_s", "reward.ca_file", "reward.cert_file"),
     *("reward.key_file", "reward.token_file", "reward.tls_name"),

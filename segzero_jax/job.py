@@ -1,5 +1,6 @@
 """What stays the same during a run: configuration, mesh, processor, and how the policy is run in each phase."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,13 +66,21 @@ class Job:
 
         return jax.tree.map(put, tree)
 
+    @property
+    def collate(self) -> Callable[[Sequence[Example]], tuple[list[Example], PromptBatch]]:
+        """Examples to examples and prompts on the host; another process can do it."""
+        multiple = padding_multiple(self.config.rollout.max_prompt_tokens)
+        return functools.partial(_encoded, processor=self.processor, multiple=multiple)
+
     def encode(self, examples: Sequence[Example]) -> PromptBatch:
         """This process's rows of a batch as prompts on the mesh, where those of the others join them."""
-        prompts = [self.processor.encode(example) for example in examples]
+        return self.join(self.collate(examples)[1])
+
+    def join(self, prompts: PromptBatch) -> PromptBatch:
+        """Prompts of this process's rows, on the host, as those of the whole batch on the mesh."""
         # All prompts of a batch are padded to one length.
-        longest = max(map(int, self.pod.exchange("prompt lengths", str(max(len(p.tokens_p) for p in prompts)))))
-        multiple = padding_multiple(self.config.rollout.max_prompt_tokens)
-        return self.place(self.processor.batch(prompts, multiple, longest), self.rows.held)
+        length = max(map(int, self.pod.exchange("prompt lengths", str(prompts.tokens_bp.shape[1]))))
+        return self.place(self.processor.widen(prompts, length), self.rows.held)
 
     def share(self, examples: Sequence[Example]) -> list[Example]:
         """The whole batch, of which this process has read its own rows; pictures of others are left out.
@@ -94,6 +103,10 @@ class Job:
             [self.processor.decode(row[:length]) for row, length in zip(group, counts, strict=True)]
             for group, counts in zip(rollout.tokens_bgr, rollout.length_bg, strict=True)
         ]
+
+
+def _encoded(examples: Sequence[Example], processor: Processor, multiple: int) -> tuple[list[Example], PromptBatch]:
+    return list(examples), processor.batch([processor.encode(example) for example in examples], multiple)
 
 
 def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, TrainState, Policy]:

@@ -301,17 +301,15 @@ class Processor:
         positions, following = mrope_positions(tokens, self.image_id, grids)
         return EncodedPrompt(name, tokens, positions, following, tuple(images))
 
-    def batch(self, prompts: Sequence[EncodedPrompt], multiple: int | None = None, longest: int = 0) -> PromptBatch:
+    def batch(self, prompts: Sequence[EncodedPrompt], multiple: int | None = None) -> PromptBatch:
         """Stacks prompts, padded on the right to a multiple (of ``max_prompt_tokens``, unless given).
-
-        ``longest`` counts as the length of one more prompt: that of a longer one in another part of the batch.
 
         Every picture gets as many slots as the largest one, every prompt as many pictures as the one with most;
         what is absent is invalid.
         """
         multiple = multiple or self.max_prompt_tokens
         b, merge2 = len(prompts), self.vision.merge**2
-        p = -(-max(longest, *(len(prompt.tokens_p) for prompt in prompts)) // multiple) * multiple
+        p = -(-max(len(prompt.tokens_p) for prompt in prompts) // multiple) * multiple
         i = max(len(prompt.images) for prompt in prompts)
         s = max((len(image.valid_s) for prompt in prompts for image in prompt.images), default=0)
         batch = PromptBatch(
@@ -337,6 +335,17 @@ class Processor:
                 batch.patch_hw_bis2[row, n, :slots] = image.patch_hw_s2
                 batch.patch_valid_bis[row, n, :slots] = image.valid_s
         return batch
+
+    def widen(self, batch: PromptBatch, length: int) -> PromptBatch:
+        """A batch on the host with prompts padded to ``length``, that of a longer one elsewhere."""
+        more = length - batch.tokens_bp.shape[1]
+        if not more:
+            return batch
+        return batch._replace(
+            tokens_bp=np.pad(batch.tokens_bp, ((0, 0), (0, more)), constant_values=self.pad_id),
+            positions_b3p=np.pad(batch.positions_b3p, ((0, 0), (0, 0), (0, more))),
+            image_index_bp=np.pad(batch.image_index_bp, ((0, 0), (0, more)), constant_values=-1),
+        )
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text to the letter; special tokens in it are recognised."""

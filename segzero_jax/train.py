@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -21,7 +20,7 @@ from segzero_jax import __version__, evaluation
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.pipeline import DataError, open_split, split_name, training_batches
+from segzero_jax.data.pipeline import Batches, DataError, open_split, split_name, training_batches
 from segzero_jax.grpo import (
     TrainState,
     UpdateBatch,
@@ -66,7 +65,7 @@ from segzero_jax.run_dir import (
 )
 from segzero_jax.scoring import Scorer
 from segzero_jax.time_account import PhaseTimer
-from segzero_jax.types import Example, Rollout
+from segzero_jax.types import Example, PromptBatch, Rollout
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
@@ -99,7 +98,7 @@ def train(
     job: Job,
     state: TrainState,
     reference: Policy,
-    batches: grain.DatasetIterator[list[Example]],
+    batches: Batches[tuple[list[Example], PromptBatch]],
     scorer: Scorer,
     keeper: Keeper,
     writer: MetricsWriter,
@@ -115,8 +114,8 @@ def train(
         preemption.check()
         watch.begin(step)
         with watch.phase("data"):
-            mine = next(batches)
-            prompts = job.encode(mine)
+            mine, encoded = next(batches)
+            prompts = job.join(encoded)
             examples = job.share(mine)
         with watch.phase("rollout"):
             if config.model.freeze_vision:
@@ -261,7 +260,18 @@ def _continue(
         stack.enter_context(jax.set_mesh(mesh))
         job, state, reference = prepare(config, mesh, pod)
         train_split = open_split(config.data.name, "train", config.data.dir)
-        batches = training_batches(train_split, config.train.batch_size, config.seed, job.rows.held)
+        batches = stack.enter_context(
+            contextlib.closing(
+                training_batches(
+                    train_split,
+                    config.train.batch_size,
+                    config.seed,
+                    job.rows.held,
+                    job.collate,
+                    config.data.workers,
+                )
+            )
+        )
         run_dir = Path(config.run.dir).expanduser()
         if pod.first:
             open_run(config)

@@ -3,13 +3,20 @@
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+import question_sources as sources
 
-from segzero_jax.data.pipeline import training_batches
+from segzero_jax.data import build
+from segzero_jax.data.pipeline import Batches, open_split, training_batches
+from segzero_jax.processor import ImageError
 from segzero_jax.types import Example, Frame
 
 ROOT = Path(__file__).parents[1]
@@ -99,3 +106,51 @@ def test_import_is_light_and_touches_no_device() -> None:
         "assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def lengths(batch: Sequence[Example]) -> tuple[list[str], np.ndarray]:
+    """What a batch becomes in another process: names, and an array that grain sends through shared memory."""
+    return [example.id for example in batch], np.array([len(example.image) for example in batch])
+
+
+def test_worker_processes_give_the_same_batches_and_positions(tmp_path: Path) -> None:
+    """Over a built set, whose readers are opened anew in each process; the state fits any number of workers."""
+    arguments = ["refcoco", f"--source={sources.refer(tmp_path / 's')}", f"--data-dir={tmp_path}", "--workers=1"]
+    assert build.main(arguments) == 0
+    source = open_split("refcoco", "train", tmp_path)
+    alone = training_batches(source, 2, 0, (0, 1), lengths)
+    expected = [(names, sizes.tolist()) for names, sizes in islice(alone, 9)]
+    images = {example.id: len(example.image) for example in source}
+    assert all(sizes == [images[name] for name in names] for names, sizes in expected)
+
+    def taken(batches: Batches, count: int) -> list[tuple[list[str], list[int]]]:
+        return [(names, sizes.tolist()) for names, sizes in islice(batches, count)]
+
+    with closing(training_batches(source, 2, 0, (0, 1), lengths, workers=2)) as crowd:
+        assert taken(crowd, 5) == expected[:5]
+        state = json.loads(json.dumps(crowd.get_state()))
+    with closing(training_batches(source, 2, 0, (0, 1), lengths, workers=1)) as fewer:
+        fewer.set_state(state)
+        assert taken(fewer, 4) == expected[5:]
+    alone.set_state(state)
+    assert taken(alone, 4) == expected[5:]
+
+
+def broken(batch: Sequence[Example]) -> list[str]:
+    raise ImageError(f"{batch[0].id}: image cannot be read")
+
+
+def test_what_goes_wrong_ahead_of_time_is_raised_by_the_batch_that_it_is_in() -> None:
+    with pytest.raises(ImageError, match=r"e\d: image cannot be read"):
+        next(training_batches(examples(10), 4, 0, (0, 1), broken))
+
+
+def test_batches_are_made_before_they_are_asked_for() -> None:
+    made: list[int] = []
+    batches = training_batches(examples(10), 4, 0, (0, 1), lambda batch: made.append(len(batch)) or list(batch))
+    next(batches)
+    deadline = time.monotonic() + 30
+    while len(made) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    batches.close()

@@ -58,6 +58,7 @@ class DataConfig:
       dir: where built data sets are kept.
       image_size: pictures are squashed to this many pixels squared; answers are in this frame.
       prompt: whose question wording: see ``prompt.py``.
+      workers: processes on each host that prepare batches ahead; 0 prepares them in threads of the trainer.
       eval_splits: held-out splits that are evaluated: "val" of the same data set, "ReasonSeg/val" of another.
     """
 
@@ -65,6 +66,7 @@ class DataConfig:
     dir: Text = "~/.cache/segzero_jax"
     image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
     prompt: Literal["toy", "seg_zero", "vision_reasoner"] = "toy"
+    workers: Count = 0
     eval_splits: tuple[Text, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
 
 
