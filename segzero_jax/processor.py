@@ -6,6 +6,7 @@ Same ids, pixels and positions as Hugging Face's Qwen2.5-VL processor and model 
 one, so that window attention is a reshape.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -282,6 +283,26 @@ class Processor:
         image = decode_image(example.image, example.id)
         patched = patch_image(image, (self.image_size, self.image_size), self.vision)
         return self.encode_parts(example.id, question_text(self._wording, example.question), [patched])
+
+    def count_tokens(self, questions: Sequence[str]) -> np.ndarray:
+        """The prompt tokens, int32 [N], that ``encode`` would give for questions about one picture each.
+
+        No picture is needed: all are squashed to the same size.
+        """
+        units = (self.image_size // (self.vision.patch * self.vision.merge)) ** 2
+        around = (
+            self._tokenizer.encode(_BEFORE + "<|vision_start|><|vision_end|>").ids,
+            self._tokenizer.encode(_AFTER).ids,
+        )
+        texts = [question_text(self._wording, question) for question in questions]
+        counts = [len(encoding.ids) for encoding in self._literal.encode_batch(texts)]
+        return np.array(counts, np.int32) + len(around[0]) + len(around[1]) + units
+
+    @property
+    def text_identity(self) -> str:
+        """Stands for all that ``count_tokens`` depends on."""
+        told = f"{self._tokenizer.to_str()} {self._wording} {self.image_size} {self.vision.patch} {self.vision.merge}"
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def encode_parts(self, name: str, text: str, images: Sequence[PatchedImage]) -> EncodedPrompt:
         """A user turn of any pictures, in order, and then a text to the letter. Raises PromptTooLong."""

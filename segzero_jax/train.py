@@ -20,7 +20,8 @@ from segzero_jax import __version__, evaluation
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.pipeline import Batches, DataError, open_split, split_name, training_batches
+from segzero_jax.data.pipeline import Batches, DataError, Source, open_split, split_name, training_batches
+from segzero_jax.data.preflight import check_held_out, check_prompts
 from segzero_jax.grpo import (
     TrainState,
     UpdateBatch,
@@ -38,7 +39,7 @@ from segzero_jax.model.weights import CheckpointError
 from segzero_jax.patience import Patience
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
-from segzero_jax.processor import ImageError, PromptTooLong
+from segzero_jax.processor import ImageError, Processor, PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
 from segzero_jax.record import (
     DRAWN_PROMPTS,
@@ -175,6 +176,19 @@ def train(
     return state
 
 
+def open_training_split(config: Config, processor: Processor) -> Source:
+    """The questions to train on, after a look at all of them and at those that are held out.
+
+    Raises DataError or PromptTooLong where something is wrong with them.
+    """
+    source = open_split(config.data.name, "train", config.data.dir)
+    held_out = [open_split(*split_name(name, config.data.name), config.data.dir) for name in config.data.eval_splits]
+    for split in (source, *held_out):
+        check_prompts(split, processor, config.data.dir)
+    check_held_out(source, held_out)
+    return source
+
+
 def make_evaluation(
     job: Job, scorer: Scorer, keeper: Keeper, writer: MetricsWriter, preemption: Preemption
 ) -> Evaluation:
@@ -259,7 +273,7 @@ def _continue(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         job, state, reference = prepare(config, mesh, pod)
-        train_split = open_split(config.data.name, "train", config.data.dir)
+        train_split = open_training_split(config, job.processor)
         batches = stack.enter_context(
             contextlib.closing(
                 training_batches(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import grain
 import numpy as np
+import pyarrow as pa
 import tensorflow_datasets as tfds
 from absl import flags
 
@@ -39,14 +40,14 @@ class Source(Sequence[Example]):
         rows: Sequence[dict[str, Any]],
         decode: Callable[[dict[str, Any], int], Example],
         places: np.ndarray | None = None,
-        texts: Callable[[], list[tuple[str, str]]] | None = None,
+        index: Callable[[], pa.Table] | None = None,
     ) -> None:
         self.name = name
         self.checksum = checksum
         self._rows = rows
         self._decode = decode
         self._places = places
-        self._texts = texts
+        self._index = index
 
     def __len__(self) -> int:
         return len(self._rows) if self._places is None else len(self._places)
@@ -57,11 +58,16 @@ class Source(Sequence[Example]):
         record, place = (index, 0) if self._places is None else self._places[index]
         return self._decode(self._rows[int(record)], int(place))
 
+    def contents(self) -> pa.Table | None:
+        """The index of a built set (``records.INDEX``); None for a generated one."""
+        return None if self._index is None else self._index()
+
     def texts(self) -> list[tuple[str, str]]:
         """Id and question of every example, in order, without reading a picture where that can be avoided."""
-        if self._texts is not None:
-            return self._texts()
-        return [(example.id, example.question) for example in self]
+        index = self.contents()
+        if index is None:
+            return [(example.id, example.question) for example in self]
+        return list(zip(index["id"].to_pylist(), index["text"].to_pylist(), strict=True))
 
 
 def open_split(name: str, split: str, data_dir: str | Path) -> Source:
@@ -86,9 +92,15 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     index = records.read_index(directory, split)
     places = np.stack([index["record"].to_numpy(), index["place"].to_numpy()], axis=1)
     rows = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    texts = functools.partial(_index_texts, directory, split)
     checksum = hashlib.sha256(records.index_path(directory, split).read_bytes()).hexdigest()
-    return Source(f"{name}/{split}", checksum, rows, records.to_example, places, texts)
+    return Source(
+        f"{name}/{split}",
+        checksum,
+        rows,
+        records.to_example,
+        places,
+        functools.partial(records.read_index, directory, split),
+    )
 
 
 def split_name(text: str, data_set: str) -> tuple[str, str]:
@@ -115,11 +127,6 @@ def _known(data_dir: str | Path) -> str:
 def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
     if split not in splits:
         raise DataError(f"split {split!r} of data set {name}: expected one of {', '.join(splits)}")
-
-
-def _index_texts(directory: Path, split: str) -> list[tuple[str, str]]:
-    index = records.read_index(directory, split)
-    return list(zip(index["id"].to_pylist(), index["text"].to_pylist(), strict=True))
 
 
 class Batches(Iterator[T]):

@@ -154,8 +154,7 @@ def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[
 
 def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPrompt, ...]]) -> Question:
     """Raises ValueError for a question that cannot be asked or has no possible answer."""
-    text = asked.text.strip() if isinstance(asked.text, str) else ""
-    if not text.strip(".?! "):
+    if not asked.text.strip(".?! \n\t"):
         raise ValueError("an empty question")
     frame = picture.frame
     for mask in (*(asked.masks or ()), *([] if asked.ignore is None else [asked.ignore])):
@@ -166,7 +165,7 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
     if asked.masks is None:
         objects = tuple(_inside(rescale_object(obj, picture.original, frame), frame) for obj in asked.objects)
         nothing = run_lengths(union((), frame.height, frame.width))
-        return Question(asked.id, text, objects, "" if objects else nothing, ignore, asked.instance_id)
+        return Question(asked.id, asked.text, objects, "" if objects else nothing, ignore, asked.instance_id)
     masks = [fit_mask(mask, frame) for mask in asked.masks]
     found: list[ObjectPrompt] = []
     for given, mask in zip(asked.masks, masks, strict=True):
@@ -178,7 +177,7 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
     if masks and not found:
         raise ValueError("a target mask without pixels")
     whole = run_lengths(union(masks, frame.height, frame.width))
-    return Question(asked.id, text, tuple(found), whole, ignore, asked.instance_id)
+    return Question(asked.id, asked.text, tuple(found), whole, ignore, asked.instance_id)
 
 
 def _inside(obj: ObjectPrompt, frame: Frame) -> ObjectPrompt:

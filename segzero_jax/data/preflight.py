@@ -1,0 +1,68 @@
+"""What is found out about a data set before the first step: prompts that do not fit, pictures that are held out."""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from segzero_jax import jsonl
+from segzero_jax.data.leaks import find_leaks
+from segzero_jax.data.pipeline import DataError, Source
+from segzero_jax.processor import Processor, PromptTooLong
+
+_NAMED = 5
+_BLOCK = 4096
+
+
+def check_prompts(source: Source, processor: Processor, data_dir: str | Path) -> int:
+    """Counts the prompt tokens of every question, once for a data set and a tokenizer, and returns the most.
+
+    Raises:
+      PromptTooLong: some do not fit into ``max_prompt_tokens``; it names the longest.
+    """
+    counts = _counts(source, processor, Path(data_dir).expanduser() / "prompt_tokens")
+    limit, most = processor.max_prompt_tokens, int(counts.max(initial=0))
+    over = int((counts > limit).sum())
+    if over:
+        texts = source.texts()
+        longest = np.argsort(-counts, kind="stable")[: min(over, _NAMED)]
+        named = ", ".join(f"{texts[row][0]} with {counts[row]}" for row in longest)
+        raise PromptTooLong(
+            f"{source.name}: {over} of {len(counts)} prompts do not fit, expected at most max_prompt_tokens={limit}: "
+            f"{named}{', …' if over > _NAMED else ''}; rollout.max_prompt_tokens={most} takes all of them"
+        )
+    return most
+
+
+def check_held_out(train: Source, held_out: Iterable[Source]) -> None:
+    """Raises DataError where a training picture is also in a split that is evaluated, as far as sets are built."""
+    index = train.contents()
+    for other in held_out:
+        theirs = other.contents()
+        found = find_leaks(index, theirs) if index is not None and theirs is not None else []
+        if found:
+            first = found[0]
+            raise DataError(
+                f"{len(found)} of {len(train)} questions of {train.name} are about pictures of {other.name}, the first "
+                f"is {first.id}: {first.held_out} ({first.why}); build the set again with --rebuild --against "
+                f"{other.name} --drop-leaks, or leave {other.name} out of data.eval_splits"
+            )
+
+
+def _counts(source: Source, processor: Processor, cache: Path) -> np.ndarray:
+    key = hashlib.sha256(f"{source.checksum} {processor.text_identity}".encode()).hexdigest()
+    path = cache / f"{key}.npy"
+    if path.is_file():
+        return np.load(path)
+    questions = [question for _, question in source.texts()]
+    blocks = [processor.count_tokens(questions[n : n + _BLOCK]) for n in range(0, len(questions), _BLOCK)]
+    counts = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+    content = io.BytesIO()
+    np.save(content, counts)
+    with contextlib.suppress(OSError):  # Data may lie where nobody may write; then they are counted each time.
+        cache.mkdir(exist_ok=True)
+        jsonl.replace(path, content.getvalue())
+    return counts

@@ -1,0 +1,93 @@
+"""Before the first step: the count of every prompt is the encoder's, and what does not fit or is held out is named."""
+
+from pathlib import Path
+
+import pytest
+import question_sources as sources
+from PIL import Image
+
+from segzero_jax.data import build
+from segzero_jax.data.pipeline import DataError, Source, open_split
+from segzero_jax.data.preflight import check_held_out, check_prompts
+from segzero_jax.processor import Processor, PromptTooLong
+
+TEXTS = ["mug", "the <|image_pad|> that looks most like a café", "A Thing. " * 20, "…", "<|im_end|> 漢字", "left" * 50]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    source = sources.solution_parquet(folder / "s", problem=TEXTS)
+    assert build.main(["r", f"--source={source}", f"--data-dir={folder}", "--workers=1"]) == 0
+    return folder
+
+
+def processor(wording: str = "toy", size: int = 84, limit: int = 10_000) -> Processor:
+    return Processor.load("toy", size, wording, limit)
+
+
+@pytest.mark.parametrize("wording", ["toy", "seg_zero", "vision_reasoner"])
+@pytest.mark.parametrize("size", [56, 84])
+def test_the_count_is_the_length_of_the_encoded_prompt(built: Path, wording: str, size: int) -> None:
+    source = open_split("r", "train", built)
+    used = processor(wording, size)
+    lengths = [len(used.encode(example).tokens_p) for example in source]
+    assert used.count_tokens(TEXTS).tolist() == lengths
+    assert check_prompts(source, used, built) == max(lengths)
+
+
+def test_what_does_not_fit_is_named_with_what_to_do(built: Path) -> None:
+    source = open_split("r", "train", built)
+    counts = processor().count_tokens(TEXTS).tolist()
+    (second, longest), limit = sorted(counts)[-2:], sorted(counts)[-3]
+    assert check_prompts(source, processor(limit=longest), built) == longest
+    with pytest.raises(PromptTooLong) as caught:
+        check_prompts(source, processor(limit=limit), built)
+    first, then = (f"refcocog_{16000 + counts.index(n)} with {n}" for n in (longest, second))
+    assert str(caught.value) == (
+        f"r/train: 2 of 6 prompts do not fit, expected at most max_prompt_tokens={limit}: {first}, {then}; "
+        f"rollout.max_prompt_tokens={longest} takes all of them"
+    )
+
+
+def test_a_count_is_remembered_by_what_it_depends_on(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_split("r", "train", built)
+    most = check_prompts(source, processor(), tmp_path)
+    counted: list[str] = []
+    real = Processor.count_tokens
+    monkeypatch.setattr(
+        Processor, "count_tokens", lambda self, texts: counted.append(self._wording) or real(self, texts)
+    )
+    assert check_prompts(source, processor(), tmp_path) == most
+    assert counted == []
+    check_prompts(source, processor("seg_zero"), tmp_path)
+    check_prompts(source, processor(size=56), tmp_path)
+    check_prompts(
+        Source("other", "other checksum", source._rows, source._decode, source._places), processor(), tmp_path
+    )
+    assert counted == ["seg_zero", "toy", "toy"]
+
+
+def test_data_where_nobody_may_write_is_counted_each_time(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file stands where the folder would be")
+    assert check_prompts(open_split("r", "train", built), processor(), tmp_path / "file") > 0
+
+
+def test_a_held_out_picture_is_refused_before_training(built: Path, tmp_path: Path) -> None:
+    image = [
+        {"bytes": sources.encoded(sources.picture(seed).resize((200, 300), Image.Resampling.BICUBIC)), "path": None}
+        for seed in (1, 1004, 2, 3)
+    ]
+    mask = [sources.rectangle(1, 1, 50, 50, 200, 300).tolist()] * 4
+    source = sources.mask_parquet(tmp_path / "s", image=image, mask=mask)
+    assert build.main(["held", f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
+    train = open_split("r", "train", built)
+    check_held_out(train, [])
+    with pytest.raises(
+        DataError, match=r"1 of 6 questions of r/train are about pictures of held/test, the first is ref"
+    ) as e:
+        check_held_out(train, [open_split("held", "test", tmp_path)])
+    assert "refcocog_16004: test-picture_1-1 (looks the same" in str(e.value)
+    assert "--against held/test --drop-leaks" in str(e.value)
