@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from segzero_jax.processor import (
     window_order,
 )
 from segzero_jax.prompt import question_text
-from segzero_jax.types import Example, Frame
+from segzero_jax.types import Example, Frame, PromptBatch
 
 ASSETS = Path(checkpoint_directory("toy"))
 ROOT = Path(__file__).parents[1]
@@ -331,3 +332,12 @@ def test_the_tokenizer_script_makes_the_packaged_files(tmp_path: Path) -> None:
 def test_import_needs_no_torch_transformers_or_jax_array() -> None:
     code = "import sys, segzero_jax.processor; assert not {'torch', 'transformers', 'tensorflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_widened_batch_is_the_batch_that_was_padded_to_that_length() -> None:
+    processor = tiny.load_processor()
+    rows = [tiny.encode(processor, "the red one", [(56, 56)], seed=n) for n in range(2)]
+    for name, wide, plain in zip(
+        PromptBatch._fields, processor.widen(processor.batch(rows, 8), 64), processor.batch(rows, 64), strict=True
+    ):
+        assert (wide is None and plain is None) or np.array_equal(wide, plain), name
