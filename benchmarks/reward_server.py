@@ -11,8 +11,9 @@ whatever else the machine does meets all of them:
 Beside groups a second stands the processor time that a group costs the process that computes it, which other programs
 on the machine hardly change.
 
-The server keeps no embeddings here: every group costs its encoding. Without a GPU the model is the toy one on one
-thread; with one it is hiera-large with random weights, whose speed is that of trained ones.
+The server keeps no embeddings here: every group costs its encoding, and it is measured while calls are always waiting.
+Without a GPU the model is the toy one on one thread; with one it is hiera-large with random weights, whose speed is
+that of trained ones. ``--network tiny`` is hiera-tiny with random weights, on a CPU too.
 """
 
 import argparse
@@ -35,7 +36,11 @@ from benchmarks.reward_requests import group_request, picture, prompts
 from benchmarks.server_process import Server, server_process
 from reward_server.segmenter import Segmenter, build_model, published_config
 
-LARGE = "configs/sam2.1/sam2.1_hiera_l.yaml"
+# Published names, by size: the configuration inside the sam2 package and the checkpoint file.
+PUBLISHED = {
+    "tiny": ("configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt"),
+    "large": ("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt"),
+}
 GROUP = 8
 
 
@@ -99,24 +104,38 @@ def model(segmenter: Segmenter, groups: int, batch: int) -> None:
             segmenter.masks(decoded.logits, *image.shape[:2]).sum((1, 2)).tolist()
 
 
-def served(server: Server, groups: int, outstanding: int) -> None:
-    """Calls the server with so many calls under way at any time."""
-    waiting: deque[grpc.Future] = deque()
-    for index in range(groups):
-        if len(waiting) == outstanding:
-            waiting.popleft().result()
-        waiting.append(server.stub.Score.future(group_request(index, GROUP), timeout=600))
-    for call in waiting:
-        call.result()
+class Stream:
+    """Calls to the server, so many of them under way at any time."""
+
+    def __init__(self, server: Server, outstanding: int) -> None:
+        self._server, self._outstanding = server, outstanding
+        self._waiting: deque[grpc.Future] = deque()
+        self._sent = 0
+
+    def fill(self) -> None:
+        while len(self._waiting) < self._outstanding:
+            call = self._server.stub.Score.future(group_request(self._sent, GROUP), timeout=3600)
+            self._waiting.append(call)
+            self._sent += 1
+
+    def answered(self, groups: int) -> None:
+        """Waits for so many answers, each followed by the next call."""
+        for _ in range(groups):
+            self._waiting.popleft().result()
+            self.fill()
+
+    def drain(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
 
 
-def large_checkpoint(folder: Path) -> Path:
-    """Hiera-large with random weights, in the form that is published."""
+def random_checkpoint(folder: Path, network: str) -> str:
+    """A network with random weights, in the form that is published."""
+    config, name = PUBLISHED[network]
     torch.manual_seed(0)
-    network = build_model(OmegaConf.load(published_config(LARGE)))
-    path = folder / "sam2.1_hiera_large.pt"
-    torch.save({"model": network.state_dict()}, path)
-    return path
+    path = folder / name
+    torch.save({"model": build_model(OmegaConf.load(published_config(config))).state_dict()}, path)
+    return str(path)
 
 
 def timed(work: Callable[[int], None], groups: int, pid: int) -> tuple[float, float]:
@@ -142,21 +161,30 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
     if options.compile:
         flags.append("--compile")
     with server_process(flags) as server:
+        stream = Stream(server, 4 * batch)
         ways = {
             "plain loop": (lambda n: plain_loop(segmenter, n), max(1, options.groups // 4), os.getpid()),
             "network": (lambda n: network(segmenter, n, batch), options.groups, os.getpid()),
             "model": (lambda n: model(segmenter, n, batch), options.groups, os.getpid()),
-            "server": (lambda n: served(server, n, 4 * batch), options.groups, server.pid),
+            "server": (stream.answered, options.groups, server.pid),
         }
-        for work, _, _ in ways.values():
+        for name, (work, _, _) in ways.items():
+            if name == "server":
+                stream.fill()
             work(batch)
+        stream.drain()
         encoded, calls = server.metric("images_encoded_total"), server.metric("call_seconds_count")
         batches = server.metric("batch_size_count")
         rates: dict[str, list[float]] = {name: [] for name in ways}
         costs: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
             for name, (work, groups, pid) in ways.items():
+                if name == "server":
+                    # One batch first: whoever comes later finds the queue full.
+                    stream.fill()
+                    stream.answered(batch)
                 rate, cost = timed(work, groups, pid)
+                stream.drain()
                 rates[name].append(rate)
                 costs[name].append(cost)
         calls = server.metric("call_seconds_count") - calls
@@ -167,7 +195,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, 1 thread"
     )
     return {
-        "model": "toy" if source == "toy" else "hiera-large, random weights",
+        "model": "toy" if source == "toy" else f"hiera-{options.network}, random weights",
         "device": name,
         "group": GROUP,
         "max_batch": batch,
@@ -194,9 +222,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="--max-batch of the server [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="--compile for the server")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
+    usual = "large" if torch.cuda.is_available() else "toy"
+    parser.add_argument("--network", choices=["toy", *PUBLISHED], default=usual, help="[%(default)s here]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = str(large_checkpoint(Path(folder))) if torch.cuda.is_available() else "toy"
+        source = "toy" if options.network == "toy" else random_checkpoint(Path(folder), options.network)
         found = measure(options, source)
     rates, costs = found["groups_per_second"], found["processor_ms_per_group"]
     assert isinstance(rates, dict)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self._metrics = metrics
         self._workers: Workers | None = None
         self._checkpoint = ""
+        # A burst of calls would otherwise take the cores from the threads that run the models.
+        self._preparing = threading.BoundedSemaphore(max(1, len(os.sched_getaffinity(0)) - 1))
 
     def ready(self, workers: Workers) -> None:
         """Serves with these workers from now on."""
@@ -118,7 +121,12 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         deadline = call.start + context.time_remaining()
         # Before the picture is decoded, too: an overloaded server should not spend its time on that.
         self._batcher.check(deadline)
-        job, statuses = job_from(request, self._workers.find)
+        if not self._preparing.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
+            raise TooLateError
+        try:
+            job, statuses = job_from(request, self._workers.find)
+        finally:
+            self._preparing.release()
         ticket = self._batcher.submit(job, deadline)
         self._wait(ticket, context)
         now = time.monotonic()

@@ -6,12 +6,14 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import signal
 import ssl
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -19,13 +21,14 @@ from importlib import resources
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from sam_calls import candidate, group_request, image_message, request_for, scene, serving
 
-from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server import reward_pb2, reward_pb2_grpc, validation
 from reward_server.segmenter import TOY, Prompt, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
 from reward_server.telemetry import JsonLines
@@ -275,6 +278,24 @@ def test_every_flag_is_in_the_manual() -> None:
     flags = set(re.findall(r"--[a-z-]+", shown.stdout)) - {"--help"}
     manual = (Path(__file__).parent.parent / "docs" / "reward_server.md").read_text()
     assert {flag for flag in flags if f"`{flag}" not in manual} == set()
+
+
+def test_a_burst_leaves_a_core_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    most, decode = [0, 0], validation.decode_image
+
+    def slowly(data: bytes) -> np.ndarray:
+        most[0] += 1
+        most[1] = max(most)
+        time.sleep(0.05)
+        most[0] -= 1
+        return decode(data)
+
+    monkeypatch.setattr(validation, "decode_image", slowly)
+    with serving() as (_, stub):
+        calls = [stub.Score.future(group_request(i), timeout=60) for i in range(4)]
+        assert [call.result().target_area > 0 for call in calls] == [True] * 4
+    assert most == [0, 1]
 
 
 def test_stubs_say_what_the_proto_says() -> None:

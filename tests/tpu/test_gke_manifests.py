@@ -8,6 +8,7 @@ import yaml
 from reward_server import reward_pb2
 from segzero_jax import config as configs
 from segzero_jax.mesh import parse_mesh
+from segzero_jax.watch import DIVERGED
 
 GKE = Path(__file__).parents[2] / "tpu/gke"
 SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
@@ -51,12 +52,12 @@ def test_the_jobset_is_one_that_jobset_takes() -> None:
     assert set(rule["onJobFailureReasons"]) <= REASONS
 
 
-def test_a_pod_that_fails_fails_the_job_and_exit_code_2_the_jobset() -> None:
+def test_a_pod_that_fails_fails_the_job_and_what_starting_again_cannot_mend_the_jobset() -> None:
     assert JOB["backoffLimit"] == 0
     assert POD["restartPolicy"] == "Never", "a podFailurePolicy asks for it"
     (rule,) = JOB["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"] == {"containerName": TRAIN["name"], "operator": "In", "values": [2]}
+    assert rule["onExitCodes"] == {"containerName": TRAIN["name"], "operator": "In", "values": [2, DIVERGED]}
 
 
 def test_machines_chips_and_mesh_are_the_same_number() -> None:
