@@ -226,7 +226,12 @@ def test_the_version_is_one():
 def test_pages_name_commands_and_files_that_exist():
     """In pages and in the headers of presets: ``python -m x.y``, and paths under this repository's folders."""
     missing = set()
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.yaml")):
+    for page in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "configs").rglob("*.yaml"),
+        ROOT / "tpu/README.md",
+    ):
         text = page.read_text()
         for module in re.findall(r"python -m ((?:segzero_jax|reward_server)[\w.]*)", text):
             path = ROOT.joinpath(*module.split("."))
@@ -239,7 +244,7 @@ def test_pages_name_commands_and_files_that_exist():
 
 
 def test_links_between_pages_lead_somewhere():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tpu/README.md"]
     link = re.compile(r"\]\(([^)#\s]+)|src=\"([^\"]+)")
     broken = [
         f"{page.relative_to(ROOT)}: {target}"

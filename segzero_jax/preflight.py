@@ -1,0 +1,260 @@
+"""``python -m segzero_jax.preflight``: checks, before anything is trained, what a run would trip over.
+
+It takes the options of ``train`` and makes the checks on all hosts of the job at once: equal versions, devices and
+mesh, the model, where checkpoints go, room on the disks, the reward servers. Nothing is left behind.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import platform
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from segzero_jax import config as configs
+from segzero_jax.checkpoint import checkpoint_directory
+from segzero_jax.config import Config
+from segzero_jax.hub import is_checkpoint
+from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
+from segzero_jax.model.weights import CheckpointError, check_fits, read_dims
+from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
+from segzero_jax.reward_channel import RewardServerError, read_access
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.types import Frame, ObjectPrompt
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "grpcio", "tokenizers")
+_GIB = 2**30
+# For the run's files and the data set's, each.
+_SPARE_BYTES = _GIB
+
+
+class CheckFailed(Exception):
+    """What is wrong, in one line."""
+
+
+# What a check found, in a few words. Raises CheckFailed.
+Check = Callable[[Config, Pod], str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="segzero_jax.preflight",
+        description="Checks what a training run would trip over; takes the options of segzero_jax.train.",
+        epilog="Exit codes: 0 nothing is wrong; 2 something to put right; 4 another host was lost.",
+    )
+    _, config = configs.parse_command_line(parser, argv)
+    pod = Pod(prog=parser.prog)
+    try:
+        pod = join(parser.prog, "start the preflight again")
+        prepare_cpu(config.mesh, pod.count)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        wrong = run(config, pod)
+    except HostLost as error:
+        return pod.leave(HOST_LOST, str(error))
+    except (PodError, MeshError) as error:
+        return pod.leave(2, str(error))
+    pod.leave(0)
+    return 2 if wrong else 0
+
+
+def run(config: Config, pod: Pod) -> int:
+    """Makes all checks on all hosts; the first host says what was found. Returns how many failed."""
+    wrong = 0
+    for name, check in CHECKS.items():
+        try:
+            found = ["ok", check(config, pod)]
+        except CheckFailed as error:
+            found = ["FAILED", str(error)]
+        said = [json.loads(line) for line in pod.exchange(f"preflight: {name}", json.dumps(found))]
+        # What hosts that are well report may differ, such as free bytes: the first one's words stand for all.
+        bad = [f"{pod.host(i)}: {line}" for i, (verdict, line) in enumerate(said) if verdict != "ok"]
+        if len(bad) == pod.count and len({line for _, line in said}) == 1:
+            bad = [said[0][1]]
+        wrong += bool(bad)
+        if pod.first:
+            print(f"{'FAILED' if bad else 'ok':<7} {name:<15} {'; '.join(bad) or said[0][1]}", flush=True)
+    if pod.first:
+        print(f"{wrong} of {len(CHECKS)} checks failed" if wrong else "all is well", flush=True)
+    return wrong
+
+
+def check_versions(config: Config, pod: Pod) -> str:
+    """Hosts that run different code or libraries make different programs, and their collectives hang."""
+    own = _versions()
+    everyone = [json.loads(said) for said in pod.exchange("versions", json.dumps(own))]
+    for i, other in enumerate(everyone):
+        for name, version in everyone[0].items():
+            if other[name] != version:
+                raise CheckFailed(f"{name} is {version} on {pod.host(0)}, {other[name]} on {pod.host(i)}: tpu/setup.sh")
+    shown = [f"{name} {own[name]}" for name in ("python", "jax", "libtpu", "code")]
+    return f"{', '.join(shown)} on {pod.count} host{'s' * (pod.count > 1)}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    return found | {"code": code.hexdigest()[:12]}
+
+
+def check_devices(config: Config, pod: Pod) -> str:
+    """The mesh is the devices that are there, and they reach each other."""
+    try:
+        mesh = make_mesh(config.mesh)
+    except MeshError as error:
+        raise CheckFailed(str(error)) from None
+    with jax.set_mesh(mesh):
+        # One number a device, made where it lies: its sum crosses every link that training uses.
+        shape = tuple(mesh.shape[axis] for axis in AXES)
+        sharding = NamedSharding(mesh, PartitionSpec(*AXES))
+        ones = jax.make_array_from_callback(shape, sharding, lambda index: np.ones((1, 1, 1), np.float32))
+        total = float(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones))
+    if total != mesh.size:
+        raise CheckFailed(f"{mesh.size} devices, each with a one, sum up to {total:g}: this hardware is broken")
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind} as {config.mesh}, and they sum up to {total:g}"
+
+
+def check_model(config: Config, pod: Pod) -> str:
+    """The model is there, or can be had, and divides over the mesh."""
+    path = config.model.path
+    if not _is_remote(path):
+        try:
+            dims = read_dims(path)
+            check_fits(make_mesh(config.mesh), dims, config.train.batch_size, config.train.micro_batch_size)
+        except (CheckpointError, MeshError) as error:
+            raise CheckFailed(str(error)) from None
+        return f"{path} divides over {config.mesh}"
+    missing = _missing_bytes(path)
+    return f"{path}: {f'{missing / _GIB:.1f} GiB to be downloaded' if missing else 'in the cache'}"
+
+
+def _is_remote(path: str) -> bool:
+    return path != "toy" and not Path(path).expanduser().exists() and is_checkpoint(path)
+
+
+def _missing_bytes(path: str) -> int:
+    """What the hub has of a model and its cache here has not. Raises CheckFailed."""
+    repo, _, revision = path.partition("@")
+    try:
+        files = HfApi().model_info(repo, revision=revision or None, files_metadata=True).siblings or []
+    except (OSError, ValueError, HTTPError) as error:
+        if isinstance(try_to_load_from_cache(repo, "config.json", revision=revision or None), str):
+            return 0
+        reason = " ".join(str(error).split())[:200]
+        raise CheckFailed(f"model.path={path}: not in the cache, and the hub does not answer: {reason}") from None
+    wanted = [file for file in files if file.rfilename.endswith((".safetensors", ".json"))]
+    have = [try_to_load_from_cache(repo, file.rfilename, revision=revision or None) for file in wanted]
+    return sum(file.size or 0 for file, there in zip(wanted, have, strict=True) if not isinstance(there, str))
+
+
+def check_checkpoints(config: Config, pod: Pod) -> str:
+    """Every host can write where checkpoints go, delete there, and see what the first one writes."""
+    directory = checkpoint_directory(config)
+    missing = [] if "://" in str(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
+    # A name that all hosts know and no other preflight has.
+    name = pod.exchange("checkpoint probe", uuid.uuid4().hex if pod.first else "")[0]
+    own, shared = directory / f"preflight-{name}-{pod.index}", directory / f"preflight-{name}-0"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        own.write_text(name)
+        problem = ""
+    except Exception as error:  # Every store has errors of its own; all mean the same here.
+        problem = f"{directory}: cannot be written to: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    pod.exchange("checkpoint probe written", "")
+    if not problem and not shared.exists():
+        problem = f"{directory}: not shared with {pod.host(0)}: run.checkpoint_dir must be, such as gs://bucket/folder"
+    pod.exchange("checkpoint probe seen", "")
+    if own.exists():
+        own.unlink()
+    pod.exchange("checkpoint probe deleted", "")
+    for path in missing:
+        if pod.first and path.exists() and not any(path.iterdir()):
+            path.rmdir()
+    if problem:
+        raise CheckFailed(problem)
+    return f"{directory}: written, read and deleted"
+
+
+def check_disks(config: Config, pod: Pod) -> str:
+    """There is room for what this host keeps: the run's files, the model's, checkpoints that stay on it."""
+    needs: dict[Path, int] = {Path(config.run.dir).expanduser(): _SPARE_BYTES}
+    needs[Path(config.data.dir).expanduser()] = _SPARE_BYTES
+    if _is_remote(config.model.path):
+        with contextlib.suppress(CheckFailed):  # The model's own check has said so.
+            needs[Path(constants.HF_HUB_CACHE)] = _missing_bytes(config.model.path)
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for path, wanted in needs.items():
+        place = _existing(path)
+        first, before = by_disk.get(place.stat().st_dev, (path, 0))
+        by_disk[place.stat().st_dev] = first, before + wanted
+    free = {path: shutil.disk_usage(_existing(path)).free for path, _ in by_disk.values()}
+    for path, wanted in by_disk.values():
+        if free[path] < wanted:
+            raise CheckFailed(f"{path}: {free[path] / _GIB:.1f} GiB free, {wanted / _GIB:.1f} GiB are needed")
+    return ", ".join(f"{path}: {free[path] / _GIB:.0f} GiB free" for path, _ in by_disk.values())
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def check_rewards(config: Config, pod: Pod) -> str:
+    """The reward servers serve one model, and let this host have a mask."""
+    try:
+        access = read_access(config.reward)
+        if config.reward.server in ("none", "local"):
+            return {"none": "none: text alone", "local": "local: starts with the run"}[config.reward.server]
+        with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
+            infos = client.wait_until_serving(config.reward.timeout_s)
+            picture, box = io.BytesIO(), ObjectPrompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
+            Image.new("RGB", (64, 48)).save(picture, "PNG")
+            start = time.monotonic()
+            (mask,) = client.segment(picture.getvalue(), Frame(64, 48), [(box,)], id="preflight")
+            seconds = time.monotonic() - start
+    except RewardServerError as error:
+        raise CheckFailed(str(error)) from None
+    if mask.error:
+        raise CheckFailed(f"reward server {config.reward.server}: {mask.error}")
+    first = infos[0]
+    kinds = ", ".join(f"{info.address} ({info.device})" for info in infos)
+    return (
+        f"{first.model}, checkpoint {first.checkpoint_sha256[:12]}, {first.dtype} at {kinds}: a mask in {seconds:.2f} s"
+    )
+
+
+# In this order, each on all hosts before the next begins.
+CHECKS: dict[str, Check] = {
+    "versions": check_versions,
+    "devices": check_devices,
+    "model": check_model,
+    "checkpoints": check_checkpoints,
+    "disks": check_disks,
+    "reward servers": check_rewards,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

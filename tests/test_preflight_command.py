@@ -1,0 +1,137 @@
+"""What a preflight finds before a run does, on one host and on several."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from fake_reward_server import Fake, free_port, serving
+
+from segzero_jax import config as configs
+from segzero_jax import preflight
+from segzero_jax.config import Config
+from segzero_jax.pods import Pod
+from segzero_jax.preflight import CHECKS, CheckFailed
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(folder: Path, **changes: object) -> Config:
+    given = {"mesh": "4x4", "run.dir": str(folder / "runs/new"), "reward.server": "none", **changes}
+    return configs.replace(Config(), **given)
+
+
+class Neighbour(Pod):
+    """The second of two hosts; what the first one says is in the test's hands."""
+
+    def __init__(self, **said: str) -> None:
+        super().__init__()
+        self.index, self.count, self.names, self.said = 1, 2, ["a", "b"], said
+
+    def exchange(self, what: str, said: str, deadline_s: float = 0.0) -> list[str]:
+        return [self.said.get(what.replace(" ", "_"), said), said]
+
+
+def failure(name: str, given: Config, pod: Pod | None = None) -> str:
+    with pytest.raises(CheckFailed) as error:
+        CHECKS[name](given, pod or Pod())
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_all_is_well_and_nothing_is_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = Fake(checkpoint="abcdef0123456789")
+    with serving(fake) as address:
+        assert preflight.run(config(tmp_path, **{"reward.server": address}), Pod()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:23].split(maxsplit=1)[1].strip() for line in lines[:-1]] == list(CHECKS)
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    assert "16 x cpu as 4x4, and they sum up to 16" in lines[1]
+    assert f"fake, checkpoint abcdef012345,  at {address} (): a mask in 0." in lines[-2]
+    assert lines[-1] == "all is well"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_failure_is_told_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"mesh": "2x3", "reward.server": f"127.0.0.1:{free_port()}", "reward.timeout_s": 0.1}
+    assert preflight.run(config(tmp_path, **changes), Pod()) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("FAILED")] == ["model", "reward"]
+    assert "do not divide by tensor = 3" in lines[2]
+    assert "unreachable" in lines[-2]
+    assert lines[-1] == "2 of 6 checks failed"
+
+
+def test_a_mesh_larger_than_the_job(tmp_path: Path) -> None:
+    assert "needs 64 devices, this job has 16" in failure("devices", config(tmp_path, mesh="8x8"))
+
+
+def test_hosts_with_other_code(tmp_path: Path) -> None:
+    other = preflight._versions() | {"code": "0123"}
+    said = failure("versions", config(tmp_path), Neighbour(versions=json.dumps(other)))
+    assert said.startswith("code is 0123 on host 0 (a), ")
+    assert said.endswith(" on host 1 (b): tpu/setup.sh")
+
+
+class TestCheckpoints:
+    def test_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        said = failure("checkpoints", config(tmp_path, **{"run.checkpoint_dir": f"{tmp_path}/file/inside"}))
+        assert said.startswith(f"{tmp_path}/file/inside: cannot be written to: ")
+
+    def test_that_each_host_keeps_for_itself(self, tmp_path: Path) -> None:
+        said = failure("checkpoints", config(tmp_path), Neighbour(checkpoint_probe="f00"))
+        assert "not shared with host 0 (a): run.checkpoint_dir must be, such as gs://bucket/folder" in said
+        assert not list(tmp_path.rglob("preflight*"))
+
+    def test_of_a_run_that_is_going_on_stay(self, tmp_path: Path) -> None:
+        kept = tmp_path / "runs/new/checkpoints/7"
+        kept.mkdir(parents=True)
+        CHECKS["checkpoints"](config(tmp_path), Pod())
+        assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**29))
+    assert "0.5 GiB free, " in failure("disks", config(tmp_path))
+
+
+def test_a_model_that_cannot_be_had(tmp_path: Path) -> None:
+    said = failure("model", config(tmp_path, **{"model.path": "org/none"}))
+    assert said.startswith("model.path=org/none: not in the cache, and the hub does not answer: ")
+
+
+def test_a_reward_server_with_another_token(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a b")
+    with serving(Fake()) as address:
+        given = config(tmp_path, **{"reward.server": address, "reward.token_file": str(token)})
+        assert "expected one word" in failure("reward servers", given)
+
+
+def test_two_hosts_check_together(tmp_path: Path) -> None:
+    variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    words = [sys.executable, "-m", "segzero_jax.preflight", "--mesh=2x2", f"--run.dir={tmp_path}/run"]
+    hosts = [
+        subprocess.Popen(
+            [*words, "--reward.server=none"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | variables | {"JAX_PROCESS_ID": str(i)},
+        )
+        for i in range(2)
+    ]
+    first, second = [host.communicate(timeout=120)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0]
+    assert "on 2 hosts" in first
+    assert "4 x cpu as 2x2, and they sum up to 4" in first
+    assert first.splitlines()[-1] == "all is well"
+    assert "all is well" not in second
+    assert not (tmp_path / "run").exists()
