@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import load_policy
+from segzero_jax.checkpoint import load_policy, locate
 from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import TRAIN
@@ -67,15 +68,19 @@ def find_checkpoint(given: str | None) -> str:
     """What ``--checkpoint`` means: a run directory stands for its newest step, nothing for the toy run or "toy"."""
     if given is None:
         return _newest(_DEFAULT_RUN) or "toy"
-    return given if is_checkpoint(given) else _newest(Path(given).expanduser()) or given
+    return given if is_checkpoint(given) else _newest(given) or given
 
 
-def _newest(run: Path) -> str | None:
-    steps = _steps(run / "checkpoints")
-    return str(run / "checkpoints" / str(steps[-1])) if steps else None
+def _newest(run: str | Path) -> str | None:
+    located = locate(run)
+    if located is None or located[1] is not None:
+        return None
+    directory, _ = located
+    steps = _steps(directory)
+    return str(directory / str(steps[-1])) if steps else None
 
 
-def _steps(checkpoints: Path) -> list[int]:
+def _steps(checkpoints: Path | epath.Path) -> list[int]:
     # Orbax names a checkpoint by its step alone only once it is complete.
     return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 

@@ -299,7 +299,7 @@ def checkpoint_directory(config: Config) -> epath.Path:
     return epath.Path(config.run.checkpoint_dir or f"{config.run.dir}/{_FOLDER}").expanduser()
 
 
-def find_checkpoints(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | None:
+def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | None:
     """What a path means: a directory of checkpoints and, where it names one of them, its step. None for no such thing.
 
     Args:
@@ -338,7 +338,7 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
     """
     if is_checkpoint(path):
         return *load_hf(path, dtype=dtype), None
-    found = find_checkpoints(path)
+    found = locate(path)
     if found is None:
         raise CheckpointError(f"{path}: expected a run directory with checkpoints, a Hugging Face checkpoint, or 'toy'")
     directory, step = found

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from segzero_jax import __version__
 from segzero_jax.asking import find_checkpoint
-from segzero_jax.checkpoint import load_policy
+from segzero_jax.checkpoint import load_policy, locate
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
@@ -49,10 +49,11 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
       CheckpointError: the run has no such checkpoint, it is damaged, or its ``model.path`` is gone.
       ConfigError: the run's configuration is of another version.
     """
-    if not (run / "checkpoints").is_dir():
-        raise ExportError(f"--run={run}: no checkpoints/ there; expected the directory of a training run")
+    located = locate(run)
+    if located is None or located[1] is not None:
+        raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
     _refuse_to_mix(out)
-    name = find_checkpoint(str(run)) if step is None else str(run / "checkpoints" / str(step))
+    name = find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
     try:
         policy, dims, config = load_policy(name, jnp.float32)
     except (CheckpointError, ConfigError):

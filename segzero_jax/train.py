@@ -306,6 +306,8 @@ def _continue(
             if restored.version != __version__:
                 writer.message(f"version {restored.version} began it, this is {__version__}: numbers may differ")
         removed = writer.truncate_after(-1 if begun is None else begun)
+        if pod.first and begun and (writer.last_step or 0) < begun:
+            writer.message(f"metrics.jsonl lacks the lines of steps {(writer.last_step or 0) + 1} to {begun}")
         keeper = Keeper(checkpoints, config, identity, writer.message)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod)

@@ -135,8 +135,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     file.touch()
     assert "holds thesis.tex; expected a new directory" in said(capsys, "--run", run, "--out", taken)
     assert "is a file" in said(capsys, "--run", run, "--out", file)
-    assert "no checkpoints/ there" in said(capsys, "--run", tmp_path, "--out", out)
-    assert "no checkpoints/ there" in said(capsys, "--run", "toy", "--out", out)
+    assert "no checkpoints there" in said(capsys, "--run", tmp_path, "--out", out)
+    assert "no checkpoints there" in said(capsys, "--run", "toy", "--out", out)
     missing = said(capsys, "--run", run, "--out", out, "--step", 7)
     assert "no complete checkpoint there" in missing
     assert "9, 10" in missing
