@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,7 +126,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
-        cause = " ".join(str(error).split())
+        # Pillow names the buffer by its address, which is another one in every run.
+        cause = re.sub(r" <_io\.BytesIO object at \w+>", "", " ".join(str(error).split()))
         raise ImageError(f"{name}: image cannot be read ({cause}), expected a PNG, JPEG or WebP") from None
 
 

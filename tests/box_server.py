@@ -14,6 +14,7 @@ from PIL import Image
 from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.codec import decode_image, encode_mask
 from segzero_jax.data.scenes import Scene, make_example_scene
+from segzero_jax.overlay import decode_mask
 from segzero_jax.types import Frame
 
 ROTATED = 6  # EXIF: turn clockwise by a quarter to see it upright
@@ -61,18 +62,42 @@ class BoxServer(reward_pb2_grpc.RewardServiceServicer):
 
     def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
         self.seen.append(request)
-        height, width = decode_image(request.image.data).shape[:2]
-        scale = width / request.frame.width, height / request.frame.height
         response = reward_pb2.SegmentResponse(request_id=request.request_id)
         for candidate in request.candidates:
-            mask = np.zeros((height, width), bool)
-            for item in candidate.objects:
-                x1, y1, x2, y2 = item.box.x1, item.box.y1, item.box.x2, item.box.y2
-                rows, columns = round(y1 * scale[1]), round(x1 * scale[0])
-                mask[rows : round(y2 * scale[1]), columns : round(x2 * scale[0])] = True
-            response.candidates.add(mask=encode_mask(mask), model_score=0.5)
+            response.candidates.add(mask=encode_mask(boxes_as_mask(request, candidate)), model_score=0.5)
         self.change(response)
         return response
+
+    def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
+        try:
+            decode_image(request.image.data)
+        except ValueError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        rle = request.target.mask
+        target = decode_mask({"height": rle.height, "width": rle.width, "counts": rle.counts})
+        response = reward_pb2.ScoreResponse(request_id=request.request_id)
+        for candidate in request.candidates:
+            mask = boxes_as_mask(request, candidate)
+            inside, union = int((mask & target).sum()), int((mask | target).sum())
+            score = response.candidates.add(intersection=inside, union=union, iou=inside / union if union else 1.0)
+            score.model_score = 0.5
+            if request.return_masks:
+                score.mask.CopyFrom(encode_mask(mask))
+        return response
+
+
+def boxes_as_mask(
+    request: reward_pb2.SegmentRequest | reward_pb2.ScoreRequest, candidate: reward_pb2.Candidate
+) -> np.ndarray:
+    """The union of a candidate's boxes as pixels of the stored picture."""
+    height, width = decode_image(request.image.data).shape[:2]
+    scale = width / request.frame.width, height / request.frame.height
+    mask = np.zeros((height, width), bool)
+    for item in candidate.objects:
+        x1, y1, x2, y2 = item.box.x1, item.box.y1, item.box.x2, item.box.y2
+        rows, columns = round(y1 * scale[1]), round(x1 * scale[0])
+        mask[rows : round(y2 * scale[1]), columns : round(x2 * scale[0])] = True
+    return mask
 
 
 @contextmanager

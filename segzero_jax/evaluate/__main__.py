@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> None:
             "them, such as toy/val: one is chosen there and alone evaluated on other splits"
         )
     access = access_from(args)
-    greet(args.server, access)
+    try:
+        greet(args.server, access)
+    except RewardServiceAway as error:
+        raise EvaluateError(str(error)) from None  # nothing has begun that could go on later
     out = Path(args.out).expanduser()
     chosen = None
     how = How(

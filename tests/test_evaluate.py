@@ -1,0 +1,252 @@
+"""The evaluate command: every question counts, a run that was cut off goes on, checkpoints are chosen on validation."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from box_server import BoxServer, encoded, serving
+from PIL import Image
+from pycocotools import mask as coco
+
+from segzero_jax.data.scenes import make_example_scene
+from segzero_jax.evaluate import __main__ as command
+from segzero_jax.evaluate import evaluator, respondent
+from segzero_jax.evaluate.results import choose, is_validation
+from segzero_jax.overlay import decode_mask
+from segzero_jax.report.gallery import choose_cases
+from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
+
+QUESTIONS = 7
+
+
+def rle(mask: np.ndarray) -> RleMask:
+    packed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return RleMask(*packed["size"], packed["counts"].decode())
+
+
+def example(index: int) -> Example:
+    """Scenes with a question; the third has no target, the fifth is no picture, the sixth asks too much."""
+    scene, question = make_example_scene("val", index)
+    answer = scene.objects[question.answer]
+    objects = (ObjectPrompt(tuple(map(float, answer.box)), (tuple(map(float, answer.point)),)),)
+    mask, data, text = answer.mask, encoded(Image.fromarray(scene.image)), question.text
+    if index == 2:
+        objects, mask = (), np.zeros_like(mask)
+    if index == 4:
+        data = b"no picture"
+    if index == 5:
+        text = "the red circle " * 30
+    frame = Frame(scene.image.shape[1], scene.image.shape[0])
+    return Example(f"q{index}", data, frame, text, objects, rle(mask), instance_id=f"thing{index // 2}")
+
+
+class Source(list):
+    """A split in memory."""
+
+    checksum = "made up"
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> Source:
+    made = Source(example(index) for index in range(QUESTIONS))
+    monkeypatch.setattr(evaluator, "open_split", lambda name, split, folder: made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving(BoxServer()) as found:
+        yield found
+
+
+def run(out: Path, address: str, *more: str) -> dict[str, Any]:
+    arguments = ["--dataset=toy/val", "--checkpoint=toy", f"--out={out}", f"--server={address}", "--batch=2"]
+    assert command.main([*arguments, *more]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_split_is_evaluated_and_goes_on_where_it_was_cut_off(
+    source: Source, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped policy, with SAM 2 played by boxes: numbers from scratch, then the same bytes after a cut."""
+    found = run(tmp_path, address, "--oracle")
+    policy, oracle = found["evaluations"]
+    folder = tmp_path / "toy-val" / "toy"
+    rows = lines(folder / "samples.jsonl")
+    assert [row["id"] for row in rows] == [f"q{i}" for i in range(QUESTIONS)]
+
+    inside = union = 0
+    ious = []
+    for row, asked in zip(rows, source, strict=True):
+        target = decode_mask(vars(asked.mask))
+        mask = np.zeros_like(target) if row["mask"] is None else decode_mask(row["mask"])
+        i, u = int((mask & target).sum()), int((mask | target).sum())
+        wrong = row["failure"] != ""
+        ious.append(0.0 if wrong else i / u if u else 1.0)
+        inside, union = inside + (0 if wrong else i), union + u
+    numbers = policy["expression"]
+    assert numbers["giou"] == pytest.approx(sum(ious) / QUESTIONS, abs=1e-9)
+    assert numbers["ciou"] == pytest.approx(inside / union, abs=1e-9)
+    assert max(ious) > 0
+    assert (numbers["count"], numbers["no_target"]) == (QUESTIONS, 1)
+    assert policy["instance"]["count"] == 4
+    assert policy["failures"]["not_asked"] == 2
+    assert {item["id"] for item in policy["failed"]} >= {"q4", "q5"}
+    assert "max_prompt_tokens=64" in next(item["error"] for item in policy["failed"] if item["id"] == "q5")
+    boxes = [asked.objects for asked in source]
+    assert [row["objects"][0]["box"] for row in lines(tmp_path / "toy-val/oracle/samples.jsonl") if row["objects"]] == [
+        list(objects[0].box) for objects in boxes if objects
+    ]
+    assert oracle["expression"]["box_accuracy"] == 1.0
+    assert oracle["expression"]["giou"] > numbers["giou"]
+    page = (tmp_path / "index.html").read_text()
+    for part in ("Best", "Worst", "data:image/jpeg", "the question could not be asked", "the segmenter's"):
+        assert part in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    asked_again: list[int] = []
+    ask = respondent.Respondent.__call__
+
+    def watched(self: respondent.Respondent, examples: list[Example], start: int) -> list[respondent.Reply]:
+        asked_again.append(start)
+        return ask(self, examples, start)
+
+    monkeypatch.setattr(respondent.Respondent, "__call__", watched)
+    whole = (folder / "samples.jsonl").read_bytes()
+    (folder / "samples.jsonl").write_bytes(whole[: whole.rindex(b"\n", 0, -1) - 100])  # in the middle of q5
+    (tmp_path / "results.json").unlink()
+    run(tmp_path, address, "--oracle")
+    assert asked_again == [4, 6]
+    again = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert again.keys() == kept.keys()
+    assert [path.name for path in kept if again[path] != kept[path]] == []
+
+    capsys.readouterr()
+    assert command.main(["--dataset=toy", "--checkpoint=toy", f"--out={tmp_path}", f"--server={address}"]) == 2
+    complaint = capsys.readouterr().err
+    assert "holds another evaluation (batch 2; now 32)" in complaint
+    assert complaint.count("\n") == 1
+
+
+def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: Path) -> None:
+    del source[3:]
+    (policy,) = run(tmp_path, address, "--samples=3", "--seed=5")["evaluations"]
+    rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, a) for i in range(3) for a in range(3)]
+    assert len({row["text"] for row in rows}) > 3
+    mean = sum(row["iou"] for row in rows) / 9
+    assert policy["expression"]["giou"] == pytest.approx(mean, abs=1e-12)
+    other = tmp_path / "other"
+    run(other, address, "--samples=3", "--seed=6")
+    assert [row["text"] for row in lines(other / "toy-val/toy/samples.jsonl")] != [row["text"] for row in rows]
+
+
+def evaluated(checkpoint: str, split: str, giou: float | None, box: float = 0.0) -> dict[str, Any]:
+    numbers = {"giou": giou, "box_accuracy": box}
+    return {"checkpoint": checkpoint, "dataset": "d", "split": split, "expression": numbers}
+
+
+def test_a_checkpoint_is_chosen_on_validation_only() -> None:
+    results = [
+        evaluated("a", "val", 0.5),
+        evaluated("a", "val_b", 0.3),
+        evaluated("b", "val", 0.4),
+        evaluated("b", "val_b", 0.5),
+        evaluated("a", "test", 0.9),
+        evaluated("b", "testA", 0.1),
+        evaluated("oracle", "val", 1.0),
+    ]
+    chosen = choose(results, ["a", "b"])
+    assert chosen["checkpoint"] == "b"
+    assert chosen["scores"] == {"a": pytest.approx(0.4), "b": pytest.approx(0.45)}
+    assert (chosen["by"], chosen["on"]) == ("giou", ["d/val", "d/val_b"])
+    assert choose([evaluated("a", "val", 0.4), evaluated("b", "val", 0.4)], ["a", "b"])["checkpoint"] == "a"
+    by_box = choose([evaluated("a", "val", None, 0.2), evaluated("b", "val", None, 0.3)], ["a", "b"])
+    assert (by_box["checkpoint"], by_box["by"]) == ("b", "box_accuracy")
+    assert [is_validation(s) for s in ("val", "validation", "val_unc", "test", "testA", "heldout_pairs", "value")] == [
+        *(True, True, True),
+        *(False, False, False, False),
+    ]
+
+
+def test_only_the_chosen_checkpoint_sees_the_other_splits(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def policy(self: evaluator.Evaluator, checkpoint: str, sets: list[evaluator.Questions]) -> None:
+        asked.append((checkpoint, tuple(one.split for one in sets)))
+        for one in sets:
+            giou = 0.3 if checkpoint.endswith("2") else 0.2
+            self.results.append(evaluated(checkpoint, one.split, giou) | {"failed": [], "failures": {}, "samples": 0})
+            self.rows.append([])
+
+    monkeypatch.setattr(evaluator.Evaluator, "policy", policy)
+    monkeypatch.setattr(command, "build_gallery", lambda *_: "page")
+    monkeypatch.setattr(command, "_shown", lambda *_: [])
+    (tmp_path / "out").mkdir()
+    for step in (1, 2, 3):
+        (tmp_path / "run/checkpoints" / str(step)).mkdir(parents=True)
+    every = f"{tmp_path}/run/checkpoints"
+    arguments = ["--dataset", "d/test", "d/val", "--checkpoint", every, f"--out={tmp_path}/out", "--server=none"]
+    assert command.main(arguments) == 0
+    assert asked == [(f"{every}/{n}", ("val",)) for n in (1, 2, 3)] + [(f"{every}/2", ("test",))]
+    assert json.loads((tmp_path / "out/results.json").read_text())["chosen"]["checkpoint"] == f"{every}/2"
+
+
+def test_cases_are_the_ends_and_some_at_random() -> None:
+    rows = [{"index": i, "sample": 0, "iou": i / 20, "box_accuracy": 0.0} for i in range(20)]
+    rows += [{"index": i, "sample": 1, "iou": 1.0, "box_accuracy": 0.0} for i in range(20)]
+    cases = choose_cases(rows)
+    assert [row["index"] for row in cases["Best"]] == [19, 18, 17, 16]
+    assert [row["index"] for row in cases["Worst"]] == [0, 1, 2, 3]
+    assert len({row["index"] for row in cases["At random"]} - {19, 18, 17, 16, 0, 1, 2, 3}) == 4
+    assert [row["index"] for row in choose_cases(rows[:1])["Worst"]] == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--dataset=nothing"], ("'nothing'",)),
+        (["--dataset=toy/nowhere"], ("'nowhere'", "heldout_pairs")),
+        (["--dataset=toy/heldout_pairs", "--checkpoint", "toy", "absent"], ("expected a validation split",)),
+        (["--dataset=toy", "--oracle", "--server=none"], ("--oracle", "got none")),
+        (["--dataset=toy", "--mesh=4by4"], ("--mesh", "expected FSDPxTENSOR")),
+        (["--dataset=toy", "--batch=0"], ("--batch", "above 0")),
+        (["--dataset=toy", "--server=127.0.0.1:1"], ("127.0.0.1:1: unreachable",)),
+        (["--dataset=toy", "--checkpoint=absent", "--server=none"], ("absent: expected a run directory",)),
+        (["--dataset=toy", "--server=none", "--mesh=2x1", "--batch=3"], ("3 prompts", "do not divide")),
+        (["--dataset=toy", "--server=none", "--out=taken"], ("--out=taken: is a file",)),
+        ([], ("--dataset",)),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    parts: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not arguments or ("nowhere" not in arguments[0] and "nothing" not in arguments[0]):
+        monkeypatch.setattr(evaluator, "open_split", lambda *_: Source([example(0)]))
+    Path("taken").touch()
+    try:
+        code = command.main([*arguments, f"--data-dir={tmp_path}"])
+    except SystemExit as left:
+        code = left.code
+    printed = capsys.readouterr().err
+    complaint = printed.strip().splitlines()[-1]
+    assert code == 2, printed
+    assert complaint.startswith("python -m segzero_jax.evaluate: ")
+    for part in parts:
+        assert part in complaint
+    assert not list(Path("evaluate").rglob("*.jsonl"))
