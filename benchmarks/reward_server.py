@@ -161,7 +161,8 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
     if options.compile:
         flags.append("--compile")
     with server_process(flags) as server:
-        stream = Stream(server, 4 * batch)
+        # A batch on the device and one that waits.
+        stream = Stream(server, 2 * batch)
         ways = {
             "plain loop": (lambda n: plain_loop(segmenter, n), max(1, options.groups // 4), os.getpid()),
             "network": (lambda n: network(segmenter, n, batch), options.groups, os.getpid()),
@@ -171,7 +172,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         for name, (work, _, _) in ways.items():
             if name == "server":
                 stream.fill()
-            work(batch)
+            work(1 if name == "plain loop" else batch)
         stream.drain()
         encoded, calls = server.metric("images_encoded_total"), server.metric("call_seconds_count")
         batches = server.metric("batch_size_count")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# tpu/setup.sh: brings this checkout's last commit and the pinned packages onto every machine of the slice.
+# tpu/setup.sh: brings this checkout's last commit, the pinned packages and the data onto every machine of the slice.
 #
-# Again after a new commit: what is there already is kept. Files named in SECRETS go to ~/secrets.
+# Again after a new commit: what is there already is kept. Files named in SECRETS go to ~/secrets; the sets in DATA are built.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -30,3 +30,6 @@ if ((${#SECRETS[@]})); then
   to_workers "${SECRETS[@]}" secrets/
 fi
 on_workers "tar -xzf $REMOTE.tar.gz && $REMOTE/tpu/worker.sh install $revision"
+for set in ${DATA[@]+"${DATA[@]}"}; do
+  on_workers "cd $REMOTE && .venv/bin/python -m segzero_jax.data.build $set"
+done

@@ -48,7 +48,7 @@ no_more_options() { ((${#REST[@]} == 0)) || fail "${REST[0]}: unexpected; --help
 read_settings() {
   [[ -f $SETTINGS ]] || fail "$SETTINGS: no such file; copy tpu/settings.example.sh to tpu/settings.sh and fill it in"
   PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK=''
-  SSH_FLAGS=() SECRETS=() TRAIN=()
+  SSH_FLAGS=() SECRETS=() DATA=() TRAIN=()
   # shellcheck source=tpu/settings.example.sh
   source "$SETTINGS" || fail "$SETTINGS: bash cannot read it"
   export TPU_SETTINGS=$SETTINGS

@@ -73,6 +73,9 @@ def test_the_trainer_understands_its_options() -> None:
     options = [arg.removeprefix("--") for arg in TRAIN["args"]]
     preset = next(option.partition("=")[2] for option in options if option.startswith("config="))
     config = configs.load(GKE.parents[1] / preset, [o for o in options if not o.startswith("config=")])
+    (builder,) = POD["initContainers"]
+    assert builder["command"][1:] == ["-m", "segzero_jax.data.build", config.data.name, f"--data-dir={config.data.dir}"]
+    assert builder["image"] == TRAIN["image"]
     host, _, port = config.reward.server.partition(":")
     service = KINDS["Service"]
     assert (host, int(port)) == (service["metadata"]["name"], service["spec"]["ports"][0]["port"])

@@ -187,6 +187,7 @@ class Cloud:
             "resource-policies delete": "delete policy",
             "scp": "copy",
             "worker.sh install": "install",
+            "data.build": "build data",
             "worker.sh start": "start",
             "worker.sh stop": "stop",
         }
@@ -262,7 +263,7 @@ class TestBabysit:
         states = ["gone", "gone", "WAITING_FOR_RESOURCES", *[QUEUE_READY] * 5]
         machines = ["segzero new", "segzero idle", "segzero running", "segzero done"]
         code, said = cloud.play("babysit", "--every", "0", "--", "--train.steps=2", states=states, machines=machines)
-        assert (code, cloud.did()) == (0, ["create", "copy", "install", "start"])
+        assert (code, cloud.did()) == (0, ["create", "copy", "install", "build data", "start"])
         assert said.splitlines()[-1] == "babysit.sh: segzero-7b: the training is done"
         assert "--run.checkpoint_dir=gs://my-bucket/segzero-7b/checkpoints --train.steps=2" in cloud.log.read_text()
 
@@ -272,7 +273,7 @@ class TestBabysit:
         states = [*ready, "SUSPENDED", "gone", "gone", "PROVISIONING", *ready * 3]
         machines = ["segzero running", "segzero new", "segzero idle", "segzero done"]
         code, _ = cloud.play("babysit", "--every", "0", states=states, machines=machines)
-        assert (code, cloud.did()) == (0, ["delete", "create", "copy", "install", "start"])
+        assert (code, cloud.did()) == (0, ["delete", "create", "copy", "install", "build data", "start"])
 
     def test_replaces_a_group_with_all_that_belongs_to_it(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v6e:2x4")
