@@ -1,7 +1,7 @@
 """``python -m segzero_jax.preflight``: checks, before anything is trained, what a run would trip over.
 
 It takes the options of ``train`` and makes the checks on all hosts of the job at once: equal versions, devices and
-mesh, the model, where checkpoints go, room on the disks, the reward servers. Nothing is left behind.
+mesh, the model, the data, where checkpoints go, room on the disks, the reward servers. Nothing is left behind.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from PIL import Image
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import checkpoint_directory
 from segzero_jax.config import Config
+from segzero_jax.data.pipeline import DataError, open_split, split_name
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError, check_fits, read_dims
@@ -170,6 +171,25 @@ def _missing_bytes(path: str) -> int:
     return sum(file.size or 0 for file, there in zip(wanted, have, strict=True) if not isinstance(there, str))
 
 
+def check_data(config: Config, pod: Pod) -> str:
+    """The data set's splits are built here, and from the same source as elsewhere."""
+    name = config.data.name
+    if name == "toy":
+        return "toy: made with the run"
+    try:
+        wanted = [(name, "train"), *(split_name(split, name) for split in config.data.eval_splits)]
+        splits = [open_split(*split, config.data.dir) for split in wanted]
+        problem, found = "", {split.name: split.checksum for split in splits}
+    except (DataError, OSError) as error:
+        problem, found = str(error), {}
+    others = [json.loads(said) for said in pod.exchange("data", json.dumps(found))]
+    if problem:
+        raise CheckFailed(problem)
+    if others[0] and others[0] != found:
+        raise CheckFailed(f"data set {name}: another one than on {pod.host(0)}: build it from the same source")
+    return f"{name}: {len(splits[0])} questions to train on, {len(splits) - 1} splits to evaluate"
+
+
 def check_checkpoints(config: Config, pod: Pod) -> str:
     """Every host can write where checkpoints go, delete there, and see what the first one writes."""
     directory = checkpoint_directory(config)
@@ -250,6 +270,7 @@ CHECKS: dict[str, Check] = {
     "versions": check_versions,
     "devices": check_devices,
     "model": check_model,
+    "data": check_data,
     "checkpoints": check_checkpoints,
     "disks": check_disks,
     "reward servers": check_rewards,

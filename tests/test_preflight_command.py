@@ -9,11 +9,13 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import question_sources as sources
 from fake_reward_server import Fake, free_port, serving
 
 from segzero_jax import config as configs
 from segzero_jax import preflight
 from segzero_jax.config import Config
+from segzero_jax.data import build
 from segzero_jax.pods import Pod
 from segzero_jax.preflight import CHECKS, CheckFailed
 
@@ -63,7 +65,7 @@ def test_every_failure_is_told_and_counted(tmp_path: Path, capsys: pytest.Captur
     assert [line.split()[1] for line in lines if line.startswith("FAILED")] == ["model", "reward"]
     assert "do not divide by tensor = 3" in lines[2]
     assert "unreachable" in lines[-2]
-    assert lines[-1] == "2 of 6 checks failed"
+    assert lines[-1] == "2 of 7 checks failed"
 
 
 def test_a_mesh_larger_than_the_job(tmp_path: Path) -> None:
@@ -104,6 +106,20 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_model_that_cannot_be_had(tmp_path: Path) -> None:
     said = failure("model", config(tmp_path, **{"model.path": "org/none"}))
     assert said.startswith("model.path=org/none: not in the cache, and the hub does not answer: ")
+
+
+class TestData:
+    def test_that_is_built(self, tmp_path: Path) -> None:
+        source = sources.solution_parquet(tmp_path / "source")
+        assert build.main(["r", f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
+        given = config(tmp_path, **{"data.name": "r", "data.dir": str(tmp_path), "data.eval_splits": []})
+        assert CHECKS["data"](given, Pod()) == "r: 6 questions to train on, 0 splits to evaluate"
+        said = failure("data", given, Neighbour(data='{"r/train": "other"}'))
+        assert said == "data set r: another one than on host 0 (a): build it from the same source"
+
+    def test_that_is_not(self, tmp_path: Path) -> None:
+        said = failure("data", config(tmp_path, **{"data.name": "refCOCOg_9k_840", "data.dir": str(tmp_path)}))
+        assert "python -m segzero_jax.data.build refCOCOg_9k_840" in said
 
 
 def test_a_reward_server_with_another_token(tmp_path: Path) -> None:
