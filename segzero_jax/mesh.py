@@ -133,7 +133,8 @@ def arrange(text: str, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
             f"--mesh={text}: data = {data} does not divide among {slices} slices of {each} chips; expected "
             f"DATAxFSDPxTENSOR with data a multiple of {slices}, such as {slices}x{each // tensor}x{tensor}"
         )
-    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+    within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=axis_types)
 
 

@@ -89,8 +89,9 @@ class Pod:
         self._client.key_value_set(f"{place}{self.index}", said)
         try:
             self._client.wait_at_barrier(f"{what} ({self._rounds})", int(deadline_s * 1000))
-        except jax.errors.JaxRuntimeError:
-            self._await_verdict()
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                self._await_verdict()
             here = {key for key, _ in self._client.key_value_dir_get(place)}
             missing = [self.host(i) for i in range(self.count) if f"{place}{i}" not in here]
             who = ", ".join(missing) or "another host"
@@ -124,9 +125,8 @@ class Pod:
         else:
             self._say(line)
         if self.count > 1:
-            if self.first:
-                # Without the coordination service the others would be aborted.
-                self._watcher.join(_FAREWELL_S)
+            # Of the first host it ends when the others have left: without the coordination service they are aborted.
+            self._watcher.join(_FAREWELL_S)
             jax.distributed.shutdown()
         return code
 
@@ -150,7 +150,10 @@ class Pod:
                 # This host has left, or the first one has: JAX ends a process whose coordination service is gone.
                 return
             if self._leaving.is_set():
+                if not self.first:
+                    return
                 if len(live) == 1:
+                    time.sleep(_LOOK_S)  # The last answers of the service are still on their way.
                     return
             elif notices:
                 key, value = min(notices)
@@ -173,6 +176,7 @@ class Pod:
                 threading.Timer(_FAREWELL_S, os._exit, [code]).start()
                 while len(self._client.get_live_nodes(list(range(self.count)))) > 1:
                     time.sleep(_LOOK_S / 10)
+                time.sleep(_LOOK_S)
             else:
                 self._client.shutdown()
             os._exit(code)
@@ -203,13 +207,9 @@ def join(prog: str, advice: str) -> Pod:
         return Pod(prog=prog)
     # A host's death is for ``Pod`` to tell: JAX would abort the others with a stack trace.
     jax.config.update("jax_enable_recoverability", True)
+    count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:
-        jax.distributed.initialize(
-            coordinator_address=address,
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=_HEARTBEAT_S,
-        )
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_HEARTBEAT_S)
     except ValueError as error:
         if address is None and "coordinator_address should be defined" in str(error):
             return Pod(prog=prog)
