@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpointing [--output FILE] [--steps 60] [--gigabytes 1]
 
-The toy run (``configs/toy.yaml``, its SAM 2 server included) trains in blocks of ten steps that alternately save after
+The toy run (``configs/toy.yaml``, its SAM 2 server included) trains in blocks of five steps that alternately save after
 every step and never; the slowdown is the ratio of the medians of their steps. The large state is float32 noise, donated
 to an update as soon as the save returns; every save is of new numbers. About ten minutes on two free cores.
 """
@@ -25,7 +25,7 @@ from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh, prepare_cpu
 
-BLOCK = 10
+BLOCK = 5
 ROUNDS = 5
 ARRAYS = 16
 ROOT = Path(__file__).parent.parent

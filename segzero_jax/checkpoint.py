@@ -116,7 +116,7 @@ class Checkpoints:
         score: Callable[[int], float | None] = lambda step: None,
         read_only: bool = False,
     ):
-        self.directory = epath.Path(directory).expanduser().resolve()
+        self.directory = storage_path(directory)
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only
@@ -287,6 +287,13 @@ class Checkpoints:
                 )
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
         return _rebuild(like, self._manager.restore(step, args=args)[item])
+
+
+def storage_path(path: str | Path | epath.Path) -> epath.Path:
+    """An absolute path, on a disk or in a bucket."""
+    given = epath.Path(path).expanduser()
+    # A bucket's path is absolute; to resolve it would make it a local one.
+    return given if "://" in str(given) else given.resolve()
 
 
 def differing_runs(earlier: Config, config: Config) -> list[str]:

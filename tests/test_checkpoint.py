@@ -16,7 +16,7 @@ import pytest
 from tiny import DIMS, hf_config, random_policy
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, SaveError, checkpoint_directory, load_policy
+from segzero_jax.checkpoint import Checkpoints, SaveError, checkpoint_directory, load_policy, storage_path
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, initial_state, make_optimizer
 from segzero_jax.identity import Identity, fingerprint
@@ -307,6 +307,14 @@ def test_checkpoints_are_found_where_they_lie(config: Config, tmp_path: Path, fo
         assert found == config
         for got, want in zip(leaves(policy), leaves(random_policy(seed=3)), strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def test_a_bucket_is_no_local_path(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(storage_path("gs://bucket/runs/one")) == "gs://bucket/runs/one"
+    assert str(storage_path("runs/one")) == str(tmp_path / "runs/one")
+    config = configs.replace(config, **{"run.checkpoint_dir": "gs://bucket/runs/one"})
+    assert str(checkpoint_directory(config) / "3") == "gs://bucket/runs/one/3"
 
 
 def test_the_fingerprint_sees_every_bit_and_no_mesh() -> None:
