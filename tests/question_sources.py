@@ -62,16 +62,16 @@ def solution_parquet(folder: Path, rows: int = 6, multiple: bool = False, **repl
     return folder
 
 
-def mask_parquet(folder: Path, rows: int = 4, split: str = "test", **replaced: Any) -> Path:
+def mask_parquet(folder: Path, rows: int = 4, split: str = "test", first: int = 2000, **replaced: Any) -> Path:
     """ReasonSeg_test or refcoco_testA: masks as lists of lists of bool, at the picture's own size."""
     data = folder / "data"
-    data.mkdir(parents=True)
+    data.mkdir(parents=True, exist_ok=True)
     columns = {
-        "image_id": [f"picture_{n}" for n in range(rows)],
+        "image_id": [f"picture_{first - 2000 + n}" for n in range(rows)],
         "ann_id": [str(n) for n in range(rows)],
-        "image": [{"bytes": encoded(picture(2000 + n)), "path": None} for n in range(rows)],
+        "image": [{"bytes": encoded(picture(first + n)), "path": None} for n in range(rows)],
         "mask": [rectangle(10 + n, 20, 70, 60).tolist() for n in range(rows)],
-        "text": [f"what would you sit on, number {n}?" for n in range(rows)],
+        "text": [f"seat {n}?" for n in range(rows)],
         "img_height": [HEIGHT] * rows,
         "img_width": [WIDTH] * rows,
     } | replaced
@@ -223,11 +223,11 @@ def coco_json(folder: Path, questions: bool = True) -> Path:
     return folder
 
 
-# Name of the data set, its maker, its evaluation split.
+# The maker of each data set's source.
 ALL = {
     "refCOCOg_9k_840": solution_parquet,
     "VisionReasoner_multi_object_7k_840": lambda folder: solution_parquet(folder, multiple=True),
-    "ReasonSeg_hub": mask_parquet,
+    "ReasonSeg_hub": lambda folder: mask_parquet(mask_parquet(folder), split="train", first=2100),
     "refcoco": refer,
     "refcoco+": lambda folder: refer(folder, "refcoco+"),
     "refcocog": lambda folder: refer(folder, "refcocog", "umd", ("train", "val", "test")),
