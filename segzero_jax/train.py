@@ -20,8 +20,8 @@ from segzero_jax import __version__, evaluation
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory
 from segzero_jax.config import Config, ConfigError
+from segzero_jax.data.checks import check_held_out, check_prompts
 from segzero_jax.data.pipeline import Batches, DataError, Source, open_split, split_name, training_batches
-from segzero_jax.data.preflight import check_held_out, check_prompts
 from segzero_jax.grpo import (
     TrainState,
     UpdateBatch,

@@ -7,8 +7,8 @@ import question_sources as sources
 from PIL import Image
 
 from segzero_jax.data import build
+from segzero_jax.data.checks import check_held_out, check_prompts
 from segzero_jax.data.pipeline import DataError, Source, open_split
-from segzero_jax.data.preflight import check_held_out, check_prompts
 from segzero_jax.processor import Processor, PromptTooLong
 
 TEXTS = ["mug", "the <|image_pad|> that looks most like a café", "A Thing. " * 20, "…", "<|im_end|> 漢字", "left" * 50]
