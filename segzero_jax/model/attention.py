@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import FullMask
 from jax.sharding import PartitionSpec
 
+from segzero_jax.model.chunked import Keys, chunked_attention
 from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_attention
 
 Kernel = Literal["xla", "splash", "splash_interpreted"]
@@ -120,15 +121,34 @@ def attend_stream(
         real_bt = jnp.pad(prompt_mask, ((0, 0), (0, g * r)), constant_values=True)
         mask = PrefixGroupMask(p, r, padded_length(stream.tokens))
         return splash_attention(q_btnh, kv.k, kv.v, real_bt, mask, spec, interpret=kernel == "splash_interpreted")
-    b = q_btnh.shape[0]
-    shared = KeyValue(kv.k[:, :p], kv.v[:, :p])
-    prompt = attend(q_btnh[:, None, :p], KeyValue(shared.k[:, None], shared.v[:, None]), causal_mask(p))[:, 0]
+    prompt = KeyValue(kv.k[:, :p], kv.v[:, :p])
+    out = _attend_long(q_btnh[:, None, :p], KeyValue(prompt.k[:, None], prompt.v[:, None]), causal=True)[:, 0]
     if not g:
-        return prompt
-    grouped = lambda a: a[:, p:].reshape(b, g, r, *a.shape[2:])  # noqa: E731
+        return out
+    grouped = lambda a: a[:, p:].reshape(a.shape[0], g, r, *a.shape[2:])  # noqa: E731
     own = KeyValue(grouped(kv.k), grouped(kv.v))
-    responses = attend(grouped(q_btnh), own, causal_mask(r), shared, prompt_mask_bp)
-    return jnp.concatenate([prompt, responses.reshape(b, g * r, *q_btnh.shape[2:])], axis=1)
+    responses = _attend_long(grouped(q_btnh), own, causal=True, prompt=prompt, prompt_mask_bp=prompt_mask_bp)
+    return jnp.concatenate([out, responses.reshape(q_btnh.shape[0], g * r, *q_btnh.shape[2:])], axis=1)
+
+
+def _attend_long(
+    q_bgtnh: jax.Array,
+    own: KeyValue,
+    causal: bool = False,
+    own_mask_bs: jax.Array | None = None,
+    prompt: KeyValue | None = None,
+    prompt_mask_bp: jax.Array | None = None,
+) -> jax.Array:
+    """``attend`` for many queries: the scores never exist at once."""
+    b, g, t, n, h = q_bgtnh.shape
+    kv_heads = own.k.shape[3]
+    q = q_bgtnh.reshape(b, g, t, kv_heads, n // kv_heads, h) * jnp.asarray(h**-0.5, q_bgtnh.dtype)
+    # Heads before tokens: every product is then of whole matrices.
+    own_k, own_v = (a.transpose(0, 3, 1, 2, 4) for a in own)
+    shared = (None, None) if prompt is None else (a.transpose(0, 2, 1, 3) for a in prompt)
+    keys = Keys(own_k, own_v, own_mask_bs, *shared, prompt_mask_bp)
+    out = chunked_attention(q.transpose(0, 3, 1, 4, 2, 5), keys, causal)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, t, n, h)
 
 
 def attend_image(
@@ -141,4 +161,4 @@ def attend_image(
         mask = FullMask((padded, padded))
         return splash_attention(q_bsnh, kv.k, kv.v, valid_bs, mask, spec, interpret=kernel == "splash_interpreted")
     own = KeyValue(kv.k[:, None], kv.v[:, None])
-    return attend(q_bsnh[:, None], own, valid_bs[:, None, None])[:, 0]
+    return _attend_long(q_bsnh[:, None], own, own_mask_bs=valid_bs)[:, 0]
