@@ -1,0 +1,129 @@
+"""Our side of ``benchmarks/peer_group.py``: the product's own passes over one prompt and its responses."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.peer_group import SPECIAL, VISION, peak_gib, reset_peak
+from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.grpo import (
+    LossSettings,
+    TrainState,
+    UpdateBatch,
+    initial_state,
+    make_optimizer,
+    reference_logps,
+    update,
+)
+from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
+from segzero_jax.model import load_hf
+from segzero_jax.model.attention import choose_kernel
+from segzero_jax.model.policy import Pass
+from segzero_jax.model.weights import file_tensors
+from segzero_jax.processor import mrope_positions, window_order
+from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.types import PromptBatch, Rollout
+
+
+def read_prompt(group: Any) -> PromptBatch:
+    """The question as the processor would hand it over, from patches in transformers' order."""
+    rows, columns = (int(n) for n in group["grid"])
+    merge, window = VISION["spatial_merge_size"], VISION["window_size"] // VISION["patch_size"]
+    raster_s, unit_k = window_order(rows, columns, merge, window)
+    tokens = group["prompt"]
+    positions, following = mrope_positions(tokens, SPECIAL["image_token_id"], [(rows // merge, columns // merge)])
+    width = group["patches"].shape[1]
+    patches = np.zeros((len(raster_s) // merge**2, merge**2, width), np.float32)
+    patches[unit_k] = group["patches"].reshape(-1, merge**2, width)
+    where = np.stack(np.divmod(np.maximum(raster_s, 0), columns), axis=1)
+    image_index = np.full(len(tokens), -1, np.int32)
+    image_index[tokens == SPECIAL["image_token_id"]] = unit_k
+    return PromptBatch(
+        tokens_bp=tokens[None],
+        length_b=np.array([len(tokens)], np.int32),
+        positions_b3p=positions[None],
+        next_position_b=np.array([following], np.int32),
+        image_index_bp=image_index[None],
+        patches_bisc=patches.reshape(1, 1, -1, width),
+        patch_hw_bis2=where[None, None].astype(np.int32),
+        patch_valid_bis=(raster_s >= 0)[None, None],
+    )
+
+
+class JaxSide:
+    """One prompt group."""
+
+    def __init__(self, directory: Path) -> None:
+        group = np.load(directory / "group.npz")
+        responses = group["responses"][None]
+        self.policy_dir = directory / "policy"
+        policy, self.dims = load_hf(self.policy_dir)
+        self.reference, _ = load_hf(directory / "reference")
+        self.optimizer = make_optimizer(TrainConfig(lr=1e-6, weight_decay=1e-2, max_grad_norm=1.0), freeze_vision=False)
+        self.state: TrainState = initial_state(policy, self.optimizer)
+        self.prompt = jax.device_put(read_prompt(group))
+        shape = responses.shape
+        self.rollout = Rollout(
+            jnp.asarray(responses),
+            np.full(shape[:2], shape[2], np.int32),
+            np.zeros(shape, np.float32),
+            np.ones(shape[:2], bool),
+        )
+        self.advantages = group["advantages"][None]
+        kernel = choose_kernel(jax.sharding.get_mesh())
+        self.train_pass = Pass(self.dims, TRAIN, jnp.dtype("float32"), kernel=kernel)
+        self.rollout_pass = self.train_pass._replace(layout=ROLLOUT)
+        self.to_rollout = rollout_layout(self.dims, jnp.dtype("float32"))
+        # transformers forbids no token.
+        self.loss = LossSettings(GrpoConfig(), temperature=1.0, banned_ids=(), freeze_vision=False)
+
+    def learn(self, gradients: str = "") -> dict[str, float]:
+        """One step; writes the clipped gradients, which are ten times AdamW's first moment, where a file is named."""
+        reset_peak()
+        times = [time.perf_counter()]
+        kept = np.ones(self.advantages.shape, bool)
+        settings = {"setup": self.train_pass, "settings": self.loss}
+        ref = reference_logps(self.reference, self.prompt, self.rollout.tokens_bgr, **settings).block_until_ready()
+        times.append(time.perf_counter())
+        batch = UpdateBatch(self.prompt, self.rollout, self.advantages, kept, ref)
+        self.state, metrics = update(self.state, batch, optimizer=self.optimizer, micro_batches=1, **settings)
+        metrics = jax.device_get(jax.block_until_ready((self.state, metrics)))[1]
+        times.append(time.perf_counter())
+        if gradients:
+            first_moment = self.state.optimizer[1][0].mu
+            found = file_tensors(jax.tree.map(lambda x: x / 0.1, first_moment), self.dims, np.float32)
+            np.savez(gradients, **found)
+        phases = dict(zip(("reference", "update"), np.diff(times).tolist(), strict=True))
+        numbers = {name: float(metrics[name]) for name in ("loss", "kl", "grad_norm")}
+        return {"old": 0.0, **phases, **numbers, "peak_gib": peak_gib()}
+
+    def generate(self, tokens: int) -> dict[str, object]:
+        """``tokens`` tokens of every response, greedily, and the time that the first of them takes."""
+        reset_peak()
+        times = [time.perf_counter()]
+        for count in (1, tokens):
+            sampling = Sampling(self.advantages.shape[1], count, (), 0, (), greedy=True)
+            weights = self.to_rollout(self.state.policy)
+            made = sample(weights, self.prompt, jax.random.key(0), setup=self.rollout_pass, sampling=sampling)
+            made = jax.device_get(made.tokens_bgr[0])
+            times.append(time.perf_counter())
+        first, whole = np.diff(times).tolist()
+        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": peak_gib()}
+
+
+def main() -> None:
+    with jax.set_mesh(make_mesh("1x1")):
+        side = JaxSide(Path(sys.argv[1]))
+        for line in sys.stdin:
+            how = json.loads(line)
+            print(json.dumps(getattr(side, how.pop("what"))(**how)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

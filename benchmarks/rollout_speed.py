@@ -1,0 +1,70 @@
+"""Sampling one prompt group beside transformers' ``generate`` with a KV cache: tokens per second, greedy tokens equal.
+
+    python -m benchmarks.rollout_speed [--tokens 128] [--rounds 3] [--threads 2] [--output FILE]
+
+The policy, the picture and the prompt of ``benchmarks/learning_phase.py``; 8 responses. transformers prefills 8 copies
+of the prompt, ours one. Decoding is the whole less the time to the first token. Takes about five minutes on two cores.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_group import Shape, Side, Unequal, machine, need, sides, write
+
+
+def compare(ours: Side, peer: Side, tokens: int) -> None:
+    """Samples once on both sides, which also warms them up. Raises Unequal where a token differs."""
+    mine, theirs = (side("generate", tokens=tokens)["tokens"] for side in (ours, peer))
+    for row, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        if a != b:
+            at = next(i for i in range(tokens) if a[i] != b[i])
+            raise Unequal(f"response {row} differs from token {at} on: {a[at]} and {b[at]}")
+
+
+def measure(ours: Side, peer: Side, tokens: int, rounds: int, group: int) -> dict[str, dict[str, float]]:
+    """Medians."""
+    rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    for _ in range(rounds):
+        rows["ours"].append(ours("generate", tokens=tokens))
+        rows["peer"].append(peer("generate", tokens=tokens))
+    found = {}
+    for name, made in rows.items():
+        first, whole = (statistics.median(row[key] for row in made) for key in ("first", "whole"))
+        rate = group * (tokens - 1) / statistics.median(row["whole"] - row["first"] for row in made)
+        peak = max(row["peak_gib"] for row in made)
+        found[name] = {"prefill s": first, "whole s": whole, "decode tokens/s": rate, "peak GiB": peak}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each response [128]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rollouts of each side [3]")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [2]")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    need("transformers", "dev")
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), Shape())
+        with sides(Path(name), args.threads) as (ours, peer):
+            try:
+                compare(ours, peer, args.tokens)
+            except Unequal as error:
+                sys.exit(f"the sides differ, no times: {error}")
+            found = measure(ours, peer, args.tokens, args.rounds, Shape().group)
+    print(f"{'':18}{'transformers':>14}{'ours':>10}{'ratio':>8}")
+    for key, theirs in found["peer"].items():
+        mine = found["ours"][key]
+        better = mine / theirs if key.endswith("/s") else theirs / mine
+        print(f"{key:18}{theirs:14.1f}{mine:10.1f}{better:8.1f}")
+    if args.output:
+        args.output.write_text(json.dumps({**found, **machine("torch", "transformers")}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
