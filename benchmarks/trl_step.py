@@ -1,0 +1,75 @@
+"""A whole training step beside TRL's ``GRPOTrainer``: seconds per step on the toy world, text rewards only.
+
+    python -m benchmarks.trl_step [--steps 6] [--rounds 2] [--threads 2] [--output FILE]
+
+The same toy policy, pictures and questions, 16 prompts with 8 responses of at most 64 tokens, temperature 1, KL to a
+reference, AdamW, float32. Each round trains both anew; the first two steps of a run warm up and are left out. Needs
+``pip install -e '.[bench]'``. Takes about ten minutes on two cores.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.peer_group import ROOT, machine, need
+from segzero_jax import jsonl
+
+_WARM_UP = 2
+
+
+def run_ours(steps: int) -> dict[str, list[float]]:
+    """The train loop itself; what it wrote of its steps."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = [f"--run.dir={directory}/run", f"--train.steps={steps}", "--reward.server=none"]
+        short = ["--eval.examples=1", "--eval.samples=1", "--data.eval_splits=[val]"]
+        command = [sys.executable, "-m", "segzero_jax.train", *options, *short]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+        rows = jsonl.read(Path(directory) / "run/metrics.jsonl")
+    return {
+        "seconds": [row["time/total"] for row in rows],
+        "lengths": [row["response_length/mean"] for row in rows],
+        "rewards": [row["reward/mean"] for row in rows],
+    }
+
+
+def run_trl(steps: int, threads: int) -> dict[str, list[float]]:
+    """TRL's trainer in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.trl_side", str(steps), str(threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=6, help="steps of each run [6]")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side [2]")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [2]")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    need("trl", "bench")
+    runs: dict[str, list[dict[str, list[float]]]] = {"TRL": [], "ours": []}
+    for _ in range(args.rounds):
+        runs["ours"].append(run_ours(args.steps))
+        runs["TRL"].append(run_trl(args.steps, args.threads))
+    found = {
+        name: {key: statistics.median(x for run in made for x in run[key][_WARM_UP:]) for key in made[0]}
+        for name, made in runs.items()
+    }
+    print(f"{'':24}{'TRL':>8}{'ours':>8}{'ratio':>8}")
+    theirs, mine = found["TRL"]["seconds"], found["ours"]["seconds"]
+    print(f"{'seconds a step':24}{theirs:8.2f}{mine:8.2f}{theirs / mine:8.1f}")
+    for key, label in (("lengths", "tokens a response"), ("rewards", "mean reward")):
+        print(f"{label:24}{found['TRL'][key]:8.2f}{found['ours'][key]:8.2f}")
+    if args.output:
+        args.output.write_text(json.dumps({**found, **machine("torch", "transformers", "trl")}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
