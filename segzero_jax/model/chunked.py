@@ -65,7 +65,7 @@ def _fold(x: jax.Array, *shape: int) -> jax.Array:
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:
-    """``[b, k, g, q, t, h]`` to ``[chunks, b, k, g, m, h]``: the rows ``m`` of a chunk are its queries, head by head."""
+    """``[b, k, g, q, t, h]`` to ``[chunks, b, k, g, m, h]``: rows ``m`` of a chunk are its queries, head by head."""
     g, q, t, h = x.shape[2:]
     x = _fold(x, g, q, chunks, t // chunks, h).swapaxes(3, 4)
     return jnp.moveaxis(_fold(x, g, chunks, q * (t // chunks), h), 3, 0)
@@ -79,7 +79,7 @@ def _join(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _all_groups(x: jax.Array) -> jax.Array:
-    """``[b, k, g, m, h]`` as one matrix a head, for what all groups share. Products of plain matrices need no copies."""
+    """``[b, k, g, m, h]`` as one matrix a head, for what all groups share: products of plain matrices copy nothing."""
     return _fold(x, x.shape[2] * x.shape[3], x.shape[4])
 
 
@@ -117,7 +117,7 @@ def _places(heads: int, length: int, chunks: int) -> jax.Array:
 def _forward(q: jax.Array, keys: Keys, causal: bool, chunks: int) -> tuple[jax.Array, _Residuals]:
     groups, heads = q.shape[2:4]
 
-    def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         places, q = part
         own, shared = _scores(q, places, keys, causal)
         top = own.max(-1, keepdims=True)
@@ -131,9 +131,9 @@ def _forward(q: jax.Array, keys: Keys, causal: bool, chunks: int) -> tuple[jax.A
             weights = jnp.exp(shared - _all_groups(top))
             total += _by_group(weights.sum(-1, keepdims=True), groups)
             out += _by_group(_product("bkmp,bkph->bkmh", weights, keys.prompt_v), groups)
-        return None, ((out / total).astype(q.dtype), top + jnp.log(total))
+        return (out / total).astype(q.dtype), top + jnp.log(total)
 
-    _, (out, log_total) = jax.lax.scan(one, None, (_places(heads, q.shape[4], chunks), _split(q, chunks)))
+    out, log_total = jax.lax.map(one, (_places(heads, q.shape[4], chunks), _split(q, chunks)))
     return _join(out, heads), (q, keys, out, log_total)
 
 
