@@ -1,0 +1,63 @@
+"""Seconds per step on TPU slices, estimated from the compiler's own programs: a roofline, not a measurement.
+
+    python -m benchmarks.tpu_on_paper [--response 256] [--output FILE]
+
+For the presets of 3B and 7B on sixteen chips of three generations, ``segzero_jax.plan`` compiles every phase of a step
+(16 prompts of 840 x 840 pictures, 8 responses each) and divides its work by the chip's published peaks, each phase
+bound by its slowest: computing, memory or links, all perfectly overlapped. Responses of Seg-Zero have 100 to 200
+tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu and no TPU; an hour on two cores.
+With ``--output``, what the file holds already is not compiled again.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from segzero_jax import config as configs
+from segzero_jax.plan.phases import make_plan
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("3b", "7b")
+# Prompts of a micro-batch: as many as the memory holds.
+SLICES = {"v5e:4x4": 4, "v6e:4x4": 16, "v5p:2x2x4": 16}
+# VisionReasoner (arXiv 2505.12081): 443 steps in 6 hours on 8 GPUs.
+PUBLISHED_S = 6 * 3600 / 443
+
+
+def estimate(model: str, topology: str, response: int) -> dict[str, Any]:
+    """The plan of a preset on a slice of sixteen chips."""
+    path = ROOT / f"configs/seg_zero_{model}.yaml"
+    changes = {"mesh": "4x4", "rollout.max_response_tokens": response, "train.micro_batch_size": SLICES[topology]}
+    config = configs.replace(configs.load(path), **changes)
+    return asdict(make_plan(config, path.name, topology, lambda phase: print(f"  {phase}", flush=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--response", type=int, default=256, help="tokens of the longest response [256]")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON, and go on with what it holds")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    found = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    for model in MODELS:
+        for topology in SLICES:
+            name = f"{model} {topology} {args.response}"
+            if name not in found:
+                print(name, flush=True)
+                found[name] = estimate(model, topology, args.response)
+                if args.output:
+                    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'':20}{'s a step':>10}{'samples/s/chip':>16}  seconds by phase (what bounds it)")
+    for name, plan in found.items():
+        phases = ", ".join(f"{p['phase']} {p['runs'] * p['seconds']:.2f} ({p['bound']})" for p in plan["phases"])
+        fits = "" if plan["fits"] else "  DOES NOT FIT"
+        print(f"{name:20}{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}  {phases}{fits}")
+    print(f"The original's step on 8 GPUs, published: {PUBLISHED_S:.1f} s. The figures above are estimates.")
+
+
+if __name__ == "__main__":
+    main()
