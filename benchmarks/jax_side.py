@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peer_group import SPECIAL, VISION, peak_gib, reset_peak
+from benchmarks.peer_group import SPECIAL, VISION, Settings, peak_gib, reset_peak
 from segzero_jax.config import GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
     LossSettings,
@@ -57,17 +57,19 @@ def read_prompt(group: Any) -> PromptBatch:
 
 
 class JaxSide:
-    """One prompt group."""
+    """The prompt group, ``settings.prompts`` times, one group a micro-batch."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Settings) -> None:
         group = np.load(directory / "group.npz")
-        responses = group["responses"][None]
-        self.policy_dir = directory / "policy"
-        policy, self.dims = load_hf(self.policy_dir)
-        self.reference, _ = load_hf(directory / "reference")
-        self.optimizer = make_optimizer(TrainConfig(lr=1e-6, weight_decay=1e-2, max_grad_norm=1.0), freeze_vision=False)
+        repeat = lambda x: np.repeat(x, settings.prompts, axis=0)  # noqa: E731
+        responses = repeat(group["responses"][None])
+        self.settings, dtype = settings, jnp.dtype(settings.dtype)
+        policy, self.dims = load_hf(directory / "policy")
+        self.reference, _ = load_hf(directory / "reference", dtype=dtype)
+        train = TrainConfig(lr=1e-6, weight_decay=1e-2, max_grad_norm=1.0, moment_dtype=settings.moment_dtype)
+        self.optimizer = make_optimizer(train, freeze_vision=False)
         self.state: TrainState = initial_state(policy, self.optimizer)
-        self.prompt = jax.device_put(read_prompt(group))
+        self.prompts = jax.device_put(jax.tree.map(repeat, read_prompt(group)))
         shape = responses.shape
         self.rollout = Rollout(
             jnp.asarray(responses),
@@ -75,24 +77,31 @@ class JaxSide:
             np.zeros(shape, np.float32),
             np.ones(shape[:2], bool),
         )
-        self.advantages = group["advantages"][None]
+        self.advantages = repeat(group["advantages"][None])
         kernel = choose_kernel(jax.sharding.get_mesh())
-        self.train_pass = Pass(self.dims, TRAIN, jnp.dtype("float32"), kernel=kernel)
-        self.rollout_pass = self.train_pass._replace(layout=ROLLOUT)
-        self.to_rollout = rollout_layout(self.dims, jnp.dtype("float32"))
+        self.train_pass = Pass(self.dims, TRAIN, dtype, settings.remat, kernel)
+        self.rollout_pass = self.train_pass._replace(layout=ROLLOUT, remat=False)
+        self.to_rollout = rollout_layout(self.dims, dtype)
         # transformers forbids no token.
         self.loss = LossSettings(GrpoConfig(), temperature=1.0, banned_ids=(), freeze_vision=False)
+
+    def _peak(self) -> float:
+        statistics = jax.devices()[0].memory_stats() if self.settings.device == "gpu" else None
+        return statistics["peak_bytes_in_use"] / 2**30 if statistics else peak_gib()
 
     def learn(self, gradients: str = "") -> dict[str, float]:
         """One step; writes the clipped gradients, which are ten times AdamW's first moment, where a file is named."""
         reset_peak()
         times = [time.perf_counter()]
         kept = np.ones(self.advantages.shape, bool)
-        settings = {"setup": self.train_pass, "settings": self.loss}
-        ref = reference_logps(self.reference, self.prompt, self.rollout.tokens_bgr, **settings).block_until_ready()
+        setup, count = self.train_pass, self.settings.prompts
+        forward = {"setup": setup._replace(remat=False), "settings": self.loss}
+        ref = reference_logps(self.reference, self.prompts, self.rollout.tokens_bgr, **forward).block_until_ready()
         times.append(time.perf_counter())
-        batch = UpdateBatch(self.prompt, self.rollout, self.advantages, kept, ref)
-        self.state, metrics = update(self.state, batch, optimizer=self.optimizer, micro_batches=1, **settings)
+        batch = UpdateBatch(self.prompts, self.rollout, self.advantages, kept, ref)
+        self.state, metrics = update(
+            self.state, batch, optimizer=self.optimizer, setup=setup, settings=self.loss, micro_batches=count
+        )
         metrics = jax.device_get(jax.block_until_ready((self.state, metrics)))[1]
         times.append(time.perf_counter())
         if gradients:
@@ -101,7 +110,7 @@ class JaxSide:
             np.savez(gradients, **found)
         phases = dict(zip(("reference", "update"), np.diff(times).tolist(), strict=True))
         numbers = {name: float(metrics[name]) for name in ("loss", "kl", "grad_norm")}
-        return {"old": 0.0, **phases, **numbers, "peak_gib": peak_gib()}
+        return {"old": 0.0, **phases, **numbers, "peak_gib": self._peak()}
 
     def generate(self, tokens: int) -> dict[str, object]:
         """``tokens`` tokens of every response, greedily, and the time that the first of them takes."""
@@ -110,16 +119,16 @@ class JaxSide:
         for count in (1, tokens):
             sampling = Sampling(self.advantages.shape[1], count, (), 0, (), greedy=True)
             weights = self.to_rollout(self.state.policy)
-            made = sample(weights, self.prompt, jax.random.key(0), setup=self.rollout_pass, sampling=sampling)
+            made = sample(weights, self.prompts, jax.random.key(0), setup=self.rollout_pass, sampling=sampling)
             made = jax.device_get(made.tokens_bgr[0])
             times.append(time.perf_counter())
         first, whole = np.diff(times).tolist()
-        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": peak_gib()}
+        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": self._peak()}
 
 
 def main() -> None:
     with jax.set_mesh(make_mesh("1x1")):
-        side = JaxSide(Path(sys.argv[1]))
+        side = JaxSide(Path(sys.argv[1]), Settings(**json.loads(sys.argv[2])))
         for line in sys.stdin:
             how = json.loads(line)
             print(json.dumps(getattr(side, how.pop("what"))(**how)), flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peer_group import Shape, Side, Unequal, machine, need, sides, write
+from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, write
 
 LOSS, GRADIENTS = 1e-4, 1e-3
 PHASES = ("old", "reference", "update")
@@ -65,7 +65,7 @@ def main() -> None:
     need("transformers", "dev")
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), Shape())
-        with sides(Path(name), args.threads) as (ours, peer):
+        with sides(Path(name), Settings(threads=args.threads)) as (ours, peer):
             try:
                 apart = compare(ours, peer, Path(name))
             except Unequal as error:

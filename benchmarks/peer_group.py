@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,25 @@ SPECIAL = {
 }
 
 
+# Qwen2.5-VL-3B's, which fills a GPU.
+LARGE_TEXT = TEXT | {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+LARGE_VISION = VISION | {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 2048,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
 class Unequal(Exception):
     """The two sides do not compute the same thing: their times mean nothing."""
 
@@ -83,7 +102,28 @@ def need(module: str, extra: str) -> None:
         sys.exit(f"{module} is not installed: pip install -e '.[{extra}]'")
 
 
-def write(directory: Path, shape: Shape, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """How a side runs.
+
+    Attributes:
+      device: "cpu" or "gpu".
+      dtype: of activations, and of PyTorch's weights; ours are float32 and cast where they are used.
+      remat: activations of a block are computed again in the backward pass.
+      moment_dtype: of AdamW's first moment, ours.
+      prompts: groups of a step, one at a time.
+      threads: of PyTorch on the CPU; JAX takes all cores of the process.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    remat: bool = False
+    moment_dtype: str = "float32"
+    prompts: int = 1
+    threads: int = 2
+
+
+def write(directory: Path, shape: Shape, seed: int = 0, large: bool = False) -> None:
     """Writes ``policy/`` and ``reference/`` in the hub's form, and ``group.npz``."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -91,40 +131,47 @@ def write(directory: Path, shape: Shape, seed: int = 0) -> None:
 
     logging.disable_progress_bar()
     config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
-    text = json.dumps(config | TEXT | SPECIAL | {"vision_config": VISION})
+    sizes, vision = (LARGE_TEXT, LARGE_VISION) if large else (TEXT, VISION)
+    text = json.dumps(config | sizes | SPECIAL | {"vision_config": vision})
     for number, name in enumerate(("policy", "reference")):
         where = directory / name
         where.mkdir(parents=True)
         (where / "config.json").write_text(text)
         torch.manual_seed(seed + number)
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(where)).float()
-        model.save_pretrained(where)
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(where))
+        model.to(torch.bfloat16 if large else torch.float32).save_pretrained(where)
         (where / "config.json").write_text(text)
-    rng = np.random.default_rng(seed)
-    units = (shape.image // UNIT) ** 2
-    before = 20
+    np.savez(directory / "group.npz", **make_group(shape, np.random.default_rng(seed)))
+
+
+def make_group(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A prompt with a picture of noise, responses and their advantages."""
+    units, before = (shape.image // UNIT) ** 2, 20
     after = shape.prompt - before - units - 2
     if after < 1:
         raise ValueError(f"a prompt of {shape.prompt} tokens: expected at least {units + before + 3}, for the picture")
     words = lambda *n: rng.integers(FIRST_TEXT_ID, TEXT["vocab_size"], n)  # noqa: E731
     picture = [SPECIAL["vision_start_token_id"], *[SPECIAL["image_token_id"]] * units, SPECIAL["vision_end_token_id"]]
-    np.savez(
-        directory / "group.npz",
-        prompt=np.concatenate([words(before), picture, words(after)]).astype(np.int32),
-        responses=words(shape.group, shape.response).astype(np.int32),
-        advantages=rng.standard_normal(shape.group).astype(np.float32),
+    return {
+        "prompt": np.concatenate([words(before), picture, words(after)]).astype(np.int32),
+        "responses": words(shape.group, shape.response).astype(np.int32),
+        "advantages": rng.standard_normal(shape.group).astype(np.float32),
         # As transformers orders them: raster order of merged units, both frames of a still picture alike.
-        patches=rng.standard_normal((units * 4, 3, 1, 14 * 14)).repeat(2, axis=2).reshape(units * 4, -1).astype("f4"),
-        grid=np.array([shape.image // 14, shape.image // 14]),
-    )
+        "patches": rng.standard_normal((units * 4, 3, 1, 14 * 14))
+        .repeat(2, axis=2)
+        .reshape(units * 4, -1)
+        .astype("f4"),
+        "grid": np.array([shape.image // 14, shape.image // 14]),
+    }
 
 
 class Side:
     """A process that holds one side's policy."""
 
-    def __init__(self, module: str, directory: Path, threads: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-m", module, str(directory), str(threads)]
+    def __init__(self, module: str, directory: Path, settings: Settings) -> None:
+        platform = {"cpu": "cpu", "gpu": "cuda"}[settings.device]
+        environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "JAX_PLATFORMS": platform}
+        command = [sys.executable, "-m", module, str(directory), json.dumps(asdict(settings))]
         self._child = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -148,15 +195,23 @@ class Side:
 
 
 @contextmanager
-def sides(directory: Path, threads: int) -> Iterator[tuple[Side, Side]]:
-    """Ours and PyTorch's."""
-    ours = Side("benchmarks.jax_side", directory, threads)
-    peer = Side("benchmarks.torch_side", directory, threads)
+def side(module: str, directory: Path, settings: Settings) -> Iterator[Side]:
+    """One side, "benchmarks.jax_side" or "benchmarks.torch_side"."""
+    child = Side(module, directory, settings)
     try:
-        yield ours, peer
+        yield child
     finally:
-        ours.close()
-        peer.close()
+        child.close()
+
+
+@contextmanager
+def sides(directory: Path, settings: Settings) -> Iterator[tuple[Side, Side]]:
+    """Ours and PyTorch's at once."""
+    with (
+        side("benchmarks.jax_side", directory, settings) as ours,
+        side("benchmarks.torch_side", directory, settings) as peer,
+    ):
+        yield ours, peer
 
 
 def reset_peak() -> None:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer_group import Shape, Side, Unequal, machine, need, sides, write
+from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, write
 
 
 def compare(ours: Side, peer: Side, tokens: int) -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     need("transformers", "dev")
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), Shape())
-        with sides(Path(name), args.threads) as (ours, peer):
+        with sides(Path(name), Settings(threads=args.threads)) as (ours, peer):
             try:
                 compare(ours, peer, args.tokens)
             except Unequal as error:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.peer_group import peak_gib, reset_peak
+from benchmarks.peer_group import Settings, peak_gib, reset_peak
 
 CLIP, KL, NORM, LR, DECAY = 0.2, 5e-3, 1.0, 1e-6, 1e-2
 
@@ -21,19 +21,27 @@ CLIP, KL, NORM, LR, DECAY = 0.2, 5e-3, 1.0, 1e-6, 1e-2
 class TorchSide:
     """One prompt group, repeated."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Settings) -> None:
         load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+        self.device = torch.device({"cpu": "cpu", "gpu": "cuda"}[settings.device])
+        dtype = getattr(torch, settings.dtype)
         self.policy, self.reference = (
-            load(directory / name, dtype=torch.float32, attn_implementation="sdpa") for name in ("policy", "reference")
+            load(directory / name, dtype=dtype, attn_implementation="sdpa").to(self.device)
+            for name in ("policy", "reference")
         )
-        group = np.load(directory / "group.npz")
-        self.responses = torch.from_numpy(group["responses"]).long()
-        self.advantages = torch.from_numpy(group["advantages"])[:, None]
+        if settings.remat:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            self.policy.train()
+        self.micro_batches = settings.prompts
+        group = {
+            name: torch.from_numpy(value).to(self.device) for name, value in np.load(directory / "group.npz").items()
+        }
+        self.responses = group["responses"].long()
+        self.advantages = group["advantages"][:, None]
         count = len(self.responses)
-        self.prompts = torch.from_numpy(group["prompt"]).long()[None].repeat(count, 1)
-        self.pixels = torch.from_numpy(group["patches"]).repeat(count, 1)
-        self.grid = torch.tensor([[1, *group["grid"].tolist()]] * count)
-        # transformers' own defaults are AdamW's; these are Seg-Zero's.
+        self.prompts = group["prompt"].long()[None].repeat(count, 1)
+        self.pixels = group["patches"].repeat(count, 1)
+        self.grid = torch.tensor([[1, *group["grid"].tolist()]] * count, device=self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LR, weight_decay=DECAY)
 
     def _inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -48,24 +56,41 @@ class TorchSide:
     def _logps(self, model: Qwen2_5_VLForConditionalGeneration) -> torch.Tensor:
         ids = torch.cat([self.prompts, self.responses], dim=1)
         logits = model(**self._inputs(ids), logits_to_keep=self.responses.shape[1] + 1).logits[:, :-1]
-        return logits.log_softmax(-1).gather(-1, self.responses[..., None])[..., 0]
+        return logits.float().log_softmax(-1).gather(-1, self.responses[..., None])[..., 0]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _reset(self) -> None:
+        reset_peak()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else peak_gib()
 
     def learn(self, gradients: str = "") -> dict[str, float]:
         """One step; writes the clipped gradients to a file where one is named."""
-        reset_peak()
-        times = [time.perf_counter()]
+        self._reset()
+        times = [self._now()]
         with torch.no_grad():
-            old = self._logps(self.policy)
-            times.append(time.perf_counter())
-            ref = self._logps(self.reference)
-        times.append(time.perf_counter())
-        new = self._logps(self.policy)
-        ratio = torch.exp(new - old)
-        surrogate = -torch.min(ratio * self.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * self.advantages)
-        d = ref - new
-        kl = (d.exp() - d - 1).clamp(-10, 10)
-        loss = (surrogate + KL * kl).mean()
-        loss.backward()
+            old = [self._logps(self.policy) for _ in range(self.micro_batches)]
+            times.append(self._now())
+            ref = [self._logps(self.reference) for _ in range(self.micro_batches)]
+        times.append(self._now())
+        total, divergence = 0.0, 0.0
+        for old_logps, ref_logps in zip(old, ref, strict=True):
+            new = self._logps(self.policy)
+            ratio = torch.exp(new - old_logps)
+            surrogate = -torch.min(ratio * self.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * self.advantages)
+            d = ref_logps - new
+            kl = (d.exp() - d - 1).clamp(-10, 10)
+            loss = (surrogate + KL * kl).mean() / self.micro_batches
+            loss.backward()
+            total += loss.item()
+            divergence += kl.mean().item() / self.micro_batches
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), NORM)
         if gradients:
             named = self.policy.named_parameters()
@@ -73,15 +98,15 @@ class TorchSide:
             np.savez(gradients, **saved)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        times.append(time.perf_counter())
+        times.append(self._now())
         phases = dict(zip(("old", "reference", "update"), np.diff(times).tolist(), strict=True))
-        return {**phases, "loss": loss.item(), "kl": kl.mean().item(), "grad_norm": norm.item(), "peak_gib": peak_gib()}
+        return {**phases, "loss": total, "kl": divergence, "grad_norm": norm.item(), "peak_gib": self._peak()}
 
     @torch.no_grad()
     def generate(self, tokens: int) -> dict[str, object]:
         """``tokens`` new tokens of every row, greedily, and the time that the first of them takes."""
-        reset_peak()
-        times = [time.perf_counter()]
+        self._reset()
+        times = [self._now()]
         for count in (1, tokens):
             out = self.policy.generate(
                 **self._inputs(self.prompts),
@@ -90,10 +115,10 @@ class TorchSide:
                 do_sample=False,
                 use_cache=True,
             )
-            times.append(time.perf_counter())
+            times.append(self._now())
         first, whole = np.diff(times).tolist()
         made = out[:, self.prompts.shape[1] :]
-        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": peak_gib()}
+        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": self._peak()}
 
 
 def _hub_name(name: str) -> str:
@@ -102,8 +127,9 @@ def _hub_name(name: str) -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(int(sys.argv[2]))
-    side = TorchSide(Path(sys.argv[1]))
+    settings = Settings(**json.loads(sys.argv[2]))
+    torch.set_num_threads(settings.threads)
+    side = TorchSide(Path(sys.argv[1]), settings)
     for line in sys.stdin:
         how = json.loads(line)
         print(json.dumps(getattr(side, how.pop("what"))(**how)), flush=True)

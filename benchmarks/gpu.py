@@ -1,0 +1,149 @@
+"""The 3B on one GPU in bfloat16 beside transformers: shares of the hardware's peaks, and SAM 2 hiera-large.
+
+    python -m benchmarks.gpu [--prompts 4] [--rounds 3] [--output FILE]
+
+Random weights of Qwen2.5-VL-3B's dimensions, Seg-Zero's shapes (840 x 840 picture, prompt of 1,150 tokens, 8 responses
+of 150). Model FLOPs are those of the matrix products that the mathematics asks for, without what is computed again in
+the backward pass. The bound of decoding is what one token of every response has to read: all language weights, and the
+keys and values of prompt and responses. Needs 70 GB of GPU memory, JAX and PyTorch with CUDA. Ends with a line where
+there is no GPU.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peer_group import LARGE_TEXT, LARGE_VISION, SPECIAL, Settings, Shape, machine, need, side, write
+from segzero_jax.model.dims import Dims, from_hf
+
+TOKENS = 128
+# bfloat16 FLOP/s without sparsity and bytes/s of memory, as published by NVIDIA.
+PEAKS = {"H100 80GB": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100-SXM4-80GB": (312e12, 2.04e12)}
+SAM_BATCH = 8
+
+
+def language_weights(dims: Dims) -> int:
+    """Weights in the matrices of the decoder's blocks."""
+    heads = 2 * (dims.heads + dims.kv_heads) * dims.head_width
+    return dims.layers * dims.hidden * (heads + 3 * dims.mlp)
+
+
+def vision_flops(dims: Dims, patches: int) -> float:
+    """Of one picture: matrices, attention in windows and over the whole, merger."""
+    vision = dims.vision
+    block = vision.hidden * (4 * vision.hidden + 3 * vision.mlp)
+    wide = vision.hidden * vision.merge**2
+    merger = wide * (wide + vision.out) / vision.merge**2
+    whole = len(vision.full_attention)
+    seen = whole * patches + (vision.depth - whole) * vision.window_slots
+    return patches * (
+        2 * (vision.patch_width * vision.hidden + vision.depth * block + merger) + 4 * vision.hidden * seen
+    )
+
+
+def forward_flops(dims: Dims, shape: Shape, responses: bool = True) -> float:
+    """Of one prompt group, or of its prompt alone, each token once."""
+    p, r, g = shape.prompt, shape.response, shape.group if responses else 0
+    scores = p * (p + 1) / 2 + g * (r * p + r * (r + 1) / 2)
+    flops = 2 * language_weights(dims) * (p + g * r) + 4 * dims.layers * dims.heads * dims.head_width * scores
+    head = 2 * dims.hidden * dims.vocab * (g * r if responses else 1)
+    return flops + head + vision_flops(dims, (shape.image // dims.vision.patch) ** 2)
+
+
+def decode_bytes(dims: Dims, shape: Shape, tokens: int) -> float:
+    """What a decode step reads, on average over ``tokens`` of them, in bfloat16."""
+    weights = language_weights(dims) + dims.vocab * dims.hidden
+    cached = shape.prompt + shape.group * tokens / 2
+    return 2 * (weights + 2 * dims.layers * dims.kv_heads * dims.head_width * cached)
+
+
+def shares(
+    row: dict[str, float], dims: Dims, shape: Shape, prompts: int, peaks: tuple[float, float]
+) -> dict[str, float]:
+    """MFU of update and prefill, tokens per second, and the share of the memory's bound, from seconds of our side."""
+    flops, bandwidth = peaks
+    rate = shape.group * (TOKENS - 1) / (row["whole"] - row["first"])
+    bound = shape.group * bandwidth / decode_bytes(dims, shape, TOKENS)
+    return {
+        "update MFU": 3 * prompts * forward_flops(dims, shape) / row["update"] / flops,
+        "prefill MFU": forward_flops(dims, shape, responses=False) / row["first"] / flops,
+        "decode tokens/s": rate,
+        "decode share of bound": rate / bound,
+    }
+
+
+def measure(module: str, directory: Path, settings: Settings, rounds: int) -> dict[str, float]:
+    """Median seconds of one side, after a warm-up, and its peak memory."""
+    with side(module, directory, settings) as child:
+        child("learn")
+        learnt = [child("learn") for _ in range(rounds)]
+    # A process of its own: sampling shall not find memory taken by training.
+    with side(module, directory, settings) as child:
+        child("generate", tokens=TOKENS)
+        made = [child("generate", tokens=TOKENS) for _ in range(rounds)]
+    median = lambda rows, key: statistics.median(row[key] for row in rows)  # noqa: E731
+    found = {key: median(learnt, key) for key in ("old", "reference", "update")}
+    found |= {key: median(made, key) for key in ("first", "whole")}
+    return found | {"learning peak GiB": max(row["peak_gib"] for row in learnt)}
+
+
+def sam_images_per_second(rounds: int) -> float:
+    """Pictures that hiera-large with random weights encodes a second, in full batches."""
+    from benchmarks.reward_server import large_checkpoint
+    from reward_server.segmenter import Segmenter
+
+    with tempfile.TemporaryDirectory() as folder:
+        segmenter = Segmenter.load(str(large_checkpoint(Path(folder))), "cuda")
+    pictures = [torch.randint(0, 256, (840, 840, 3), dtype=torch.uint8).numpy() for _ in range(SAM_BATCH)]
+    segmenter.embed(pictures)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        segmenter.embed(pictures)
+    torch.cuda.synchronize()
+    return rounds * SAM_BATCH / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=4, help="prompt groups of a step, one a micro-batch [4]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps and rollouts of each side [3]")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here: expected one that PyTorch and JAX see")
+    need("jax_plugins", "cuda")
+    name = torch.cuda.get_device_name()
+    peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    if peaks is None:
+        sys.exit(f"{name}: no published peaks known, expected one of {', '.join(PEAKS)}; add it to PEAKS")
+    settings = Settings("gpu", "bfloat16", remat=True, moment_dtype="bfloat16", prompts=args.prompts)
+    dims = from_hf({"model_type": "qwen2_5_vl", **LARGE_TEXT, **SPECIAL, "vision_config": LARGE_VISION})
+    with tempfile.TemporaryDirectory() as directory:
+        write(Path(directory), Shape(), large=True)
+        found: dict[str, Any] = {
+            key: measure(module, Path(directory), settings, args.rounds)
+            for key, module in (("ours", "benchmarks.jax_side"), ("peer", "benchmarks.torch_side"))
+        }
+    found["shares"] = shares(found["ours"], dims, Shape(), args.prompts, peaks)
+    found["sam2 images/s"] = sam_images_per_second(args.rounds)
+    print(f"{name}\n{'':20}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")
+    for key, theirs in found["peer"].items():
+        mine = found["ours"][key]
+        print(f"{key:20}{theirs:10.2f}{mine:10.2f}{theirs / mine if mine else float('nan'):8.1f}")
+    for key, value in found["shares"].items():
+        print(f"{key:24}{value:8.0f}" if key.endswith("/s") else f"{key:24}{value:8.1%}")
+    print(f"{'SAM 2 hiera-large':24}{found['sam2 images/s']:8.1f} images/s")
+    if args.output:
+        args.output.write_text(json.dumps({"gpu": name, **found, **machine("torch", "transformers")}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""How reference pass and update grow with the group, the prompt and the response: shared prompts against repeated ones.
+
+    python -m benchmarks.group_cost [--plot docs/group_cost.png] [--output FILE]
+
+Both layouts are this code: the repeated one has a row for every response, each with its own prompt and picture, as the
+prompt's peers train. The policy of ``benchmarks/learning_phase.py`` and a picture of 280 x 280 (100 tokens), float32.
+Time is the median of three; memory is what the compiled programs hold at their peak. One size varies, the others stay
+at G = 8, prompts of 300 and responses of 64 tokens. Plots with ``--plot``, which needs ``pip install -e '.[bench]'``.
+Takes about a quarter of an hour on two cores.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.jax_side import read_prompt
+from benchmarks.peer_group import SPECIAL, TEXT, VISION, Shape, machine, make_group, need
+from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.grpo import (
+    LossSettings,
+    TrainState,
+    UpdateBatch,
+    initial_state,
+    make_optimizer,
+    reference_logps,
+    update,
+)
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.dims import Dims, from_hf
+from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.types import Rollout
+
+BASE = Shape(prompt=300, response=64, group=8, image=280)
+SWEEPS = {"group": (1, 2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
+LAYOUTS = ("shared", "repeated")
+
+
+def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, float]:
+    """Median seconds of reference pass and update, and the larger peak of their two programs."""
+    group = make_group(shape, np.random.default_rng(0))
+    prompt, responses = read_prompt(group), group["responses"][None]
+    advantages = group["advantages"][None]
+    if layout == "repeated":
+        prompt = jax.tree.map(lambda x: np.repeat(x, shape.group, axis=0), prompt)
+        responses, advantages = responses[0][:, None], advantages[0][:, None]
+    size = responses.shape
+    rollout = Rollout(responses, np.full(size[:2], size[2], np.int32), np.zeros(size, "f4"), np.ones(size[:2], bool))
+    prompt, rollout = jax.device_put((prompt, rollout))
+    setup, loss = Pass(dims, TRAIN, jnp.dtype("float32")), LossSettings(GrpoConfig(), 1.0, (), False)
+    optimizer = make_optimizer(TrainConfig(), freeze_vision=False)
+    state: TrainState = initial_state(Policy(dims, TRAIN, jax.random.key(0)), optimizer)
+    reference = Policy(dims, TRAIN, jax.random.key(1))
+    forward = jax.jit(reference_logps, static_argnames=("setup", "settings"))
+    first = forward.lower(reference, prompt, rollout.tokens_bgr, setup=setup, settings=loss).compile()
+    ref = first(reference, prompt, rollout.tokens_bgr)
+    batch = UpdateBatch(prompt, rollout, *jax.device_put((advantages, np.ones(size[:2], bool))), ref)
+    second = update.lower(
+        state, batch, optimizer=optimizer, setup=setup, settings=loss, micro_batches=1
+    ).compile()  # fmt: skip
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        first(reference, prompt, rollout.tokens_bgr).block_until_ready()
+        state = jax.block_until_ready(second(state, batch))[0]
+        seconds.append(time.perf_counter() - start)
+    peaks = [program.memory_analysis().peak_memory_in_bytes for program in (first, second)]
+    return {"seconds": statistics.median(seconds[1:]), "gib": max(peaks) / 2**30}
+
+
+def measure(dims: Dims) -> list[dict[str, Any]]:
+    """Every sweep in both layouts; prints as it goes."""
+    rows = []
+    for name, values in SWEEPS.items():
+        for value in values:
+            shape = replace(BASE, **{name: value})
+            row: dict[str, Any] = {"varies": name, **asdict(shape)}
+            for layout in LAYOUTS:
+                row[layout] = run(shape, layout, dims)
+                jax.clear_caches()
+            rows.append(row)
+            seconds, gib = ([row[layout][key] for layout in LAYOUTS] for key in ("seconds", "gib"))
+            print(
+                f"{name:9}{value:6}   s: {seconds[0]:7.2f}{seconds[1]:8.2f}{seconds[1] / seconds[0]:6.1f} x"
+                f"   GiB: {gib[0]:6.2f}{gib[1]:7.2f}{gib[1] / gib[0]:6.1f} x",
+                flush=True,
+            )
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds above, memory below, a column a sweep; lines differ in more than colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"group": "responses a prompt (G)", "prompt": "prompt tokens (P)", "response": "response tokens (R)"}
+    figure, axes = pyplot.subplots(2, len(SWEEPS), figsize=(11, 5.6), sharex="col", layout="constrained")
+    for column, name in enumerate(SWEEPS):
+        chosen = [row for row in rows if row["varies"] == name]
+        for line, key in enumerate(("seconds", "gib")):
+            axis = axes[line, column]
+            for layout, style in zip(LAYOUTS, ("o-", "s--"), strict=True):
+                values = [row[layout][key] for row in chosen]
+                axis.plot([row[name] for row in chosen], values, style, label=f"prompt {layout}")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        axes[1, column].set_xlabel(labels[name])
+    axes[0, 0].set_ylabel("seconds: reference + update")
+    axes[1, 0].set_ylabel("GiB at the peak")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plot", type=Path, help="draw the figures there as PNG")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    if args.plot:
+        need("matplotlib", "bench")
+    jax.config.update("jax_platforms", "cpu")
+    dims = from_hf({"model_type": "qwen2_5_vl", **TEXT, **SPECIAL, "vision_config": VISION})
+    print(f"{'':24}shared  repeated")
+    with jax.set_mesh(make_mesh("1x1")):
+        rows = measure(dims)
+    if args.output:
+        args.output.write_text(json.dumps({"rows": rows, **machine()}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmarks' two sides compute the same thing, and what they say of hardware is counted right."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu, group_cost, learning_phase, rollout_speed
+from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, sides, write
+from segzero_jax.mesh import make_mesh
+from segzero_jax.model.dims import Dims, from_hf
+
+SMALL = Shape(prompt=60, response=12, group=3, image=112)
+
+
+def dims() -> Dims:
+    return from_hf({"model_type": "qwen2_5_vl", **TEXT, **SPECIAL, "vision_config": VISION})
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("group")
+    write(directory, SMALL)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two(group: Path) -> Iterator[tuple[Side, Side]]:
+    with sides(group, Settings(threads=1)) as both:
+        yield both
+
+
+def test_greedy_tokens_and_then_loss_and_gradients_are_equal(two: tuple[Side, Side], tmp_path: Path) -> None:
+    rollout_speed.compare(*two, tokens=8)
+    found = rollout_speed.measure(*two, tokens=8, rounds=1, group=SMALL.group)
+    assert found["ours"].keys() == found["peer"].keys()
+    # A step changes the weights: what is compared first has to be equal still.
+    apart = learning_phase.compare(*two, tmp_path)
+    assert apart["gradients"] <= learning_phase.GRADIENTS
+    times = learning_phase.measure(*two, rounds=1)
+    assert times["ours"]["old"] == 0 < times["peer"]["old"]
+
+
+def test_other_weights_are_noticed(group: Path, tmp_path: Path) -> None:
+    """Each side on its own checkpoint: no times are to be had."""
+    other = tmp_path / "other"
+    write(other, SMALL, seed=1)
+    (other / "group.npz").write_bytes((group / "group.npz").read_bytes())
+    mine, theirs = Side("benchmarks.jax_side", group, Settings()), Side("benchmarks.torch_side", other, Settings())
+    try:
+        with pytest.raises(Unequal, match="response 0 differs"):
+            rollout_speed.compare(mine, theirs, tokens=4)
+        with pytest.raises(Unequal, match=r"(loss|gradients) differ by"):
+            learning_phase.compare(mine, theirs, tmp_path)
+    finally:
+        mine.close()
+        theirs.close()
+
+
+def test_a_missing_peer_is_named_with_its_extra() -> None:
+    code = "from benchmarks.peer_group import need; need('no_such_peer', 'bench')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "no_such_peer is not installed: pip install -e '.[bench]'\n"
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, check=False, env={"PATH": ""}
+    )
+    assert (done.returncode, done.stderr) == (1, "no GPU here: expected one that PyTorch and JAX see\n")
+
+
+def test_flops_of_a_group_are_the_compilers() -> None:
+    """XLA counts loop bodies once, so the count is compared where every loop runs once: one block, one chunk."""
+    import jax
+    import jax.numpy as jnp
+
+    from segzero_jax.mesh import TRAIN
+    from segzero_jax.model.policy import Pass, Policy
+    from segzero_jax.plan.cost import Program
+
+    shape = Shape(prompt=60, response=12, group=3, image=112)
+    with jax.set_mesh(make_mesh("1x1")):
+        policy = jax.eval_shape(lambda: Policy(dims(), TRAIN, jax.random.key(0)))
+        prompt = group_cost.read_prompt(group_cost.make_group(shape, np.random.default_rng(0)))
+        tokens = np.zeros((1, shape.group, shape.response), np.int32)
+        loss = group_cost.LossSettings(group_cost.GrpoConfig(), 1.0, (), False)
+        setup = Pass(dims(), TRAIN, jnp.dtype("float32"))
+        compiled = group_cost.reference_logps.lower(policy, prompt, tokens, setup=setup, settings=loss).compile()
+    # Attention computes the causal half too, and embeddings are placed by matrices: at these sizes a few per cent.
+    assert Program(compiled.as_text()).cost.flops == pytest.approx(gpu.forward_flops(dims(), shape), rel=0.1)
+
+
+def test_a_decode_step_reads_weights_and_caches() -> None:
+    weights = 8 * (512 * 512 * 2 + 512 * 128 * 2 + 3 * 512 * 1536) + 8192 * 512
+    assert gpu.language_weights(dims()) == weights - 8192 * 512
+    cache = 2 * 8 * 2 * 64 * (1150 + 8 * 64)
+    assert gpu.decode_bytes(dims(), Shape(), 128) == 2 * (weights + cache)
