@@ -152,15 +152,13 @@ def make_group(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
         raise ValueError(f"a prompt of {shape.prompt} tokens: expected at least {units + before + 3}, for the picture")
     words = lambda *n: rng.integers(FIRST_TEXT_ID, TEXT["vocab_size"], n)  # noqa: E731
     picture = [SPECIAL["vision_start_token_id"], *[SPECIAL["image_token_id"]] * units, SPECIAL["vision_end_token_id"]]
+    # As transformers orders patches: raster order of merged units. Both frames of a still picture are alike.
+    patches = rng.standard_normal((units * 4, 3, 1, 14 * 14)).repeat(2, axis=2)
     return {
         "prompt": np.concatenate([words(before), picture, words(after)]).astype(np.int32),
         "responses": words(shape.group, shape.response).astype(np.int32),
         "advantages": rng.standard_normal(shape.group).astype(np.float32),
-        # As transformers orders them: raster order of merged units, both frames of a still picture alike.
-        "patches": rng.standard_normal((units * 4, 3, 1, 14 * 14))
-        .repeat(2, axis=2)
-        .reshape(units * 4, -1)
-        .astype("f4"),
+        "patches": patches.reshape(units * 4, -1).astype(np.float32),
         "grid": np.array([shape.image // 14, shape.image // 14]),
     }
 
