@@ -99,10 +99,11 @@ def account(rows: list[dict]) -> None:
     for row in rows:
         times = {key: value for key, value in row.items() if key.startswith("time/")}
         total, share = times.pop("time/total"), times.pop("time/goodput")
-        step = times.pop("time/step")
+        step, data = times.pop("time/step"), times.pop("time/data_share")
         assert sum(times.values()) == pytest.approx(total)
         assert 0 < step <= total
         assert 0 < share < 1
+        assert data == pytest.approx(times["time/data"] / step)
     assert rows[0]["time/compile"] > rows[0]["time/step"]
     assert rows[0]["time/startup"] > 0
     assert rows[0]["time/evaluation"] > 0
