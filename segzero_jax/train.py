@@ -136,7 +136,7 @@ def train(
             ref_logps.block_until_ready()
         with (
             watch.phase("reward_wait"),
-            Patience(config.reward, writer.message, keeper.keep, preemption.check_here, job.pod) as patience,
+            Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
         ):
             scored = pending.result(patience, drop=config.reward.missing == "drop")
         preemption.check()
@@ -204,7 +204,7 @@ def make_evaluation(
         for name in job.pod.from_first("what is evaluated", lambda: missing_splits(config, run_dir, step)):
             examples = splits[name]
             writer.message(f"evaluating {name} after {step} steps: {len(examples)} questions")
-            with Patience(config.reward, writer.message, keeper.keep, preemption.check_here, job.pod) as patience:
+            with Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience:
                 summaries, rows = evaluation.evaluate_split(
                     examples,
                     lambda asked, greedy: answer(job, weights, asked, greedy, before_batch=preemption.check),

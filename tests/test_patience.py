@@ -1,11 +1,14 @@
 """What is said and saved while a service is silent, on a clock of the test's own."""
 
 import re
+from collections.abc import Callable
 
 import pytest
+from thread_pod import on_hosts
 
 from segzero_jax.config import RewardConfig
 from segzero_jax.patience import Patience
+from segzero_jax.pods import ALONE, Pod
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 
 REWARD = RewardConfig(checkpoint_after_s=100, patience_s=1000)
@@ -14,7 +17,7 @@ REWARD = RewardConfig(checkpoint_after_s=100, patience_s=1000)
 class Run:
     """A run that waits: its clock, what it said and when it saved."""
 
-    def __init__(self, reward: RewardConfig = REWARD) -> None:
+    def __init__(self, reward: RewardConfig = REWARD, pod: Pod = ALONE) -> None:
         self.now = 5.0
         self.said: list[tuple[float, str]] = []
         self.saves: list[float] = []
@@ -22,6 +25,7 @@ class Run:
             reward,
             lambda text: self.said.append((self.now - 5, text)),
             self.save,
+            pod=pod,
             clock=lambda: self.now,
         )
 
@@ -80,3 +84,66 @@ def test_any_failure_of_the_service_saves_and_no_other_does() -> None:
     with pytest.raises(ZeroDivisionError), run.patience:
         raise ZeroDivisionError
     assert run.saves == []
+
+
+class Host:
+    """One host of three: the last waits in silence, the others have found what they want."""
+
+    def __init__(self, pod: Pod, seconds: int, outcome: Callable[[Patience], list[str]] | None = None) -> None:
+        self.pod, self.seconds, self.outcome = pod, seconds, outcome
+        self.run = Run(RewardConfig(checkpoint_after_s=3, patience_s=6), pod)
+
+    def wait(self) -> list[str]:
+        with self.run.patience as patience:
+            if self.outcome is not None:
+                return self.outcome(patience)
+            if self.pod.index == 2:
+                self.run.silent_until(self.seconds)
+            return patience.finish(f"scores of {self.pod.index}")
+
+
+def hosts(seconds: int, outcome: Callable[[Patience], list[str]] | None = None) -> tuple[list[Host], list]:
+    met: list[Host] = []
+
+    def act(pod: Pod) -> list[str]:
+        host = Host(pod, seconds, outcome if pod.index == 2 else None)
+        met.append(host)
+        return host.wait()
+
+    ended = on_hosts(3, act)
+    return sorted(met, key=lambda host: host.pod.index), ended
+
+
+def test_hosts_that_are_done_wait_for_the_last() -> None:
+    met, ended = hosts(seconds=1)
+    assert [end.result() for end in ended] == [["scores of 0", "scores of 1", "scores of 2"]] * 3
+    assert [host.run.saves for host in met] == [[]] * 3
+
+
+def test_what_one_host_asks_for_all_save() -> None:
+    met, ended = hosts(seconds=4)
+    assert [end.result() for end in ended] == [["scores of 0", "scores of 1", "scores of 2"]] * 3
+    assert [len(host.run.saves) for host in met] == [1, 1, 1]
+    assert all("host 2 (w-2): waiting for scores since" in host.run.said[0][1] for host in met)
+
+
+def test_when_one_gives_up_all_do() -> None:
+    met, ended = hosts(seconds=10)
+    for end in ended:
+        with pytest.raises(
+            RewardServiceAway, match=r"^host 2 \(w-2\): no scores for 6 s: nobody home: gave up, --resume repeats"
+        ):
+            end.result()
+    assert [len(host.run.saves) for host in met] == [1, 1, 1]
+
+
+def test_what_one_host_stumbles_over_stops_all() -> None:
+    def stumble(_: Patience) -> list[str]:
+        raise RewardServerError("the token is wrong")
+
+    met, ended = hosts(seconds=0, outcome=stumble)
+    for index, end in enumerate(ended):
+        error = end.exception()
+        assert type(error) is RewardServerError
+        assert str(error) == ("" if index == 2 else "host 2 (w-2): ") + "the token is wrong"
+    assert [len(host.run.saves) for host in met] == [1, 1, 1]

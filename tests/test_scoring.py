@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from thread_pod import on_hosts
 
 from segzero_jax import rewards
 from segzero_jax.config import RewardConfig
+from segzero_jax.pods import Pod
 from segzero_jax.record import Step, rollout_rows, step_metrics
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scored, Scorer, solution
-from segzero_jax.types import Example, Frame, ObjectPrompt, Rollout
+from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask, Rollout
 
 FRAME = Frame(100, 100)
 GOOD = '<think> there </think>\n<answer>[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}]</answer>'
@@ -118,3 +120,27 @@ def test_a_row_holds_what_a_picture_of_it_needs() -> None:
     assert numbers["response_length/mean"] == 3.5
     assert numbers["finished"] == 0.5
     assert numbers["reward/zero_std_groups"] == 0.0
+
+
+@pytest.mark.parametrize("rows", [None, [[0, 3], [1], [2, 4]]])
+def test_hosts_score_their_shares_and_see_the_whole(rows: list[list[int]] | None) -> None:
+    examples = [replace(example(TARGET), id=f"row-{n}") for n in range(5)]
+    texts = [[GOOD, BROKEN] if n % 2 else [BROKEN, GOOD] for n in range(5)]
+    mask = RleMask(1, 2, "02")
+    scores = [replace(scored(1 / 3), mask=mask), scored(None, "refused")]
+    clients = [Answered(scores) for _ in range(3)]
+
+    def score(pod: Pod) -> Scored:
+        scorer = Scorer(RewardConfig(), FRAME, clients[pod.index], pod)
+        return scorer.send(examples, texts, masks=2, rows=rows[pod.index] if rows else None).result()
+
+    found = [end.result() for end in on_hosts(3, score)]
+    alone = Scorer(RewardConfig(), FRAME, Answered(scores)).send(examples, texts, masks=2).result()
+    for whole in found:
+        np.testing.assert_array_equal(whole.rewards_bg, alone.rewards_bg)
+        assert whole.components == alone.components
+        assert whole.masks == alone.masks
+    asked = [[request.id for request in client.asked] for client in clients]
+    shares = rows or [[0, 3], [1, 4], [2]]
+    assert asked == [[f"row-{n}" for n in share] for share in shares]
+    assert [client.drawn for client in clients] == [["row-0"], ["row-1"], []]
