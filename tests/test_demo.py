@@ -1,0 +1,72 @@
+"""The page of ``infer --demo`` over HTTP: an answer that grows, errors in words, nothing from elsewhere."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from box_server import FRAME, PICTURE, QUESTION, encoded
+from fake_reward_server import free_port
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from segzero_jax import demo
+from segzero_jax.answering import Answered, Picture
+from segzero_jax.prompt import parse_answer
+from segzero_jax.segmenting import Found
+from segzero_jax.types import ObjectPrompt
+
+TEXT = '<think> a circle at top left </think>\n<answer>[{"bbox_2d": [1,2,30,40], "point_2d": [9,9]}]</answer>'
+ASKED: list[tuple[tuple[int, int], str]] = []
+
+
+def ask(picture: Picture, question: str) -> Iterator[str | Answered]:
+    ASKED.append((picture.upright.size, question))
+    if question == "the server":
+        raise demo.RewardServerError("reward server: unreachable")
+    yield TEXT[:14]
+    yield TEXT
+    mask = np.zeros((picture.frame.height, picture.frame.width), bool)
+    mask[2:40, 1:30] = True
+    objects = (ObjectPrompt((1.0, 2.0, 30.0, 40.0), ((9.0, 9.0),)),)
+    yield Answered(picture, question, TEXT, parse_answer(TEXT), True, 112, objects, Found(None, model="boxes"), mask)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    page = demo.make_page(ask, "a policy")
+    yield demo.launch(page, free_port(), wait=False)
+    page.close()
+
+
+def test_a_question_is_answered_while_one_watches(address: str, tmp_path: Path) -> None:
+    path = tmp_path / "scene.png"
+    path.write_bytes(encoded(PICTURE))
+    client = Client(address, verbose=False, analytics_enabled=False)
+    job = client.submit(handle_file(path), QUESTION, api_name="/ask")
+    said, drawn, mask, numbers = job.result(timeout=60)
+    grown = [state[0] for state in job.outputs()]
+    assert grown[0] == "a circ"
+    assert grown[-1] == said == "a circle at top left"
+    assert ASKED[-1] == (PICTURE.size, QUESTION)
+    assert Image.open(drawn).size == PICTURE.size
+    pixels = np.asarray(Image.open(mask).convert("L"))
+    assert (pixels[2:40, 1:30] == 255).all()
+    assert pixels.sum() == 255 * 38 * 29
+    assert numbers["frame"] == [FRAME.width, FRAME.height]
+    assert numbers["objects"] == [{"box": [1, 2, 30, 40], "points": [[9, 9]]}]
+    for question, words in (("", "A picture and a question are needed"), ("the server", "reward server: unreachable")):
+        with pytest.raises(AppError, match=words):
+            client.predict(handle_file(path), question, api_name="/ask")
+
+
+def test_nothing_comes_from_elsewhere(address: str) -> None:
+    """The page's own fonts and no analytics; and the browser is told to load nothing from another place."""
+    answer = httpx.get(address)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    config = httpx.get(f"{address}config").json()
+    assert config["analytics_enabled"] is False
+    assert not re.search(r"https?://(?!127\.0\.0\.1)\S*font", httpx.get(f"{address}theme.css").text)
