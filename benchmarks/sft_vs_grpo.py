@@ -5,8 +5,9 @@
 Nobody labels the reasoning, so a supervised answer is an empty ``<think> </think>`` and the target's box and point.
 GRPO gets the same target through its rewards alone. Both start from the shipped policy, with the same optimizer and the
 same questions in the same order. GRPO samples eight answers a question, so supervised training is measured twice: after
-as many questions, and after as many answers learnt from, which are eight times the steps. Each policy then answers the
-questions of every held-out split greedily, with the code of ``python -m segzero_jax.evaluate``.
+as many questions, and after as many answers learnt from, which are eight times the steps. A third way keeps the
+reasoning: the answer is learnt behind what the start policy itself thinks about the question. Each policy then answers
+the questions of every held-out split greedily, with the code of ``python -m segzero_jax.evaluate``.
 
 About 25 minutes a seed on two cores. What is in DIR already is not made again.
 """
@@ -23,6 +24,7 @@ import numpy as np
 import optax
 
 from segzero_jax import config as configs
+from segzero_jax.answers import thinking
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
 from segzero_jax.data.pipeline import open_split, training_batches
@@ -35,6 +37,7 @@ from segzero_jax.mesh import make_mesh, prepare_cpu
 from segzero_jax.model.logprobs import response_logps
 from segzero_jax.model.policy import Pass, Policy, group_hidden
 from segzero_jax.pods import ALONE
+from segzero_jax.rollout import sample
 from segzero_jax.run_dir import open_run
 from segzero_jax.scoring import solution
 from segzero_jax.types import Example, PromptBatch
@@ -68,34 +71,57 @@ def supervised_update(
     return TrainState(optax.apply_updates(state.policy, updates), optimizer_state, state.updates + 1), value
 
 
-def target_answers(job: Job, examples: list[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids ``[b, 1, r]`` of the right answers without reasoning, and the bool mask of what is not padding."""
+def target_answers(job: Job, examples: list[Example], thoughts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids ``[b, 1, r]`` of the right answers after these thoughts, and the bool mask of what is learnt from.
+
+    An empty thought is learnt along with its answer; a longer one is only read.
+    """
     processor, length = job.processor, job.config.rollout.max_response_tokens
     tokens = np.full((len(examples), 1, length), processor.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
-    for b, example in enumerate(examples):
-        text = f"<think> </think>\n<answer>{solution(example, job.frame, job.config.reward.recipe)}</answer>"
-        ids = [*processor.encode_text(text), processor.end_ids[0]]
-        if len(ids) > length:
-            raise ValueError(f"{example.id}: an answer of {len(ids)} tokens, expected at most {length}")
-        tokens[b, 0, : len(ids)], mask[b, 0, : len(ids)] = ids, True
+    for b, (example, thought) in enumerate(zip(examples, thoughts, strict=True)):
+        before = processor.encode_text(f"<think>{thought}</think>")
+        answer = f"\n<answer>{solution(example, job.frame, job.config.reward.recipe)}</answer>"
+        ids = [*before, *processor.encode_text(answer), processor.end_ids[0]][:length]
+        tokens[b, 0, : len(ids)] = ids
+        mask[b, 0, len(before) if thought.strip() else 0 : len(ids)] = True
     return tokens, mask
 
 
-def train_supervised(config: Config, checkpoints_at: tuple[int, ...]) -> None:
-    """Supervised fine-tuning for ``train.steps``, with a checkpoint after each of these steps."""
+class Thinker:
+    """The start policy's own greedy reasoning about questions."""
+
+    def __init__(self, job: Job, start: Policy) -> None:
+        self._job, self._weights = job, job.to_rollout(start)
+        self._sampling = job.sampling._replace(greedy=True, group=1)
+
+    def __call__(self, prompts: PromptBatch) -> list[str]:
+        job, key = self._job, jax.random.key(0)
+        rollout = sample(self._weights, prompts, key, setup=job.rollout_pass, sampling=self._sampling)
+        return [thinking(text) or " " for (text,) in job.texts(job.fetch(rollout))]
+
+
+def train_supervised(config: Config, checkpoints_at: tuple[int, ...], own_thoughts: bool) -> None:
+    """Supervised fine-tuning for ``train.steps``, with a checkpoint after each of these steps.
+
+    Args:
+      own_thoughts: answers come after the start policy's own reasoning instead of an empty one.
+    """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        job, state, _ = prepare(config, mesh, ALONE)
+        job, state, start = prepare(config, mesh, ALONE)
+        think = Thinker(job, start)
         source = open_split(config.data.name, "train", Path(config.data.dir).expanduser())
         batches = training_batches(source, config.train.batch_size, config.seed)
         with Checkpoints(open_run(config) / "checkpoints", keep=len(checkpoints_at)) as checkpoints:
             for step in range(1, config.train.steps + 1):
                 examples = next(batches)
-                tokens, mask = job.place(target_answers(job, examples), range(len(examples)))
+                prompts = job.encode(examples)
+                thoughts = think(prompts) if own_thoughts else [" "] * len(examples)
+                tokens, mask = job.place(target_answers(job, examples, thoughts), range(len(examples)))
                 state, value = supervised_update(
                     state,
-                    job.encode(examples),
+                    prompts,
                     tokens,
                     mask,
                     optimizer=job.optimizer,
@@ -118,18 +144,24 @@ def train_grpo(seed: int, run: Path) -> None:
 
 def trained(seed: int, out: Path) -> dict[str, str]:
     """Checkpoints by name of the method, made where they are missing."""
-    grpo, sft = out / f"grpo_{seed}", out / f"sft_{seed}"
-    if not (grpo / "checkpoints" / str(_STEPS)).is_dir():
+    grpo, sft, own = (out / f"{method}_{seed}" for method in ("grpo", "sft", "sft_own"))
+    if not _there(grpo, _STEPS):
         train_grpo(seed, grpo)
     more = _STEPS * _MORE
-    if not (sft / "checkpoints" / str(more)).is_dir():
-        changes = {"seed": seed, "run.dir": str(sft), "train.steps": more, "reward.server": "none"}
-        train_supervised(configs.replace(Config(), **changes), (_STEPS, more))
+    for run, steps, own_thoughts in ((sft, (_STEPS, more), False), (own, (_STEPS,), True)):
+        if not _there(run, steps[-1]):
+            changes = {"seed": seed, "run.dir": str(run), "train.steps": steps[-1], "reward.server": "none"}
+            train_supervised(configs.replace(Config(), **changes), steps, own_thoughts)
     return {
         "GRPO": f"{grpo}/checkpoints/{_STEPS}",
         "SFT, as many questions": f"{sft}/checkpoints/{_STEPS}",
         "SFT, as many answers": f"{sft}/checkpoints/{more}",
+        "SFT after its own reasoning, as many questions": f"{own}/checkpoints/{_STEPS}",
     }
+
+
+def _there(run: Path, step: int) -> bool:
+    return (run / "checkpoints" / str(step)).is_dir()
 
 
 def table(results: list[dict[str, Any]], methods: dict[str, dict[int | None, str]]) -> str:

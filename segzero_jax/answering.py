@@ -17,6 +17,8 @@ from segzero_jax.prompt import Answer, parse_answer
 from segzero_jax.segmenting import Found, Segmenter
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
+_CLOSING = "</think>"
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -111,6 +113,15 @@ def answer_question(
         found = segmenter(picture.name, picture.stored, picture.upright, objects)
     mask = None if found.mask is None else decode_mask(vars(found.mask))
     return Answered(picture, question, text, said, finished, side, objects, found, mask)
+
+
+def reasoning_so_far(text: str) -> str:
+    """The reasoning in a response that may still grow; what comes later only adds to it."""
+    thought, closed, _ = text.partition("<think>")[2].partition(_CLOSING)
+    if not closed:  # the beginning of the end is not yet reasoning
+        ending = next(n for n in range(len(_CLOSING) - 1, -1, -1) if thought.endswith(_CLOSING[:n]))
+        thought = thought[: len(thought) - ending]
+    return thought.strip()
 
 
 def _empty_mask(frame: Frame) -> RleMask:

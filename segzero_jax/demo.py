@@ -19,7 +19,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from segzero_jax.answering import Answered, Picture, answer_question
+from segzero_jax.answering import Answered, Picture, answer_question, reasoning_so_far
 from segzero_jax.asking import Loaded
 from segzero_jax.options import say
 from segzero_jax.processor import ImageError, PromptTooLong
@@ -114,7 +114,7 @@ def make_page(ask: Ask, policy: str) -> gr.Blocks:
 def _shown(state: str | Answered) -> tuple[Any, ...]:
     """Reasoning, drawing, mask and JSON of an answer, or of a response so far."""
     if isinstance(state, str):
-        return state.partition("<think>")[2].partition("</think>")[0].strip(), None, None, None
+        return reasoning_so_far(state), None, None, None
     said = state.said.thinking.strip() if state.said.thinking is not None else state.text.strip()
     mask = None if state.mask is None else Image.fromarray(state.mask.astype(np.uint8) * 255)
     return said, state.drawn(), mask, state.row()

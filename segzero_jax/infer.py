@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from segzero_jax.answering import Answered, Picture, answer_question
+from segzero_jax.answering import Answered, Picture, answer_question, reasoning_so_far
 from segzero_jax.asking import default_sam, find_checkpoint, load
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
@@ -38,7 +38,6 @@ from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import PictureTooLarge, Segmenter, greet
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_CLOSING = "</think>"
 
 
 class InferError(ValueError):
@@ -60,11 +59,7 @@ class Reasoning:
 
     def __call__(self, text: str) -> None:
         """Prints what is new in the response so far."""
-        thought, closed, _ = text.partition("<think>")[2].partition(_CLOSING)
-        if not closed:  # the beginning of the end is not yet reasoning
-            longest = next(n for n in range(len(_CLOSING) - 1, -1, -1) if thought.endswith(_CLOSING[:n]))
-            thought = thought[: len(thought) - longest]
-        thought = thought.strip()
+        thought = reasoning_so_far(text)
         if thought and not self._printed:
             sys.stdout.write("thinking: ")
         sys.stdout.write(shown(thought[len(self._printed) :]))

@@ -196,6 +196,41 @@ def test_options_reach_the_sampler_and_any_answer_is_understood(
     assert set(asked[1].banned_ids) == set(processor.visual_ids)
 
 
+def test_several_pictures_and_questions(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder, a question on the command line and more in a file; reasoning is printed while it grows, once."""
+    processor = Processor.load("toy", SIDE, "toy", 64)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "b.jpg"):
+        (folder / name).write_bytes(encoded(PICTURE, "JPEG" if name.endswith("jpg") else "PNG"))
+    (folder / "notes.txt").write_text("no picture")
+    (tmp_path / "more.txt").write_text("the square\n\nthe star\n")
+    said = ["<think> it", "<think> it is</th", "<think> it is here </think><answer>[]</answer>"]
+
+    def parts(*_: object, setup: object, sampling: Sampling, tokens: int) -> Iterator[Rollout]:
+        for text in said:
+            ids = np.array([[processor.encode_text(text)]])
+            yield Rollout(ids, np.array([[ids.size]]), np.zeros(ids.shape), np.array([[text is said[-1]]]))
+
+    monkeypatch.setattr(asking, "sample_in_parts", parts)
+    out = tmp_path / "out"
+    arguments = ["--image", str(folder), "--query", "the circle", "--queries", str(tmp_path / "more.txt")]
+    assert infer.main([*arguments, "--checkpoint=toy", "--server=none", f"--out={out}"]) == 0
+    stems = [f"{picture}_{n}" for picture in ("a", "b-jpg", "b-png") for n in (1, 2, 3)]
+    assert sorted(path.stem for path in out.glob("*.json")) == stems
+    assert json.loads((out / "b-jpg_3.json").read_text())["question"] == "the star"
+    printed = capsys.readouterr().out
+    assert printed.count("thinking: it is here\n") == 9
+    assert f"\n{folder}/b.png: the square\n" in printed
+
+    (tmp_path / "more.txt").write_text(" \n")
+    nothing = ["--image", str(folder), "--queries", str(tmp_path / "more.txt"), "--out", str(tmp_path / "new")]
+    refused(capsys, nothing, "more.txt: no question in it")
+    refused(capsys, ["--image", str(folder), "--out", str(tmp_path / "new")], "no question, expected --query")
+
+
 def differing(path: Path) -> np.ndarray:
     """bool [h, w]: where a drawing shows on the picture, which drawing softens a little."""
     return np.abs(np.asarray(Image.open(path), int) - SCENE.image).max(-1) > 48
