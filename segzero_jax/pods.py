@@ -21,6 +21,8 @@ _HEARTBEAT_S = 30
 _DEADLINE_S = 900.0
 _LOOK_S = 1.0
 _FAREWELL_S = 15.0
+# Where a host says its exit code and why.
+_LEFT = "segzero/left/"
 T = TypeVar("T")
 # Exit code of a process that another host of its run was lost to.
 HOST_LOST = 4
@@ -112,22 +114,19 @@ class Pod:
           code: the exit code.
           line: why, for standard error and for the other hosts.
         """
-        if self.count > 1 and code == 0:
-            self._leaving.set()
-            self.exchange("the end", "")
-            if self.first:
-                self._say(line)
-        elif self.count > 1:
-            with self._ending:
-                self._client.key_value_set(f"segzero/left/{self.index}", json.dumps([code, line]))
-                self._leaving.set()
-                self._say(line)
-        else:
+        if self.count == 1:
             self._say(line)
-        if self.count > 1:
-            # Of the first host it ends when the others have left: without the coordination service they are aborted.
-            self._watcher.join(_FAREWELL_S)
-            jax.distributed.shutdown()
+            return code
+        if code == 0:
+            self.exchange("the end", "")
+        with self._ending:
+            self._client.key_value_set(f"{_LEFT}{self.index}", json.dumps([code, line]))
+            self._leaving.set()
+            if code or self.first:
+                self._say(line)
+        # Of the first host it ends when the others have left: without the coordination service they are aborted.
+        self._watcher.join(_FAREWELL_S)
+        jax.distributed.shutdown()
         return code
 
     def await_blame(self, error: BaseException) -> None:
@@ -145,23 +144,25 @@ class Pod:
             try:
                 # Returns when every host that lives has asked; one that is silent for too long is not waited for.
                 live = self._client.get_live_nodes(everyone)
-                notices = self._client.key_value_dir_get("segzero/left/")
+                left = self._client.key_value_dir_get(_LEFT)
             except jax.errors.JaxRuntimeError:
                 # This host has left, or the first one has: JAX ends a process whose coordination service is gone.
                 return
+            notices = {int(key.rpartition("/")[2]): json.loads(value) for key, value in left}
+            stopped = sorted((host, code, line) for host, (code, line) in notices.items() if code)
+            dead = [self.host(host) for host in everyone if host not in live and host not in notices]
             if self._leaving.is_set():
                 if not self.first:
                     return
                 if len(live) == 1:
                     time.sleep(_LOOK_S)  # The last answers of the service are still on their way.
                     return
-            elif notices:
-                key, value = min(notices)
-                code, line = json.loads(value)
-                self._end(code, f"{self.host(int(key.rpartition('/')[2]))} stopped: {line}")
-            elif len(live) < self.count:
-                dead = ", ".join(self.host(i) for i in everyone if i not in live)
-                self._end(HOST_LOST, f"{dead} died (no sign of life for {_HEARTBEAT_S} s); {self._advice}")
+            elif stopped:
+                host, code, line = stopped[0]
+                self._end(code, f"{self.host(host)} stopped: {line}")
+            elif dead:
+                silence = f"no sign of life for {_HEARTBEAT_S} s"
+                self._end(HOST_LOST, f"{', '.join(dead)} died ({silence}); {self._advice}")
             self._leaving.wait(_LOOK_S)
             time.sleep(_LOOK_S / 10)
 
