@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def run(arguments: list[str], cache: str, log: str, point: Point | None) -> None
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     # One device is enough, and nothing has asked JAX for devices yet.
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
     for name, value in {
         "jax_compilation_cache_dir": cache,
         "jax_persistent_cache_min_compile_time_secs": 0,
