@@ -17,7 +17,7 @@ from question_sources import encoded, picture
 
 from segzero_jax.data import build, builder, leaks, shards
 from segzero_jax.data.pipeline import open_split
-from segzero_jax.data.records import INDEX, built_directory
+from segzero_jax.data.records import INDEX, built_directory, index_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +118,12 @@ def test_a_damaged_set_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     source = sources.lines(tmp_path / "s")
     assert run(tmp_path, "mine", source) == 0
     assert run(tmp_path, "mine", source, "--check") == 0
+    index = index_path(built_directory("mine", tmp_path / "built"), "val")
+    told = index.read_bytes()
+    index.write_bytes(told + b"0")
+    assert run(tmp_path, "mine", source, "--check") == 2
+    assert "index-val.parquet has changed" in capsys.readouterr().err
+    index.write_bytes(told)
     (shard,) = built_directory("mine", tmp_path / "built").glob("*train*array_record*")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

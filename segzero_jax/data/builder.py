@@ -77,7 +77,7 @@ class QuestionSet(tfds.core.dataset_builder.FileReaderBuilder):
 
     def _download_and_prepare(self, dl_manager: object, download_config: object = None) -> None:
         """Links the shards into place; TFDS renames the folder when this returns."""
-        infos = []
+        infos, digests = [], dict(self._pieces.digests)
         for split, pieces in self._pieces.by_split.items():
             template = self._get_filename_template(split_name=split)
             for number, (name, _) in enumerate(pieces):
@@ -91,10 +91,14 @@ class QuestionSet(tfds.core.dataset_builder.FileReaderBuilder):
                     filename_template=template,
                 )
             )
-            pq.write_table(self._pieces.indices[split], index_path(Path(self.data_dir), split))
+            index = index_path(Path(self.data_dir), split)
+            pq.write_table(self._pieces.indices[split], index)
+            digests[index.name] = hashlib.sha256(index.read_bytes()).hexdigest()
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
         jsonl.write(Path(self.data_dir) / "left_out.jsonl", self._pieces.left_out)
-        jsonl.replace(Path(self.data_dir) / "build.json", json.dumps(self._pieces.summary, indent=1).encode())
+        jsonl.replace(
+            Path(self.data_dir) / "build.json", json.dumps(self._pieces.summary | {"files": digests}, indent=1).encode()
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Pieces:
       by_split: (name, summary) of the shards that hold records.
       indices: of each split, all shards together.
       left_out: id, split and reason of each question that is not in the set.
+      digests: SHA-256 of the shards, by their names in the set.
       summary: what the set is made of, for ``build.json``.
     """
 
@@ -113,6 +118,7 @@ class Pieces:
     by_split: dict[str, list[tuple[str, Written]]]
     indices: dict[str, pa.Table]
     left_out: list[dict[str, str]]
+    digests: dict[str, str]
     summary: dict[str, object]
 
 
@@ -344,8 +350,8 @@ def _pieces(
         for number, (_, found) in enumerate(pieces)
     }
     annotations = {path: digest for path, _, digest in plan.files if digest}
-    summary = {"digest": plan.digest, "source": annotations, "files": digests, "left_out": len(left_out)}
-    return Pieces(work, by_split, indices, left_out, summary)
+    summary = {"digest": plan.digest, "source": annotations, "left_out": len(left_out)}
+    return Pieces(work, by_split, indices, left_out, digests, summary)
 
 
 def _counted(left_out: Sequence[dict[str, str]]) -> dict[str, int]:
