@@ -144,10 +144,11 @@ def _attend_long(
     kv_heads = own.k.shape[3]
     q = q_bgtnh.reshape(b, g, t, kv_heads, n // kv_heads, h) * jnp.asarray(h**-0.5, q_bgtnh.dtype)
     # Heads before tokens: every product is then of whole matrices.
-    own_k, own_v = (a.transpose(0, 3, 1, 2, 4) for a in own)
-    shared = (None, None) if prompt is None else (a.transpose(0, 2, 1, 3) for a in prompt)
-    keys = Keys(own_k, own_v, own_mask_bs, *shared, prompt_mask_bp)
-    out = chunked_attention(q.transpose(0, 3, 1, 4, 2, 5), keys, causal)
+    own_keys = Keys(own.k.transpose(0, 3, 1, 2, 4), own.v.transpose(0, 3, 1, 2, 4), own_mask_bs)
+    shared = None
+    if prompt is not None:
+        shared = Keys(prompt.k.transpose(0, 2, 1, 3), prompt.v.transpose(0, 2, 1, 3), prompt_mask_bp)
+    out = chunked_attention(q.transpose(0, 3, 1, 4, 2, 5), own_keys, shared, causal)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, t, n, h)
 
 

@@ -20,42 +20,39 @@ _LEAST_QUERIES = 16
 
 
 class Keys(NamedTuple):
-    """Keys and values ``[b, k, g, s, h]`` that queries of the same group see, and those ``[b, k, p, h]`` that all see.
+    """Keys and values: ``[b, k, g, s, h]`` for queries of the same group, or ``[b, k, p, h]`` for those of all groups.
 
     Attributes:
-      own_k, own_v: a group's own.
-      own_mask_bs: bool, which of them are real; None where all are.
-      prompt_k, prompt_v, prompt_mask_bp: the shared ones, None where there are none.
+      k, v: they.
+      mask_b: bool ``[b, s]`` or ``[b, p]``, which of them are real; None where all are.
     """
 
-    own_k: jax.Array
-    own_v: jax.Array
-    own_mask_bs: jax.Array | None
-    prompt_k: jax.Array | None = None
-    prompt_v: jax.Array | None = None
-    prompt_mask_bp: jax.Array | None = None
+    k: jax.Array
+    v: jax.Array
+    mask_b: jax.Array | None = None
 
 
-def chunked_attention(q_bkgqth: jax.Array, keys: Keys, causal: bool) -> jax.Array:
+def chunked_attention(q_bkgqth: jax.Array, own: Keys, shared: Keys | None, causal: bool) -> jax.Array:
     """One softmax over own and shared keys, ``[b, k, g, q, t, h]`` in the dtype of ``q``; softmax in float32.
 
     Args:
       q_bkgqth: queries, scaled: of key head ``k``, group ``g`` and query head ``q`` among those that read ``k``.
-      keys: what they see.
+      own: what the queries of a group see.
+      shared: what all of them see besides.
       causal: query ``t`` sees its own keys up to ``t`` only.
     """
     b, k, g, q, t, _ = q_bkgqth.shape
-    seen = keys.own_k.shape[3] + (0 if keys.prompt_k is None else keys.prompt_k.shape[2])
+    seen = own.k.shape[3] + (shared.k.shape[2] if shared is not None else 0)
     room = _CHUNK_SCORES * max(jax.sharding.get_abstract_mesh().size, 1)
     chunks = -(-t // max(room // (b * k * g * q * seen), _LEAST_QUERIES))
     size = -(-t // chunks)
     padded = jnp.pad(q_bkgqth, [(0, 0)] * 4 + [(0, chunks * size - t), (0, 0)])
-    return _attend(padded, keys, causal, chunks)[..., :t, :]
+    return _attend(padded, own, shared, causal, chunks)[..., :t, :]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(q: jax.Array, keys: Keys, causal: bool, chunks: int) -> jax.Array:
-    return _forward(q, keys, causal, chunks)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q: jax.Array, own: Keys, shared: Keys | None, causal: bool, chunks: int) -> jax.Array:
+    return _forward(q, own, shared, causal, chunks)[0]
 
 
 def _fold(x: jax.Array, *shape: int) -> jax.Array:
@@ -88,24 +85,27 @@ def _by_group(x: jax.Array, groups: int) -> jax.Array:
     return _fold(x, groups, x.shape[2] // groups, x.shape[3])
 
 
-def _scores(q: jax.Array, places: jax.Array, keys: Keys, causal: bool) -> tuple[jax.Array, jax.Array | None]:
-    """Masked float32 scores of a chunk: over own keys ``[b, k, g, m, s]``, and over shared ones ``[b, k, g * m, p]``.
+def _masked(scores: jax.Array, mask_b: jax.Array | None) -> jax.Array:
+    if mask_b is None:
+        return scores
+    return jnp.where(jnp.expand_dims(mask_b, range(1, scores.ndim - 1)), scores, _MASKED)
 
-    ``places`` are the positions of its rows.
-    """
-    own = jnp.einsum("bkgmh,bkgsh->bkgms", q, keys.own_k, preferred_element_type=jnp.float32)
+
+def _own_scores(q: jax.Array, places: jax.Array, own: Keys, causal: bool) -> jax.Array:
+    """Masked float32 scores ``[b, k, g, m, s]`` of a chunk whose rows stand at ``places``."""
+    scores = jnp.einsum("bkgmh,bkgsh->bkgms", q, own.k, preferred_element_type=jnp.float32)
     if causal:
-        own = jnp.where(jnp.arange(own.shape[-1]) <= places[:, None], own, _MASKED)
-    if keys.own_mask_bs is not None:
-        own = jnp.where(keys.own_mask_bs[:, None, None, None], own, _MASKED)
-    if keys.prompt_k is None:
-        return own, None
-    assert keys.prompt_mask_bp is not None
-    shared = jnp.einsum("bkmh,bkph->bkmp", _all_groups(q), keys.prompt_k, preferred_element_type=jnp.float32)
-    return own, jnp.where(keys.prompt_mask_bp[:, None, None], shared, _MASKED)
+        scores = jnp.where(jnp.arange(scores.shape[-1]) <= places[:, None], scores, _MASKED)
+    return _masked(scores, own.mask_b)
 
 
-_Residuals = tuple[jax.Array, Keys, jax.Array, jax.Array]
+def _shared_scores(q: jax.Array, shared: Keys) -> jax.Array:
+    """Those over keys of all groups, ``[b, k, g * m, p]``."""
+    scores = jnp.einsum("bkmh,bkph->bkmp", _all_groups(q), shared.k, preferred_element_type=jnp.float32)
+    return _masked(scores, shared.mask_b)
+
+
+_Residuals = tuple[jax.Array, Keys, Keys | None, jax.Array, jax.Array]
 
 
 def _places(heads: int, length: int, chunks: int) -> jax.Array:
@@ -114,65 +114,72 @@ def _places(heads: int, length: int, chunks: int) -> jax.Array:
     return size * jnp.arange(chunks)[:, None] + jnp.tile(jnp.arange(size), heads)
 
 
-def _forward(q: jax.Array, keys: Keys, causal: bool, chunks: int) -> tuple[jax.Array, _Residuals]:
+def _forward(q: jax.Array, own: Keys, shared: Keys | None, causal: bool, chunks: int) -> tuple[jax.Array, _Residuals]:
     groups, heads = q.shape[2:4]
 
     def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         places, q = part
-        own, shared = _scores(q, places, keys, causal)
-        top = own.max(-1, keepdims=True)
+        own_scores = _own_scores(q, places, own, causal)
+        top = own_scores.max(-1, keepdims=True)
         if shared is not None:
-            top = jnp.maximum(top, _by_group(shared.max(-1, keepdims=True), groups))
-        weights = jnp.exp(own - top)
+            shared_scores = _shared_scores(q, shared)
+            top = jnp.maximum(top, _by_group(shared_scores.max(-1, keepdims=True), groups))
+        weights = jnp.exp(own_scores - top)
         total = weights.sum(-1, keepdims=True)
-        out = _product("bkgms,bkgsh->bkgmh", weights, keys.own_v)
+        out = _product("bkgms,bkgsh->bkgmh", weights, own.v)
         if shared is not None:
-            assert keys.prompt_v is not None
-            weights = jnp.exp(shared - _all_groups(top))
+            weights = jnp.exp(shared_scores - _all_groups(top))
             total += _by_group(weights.sum(-1, keepdims=True), groups)
-            out += _by_group(_product("bkmp,bkph->bkmh", weights, keys.prompt_v), groups)
+            out += _by_group(_product("bkmp,bkph->bkmh", weights, shared.v), groups)
         return (out / total).astype(q.dtype), top + jnp.log(total)
 
     out, log_total = jax.lax.map(one, (_places(heads, q.shape[4], chunks), _split(q, chunks)))
-    return _join(out, heads), (q, keys, out, log_total)
+    return _join(out, heads), (q, own, shared, out, log_total)
 
 
 def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, left.astype(right.dtype), right, preferred_element_type=jnp.float32)
 
 
-def _backward(causal: bool, chunks: int, saved: _Residuals, gradient: jax.Array) -> tuple[jax.Array, Keys]:
-    q, keys, out, log_total = saved
-    groups, heads = q.shape[2:4]
-    floats = (keys.own_k, keys.own_v, keys.prompt_k, keys.prompt_v)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), floats)
+_Sums = tuple[jax.Array, ...]
 
-    def one(total: tuple, part: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
+
+def _backward(causal: bool, chunks: int, saved: _Residuals, gradient: jax.Array) -> tuple[jax.Array, Keys, Keys | None]:
+    q, own, shared, out, log_total = saved
+    groups, heads = q.shape[2:4]
+
+    def one(
+        sums: tuple[_Sums, _Sums | None], part: tuple[jax.Array, ...]
+    ) -> tuple[tuple[_Sums, _Sums | None], jax.Array]:
         places, q, gradient, out, log_total = part
-        own, shared = _scores(q, places, keys, causal)
         # The derivative of a softmax: its weights times what each score alone would change, less their mean.
         mean = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1, keepdims=True)
-        own_k, own_v, prompt_k, prompt_v = total
-        weights = jnp.exp(own - log_total)
-        slope = _product("bkgmh,bkgsh->bkgms", gradient, keys.own_v)
-        ds = weights * (slope - mean)
-        dq = _product("bkgms,bkgsh->bkgmh", ds, keys.own_k)
-        own_k += _product("bkgms,bkgmh->bkgsh", ds, q)
-        own_v += _product("bkgms,bkgmh->bkgsh", weights, gradient)
+        own_sums, shared_sums = sums
+        weights = jnp.exp(_own_scores(q, places, own, causal) - log_total)
+        ds = weights * (_product("bkgmh,bkgsh->bkgms", gradient, own.v) - mean)
+        dq = _product("bkgms,bkgsh->bkgmh", ds, own.k)
+        own_sums = (
+            own_sums[0] + _product("bkgms,bkgmh->bkgsh", ds, q),
+            own_sums[1] + _product("bkgms,bkgmh->bkgsh", weights, gradient),
+        )
         if shared is not None:
+            assert shared_sums is not None
             every_q, every_gradient = _all_groups(q), _all_groups(gradient)
-            weights = jnp.exp(shared - _all_groups(log_total))
-            slope = _product("bkmh,bkph->bkmp", every_gradient, keys.prompt_v)
-            ds = weights * (slope - _all_groups(mean))
-            dq += _by_group(_product("bkmp,bkph->bkmh", ds, keys.prompt_k), groups)
-            prompt_k += _product("bkmp,bkmh->bkph", ds, every_q)
-            prompt_v += _product("bkmp,bkmh->bkph", weights, every_gradient)
-        return (own_k, own_v, prompt_k, prompt_v), dq.astype(q.dtype)
+            weights = jnp.exp(_shared_scores(q, shared) - _all_groups(log_total))
+            ds = weights * (_product("bkmh,bkph->bkmp", every_gradient, shared.v) - _all_groups(mean))
+            dq += _by_group(_product("bkmp,bkph->bkmh", ds, shared.k), groups)
+            shared_sums = (
+                shared_sums[0] + _product("bkmp,bkmh->bkph", ds, every_q),
+                shared_sums[1] + _product("bkmp,bkmh->bkph", weights, every_gradient),
+            )
+        return (own_sums, shared_sums), dq.astype(q.dtype)
 
+    nothing = lambda keys: tuple(jnp.zeros_like(x, jnp.float32) for x in (keys.k, keys.v))  # noqa: E731
+    zeros = (nothing(own), None if shared is None else nothing(shared))
     parts = (_places(heads, q.shape[4], chunks), _split(q, chunks), _split(gradient, chunks), out, log_total)
-    found, dq = jax.lax.scan(one, zeros, parts)
-    own_k, own_v, prompt_k, prompt_v = jax.tree.map(lambda x, like: x.astype(like.dtype), found, floats)
-    return _join(dq, heads), Keys(own_k, own_v, None, prompt_k, prompt_v, None)
+    (own_sums, shared_sums), dq = jax.lax.scan(one, zeros, parts)
+    found = lambda sums, keys: Keys(*(x.astype(keys.k.dtype) for x in sums))  # noqa: E731
+    return _join(dq, heads), found(own_sums, own), None if shared is None else found(shared_sums, shared)
 
 
 _attend.defvjp(_forward, _backward)
