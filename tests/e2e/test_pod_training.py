@@ -1,0 +1,154 @@
+"""A pod on one machine: four processes with four virtual devices each train the toy run as one process does.
+
+Each process is a host of its own: it reads its rows, sends its own reward calls, and one of them writes.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fake_reward_server import Fake, serving
+
+ROOT = Path(__file__).parents[2]
+HOSTS, STEPS, CALLS = 4, 4, 4
+pytestmark = pytest.mark.timeout(1800)  # Sixteen devices on two cores, up to four processes that compile.
+OPTIONS = ["--mesh=4x4", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
+OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4"]
+OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
+# JAX lets only the first process of several write its cache. That suits TPUs, where all compile the same program; a
+# program for CPU names the process that runs it.
+PROGRAM = """
+import sys
+from types import SimpleNamespace
+from jax._src import compiler
+real, first = compiler.distributed, SimpleNamespace(global_state=SimpleNamespace(process_id=0))
+write = compiler._cache_write
+def write_own(*arguments):
+    compiler.distributed = first
+    try:
+        write(*arguments)
+    finally:
+        compiler.distributed = real
+compiler._cache_write = write_own
+from segzero_jax.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Compiles fast rather than well, once for all runs."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def start(
+    run: Path, data_dir: str, server: str, environment: dict[str, str], name: str = "one"
+) -> subprocess.Popen[str]:
+    """One process of a run; its standard error goes to a file beside the run directory."""
+    options = [*OPTIONS, f"--run.dir={run}", f"--data.dir={data_dir}", f"--reward.server={server}"]
+    with (run.parent / f"{run.name}-{name}.err").open("a") as err:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *options],
+            stdout=subprocess.DEVNULL,
+            stderr=err,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+        )
+
+
+@contextmanager
+def pod(run: Path, data_dir: str, server: str, environment: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(HOSTS)}
+    hosts = [
+        start(run, data_dir, server, environment | variables | {"JAX_PROCESS_ID": str(index)}, str(index))
+        for index in range(HOSTS)
+    ]
+    try:
+        yield hosts
+    finally:
+        for host in hosts:
+            host.kill()
+            host.wait()
+
+
+def wait_for_step(run: Path, step: int, hosts: list[subprocess.Popen[str]]) -> None:
+    """Until its line is in the metrics and a checkpoint of it or of an earlier one is there."""
+    while not any(row["step"] == step for row in lines(run / "metrics.jsonl")):
+        assert all(host.poll() is None for host in hosts), said(run, 0)
+        time.sleep(0.05)
+
+
+def ends(hosts: list[subprocess.Popen[str]]) -> list[int]:
+    return [host.wait(timeout=1200) for host in hosts]
+
+
+def lines(file: Path) -> list[dict]:
+    # The last line may be half-written.
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def said(run: Path, host: int) -> list[str]:
+    """Our own lines of a host's standard error."""
+    text = (run.parent / f"{run.name}-{host}.err").read_text()
+    return [line for line in text.splitlines() if line.startswith("segzero_jax.train: ")]
+
+
+def outcome(run: Path) -> tuple[list[dict], list[list[dict]], list[dict]]:
+    """All that a run computed: metrics without times, rollouts, evaluations."""
+    metrics = [
+        {key: value for key, value in row.items() if not key.startswith("time/") and key != "tokens_per_second"}
+        for row in lines(run / "metrics.jsonl")
+    ]
+    rollouts = [lines(run / "rollouts" / f"{row['step']}.jsonl") for row in metrics]
+    return metrics, rollouts, lines(run / "evaluations.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: str, environment: dict[str, str]) -> tuple[Path, Fake]:
+    """A run on four hosts from start to end, and what its reward server was asked."""
+    run, fake = tmp_path_factory.mktemp("whole") / "run", Fake()
+    with serving(fake) as server, pod(run, data_dir, server, environment) as hosts:
+        assert ends(hosts) == [0] * HOSTS, said(run, 0)
+    return run, fake
+
+
+@pytest.mark.slow
+def test_four_hosts_train_as_one(
+    whole: tuple[Path, Fake], tmp_path: Path, data_dir: str, environment: dict[str, str]
+) -> None:
+    """Sums over hosts are added in another order than within a process, so numbers agree to float32."""
+    run, fake = whole
+    with serving(Fake()) as server:
+        assert start(tmp_path / "run", data_dir, server, environment).wait(timeout=1200) == 0
+    metrics, rollouts, evaluations = outcome(run)
+    expected, expected_rollouts, expected_evaluations = outcome(tmp_path / "run")
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    for row, other in zip(metrics, expected, strict=True):
+        assert row.keys() == other.keys()
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert all(row["grad_norm"] > 1e-2 for row in metrics), "the responses should differ in their rewards"
+    # What was said, and what it was worth, is the same to the letter and in the same order.
+    assert rollouts == expected_rollouts
+    assert evaluations == expected_evaluations
+    # No call is made twice: one a question of the two evaluations, one a prompt of each step.
+    calls = [request.request_id for request in fake.seen]
+    assert len(calls) == (2 + STEPS) * CALLS
+    assert [said(run, host) for host in range(HOSTS)] == [[]] * HOSTS
