@@ -5,6 +5,8 @@ Each process is a host of its own: it reads its rows, sends its own reward calls
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -152,3 +154,36 @@ def test_four_hosts_train_as_one(
     calls = [request.request_id for request in fake.seen]
     assert len(calls) == (2 + STEPS) * CALLS
     assert [said(run, host) for host in range(HOSTS)] == [[]] * HOSTS
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_and_sigkill_of_one_and_nothing_is_lost(
+    whole: tuple[Path, Fake], tmp_path: Path, data_dir: str, environment: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    with serving(Fake()) as server:
+        with pod(run, data_dir, server, environment) as hosts:
+            wait_for_step(run, 1, hosts)
+            hosts[3].send_signal(signal.SIGTERM)
+            assert ends(hosts) == [0] * HOSTS
+        saved = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+        assert saved == lines(run / "metrics.jsonl")[-1]["step"] < STEPS
+        assert said(run, 0) == ["segzero_jax.train: stopped by SIGTERM; the same command goes on"]
+
+        with pod(run, data_dir, server, environment) as hosts:
+            wait_for_step(run, saved + 1, hosts)
+            hosts[2].send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            codes = ends(hosts)
+            assert time.monotonic() - killed < 90
+        assert codes == [4, 4, -signal.SIGKILL, 4]
+        for host in (0, 1, 3):
+            assert re.fullmatch(
+                r"segzero_jax.train: host 2 \(.*\) died \(no sign of life for 30 s\); the same command goes on from "
+                rf"the last checkpoint in {run}/checkpoints",
+                said(run, host)[-1],
+            )
+
+        with pod(run, data_dir, server, environment) as hosts:
+            assert ends(hosts) == [0] * HOSTS
+    assert outcome(run) == outcome(whole[0])
