@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco
@@ -58,8 +58,15 @@ def depth(mask: np.ndarray) -> np.ndarray:
     return np.array(apart)
 
 
+def square_with_a_hole(row: int, column: int) -> np.ndarray:
+    mask = np.ones((11, 11), bool)
+    mask[row, column] = False
+    return mask
+
+
 @settings(max_examples=150, deadline=None)
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
+@example(square_with_a_hole(6, 5))  # pixels at exactly the first circle's radius, the root of 18
 def test_any_mask(mask: np.ndarray) -> None:
     target = target_object(mask)
     if not mask.any():

@@ -62,12 +62,13 @@ def _circle_centres(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]
     """
     depth = _depth(mask)
     y, x = np.unravel_index(np.argmax(depth), depth.shape)
-    radius = depth[y, x]
+    # Squared distances between pixels are whole numbers: the square of a rounded root would miss ties.
+    squared_radius = round(depth[y, x] ** 2)
     rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
     apart = (rows - y) ** 2 + (columns - x) ** 2
-    beside = _depth(mask & (apart > radius**2))
-    if beside.max() < _ROOM * radius:
-        beside = np.where(apart >= (radius / 2) ** 2, depth, 0)
+    beside = _depth(mask & (apart > squared_radius))
+    if beside.max() < _ROOM * depth[y, x]:
+        beside = np.where(4 * apart >= squared_radius, depth, 0)
     if beside.max() == 0:
         return (int(x), int(y)), (int(x), int(y))
     v, u = np.unravel_index(np.argmax(beside), beside.shape)
