@@ -137,7 +137,7 @@ def main() -> None:
     print(f"{name}\n{'':20}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")
     for key, theirs in found["peer"].items():
         mine = found["ours"][key]
-        print(f"{key:20}{theirs:10.2f}{mine:10.2f}{theirs / mine if mine else float('nan'):8.1f}")
+        print(f"{key:20}{theirs:10.2f}{mine:10.2f}{f'{theirs / mine:8.1f}' if mine else '':8}")
     for key, value in found["shares"].items():
         print(f"{key:24}{value:8.0f}" if key.endswith("/s") else f"{key:24}{value:8.1%}")
     print(f"{'SAM 2 hiera-large':24}{found['sam2 images/s']:8.1f} images/s")

@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{'':12}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")
     for phase in (*PHASES, "total"):
         theirs, mine = found["peer"][phase], found["ours"][phase]
-        print(f"{phase + ' s':12}{theirs:10.1f}{mine:10.1f}{theirs / mine if mine else float('nan'):8.1f}")
+        print(f"{phase + ' s':12}{theirs:10.1f}{mine:10.1f}{f'{theirs / mine:8.1f}' if mine else '':8}")
     theirs, mine = found["peer"]["peak_gib"], found["ours"]["peak_gib"]
     print(f"{'peak GiB':12}{theirs:10.1f}{mine:10.1f}{theirs / mine:8.1f}")
     if args.output:
