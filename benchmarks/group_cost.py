@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from benchmarks.jax_side import read_prompt
 from benchmarks.peer_group import SPECIAL, TEXT, VISION, Shape, machine, make_group, need
@@ -39,8 +40,15 @@ from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.types import Rollout
 
 BASE = Shape(prompt=300, response=64, group=8, image=280)
-SWEEPS = {"group": (1, 2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
+SWEEPS = {"group": (2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
 LAYOUTS = ("shared", "repeated")
+
+
+def place(tree: Any) -> Any:
+    """Host arrays onto the mesh as the train loop puts them there."""
+    mesh = jax.sharding.get_mesh()
+    put = lambda x: jax.device_put(x, NamedSharding(mesh, TRAIN.spec("batch", *(None,) * (x.ndim - 1))))  # noqa: E731
+    return jax.tree.map(put, tree)
 
 
 def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, float]:
@@ -53,15 +61,14 @@ def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, flo
         responses, advantages = responses[0][:, None], advantages[0][:, None]
     size = responses.shape
     rollout = Rollout(responses, np.full(size[:2], size[2], np.int32), np.zeros(size, "f4"), np.ones(size[:2], bool))
-    prompt, rollout = jax.device_put((prompt, rollout))
+    prompt, rollout, advantages, kept = place((prompt, rollout, advantages, np.ones(size[:2], bool)))
     setup, loss = Pass(dims, TRAIN, jnp.dtype("float32")), LossSettings(GrpoConfig(), 1.0, (), False)
     optimizer = make_optimizer(TrainConfig(), freeze_vision=False)
     state: TrainState = initial_state(Policy(dims, TRAIN, jax.random.key(0)), optimizer)
     reference = Policy(dims, TRAIN, jax.random.key(1))
-    forward = jax.jit(reference_logps, static_argnames=("setup", "settings"))
-    first = forward.lower(reference, prompt, rollout.tokens_bgr, setup=setup, settings=loss).compile()
+    first = reference_logps.lower(reference, prompt, rollout.tokens_bgr, setup=setup, settings=loss).compile()
     ref = first(reference, prompt, rollout.tokens_bgr)
-    batch = UpdateBatch(prompt, rollout, *jax.device_put((advantages, np.ones(size[:2], bool))), ref)
+    batch = UpdateBatch(prompt, rollout, advantages, kept, ref)
     second = update.lower(
         state, batch, optimizer=optimizer, setup=setup, settings=loss, micro_batches=1
     ).compile()  # fmt: skip
