@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, write
+from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, take_turns, write
 
 LOSS, GRADIENTS = 1e-4, 1e-3
 PHASES = ("old", "reference", "update")
@@ -44,12 +44,8 @@ def compare(ours: Side, peer: Side, directory: Path) -> dict[str, float]:
 
 def measure(ours: Side, peer: Side, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of seconds by phase, and the largest peak of memory."""
-    rows: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
-    for _ in range(rounds):
-        rows["ours"].append(ours("learn"))
-        rows["peer"].append(peer("learn"))
     found = {}
-    for name, made in rows.items():
+    for name, made in take_turns(ours, peer, rounds, "learn").items():
         seconds = {phase: statistics.median(row[phase] for row in made) for phase in PHASES}
         total = statistics.median(sum(row[phase] for phase in PHASES) for row in made)
         found[name] = {**seconds, "total": total, "peak_gib": max(row["peak_gib"] for row in made)}

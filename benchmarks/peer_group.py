@@ -212,6 +212,15 @@ def sides(directory: Path, settings: Settings) -> Iterator[tuple[Side, Side]]:
         yield ours, peer
 
 
+def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> dict[str, list[dict[str, Any]]]:
+    """Both sides do something in turns; what they told, by "ours" and "peer"."""
+    rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    for _ in range(rounds):
+        rows["ours"].append(ours(what, **how))
+        rows["peer"].append(peer(what, **how))
+    return rows
+
+
 def reset_peak() -> None:
     """From here on the process's peak memory is counted anew."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -12,9 +12,8 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, write
+from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, take_turns, write
 
 
 def compare(ours: Side, peer: Side, tokens: int) -> None:
@@ -28,12 +27,8 @@ def compare(ours: Side, peer: Side, tokens: int) -> None:
 
 def measure(ours: Side, peer: Side, tokens: int, rounds: int, group: int) -> dict[str, dict[str, float]]:
     """Medians."""
-    rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for _ in range(rounds):
-        rows["ours"].append(ours("generate", tokens=tokens))
-        rows["peer"].append(peer("generate", tokens=tokens))
     found = {}
-    for name, made in rows.items():
+    for name, made in take_turns(ours, peer, rounds, "generate", tokens=tokens).items():
         first, whole = (statistics.median(row[key] for row in made) for key in ("first", "whole"))
         rate = group * (tokens - 1) / statistics.median(row["whole"] - row["first"] for row in made)
         peak = max(row["peak_gib"] for row in made)
