@@ -23,6 +23,8 @@ from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_atte
 Kernel = Literal["xla", "splash", "splash_interpreted"]
 
 _MASKED = -1e30
+# With four runs, 10 of 16 parts of a causal square are computed; each run is a program of its own to compile.
+_CAUSAL_RUNS, _LEAST_RUN = 4, 128
 
 
 class KeyValue(NamedTuple):
@@ -122,24 +124,35 @@ def attend_stream(
         mask = PrefixGroupMask(p, r, padded_length(stream.tokens))
         return splash_attention(q_btnh, kv.k, kv.v, real_bt, mask, spec, interpret=kernel == "splash_interpreted")
     prompt = KeyValue(kv.k[:, :p], kv.v[:, :p])
-    out = _attend_long(q_btnh[:, None, :p], KeyValue(prompt.k[:, None], prompt.v[:, None]), causal=True)[:, 0]
+    out = _attend_causal(q_btnh[:, :p], prompt)
     if not g:
         return out
     grouped = lambda a: a[:, p:].reshape(a.shape[0], g, r, *a.shape[2:])  # noqa: E731
     own = KeyValue(grouped(kv.k), grouped(kv.v))
-    responses = _attend_long(grouped(q_btnh), own, causal=True, prompt=prompt, prompt_mask_bp=prompt_mask_bp)
+    responses = _attend_long(grouped(q_btnh), own, first=0, prompt=prompt, prompt_mask_bp=prompt_mask_bp)
     return jnp.concatenate([out, responses.reshape(q_btnh.shape[0], g * r, *q_btnh.shape[2:])], axis=1)
+
+
+def _attend_causal(q_bpnh: jax.Array, kv: KeyValue) -> jax.Array:
+    """A prompt's attention to itself: runs of its queries, each with the keys up to its own end."""
+    tokens = q_bpnh.shape[1]
+    size = max(-(-tokens // _CAUSAL_RUNS), _LEAST_RUN)
+    runs = []
+    for first in range(0, tokens, size):
+        seen = KeyValue(*(a[:, None, : first + size] for a in kv))
+        runs.append(_attend_long(q_bpnh[:, None, first : first + size], seen, first=first)[:, 0])
+    return jnp.concatenate(runs, axis=1)
 
 
 def _attend_long(
     q_bgtnh: jax.Array,
     own: KeyValue,
-    causal: bool = False,
+    first: int | None = None,
     own_mask_bs: jax.Array | None = None,
     prompt: KeyValue | None = None,
     prompt_mask_bp: jax.Array | None = None,
 ) -> jax.Array:
-    """``attend`` for many queries: the scores never exist at once."""
+    """``attend`` for many queries: the scores never exist at once. ``first`` is that of ``chunked_attention``."""
     b, g, t, n, h = q_bgtnh.shape
     kv_heads = own.k.shape[3]
     q = q_bgtnh.reshape(b, g, t, kv_heads, n // kv_heads, h) * jnp.asarray(h**-0.5, q_bgtnh.dtype)
@@ -148,7 +161,7 @@ def _attend_long(
     shared = None
     if prompt is not None:
         shared = Keys(prompt.k.transpose(0, 2, 1, 3), prompt.v.transpose(0, 2, 1, 3), prompt_mask_bp)
-    out = chunked_attention(q.transpose(0, 3, 1, 4, 2, 5), own_keys, shared, causal)
+    out = chunked_attention(q.transpose(0, 3, 1, 4, 2, 5), own_keys, shared, first)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, t, n, h)
 
 
