@@ -157,7 +157,8 @@ def _backward(
     groups, heads = q.shape[2:4]
 
     def one(
-        sums: tuple[_Sums, _Sums | None], part: tuple[jax.Array | None, ...]
+        sums: tuple[_Sums, _Sums | None],
+        part: tuple[jax.Array | None, jax.Array, jax.Array, jax.Array, jax.Array],
     ) -> tuple[tuple[_Sums, _Sums | None], jax.Array]:
         last, q, gradient, out, log_total = part
         # The derivative of a softmax: its weights times what each score alone would change, less their mean.
