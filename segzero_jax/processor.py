@@ -2,8 +2,8 @@
 
 Same ids, pixels and positions as Hugging Face's Qwen2.5-VL processor and model (transformers 5.23:
 ``Qwen2VLImageProcessorPil``, ``get_vision_window_index``, ``get_rope_index``), without transformers: numpy, PIL and
-``tokenizers`` only. What differs is the layout. Patches are stored in window order with every window padded to a full
-one, so that window attention is a reshape.
+``tokenizers`` only. What differs is the layout. Patches are stored in window order, in runs as large as a whole window,
+so that window attention is a reshape.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class PatchedImage:
-    """One picture in window order: ``s`` slots, of which partial windows leave some empty.
+    """One picture in window order: ``s`` slots, of which runs of partial windows leave some empty.
 
     Attributes:
       patches_sc: float32 normalised pixels, 0 in empty slots; ``c`` runs over channel, time, row, column.
@@ -187,23 +187,39 @@ def _pixel_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray
 def window_order(rows: int, columns: int, merge: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each patch of a grid goes, all in patches: ``window`` a side, ``merge`` a side within.
 
-    Windows follow one another in raster order, merged units in raster order inside their window, patches in raster
-    order inside their unit: the order of transformers' ``get_vision_window_index``, with the holes of partial windows.
+    Slots come in runs, each as large as a whole window. Whole windows have one each; partial windows, at the right and
+    lower edges, share runs, the largest first, each in the first run with room. So runs attend by themselves, and a
+    patch sees those of its run that are of its window. Within a window, merged units are in raster order, and patches
+    within their unit, as in transformers' ``get_vision_window_index``.
 
     Returns:
-      int32 [S], the raster index of the patch in each slot, -1 in holes; and int32 [K], the merged slot of each unit.
+      int32 [S], the raster index of the patch in each slot, -1 in empty ones; and int32 [K], the merged slot of each
+      unit.
     """
-    down, across = -(-rows // window), -(-columns // window)
-    units = window // merge
-    raster = np.full((down * window, across * window), -1, np.int32)
-    raster[:rows, :columns] = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
-    slots = raster.reshape(down, units, merge, across, units, merge).transpose(0, 3, 1, 4, 2, 5)
-    merged = np.arange(down * across * units**2, dtype=np.int32).reshape(down, across, units, units)
-    by_place = merged.transpose(0, 2, 1, 3).reshape(down * units, across * units)
-    order = slots.reshape(-1), by_place[: rows // merge, : columns // merge].reshape(-1)
-    for array in order:
+    down, across, units = rows // merge, columns // merge, window // merge
+    grid = np.arange(down * across, dtype=np.int32).reshape(down, across)
+    corners = [(top, left) for top in range(0, down, units) for left in range(0, across, units)]
+    windows = [grid[top : top + units, left : left + units].reshape(-1) for top, left in corners]
+    runs: list[list[np.ndarray]] = [[each] for each in windows if each.size == units**2]
+    shared = len(runs)
+    for part in sorted((each for each in windows if each.size < units**2), key=len, reverse=True):
+        room = (run for run in runs[shared:] if sum(map(len, run)) + part.size <= units**2)
+        fitting = next(room, None)
+        if fitting is None:
+            runs.append([part])
+        else:
+            fitting.append(part)
+    unit_of_slot = np.full(len(runs) * units**2, -1, np.int32)
+    for first, run in zip(range(0, unit_of_slot.size, units**2), runs, strict=True):
+        taken = np.concatenate(run)
+        unit_of_slot[first : first + taken.size] = taken
+    slot_of_unit = np.zeros(grid.size, np.int32)
+    slot_of_unit[unit_of_slot[unit_of_slot >= 0]] = np.flatnonzero(unit_of_slot >= 0)
+    patches = np.arange(rows * columns, dtype=np.int32).reshape(down, merge, across, merge).transpose(0, 2, 1, 3)
+    raster = np.where(unit_of_slot[:, None] < 0, -1, patches.reshape(grid.size, -1)[unit_of_slot]).reshape(-1)
+    for array in (raster, slot_of_unit):
         array.setflags(write=False)  # Cached: shared by every picture of this size.
-    return order
+    return raster, slot_of_unit
 
 
 def mrope_positions(tokens: np.ndarray, image_id: int, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:

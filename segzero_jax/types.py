@@ -8,7 +8,7 @@ Shape letters, used in names and einsums everywhere:
  p    prompt tokens, right-padded
  r    response tokens, right-padded
  i    images per prompt
- s    patch slots per image, in window order, padded to whole windows
+ s    patch slots per image, in window order, in runs as large as a whole window
  d    model width
  n, k query heads, key-value heads
  h    head width
@@ -93,7 +93,7 @@ class PromptBatch(NamedTuple):
         ``I * S / merge**2`` merged embeddings (window order, images one after another); -1 for text.
       patches_bisc: float32 normalised pixels, ``c = channels * temporal_patch * patch**2``.
       patch_hw_bis2: int32 row and column of each patch in its image.
-      patch_valid_bis: bool, False for the slots that fill up partial windows and absent images.
+      patch_valid_bis: bool, False for the slots that fill up runs of partial windows and absent images.
       embedded_bud: the images' merged embeddings where they are computed already, ``u = I * S / merge**2``; there
         are no patches then, ``I`` is 0 in their arrays.
     """

@@ -130,16 +130,29 @@ def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Pr
     merge=st.sampled_from([1, 2]),
 )
 @settings(max_examples=60, deadline=None)
-def test_window_order_is_that_of_transformers_with_holes(rows: int, columns: int, window: int, merge: int) -> None:
+def test_windows_are_those_of_transformers_and_share_runs(rows: int, columns: int, window: int, merge: int) -> None:
     h, w = rows * merge, columns * merge
     slots, units = window_order(h, w, merge, window)
     index, bounds = get_vision_window_index(torch.tensor([[1, h, w]]), merge, window, 1)
     hub_units = raster_rank_of_hub_order(h, w, merge).reshape(-1, merge**2)
-    np.testing.assert_array_equal(slots[slots >= 0], hub_units[index.numpy()].reshape(-1))
-    per_window = (slots.reshape(-1, window**2) >= 0).sum(1)
-    np.testing.assert_array_equal(per_window, np.diff(bounds.numpy()))
+    hub_patches = hub_units[index.numpy()].reshape(-1)
+    expected = {tuple(part) for part in np.split(hub_patches, bounds.numpy()[1:-1]) if part.size}
+    # A window's patches stand side by side in one run, in transformers' order, and each patch stands somewhere once.
+    found = set()
+    for run in slots.reshape(-1, window**2):
+        of_window = [patch // w // window * w + patch % w // window for patch in run[run >= 0]]
+        cuts = np.flatnonzero(np.diff(of_window)) + 1
+        found |= {tuple(part) for part in np.split(run[run >= 0], cuts)}
+    assert found == expected
+    np.testing.assert_array_equal(np.sort(slots[slots >= 0]), np.arange(h * w))
     # The k-th image token finds its own unit.
     np.testing.assert_array_equal(slots.reshape(-1, merge**2)[units], hub_units)
+
+
+@pytest.mark.parametrize(("side", "slots"), [(60, 3648), (64, 4096), (8, 64), (4, 64)])
+def test_partial_windows_leave_few_slots_empty(side: int, slots: int) -> None:
+    """840 x 840 pixels are 3,600 patches: 14 half windows share 7 runs, and the corner has one."""
+    assert len(window_order(side, side, 2, 8)[0]) == slots
 
 
 def hub_prompt(text: str, grids: list[tuple[int, int]]) -> str:

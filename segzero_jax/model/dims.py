@@ -32,9 +32,14 @@ class VisionDims:
         return self.channels * self.temporal_patch * self.patch**2
 
     @property
+    def window_side(self) -> int:
+        """Patches along the side of an attention window."""
+        return self.window // self.patch
+
+    @property
     def window_slots(self) -> int:
         """Patches in a whole attention window."""
-        return (self.window // self.patch) ** 2
+        return self.window_side**2
 
     @property
     def head_width(self) -> int:

@@ -1,7 +1,7 @@
 """The vision tower of Qwen2.5-VL: window and full attention, 2-D rotary embeddings, SwiGLU, 2x2 merger.
 
-Patches arrive in window order, every window padded to whole size (``processor.py`` lays them out), so window
-attention is a batch of small squares and needs no sequence mask.
+Patches arrive in window order, in runs as large as a whole window (``processor.window_order`` lays them out), so window
+attention is a batch of small squares.
 Reference: transformers, ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``.
 """
 
@@ -63,21 +63,21 @@ def _block(
     x_bsd: jax.Array,
     angles: jax.Array,
     valid_bs: jax.Array,
-    windows: int,
+    seen_bwss: jax.Array | None,
     layout: Layout,
     kernel: Kernel,
 ) -> jax.Array:
-    """One block; attention within each of ``windows`` equal runs of slots, or among all of them where it is 0."""
-    b, s, _ = x_bsd.shape
+    """One block; attention within runs of slots as ``seen_bwss`` says, or among all valid ones where it is None."""
+    b = x_bsd.shape[0]
     spec = layout.spec
     rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
     heads = spec("batch", None, "heads", None)
     y = rms_norm(x_bsd, block.norm1_d[...], _EPS)
     qkv = linear("bsd,dcnh->cbsnh", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], PartitionSpec(None, *heads))
     q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
-    if windows:
-        split = lambda a: a.reshape(b, windows, s // windows, *a.shape[2:])  # noqa: E731
-        out = attend(split(q), KeyValue(split(k), split(v)), split(valid_bs)[:, :, None]).reshape(q.shape)
+    if seen_bwss is not None:
+        split = lambda a: a.reshape(b, *seen_bwss.shape[1:3], *a.shape[2:])  # noqa: E731
+        out = attend(split(q), KeyValue(split(k), split(v)), seen_bwss).reshape(q.shape)
     else:
         out = attend_image(q, KeyValue(k, v), valid_bs, kernel, heads)
     x_bsd = x_bsd + linear("bsnh,nhd->bsd", out, block.out_nhd[...], block.out_bias_d[...], rows)
@@ -86,6 +86,14 @@ def _block(
     gate = linear("bsd,df->bsf", y, block.gate_df[...], block.gate_bias_f[...], hidden)
     up = linear("bsd,df->bsf", y, block.up_df[...], block.up_bias_f[...], hidden)
     return x_bsd + linear("bsf,fd->bsd", jax.nn.silu(gate) * up, block.down_fd[...], block.down_bias_d[...], rows)
+
+
+def _same_window(patch_hw_bs2: jax.Array, valid_bs: jax.Array, dims: VisionDims) -> jax.Array:
+    """Bool ``[b, w, s, s]``: which patches of its run a patch sees: those of its own window."""
+    b = patch_hw_bs2.shape[0]
+    split = lambda a: a.reshape(b, -1, dims.window_slots, *a.shape[2:])  # noqa: E731
+    window = split(patch_hw_bs2) // dims.window_side
+    return (window[:, :, :, None] == window[:, :, None]).all(-1) & split(valid_bs)[:, :, None]
 
 
 def encode_images(
@@ -105,28 +113,28 @@ def encode_images(
     Args:
       patches_bsc: float32 normalised pixels, ``s`` a multiple of ``dims.window_slots``.
       patch_hw_bs2: int32 row and column of each patch.
-      valid_bs: bool, False in padding slots.
+      valid_bs: bool, False in empty slots.
 
     Returns:
-      ``[b, s / merge**2, out]`` in ``dtype``; padding units hold numbers that nothing reads.
+      ``[b, s / merge**2, out]`` in ``dtype``; empty units hold numbers that nothing reads.
     """
     spec = layout.spec
     rows = spec("batch", None, None)
     x_bsd = linear("bsc,cd->bsd", jnp.asarray(patches_bsc).astype(dtype), tower.patch_cd[...], None, rows)
     angles = axial_angles(patch_hw_bs2, dims.head_width)
     valid_bs = jnp.asarray(valid_bs)
-    windows = x_bsd.shape[1] // dims.window_slots
+    seen_bwss = _same_window(jnp.asarray(patch_hw_bs2), valid_bs, dims)
     # Every stride-th block sees the whole image: the same few blocks, again and again.
     stride = dims.full_attention[0] + 1
     strides = jax.tree.map(lambda a: a.reshape(dims.depth // stride, stride, *a.shape[1:]), tower.blocks)
 
-    def step(count: int) -> Callable[[jax.Array, VisionBlock], tuple[jax.Array, None]]:
-        body = lambda x, block: (_block(block, x, angles, valid_bs, count, layout, kernel), None)  # noqa: E731
+    def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlock], tuple[jax.Array, None]]:
+        body = lambda x, block: (_block(block, x, angles, valid_bs, seen, layout, kernel), None)  # noqa: E731
         return jax.checkpoint(body) if remat else body
 
     def run(x: jax.Array, blocks: VisionBlock) -> tuple[jax.Array, None]:
-        x, _ = jax.lax.scan(step(windows), x, jax.tree.map(lambda a: a[:-1], blocks))
-        return step(0)(x, jax.tree.map(lambda a: a[-1], blocks))
+        x, _ = jax.lax.scan(step(seen_bwss), x, jax.tree.map(lambda a: a[:-1], blocks))
+        return step(None)(x, jax.tree.map(lambda a: a[-1], blocks))
 
     x_bsd, _ = jax.lax.scan(run, x_bsd, strides)
 

@@ -18,6 +18,7 @@ from segzero_jax.model.dims import RELEASED, Dims
 from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.splash import live_scores, padded_length
 from segzero_jax.model.weights import abstract_policy, read_dims
+from segzero_jax.processor import window_order
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 
@@ -56,8 +57,8 @@ class Step:
         self.batch, self.group = batch or config.train.batch_size, group or limits.group_size
         self.prompt_tokens = -(-limits.max_prompt_tokens // multiple) * multiple
         self.response_tokens = limits.max_response_tokens
-        windows = -(-config.data.image_size // dims.vision.window)
-        self.patch_slots = windows**2 * dims.vision.window_slots
+        vision, side = dims.vision, config.data.image_size // dims.vision.patch
+        self.patch_slots = len(window_order(side, side, vision.merge, vision.window_side)[0])
         dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
         self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
         self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)

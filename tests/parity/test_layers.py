@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf
+from segzero_jax.model.dims import VisionDims
 from segzero_jax.model.policy import Pass, prompt_logits
 from segzero_jax.processor import EncodedPrompt, Processor, fit_size, patch_image
 
@@ -73,6 +74,14 @@ def unrolled(carried: list[jax.Array]) -> Callable[..., Any]:
     return scan
 
 
+def hub_order(hw_is2: np.ndarray, valid_is: np.ndarray, dims: VisionDims) -> np.ndarray:
+    """Places of the valid patches of a prompt, as transformers sorts them: by image, window, unit."""
+    row, column = hw_is2[valid_is].T
+    image = np.repeat(np.arange(len(valid_is)), valid_is.sum(1))
+    sides = (1, dims.merge, dims.window_side)
+    return np.lexsort([axis // side for side in sides for axis in (column, row)] + [image])
+
+
 def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], processor: Processor) -> list[States]:
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory, dtype=dtype)
@@ -98,7 +107,8 @@ def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], proces
         if prompt.images:
             first = row * batch.patches_bisc.shape[1]
             valid = batch.patch_valid_bis[row]
-            found |= {f"vision {i}": x[first : first + len(valid)][valid] for i, x in enumerate(vision)}
+            order = hub_order(batch.patch_hw_bis2[row], valid, dims.vision)
+            found |= {f"vision {i}": x[first : first + len(valid)][valid][order] for i, x in enumerate(vision)}
         states.append(found)
     return states
 
