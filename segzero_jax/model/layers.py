@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from segzero_jax.types import Array
 
+T = TypeVar("T")
 Initializer = Callable[[jax.Array, tuple[int, ...], PartitionSpec], jax.Array]
 
 
@@ -107,6 +109,16 @@ def _linear_backward(
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def recomputed(f: Callable[..., T]) -> Callable[..., T]:
+    """``f``, whose steps are computed again in the backward pass instead of being kept for it.
+
+    For norms and gates ahead of matrix products: what the products multiply takes as much memory as all else that a
+    block keeps, and a pass over it is all it costs to have it again. The products themselves are not repeated, since no
+    gradient reads their results.
+    """
+    return jax.checkpoint(f, prevent_cse=False)  # Blocks are bodies of loops: there is nothing to share.
 
 
 def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:

@@ -18,7 +18,15 @@ from flax import nnx
 from segzero_jax.mesh import Layout, kv_copies
 from segzero_jax.model.attention import Kernel, KeyValue, Stream, attend, attend_stream
 from segzero_jax.model.dims import Dims
-from segzero_jax.model.layers import constant_param, linear, mrope_angles, normal_param, rms_norm, rotate
+from segzero_jax.model.layers import (
+    constant_param,
+    linear,
+    mrope_angles,
+    normal_param,
+    recomputed,
+    rms_norm,
+    rotate,
+)
 from segzero_jax.model.vision import VisionTower, encode_images
 from segzero_jax.types import Array, PromptBatch
 
@@ -80,13 +88,18 @@ class Pass(NamedTuple):
 
 def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
     spec, dims = setup.layout.spec, setup.dims
-    y = rms_norm(x_btd, block.norm1_d[...], dims.norm_eps)
     copies = kv_copies(dims.kv_heads)
     heads = spec("batch", None, "heads", None)
     kv = heads if copies == 1 else spec("batch", None, None, None)
-    q = linear("btd,dnh->btnh", y, block.q_dnh[...], block.q_bias_nh[...], heads)
-    k = linear("btd,dkh->btkh", y, block.k_dkh[...], block.k_bias_kh[...], kv)
-    v = linear("btd,dkh->btkh", y, block.v_dkh[...], block.v_bias_kh[...], kv)
+
+    @recomputed
+    def project(x_btd: jax.Array, block: DecoderBlock) -> tuple[jax.Array, jax.Array, jax.Array]:
+        y = rms_norm(x_btd, block.norm1_d[...], dims.norm_eps)
+        q = linear("btd,dnh->btnh", y, block.q_dnh[...], block.q_bias_nh[...], heads)
+        k = linear("btd,dkh->btkh", y, block.k_dkh[...], block.k_bias_kh[...], kv)
+        return q, k, linear("btd,dkh->btkh", y, block.v_dkh[...], block.v_bias_kh[...], kv)
+
+    q, k, v = project(x_btd, block)
     q, k = rotate(q, angles), rotate(k, angles)
     if copies > 1:
         k, v = (jax.sharding.reshard(jnp.repeat(a, copies, axis=2), heads) for a in (k, v))
@@ -96,13 +109,21 @@ def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pa
 def _finish(block: DecoderBlock, x_btd: jax.Array, out_btnh: jax.Array, setup: Pass) -> jax.Array:
     spec = setup.layout.spec
     rows = spec("batch", None, None)
-    x_btd = x_btd + linear("btnh,nhd->btd", out_btnh, block.o_nhd[...], None, rows)
-    y = rms_norm(x_btd, block.norm2_d[...], setup.dims.norm_eps)
-    y = jax.sharding.reshard(y, spec("mlp_batch", None, None))
     hidden = spec("mlp_batch", None, "mlp")
-    gate = linear("btd,df->btf", y, block.gate_df[...], None, hidden)
-    up = linear("btd,df->btf", y, block.up_df[...], None, hidden)
-    return x_btd + linear("btf,fd->btd", jax.nn.silu(gate) * up, block.down_fd[...], None, rows)
+
+    @recomputed
+    def widen(x_btd: jax.Array, block: DecoderBlock) -> tuple[jax.Array, jax.Array]:
+        y = rms_norm(x_btd, block.norm2_d[...], setup.dims.norm_eps)
+        y = jax.sharding.reshard(y, spec("mlp_batch", None, None))
+        gate = linear("btd,df->btf", y, block.gate_df[...], None, hidden)
+        return gate, linear("btd,df->btf", y, block.up_df[...], None, hidden)
+
+    @recomputed
+    def narrow(gate_btf: jax.Array, up_btf: jax.Array, block: DecoderBlock) -> jax.Array:
+        return linear("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, block.down_fd[...], None, rows)
+
+    x_btd = x_btd + linear("btnh,nhd->btd", out_btnh, block.o_nhd[...], None, rows)
+    return x_btd + narrow(*widen(x_btd, block), block)
 
 
 def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:

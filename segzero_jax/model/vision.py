@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from segzero_jax.mesh import Layout
 from segzero_jax.model.attention import Kernel, KeyValue, attend, attend_image
 from segzero_jax.model.dims import VisionDims
-from segzero_jax.model.layers import axial_angles, constant_param, linear, normal_param, rms_norm, rotate
+from segzero_jax.model.layers import axial_angles, constant_param, linear, normal_param, recomputed, rms_norm, rotate
 from segzero_jax.types import Array
 
 _EPS = 1e-6
@@ -72,8 +72,25 @@ def _block(
     spec = layout.spec
     rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
     heads = spec("batch", None, "heads", None)
-    y = rms_norm(x_bsd, block.norm1_d[...], _EPS)
-    qkv = linear("bsd,dcnh->cbsnh", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], PartitionSpec(None, *heads))
+
+    @recomputed
+    def project(x_bsd: jax.Array, block: VisionBlock) -> jax.Array:
+        y = rms_norm(x_bsd, block.norm1_d[...], _EPS)
+        out = PartitionSpec(None, *heads)
+        return linear("bsd,dcnh->cbsnh", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], out)
+
+    @recomputed
+    def widen(x_bsd: jax.Array, block: VisionBlock) -> tuple[jax.Array, jax.Array]:
+        y = rms_norm(x_bsd, block.norm2_d[...], _EPS)
+        gate = linear("bsd,df->bsf", y, block.gate_df[...], block.gate_bias_f[...], hidden)
+        return gate, linear("bsd,df->bsf", y, block.up_df[...], block.up_bias_f[...], hidden)
+
+    @recomputed
+    def narrow(gate_bsf: jax.Array, up_bsf: jax.Array, block: VisionBlock) -> jax.Array:
+        gated = jax.nn.silu(gate_bsf) * up_bsf
+        return linear("bsf,fd->bsd", gated, block.down_fd[...], block.down_bias_d[...], rows)
+
+    qkv = project(x_bsd, block)
     q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
     if seen_bwss is not None:
         split = lambda a: a.reshape(b, *seen_bwss.shape[1:3], *a.shape[2:])  # noqa: E731
@@ -81,11 +98,7 @@ def _block(
     else:
         out = attend_image(q, KeyValue(k, v), valid_bs, kernel, heads)
     x_bsd = x_bsd + linear("bsnh,nhd->bsd", out, block.out_nhd[...], block.out_bias_d[...], rows)
-
-    y = rms_norm(x_bsd, block.norm2_d[...], _EPS)
-    gate = linear("bsd,df->bsf", y, block.gate_df[...], block.gate_bias_f[...], hidden)
-    up = linear("bsd,df->bsf", y, block.up_df[...], block.up_bias_f[...], hidden)
-    return x_bsd + linear("bsf,fd->bsd", jax.nn.silu(gate) * up, block.down_fd[...], block.down_bias_d[...], rows)
+    return x_bsd + narrow(*widen(x_bsd, block), block)
 
 
 def _same_window(patch_hw_bs2: jax.Array, valid_bs: jax.Array, dims: VisionDims) -> jax.Array:
