@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from trl import GRPOConfig, GRPOTrainer
 
+from segzero_jax import config as configs
 from segzero_jax import rewards
 from segzero_jax.config import Config
 from segzero_jax.data.pipeline import open_split
@@ -73,16 +74,18 @@ def reward(completions: list[Any], solution: list[str], **_: Any) -> list[float]
 
 
 def main() -> None:
-    steps, threads = int(sys.argv[1]), int(sys.argv[2])
+    steps, image_size, threads = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
-    config, times = Config(), StepTimes()
+    config, times = configs.replace(Config(), **{"data.image_size": image_size}), StepTimes()
     batch = config.train.batch_size * config.rollout.group_size
+    rows = batch if image_size == Config().data.image_size else config.rollout.group_size
     with tempfile.TemporaryDirectory() as directory:
         arguments = GRPOConfig(
             output_dir=directory,
             use_cpu=True,
             bf16=False,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=batch // rows,
             num_generations=config.rollout.group_size,
             max_completion_length=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
@@ -109,9 +112,9 @@ def main() -> None:
             callbacks=[times],
         )
         trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward" in row]
-    lengths = [row["completions/mean_length"] for row in rows]
-    print(json.dumps({"seconds": times.seconds, "lengths": lengths, "rewards": [row["reward"] for row in rows]}))
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    lengths = [row["completions/mean_length"] for row in logged]
+    print(json.dumps({"seconds": times.seconds, "lengths": lengths, "rewards": [row["reward"] for row in logged]}))
 
 
 if __name__ == "__main__":
