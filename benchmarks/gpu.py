@@ -96,11 +96,11 @@ def measure(module: str, directory: Path, settings: Settings, rounds: int) -> di
 
 def sam_images_per_second(rounds: int) -> float:
     """Pictures that hiera-large with random weights encodes a second, in full batches."""
-    from benchmarks.reward_server import large_checkpoint
+    from benchmarks.reward_server import random_checkpoint
     from reward_server.segmenter import Segmenter
 
     with tempfile.TemporaryDirectory() as folder:
-        segmenter = Segmenter.load(str(large_checkpoint(Path(folder))), "cuda")
+        segmenter = Segmenter.load(random_checkpoint(Path(folder), "large"), "cuda")
     pictures = [torch.randint(0, 256, (840, 840, 3), dtype=torch.uint8).numpy() for _ in range(SAM_BATCH)]
     segmenter.embed(pictures)
     torch.cuda.synchronize()

@@ -40,7 +40,7 @@ from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.types import Rollout
 
 BASE = Shape(prompt=300, response=64, group=8, image=280)
-SWEEPS = {"group": (2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
+SWEEPS = {"group": (1, 2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
 LAYOUTS = ("shared", "repeated")
 
 

@@ -127,10 +127,12 @@ def attend_stream(
     out = _attend_causal(q_btnh[:, :p], prompt)
     if not g:
         return out
-    grouped = lambda a: a[:, p:].reshape(a.shape[0], g, r, *a.shape[2:])  # noqa: E731
+    by_group = PartitionSpec(spec[0], None, None, *spec[2:])
+    grouped = lambda a: jnp.reshape(a[:, p:], (a.shape[0], g, r, *a.shape[2:]), out_sharding=by_group)  # noqa: E731
     own = KeyValue(grouped(kv.k), grouped(kv.v))
     responses = _attend_long(grouped(q_btnh), own, first=0, prompt=prompt, prompt_mask_bp=prompt_mask_bp)
-    return jnp.concatenate([out, responses.reshape(q_btnh.shape[0], g * r, *q_btnh.shape[2:])], axis=1)
+    responses = jnp.reshape(responses, (q_btnh.shape[0], g * r, *q_btnh.shape[2:]), out_sharding=spec)
+    return jnp.concatenate([out, responses], axis=1)
 
 
 def _attend_causal(q_bpnh: jax.Array, kv: KeyValue) -> jax.Array:

@@ -78,6 +78,25 @@ def _linear_forward(
     return linear(subscripts, x, weight, bias, out_sharding, out_dtype), (x, weight, bias)
 
 
+def _in_one_sum(
+    x_letters: str, x: jax.Array, out: str, gradient: jax.Array
+) -> tuple[tuple[str, jax.Array], tuple[str, jax.Array]]:
+    """Merges the leading axes that both have, where each has one axis besides: all that a weight's gradient sums over.
+
+    XLA's CPU backend multiplies such matrices as they are; to sum over several axes it transposes one of them first.
+    """
+    rows = next(axis for axis, (ours, theirs) in enumerate(zip(x_letters, out, strict=False)) if ours != theirs)
+    if rows < 2 or {len(x_letters), len(out)} != {rows + 1}:
+        return (x_letters, x), (out, gradient)
+
+    def merge(letters: str, a: jax.Array) -> tuple[str, jax.Array]:
+        first, *others, last = jax.typeof(a).sharding.spec
+        assert not any(others), f"{letters}: {first, *others, last}: expected rows that only the first axis divides"
+        return letters[0] + letters[-1], jnp.reshape(a, (-1, a.shape[-1]), out_sharding=PartitionSpec(first, last))
+
+    return merge(x_letters, x), merge(out, gradient)
+
+
 def _linear_backward(
     subscripts: str,
     out_sharding: PartitionSpec,
@@ -95,8 +114,9 @@ def _linear_backward(
         out_sharding=jax.typeof(x).sharding.spec,
         preferred_element_type=x.dtype,
     )
+    (x_letters, x), (out_letters, narrow) = _in_one_sum(x_letters, x, out, narrow)
     dw = jnp.einsum(
-        f"{x_letters},{out}->{w_letters}",
+        f"{x_letters},{out_letters}->{w_letters}",
         x,
         narrow,
         out_sharding=jax.typeof(weight).sharding.spec,

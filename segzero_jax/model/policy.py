@@ -294,7 +294,9 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: P
     b, g, r = tokens_bgr.shape
     prompt = embed_prompt(policy, batch, setup)
     p, d = prompt.shape[1:]
-    responses = _embed(policy, tokens_bgr, setup).reshape(b, g * r, d)
+    # Shardings are said, since among axes of one a reshape may put them anywhere.
+    rows = setup.layout.spec("batch", None, None)
+    responses = jnp.reshape(_embed(policy, tokens_bgr, setup), (b, g * r, d), out_sharding=rows)
     x = jnp.concatenate([prompt, responses], axis=1)
     response_positions = jnp.tile(_response_positions(batch, jnp.arange(r)), (1, 1, g))
     positions = jnp.concatenate([jnp.asarray(batch.positions_b3p), response_positions], axis=2)
@@ -309,7 +311,8 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: P
 
     x, _ = jax.lax.scan(jax.checkpoint(body) if setup.remat else body, x, policy.blocks)
     first = jnp.broadcast_to(_last_prompt(x[:, :p], batch)[:, None, None], (b, g, 1, d))
-    predicting = jnp.concatenate([first, x[:, p:].reshape(b, g, r, d)[:, :, :-1]], axis=2)
+    states = jnp.reshape(x[:, p:], (b, g, r, d), out_sharding=setup.layout.spec("batch", None, None, None))
+    predicting = jnp.concatenate([first, states[:, :, :-1]], axis=2)
     return rms_norm(predicting, policy.final_norm_d[...], setup.dims.norm_eps)
 
 
