@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.peer_group import LARGE_TEXT, LARGE_VISION, SPECIAL, Settings, Shape, machine, need, side, write
+from benchmarks.reward_server import random_checkpoint
+from reward_server.segmenter import Segmenter
 from segzero_jax.model.dims import Dims, from_hf
 
 TOKENS = 128
@@ -96,9 +98,6 @@ def measure(module: str, directory: Path, settings: Settings, rounds: int) -> di
 
 def sam_images_per_second(rounds: int) -> float:
     """Pictures that hiera-large with random weights encodes a second, in full batches."""
-    from benchmarks.reward_server import random_checkpoint
-    from reward_server.segmenter import Segmenter
-
     with tempfile.TemporaryDirectory() as folder:
         segmenter = Segmenter.load(random_checkpoint(Path(folder), "large"), "cuda")
     pictures = [torch.randint(0, 256, (840, 840, 3), dtype=torch.uint8).numpy() for _ in range(SAM_BATCH)]

@@ -346,3 +346,18 @@ def test_images_embedded_once_teach_the_same(batch):
         state, metrics = update(state, chosen, optimizer=optimizer, setup=SETUP, settings=losses, micro_batches=2)
         results.append(jax.device_get((logps, metrics, state.policy)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_one_prompt_with_one_response_is_a_group_too(batch):
+    """Axes of one leave the sharding of a reshape open, so it is said; values are those within the whole batch."""
+    policy, tokens, losses = random_policy(), np.asarray(batch.rollout.tokens_bgr), loss_settings(freeze_vision=False)
+    alone = jax.tree.map(lambda x: x[:1], batch)._replace(
+        rollout=jax.tree.map(lambda x: x[:1, :1], batch.rollout),
+        **{name: getattr(batch, name)[:1, :1] for name in ("advantages_bg", "keep_bg", "ref_logps_bgr")},
+    )
+    group = reference_logps(policy, batch.prompts, tokens, setup=SETUP, settings=losses)
+    found = reference_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=losses)
+    np.testing.assert_allclose(found[0, 0], group[0, 0], rtol=1e-5, atol=1e-6)
+    gradients = jax.grad(lambda policy: group_loss(policy, alone, jnp.float32(1), SETUP, losses)[0])
+    assert jax.tree.structure(jax.eval_shape(gradients, policy)) == jax.tree.structure(policy)
