@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu [--prompts 4] [--rounds 3] [--output FILE]
 
-Random weights of Qwen2.5-VL-3B's dimensions, Seg-Zero's shapes (840 x 840 picture, prompt of 1,150 tokens, 8 responses
-of 150). Model FLOPs are those of the matrix products that the mathematics asks for, without what is computed again in
-the backward pass. The bound of decoding is what one token of every response has to read: all language weights, and the
-keys and values of prompt and responses. Needs 70 GB of GPU memory, JAX and PyTorch with CUDA. Ends with a line where
-there is no GPU.
+Weights of Qwen2.5-VL-3B's dimensions that each side draws for itself, Seg-Zero's shapes (840 x 840 picture, prompt of
+1,150 tokens, 8 responses of 150). PyTorch trains one group at a time, with gradient checkpointing, as TRL and EasyR1 do
+by default: without, the group that is held eight times over has no room beside the optimizer. Ours trains all prompts
+of a step at once and keeps its activations. One prompt is sampled from. Model FLOPs are those of the matrix products
+that the mathematics asks for, without what is computed again in the backward pass. The bound of decoding is what one
+token of every response has to read: all language weights, and the keys and values of prompt and responses. Needs
+130 GB of GPU memory, with ``--prompts 1`` 75, and JAX and PyTorch with CUDA. Ends with a line where there is no GPU.
 """
 
 import argparse
@@ -15,12 +17,23 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peer_group import LARGE_TEXT, LARGE_VISION, SPECIAL, Settings, Shape, machine, need, side, write
+from benchmarks.peer_group import (
+    LARGE_TEXT,
+    LARGE_VISION,
+    SPECIAL,
+    Settings,
+    Shape,
+    machine,
+    need,
+    side,
+    write_question,
+)
 from benchmarks.reward_server import random_checkpoint
 from reward_server.segmenter import Segmenter
 from segzero_jax.model.dims import Dims, from_hf
@@ -28,7 +41,7 @@ from segzero_jax.model.dims import Dims, from_hf
 TOKENS = 128
 # bfloat16 FLOP/s without sparsity and bytes/s of memory, as published by NVIDIA.
 PEAKS = {"H100 80GB": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100-SXM4-80GB": (312e12, 2.04e12)}
-SAM_BATCH = 8
+SAM_BATCH, SAM_ROUNDS = 8, 10
 
 
 def language_weights(dims: Dims) -> int:
@@ -75,7 +88,7 @@ def shares(
     bound = shape.group * bandwidth / decode_bytes(dims, shape, TOKENS)
     return {
         "update MFU": 3 * prompts * forward_flops(dims, shape) / row["update"] / flops,
-        "prefill MFU": forward_flops(dims, shape, responses=False) / row["first"] / flops,
+        "prefill MFU": forward_flops(dims, shape, responses=False) / (row["first"] - row["layout"]) / flops,
         "decode tokens/s": rate,
         "decode share of bound": rate / bound,
     }
@@ -84,19 +97,15 @@ def shares(
 def measure(module: str, directory: Path, settings: Settings, rounds: int) -> dict[str, float]:
     """Median seconds of one side, after a warm-up, and its peak memory."""
     with side(module, directory, settings) as child:
-        child("learn")
-        learnt = [child("learn") for _ in range(rounds)]
-    # A process of its own: sampling shall not find memory taken by training.
-    with side(module, directory, settings) as child:
-        child("generate", tokens=TOKENS)
-        made = [child("generate", tokens=TOKENS) for _ in range(rounds)]
+        learnt = [child("learn") for _ in range(1 + rounds)][1:]
+        made = [child("generate", tokens=TOKENS) for _ in range(1 + rounds)][1:]
     median = lambda rows, key: statistics.median(row[key] for row in rows)  # noqa: E731
     found = {key: median(learnt, key) for key in ("old", "reference", "update")}
-    found |= {key: median(made, key) for key in ("first", "whole")}
+    found |= {key: median(made, key) for key in ("layout", "first", "whole")}
     return found | {"learning peak GiB": max(row["peak_gib"] for row in learnt)}
 
 
-def sam_images_per_second(rounds: int) -> float:
+def sam_images_per_second() -> float:
     """Pictures that hiera-large with random weights encodes a second, in full batches."""
     with tempfile.TemporaryDirectory() as folder:
         segmenter = Segmenter.load(random_checkpoint(Path(folder), "large"), "cuda")
@@ -104,15 +113,15 @@ def sam_images_per_second(rounds: int) -> float:
     segmenter.embed(pictures)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(rounds):
+    for _ in range(SAM_ROUNDS):
         segmenter.embed(pictures)
     torch.cuda.synchronize()
-    return rounds * SAM_BATCH / (time.perf_counter() - start)
+    return SAM_ROUNDS * SAM_BATCH / (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4, help="prompt groups of a step, one a micro-batch [4]")
+    parser.add_argument("--prompts", type=int, default=4, help="prompt groups of a step [4]")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps and rollouts of each side [3]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
@@ -123,16 +132,20 @@ def main() -> None:
     peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     if peaks is None:
         sys.exit(f"{name}: no published peaks known, expected one of {', '.join(PEAKS)}; add it to PEAKS")
-    settings = Settings("gpu", "bfloat16", remat=True, moment_dtype="bfloat16", prompts=args.prompts)
+    peer = Settings("gpu", "bfloat16", remat=True, prompts=args.prompts, drawn=True)
+    ours = replace(peer, remat=False, moment_dtype="bfloat16", together=args.prompts)
     dims = from_hf({"model_type": "qwen2_5_vl", **LARGE_TEXT, **SPECIAL, "vision_config": LARGE_VISION})
     with tempfile.TemporaryDirectory() as directory:
-        write(Path(directory), Shape(), large=True)
-        found: dict[str, Any] = {
-            key: measure(module, Path(directory), settings, args.rounds)
-            for key, module in (("ours", "benchmarks.jax_side"), ("peer", "benchmarks.torch_side"))
-        }
+        write_question(Path(directory), Shape(), LARGE_TEXT, LARGE_VISION)
+        found: dict[str, Any] = {}
+        for key, module, settings in (
+            ("ours", "benchmarks.jax_side", ours),
+            ("peer", "benchmarks.torch_side", peer),
+        ):
+            found[key] = measure(module, Path(directory), settings, args.rounds)
+            print(f"{key}: {found[key]}", file=sys.stderr)
     found["shares"] = shares(found["ours"], dims, Shape(), args.prompts, peaks)
-    found["sam2 images/s"] = sam_images_per_second(args.rounds)
+    found["sam2 images/s"] = sam_images_per_second()
     print(f"{name}\n{'':20}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")
     for key, theirs in found["peer"].items():
         mine = found["ours"][key]

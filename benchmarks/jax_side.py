@@ -24,7 +24,8 @@ from segzero_jax.grpo import (
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.attention import choose_kernel
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.dims import Dims, from_hf
+from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import file_tensors
 from segzero_jax.processor import mrope_positions, window_order
 from segzero_jax.rollout import Sampling, rollout_layout, sample
@@ -56,16 +57,28 @@ def read_prompt(group: Any) -> PromptBatch:
     )
 
 
+def load(directory: Path, settings: Settings, seed: int) -> tuple[Policy, Dims]:
+    """The checkpoint, or weights of its dimensions."""
+    if not settings.drawn:
+        return load_hf(directory)
+    dims = from_hf(json.loads((directory / "config.json").read_text()))
+    return Policy(dims, TRAIN, jax.random.key(seed)), dims
+
+
 class JaxSide:
-    """The prompt group, ``settings.prompts`` times, one group a micro-batch."""
+    """The prompt group, ``settings.prompts`` times."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         group = np.load(directory / "group.npz")
         repeat = lambda x: np.repeat(x, settings.prompts, axis=0)  # noqa: E731
         responses = repeat(group["responses"][None])
         self.settings, dtype = settings, jnp.dtype(settings.dtype)
-        policy, self.dims = load_hf(directory / "policy")
-        self.reference, _ = load_hf(directory / "reference", dtype=dtype)
+        # Brought to its dtype before there is a policy beside it.
+        reference, self.dims = load(directory / "reference", settings, 1)
+        narrow = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
+        self.reference = narrow(reference)
+        del reference
+        policy, _ = load(directory / "policy", settings, 0)
         train = TrainConfig(lr=1e-6, weight_decay=1e-2, max_grad_norm=1.0, moment_dtype=settings.moment_dtype)
         self.optimizer = make_optimizer(train, freeze_vision=False)
         self.state: TrainState = initial_state(policy, self.optimizer)
@@ -78,7 +91,7 @@ class JaxSide:
             np.ones(shape[:2], bool),
         )
         self.advantages = repeat(group["advantages"][None])
-        kernel = choose_kernel(jax.sharding.get_mesh())
+        kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
         self.train_pass = Pass(self.dims, TRAIN, dtype, settings.remat, kernel)
         self.rollout_pass = self.train_pass._replace(layout=ROLLOUT, remat=False)
         self.to_rollout = rollout_layout(self.dims, dtype)
@@ -94,7 +107,7 @@ class JaxSide:
         reset_peak()
         times = [time.perf_counter()]
         kept = np.ones(self.advantages.shape, bool)
-        setup, count = self.train_pass, self.settings.prompts
+        setup, count = self.train_pass, self.settings.prompts // self.settings.together
         forward = {"setup": setup._replace(remat=False), "settings": self.loss}
         ref = reference_logps(self.reference, self.prompts, self.rollout.tokens_bgr, **forward).block_until_ready()
         times.append(time.perf_counter())
@@ -102,7 +115,7 @@ class JaxSide:
         self.state, metrics = update(
             self.state, batch, optimizer=self.optimizer, setup=setup, settings=self.loss, micro_batches=count
         )
-        metrics = jax.device_get(jax.block_until_ready((self.state, metrics)))[1]
+        jax.block_until_ready((self.state, metrics))
         times.append(time.perf_counter())
         if gradients:
             first_moment = self.state.optimizer[1][0].mu
@@ -113,17 +126,23 @@ class JaxSide:
         return {"old": 0.0, **phases, **numbers, "peak_gib": self._peak()}
 
     def generate(self, tokens: int) -> dict[str, object]:
-        """``tokens`` tokens of every response, greedily, and the time that the first of them takes."""
+        """``tokens`` tokens of every response to one prompt, greedily, and the time that the first of them takes.
+
+        Both times hold that of laying out the weights, which a step does once for all its prompts.
+        """
         reset_peak()
+        prompt = jax.tree.map(lambda x: x[:1], self.prompts)
+        start = time.perf_counter()
+        weights = jax.block_until_ready(self.to_rollout(self.state.policy))
         times = [time.perf_counter()]
         for count in (1, tokens):
             sampling = Sampling(self.advantages.shape[1], count, (), 0, (), greedy=True)
-            weights = self.to_rollout(self.state.policy)
-            made = sample(weights, self.prompts, jax.random.key(0), setup=self.rollout_pass, sampling=sampling)
+            made = sample(weights, prompt, jax.random.key(0), setup=self.rollout_pass, sampling=sampling)
             made = jax.device_get(made.tokens_bgr[0])
             times.append(time.perf_counter())
-        first, whole = np.diff(times).tolist()
-        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": self._peak()}
+        layout, (first, whole) = times[0] - start, np.diff(times).tolist()
+        times = {"layout": layout, "first": layout + first, "whole": layout + whole}
+        return {**times, "tokens": made.tolist(), "peak_gib": self._peak()}
 
 
 def main() -> None:

@@ -82,6 +82,14 @@ LARGE_VISION = VISION | {
 }
 
 
+# What docs/performance.md tells whoever runs a policy on a GPU: cuBLAS reads a layer's weights where they lie in the
+# stack of all layers, where XLA's own products have them copied first.
+GPU_ENVIRONMENT = {
+    "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_dot_merger_threshold_mb=0",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": ".93",
+}
+
+
 class Unequal(Exception):
     """The two sides do not compute the same thing: their times mean nothing."""
 
@@ -111,7 +119,9 @@ class Settings:
       dtype: of activations, and of PyTorch's weights; ours are float32 and cast where they are used.
       remat: activations of a block are computed again in the backward pass.
       moment_dtype: of AdamW's first moment, ours.
-      prompts: groups of a step, one at a time.
+      prompts: groups of a step.
+      together: of them, so many in a micro-batch, ours; PyTorch, which holds a group eight times over, takes one.
+      drawn: each side draws weights of the same dimensions for itself, where no values are compared.
       threads: of PyTorch on the CPU; JAX takes all cores of the process.
     """
 
@@ -120,27 +130,34 @@ class Settings:
     remat: bool = False
     moment_dtype: str = "float32"
     prompts: int = 1
+    together: int = 1
+    drawn: bool = False
     threads: int = 2
 
 
-def write(directory: Path, shape: Shape, seed: int = 0, large: bool = False) -> None:
+def write(directory: Path, shape: Shape, seed: int = 0) -> None:
     """Writes ``policy/`` and ``reference/`` in the hub's form, and ``group.npz``."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
-    sizes, vision = (LARGE_TEXT, LARGE_VISION) if large else (TEXT, VISION)
-    text = json.dumps(config | sizes | SPECIAL | {"vision_config": vision})
+    write_question(directory, shape, TEXT, VISION, seed)
     for number, name in enumerate(("policy", "reference")):
         where = directory / name
-        where.mkdir(parents=True)
-        (where / "config.json").write_text(text)
+        text = (where / "config.json").read_text()
         torch.manual_seed(seed + number)
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(where))
-        model.to(torch.bfloat16 if large else torch.float32).save_pretrained(where)
+        model.save_pretrained(where)
         (where / "config.json").write_text(text)
+
+
+def write_question(directory: Path, shape: Shape, text: dict[str, Any], vision: dict[str, Any], seed: int = 0) -> None:
+    """``policy/`` and ``reference/`` without weights, for sides that draw them, and ``group.npz``."""
+    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    for name in ("policy", "reference"):
+        (directory / name).mkdir(parents=True)
+        (directory / name / "config.json").write_text(json.dumps(config | text | SPECIAL | {"vision_config": vision}))
     np.savez(directory / "group.npz", **make_group(shape, np.random.default_rng(seed)))
 
 
@@ -169,6 +186,8 @@ class Side:
     def __init__(self, module: str, directory: Path, settings: Settings) -> None:
         platform = {"cpu": "cpu", "gpu": "cuda"}[settings.device]
         environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "JAX_PLATFORMS": platform}
+        if settings.device == "gpu":
+            environment = GPU_ENVIRONMENT | environment
         command = [sys.executable, "-m", module, str(directory), json.dumps(asdict(settings))]
         self._child = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

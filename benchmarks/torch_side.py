@@ -11,27 +11,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.peer_group import Settings, peak_gib, reset_peak
 
 CLIP, KL, NORM, LR, DECAY = 0.2, 5e-3, 1.0, 1e-6, 1e-2
 
 
+def load(directory: Path, settings: Settings) -> Qwen2_5_VLForConditionalGeneration:
+    """The checkpoint, or weights of its dimensions."""
+    how = {"dtype": getattr(torch, settings.dtype), "attn_implementation": "sdpa"}
+    if not settings.drawn:
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, **how)
+    with torch.device({"cpu": "cpu", "gpu": "cuda"}[settings.device]):
+        config = Qwen2_5_VLConfig.from_pretrained(directory)
+        return Qwen2_5_VLForConditionalGeneration._from_config(config, **how)
+
+
 class TorchSide:
     """One prompt group, repeated."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
-        load = Qwen2_5_VLForConditionalGeneration.from_pretrained
         self.device = torch.device({"cpu": "cpu", "gpu": "cuda"}[settings.device])
-        dtype = getattr(torch, settings.dtype)
         self.policy, self.reference = (
-            load(directory / name, dtype=dtype, attn_implementation="sdpa").to(self.device)
-            for name in ("policy", "reference")
+            load(directory / name, settings).to(self.device).eval() for name in ("policy", "reference")
         )
-        if settings.remat:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
-            self.policy.train()
+        self.remat = settings.remat
         self.micro_batches = settings.prompts
         group = {
             name: torch.from_numpy(value).to(self.device) for name, value in np.load(directory / "group.npz").items()
@@ -73,6 +78,9 @@ class TorchSide:
 
     def learn(self, gradients: str = "") -> dict[str, float]:
         """One step; writes the clipped gradients to a file where one is named."""
+        if self.remat:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            self.policy.train()
         self._reset()
         times = [self._now()]
         with torch.no_grad():
@@ -105,6 +113,10 @@ class TorchSide:
     @torch.no_grad()
     def generate(self, tokens: int) -> dict[str, object]:
         """``tokens`` new tokens of every row, greedily, and the time that the first of them takes."""
+        if self.remat:
+            # Beside it transformers keeps no KV cache.
+            self.policy.gradient_checkpointing_disable()
+            self.policy.eval()
         self._reset()
         times = [self._now()]
         for count in (1, tokens):
@@ -117,8 +129,9 @@ class TorchSide:
             )
             times.append(self._now())
         first, whole = np.diff(times).tolist()
+        # Nothing to lay out: the weights are where they are trained.
         made = out[:, self.prompts.shape[1] :]
-        return {"first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": self._peak()}
+        return {"layout": 0.0, "first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": self._peak()}
 
 
 def _hub_name(name: str) -> str:

@@ -182,7 +182,8 @@ def respond(
         group=1, temperature=temperature or rollout.temperature, greedy=seed is None
     )
     batch = processor.batch([processor.encode(example)], multiple=padding_multiple(rollout.max_prompt_tokens))
-    dtype, kernel = jnp.dtype(loaded.config.model.compute_dtype), choose_kernel(jax.sharding.get_mesh())
+    dtype = jnp.dtype(loaded.config.model.compute_dtype)
+    kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
     setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel)
     parts = sample_in_parts(
         loaded.policy, batch, jax.random.key(seed or 0), setup=setup, sampling=sampling, tokens=_WATCHED_TOKENS

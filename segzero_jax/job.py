@@ -114,7 +114,8 @@ def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, Tra
     dims = read_dims(config.model.path)
     processor = load_processor(config, f"model.path={config.model.path}")
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
-    dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
+    dtype = jnp.dtype(config.model.compute_dtype)
+    kernel = choose_kernel(mesh, dtype)
     policy, _ = load_hf(config.model.path)
     # A second reading rather than a copy: the state's buffers are donated to the update.
     reference, _ = load_hf(config.model.path, dtype=dtype)

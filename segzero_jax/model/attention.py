@@ -6,8 +6,9 @@ exist once for the G responses, so a decode step reads them once and an update c
 approximated: for each response this is the attention of the sequence ``prompt + response``.
 
 ``attend_stream`` is the joint pass (prefill is a stream without responses), ``attend_image`` the vision tower's full
-attention. Both run as Pallas splash attention on TPU and as ``attend`` elsewhere. ``attend`` is plain XLA; decode steps
-and windows always use it: they are short, or bound by reading their keys.
+attention, ``attend_windows`` that within windows. The first two run as Pallas splash attention on TPU, all as cuDNN's
+flash attention on NVIDIA GPUs, and in chunks of plain XLA elsewhere. ``attend`` is plain XLA at once, for what is short
+or bound by reading its keys: decode steps everywhere, windows but on GPUs.
 """
 
 from typing import Literal, NamedTuple
@@ -18,9 +19,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask impo
 from jax.sharding import PartitionSpec
 
 from segzero_jax.model.chunked import Keys, chunked_attention
+from segzero_jax.model.flash import flash_group, flash_image, flash_windows
 from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_attention
 
-Kernel = Literal["xla", "splash", "splash_interpreted"]
+Kernel = Literal["xla", "splash", "splash_interpreted", "cudnn"]
 
 _MASKED = -1e30
 # With four runs, 10 of 16 parts of a causal square are computed; each run is a program of its own to compile.
@@ -53,9 +55,7 @@ def attend(
     Returns:
       ``[b, g, t, n, h]`` in the dtype of ``q``; scores and softmax are float32.
     """
-    b, g, t, n, h = q_bgtnh.shape
-    kv_heads = own.k.shape[3]
-    q = q_bgtnh.reshape(b, g, t, kv_heads, n // kv_heads, h) * jnp.asarray(h**-0.5, q_bgtnh.dtype)
+    q = _by_key_head(q_bgtnh, own.k.shape[3])
     scores = jnp.einsum("bgtkqh,bgskh->bgkqts", q, own.k, preferred_element_type=jnp.float32)
     scores = jnp.where(own_mask[:, :, None, None], scores, _MASKED)
     top = scores.max(-1, keepdims=True)
@@ -75,7 +75,18 @@ def attend(
         weights = weights.astype(q.dtype)
         out += jnp.einsum("bgkqtp,bpkh->bgtkqh", weights, prompt.v, preferred_element_type=jnp.float32)
     out = out / jnp.moveaxis(total, -1, 2)[..., None]
-    return out.reshape(b, g, t, n, h).astype(q.dtype)
+    return jnp.reshape(out, q_bgtnh.shape, out_sharding=jax.typeof(q_bgtnh).sharding.spec).astype(q.dtype)
+
+
+def _by_key_head(q_bgtnh: jax.Array, kv_heads: int) -> jax.Array:
+    """Scaled queries, ``[b, g, t, k, q, h]``: those that read the same key head together."""
+    *before, n, h = q_bgtnh.shape
+    *rows, heads, width = jax.typeof(q_bgtnh).sharding.spec
+    # Said, since among axes of one a reshape may put the sharding anywhere.
+    by_head = jnp.reshape(
+        q_bgtnh, (*before, kv_heads, n // kv_heads, h), out_sharding=PartitionSpec(*rows, heads, None, width)
+    )
+    return by_head * jnp.asarray(h**-0.5, q_bgtnh.dtype)
 
 
 def causal_mask(length: int) -> jax.Array:
@@ -95,9 +106,12 @@ class Stream(NamedTuple):
         return self.prompt + self.group * self.length
 
 
-def choose_kernel(mesh: jax.sharding.Mesh) -> Kernel:
-    """Splash attention on TPU, XLA's elsewhere."""
-    return "splash" if mesh.devices.flat[0].platform == "tpu" else "xla"
+def choose_kernel(mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Kernel:
+    """Splash attention on TPU, cuDNN's for bfloat16 on GPUs, XLA's elsewhere."""
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu" and dtype == jnp.bfloat16:
+        return "cudnn"
+    return "splash" if platform == "tpu" else "xla"
 
 
 def attend_stream(
@@ -118,6 +132,8 @@ def attend_stream(
       reads.
     """
     p, g, r = stream
+    if kernel == "cudnn":
+        return flash_group(q_btnh, kv.k, kv.v, prompt_mask_bp, r, spec)
     if kernel != "xla":
         prompt_mask = jax.sharding.reshard(prompt_mask_bp, PartitionSpec(spec[0], None))
         real_bt = jnp.pad(prompt_mask, ((0, 0), (0, g * r)), constant_values=True)
@@ -155,22 +171,23 @@ def _attend_long(
     prompt_mask_bp: jax.Array | None = None,
 ) -> jax.Array:
     """``attend`` for many queries: the scores never exist at once. ``first`` is that of ``chunked_attention``."""
-    b, g, t, n, h = q_bgtnh.shape
-    kv_heads = own.k.shape[3]
-    q = q_bgtnh.reshape(b, g, t, kv_heads, n // kv_heads, h) * jnp.asarray(h**-0.5, q_bgtnh.dtype)
+    q = _by_key_head(q_bgtnh, own.k.shape[3])
     # Heads before tokens: every product is then of whole matrices.
     own_keys = Keys(own.k.transpose(0, 3, 1, 2, 4), own.v.transpose(0, 3, 1, 2, 4), own_mask_bs)
     shared = None
     if prompt is not None:
         shared = Keys(prompt.k.transpose(0, 2, 1, 3), prompt.v.transpose(0, 2, 1, 3), prompt_mask_bp)
     out = chunked_attention(q.transpose(0, 3, 1, 4, 2, 5), own_keys, shared, first)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, t, n, h)
+    out = out.transpose(0, 2, 4, 1, 3, 5)
+    return jnp.reshape(out, q_bgtnh.shape, out_sharding=jax.typeof(q_bgtnh).sharding.spec)
 
 
 def attend_image(
     q_bsnh: jax.Array, kv: KeyValue, valid_bs: jax.Array, kernel: Kernel, spec: PartitionSpec
 ) -> jax.Array:
     """Attention among all valid patches of an image, ``[b, s, n, h]``; arguments as in ``attend_stream``."""
+    if kernel == "cudnn":
+        return flash_image(q_bsnh, kv.k, kv.v, valid_bs, spec)
     if kernel != "xla":
         valid_bs = jax.sharding.reshard(valid_bs, PartitionSpec(spec[0], None))
         padded = padded_length(q_bsnh.shape[1])
@@ -178,3 +195,16 @@ def attend_image(
         return splash_attention(q_bsnh, kv.k, kv.v, valid_bs, mask, spec, interpret=kernel == "splash_interpreted")
     own = KeyValue(kv.k[:, None], kv.v[:, None])
     return _attend_long(q_bsnh[:, None], own, own_mask_bs=valid_bs)[:, 0]
+
+
+def attend_windows(
+    q_bsnh: jax.Array, kv: KeyValue, seen_bwss: jax.Array, kernel: Kernel, spec: PartitionSpec
+) -> jax.Array:
+    """Attention within runs of an image's slots, ``[b, s, n, h]``: ``seen_bwss`` says which of its run a patch sees."""
+    if kernel == "cudnn":
+        return flash_windows(q_bsnh, kv.k, kv.v, seen_bwss, spec)
+    b, w, s = seen_bwss.shape[:3]
+    runs = PartitionSpec(spec[0], None, None, *spec[2:])
+    split = lambda a: jnp.reshape(a, (b, w, s, *a.shape[2:]), out_sharding=runs)  # noqa: E731
+    out = attend(split(q_bsnh), KeyValue(split(kv.k), split(kv.v)), seen_bwss)
+    return jnp.reshape(out, q_bsnh.shape, out_sharding=spec)

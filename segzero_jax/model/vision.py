@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from segzero_jax.mesh import Layout
-from segzero_jax.model.attention import Kernel, KeyValue, attend, attend_image
+from segzero_jax.model.attention import Kernel, KeyValue, attend_image, attend_windows
 from segzero_jax.model.dims import VisionDims
 from segzero_jax.model.layers import axial_angles, constant_param, linear, normal_param, recomputed, rms_norm, rotate
 from segzero_jax.types import Array
@@ -68,7 +68,6 @@ def _block(
     kernel: Kernel,
 ) -> jax.Array:
     """One block; attention within runs of slots as ``seen_bwss`` says, or among all valid ones where it is None."""
-    b = x_bsd.shape[0]
     spec = layout.spec
     rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
     heads = spec("batch", None, "heads", None)
@@ -93,8 +92,7 @@ def _block(
     qkv = project(x_bsd, block)
     q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
     if seen_bwss is not None:
-        split = lambda a: a.reshape(b, *seen_bwss.shape[1:3], *a.shape[2:])  # noqa: E731
-        out = attend(split(q), KeyValue(split(k), split(v)), seen_bwss).reshape(q.shape)
+        out = attend_windows(q, KeyValue(k, v), seen_bwss, kernel, heads)
     else:
         out = attend_image(q, KeyValue(k, v), valid_bs, kernel, heads)
     x_bsd = x_bsd + linear("bsnh,nhd->bsd", out, block.out_nhd[...], block.out_bias_d[...], rows)
@@ -137,19 +135,19 @@ def encode_images(
     angles = axial_angles(patch_hw_bs2, dims.head_width)
     valid_bs = jnp.asarray(valid_bs)
     seen_bwss = _same_window(jnp.asarray(patch_hw_bs2), valid_bs, dims)
-    # Every stride-th block sees the whole image: the same few blocks, again and again.
+    # Every stride-th block sees the whole image.
     stride = dims.full_attention[0] + 1
-    strides = jax.tree.map(lambda a: a.reshape(dims.depth // stride, stride, *a.shape[1:]), tower.blocks)
 
     def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlock], tuple[jax.Array, None]]:
         body = lambda x, block: (_block(block, x, angles, valid_bs, seen, layout, kernel), None)  # noqa: E731
         return jax.checkpoint(body) if remat else body
 
-    def run(x: jax.Array, blocks: VisionBlock) -> tuple[jax.Array, None]:
-        x, _ = jax.lax.scan(step(seen_bwss), x, jax.tree.map(lambda a: a[:-1], blocks))
-        return step(None)(x, jax.tree.map(lambda a: a[-1], blocks))
-
-    x_bsd, _ = jax.lax.scan(run, x_bsd, strides)
+    # No loop of loops: what the inner ones keep for the backward pass would be copied into what the outer keeps.
+    for first in range(0, dims.depth, stride):
+        whole = first + stride - 1
+        windows = jax.tree.map(lambda a, at=slice(first, whole): a[at], tower.blocks)
+        x_bsd, _ = jax.lax.scan(step(seen_bwss), x_bsd, windows)
+        x_bsd, _ = step(None)(x_bsd, jax.tree.map(lambda a, at=whole: a[at], tower.blocks))
 
     y = rms_norm(x_bsd, tower.merger_norm_d[...], _EPS)
     b, s, d = y.shape

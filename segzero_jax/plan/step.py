@@ -59,7 +59,8 @@ class Step:
         self.response_tokens = limits.max_response_tokens
         vision, side = dims.vision, config.data.image_size // dims.vision.patch
         self.patch_slots = len(window_order(side, side, vision.merge, vision.window_side)[0])
-        dtype, kernel = jnp.dtype(config.model.compute_dtype), choose_kernel(mesh)
+        dtype = jnp.dtype(config.model.compute_dtype)
+        kernel = choose_kernel(mesh, dtype)
         self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
         self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
         self.loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)

@@ -21,7 +21,7 @@ from torch_policy import torch_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model import load_hf
+from segzero_jax.model import load_hf, vision
 from segzero_jax.model.dims import VisionDims
 from segzero_jax.model.policy import Pass, prompt_logits
 from segzero_jax.processor import EncodedPrompt, Processor, fit_size, patch_image
@@ -55,19 +55,22 @@ def make_prompts(processor: Processor) -> list[EncodedPrompt]:
     return prompts
 
 
+def keep(carried: list[jax.Array], value: jax.Array) -> jax.Array:
+    """Appends what is not there yet."""
+    if not any(value is known for known in carried):
+        carried.append(value)
+    return value
+
+
 def unrolled(carried: list[jax.Array]) -> Callable[..., Any]:
     """``jax.lax.scan`` without a loop; what is carried into, between and out of its steps is appended, each once."""
 
-    def keep(value: Any) -> None:
-        if not any(value is known for known in carried):
-            carried.append(value)
-
     def scan(body: Callable[..., Any], init: Any, xs: Any) -> Any:
         carry, ys = init, []
-        keep(carry)
+        keep(carried, carry)
         for i in range(jax.tree.leaves(xs)[0].shape[0]):
             carry, y = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
-            keep(carry)
+            keep(carried, carry)
             ys.append(y)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
@@ -93,13 +96,16 @@ def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], proces
             carried: list[jax.Array] = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(jax.lax, "scan", unrolled(carried))
+                # Blocks that see the whole image stand outside of loops.
+                block = vision._block
+                patch.setattr(vision, "_block", lambda *args: keep(carried, block(*args)))
                 logits = prompt_logits(policy, batch, setup)
             return logits, carried
 
         logits, carried = jax.tree.map(lambda x: np.asarray(x, np.float32), run(policy, batch))
-    vision = [x for x in carried if x.shape[-1] == dims.vision.hidden]
+    tower = [x for x in carried if x.shape[-1] == dims.vision.hidden]
     decoder = [x for x in carried if x.shape[-1] == dims.hidden]
-    assert (len(vision), len(decoder)) == (dims.vision.depth + 1, dims.layers + 1)
+    assert (len(tower), len(decoder)) == (dims.vision.depth + 1, dims.layers + 1)
     states = []
     for row, prompt in enumerate(prompts):
         length = len(prompt.tokens_p)
@@ -108,7 +114,7 @@ def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], proces
             first = row * batch.patches_bisc.shape[1]
             valid = batch.patch_valid_bis[row]
             order = hub_order(batch.patch_hw_bis2[row], valid, dims.vision)
-            found |= {f"vision {i}": x[first : first + len(valid)][valid][order] for i, x in enumerate(vision)}
+            found |= {f"vision {i}": x[first : first + len(valid)][valid][order] for i, x in enumerate(tower)}
         states.append(found)
     return states
 

@@ -1,0 +1,93 @@
+"""cuDNN's flash attention (``jax.nn.dot_product_attention``) over prefix groups and over images, on NVIDIA GPUs.
+
+For narrow types only: cuDNN has it for bfloat16 and float16. Its masks are arrays of scores to add, so that they cost
+memory; a plain causal mask costs none.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+def flash_group(
+    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, prompt_mask_bp: jax.Array, length: int, spec: PartitionSpec
+) -> jax.Array:
+    """Attention of the stream ``[prompt | r1 | ... | rG]`` to itself, each device on its own rows and heads.
+
+    The prompt sees itself causally. Every response is a sequence of its own that sees the prompt, whose keys are
+    repeated for it: of key heads there are few.
+
+    Args:
+      q_btnh, k_btkh, v_btkh: partitioned by ``spec``; ``n`` is a multiple of ``k`` on every device.
+      prompt_mask_bp: bool, which prompt tokens are real. Partitioned as the batch.
+      length: tokens of a response.
+
+    Returns:
+      ``[b, t, n, h]`` in the dtype of ``q``. Rows of padding hold numbers that nothing reads.
+    """
+    p = prompt_mask_bp.shape[1]
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, real_bp: jax.Array) -> jax.Array:
+        out = _attend(q[:, :p], k[:, :p], v[:, :p], causal=True)
+        if q.shape[1] == p:
+            return out
+        b, groups = q.shape[0], (q.shape[1] - p) // length
+        alone = lambda a: a[:, p:].reshape(b * groups, length, *a.shape[2:])  # noqa: E731
+        repeated = lambda a: jnp.repeat(a[:, :p], groups, axis=0)  # noqa: E731
+        behind = lambda a: jnp.concatenate([repeated(a), alone(a)], axis=1)  # noqa: E731
+        own = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (b * groups, length, length))
+        prompt = jnp.broadcast_to(repeated(real_bp)[:, None], (b * groups, length, p))
+        responses = _attend(alone(q), behind(k), behind(v), mask_bts=jnp.concatenate([prompt, own], axis=2))
+        return jnp.concatenate([out, responses.reshape(b, groups * length, *q.shape[2:])], axis=1)
+
+    return _on_each(local, spec, q_btnh, k_btkh, v_btkh, prompt_mask_bp)
+
+
+def flash_image(
+    q_bsnh: jax.Array, k_bsnh: jax.Array, v_bsnh: jax.Array, valid_bs: jax.Array, spec: PartitionSpec
+) -> jax.Array:
+    """Attention among all valid patches of an image, ``[b, s, n, h]``; arguments as in ``flash_group``."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, valid_bs: jax.Array) -> jax.Array:
+        b, s = valid_bs.shape
+        return _attend(q, k, v, mask_bts=jnp.broadcast_to(valid_bs[:, None], (b, s, s)))
+
+    return _on_each(local, spec, q_bsnh, k_bsnh, v_bsnh, valid_bs)
+
+
+def flash_windows(
+    q_bsnh: jax.Array, k_bsnh: jax.Array, v_bsnh: jax.Array, seen_bwss: jax.Array, spec: PartitionSpec
+) -> jax.Array:
+    """Attention within runs of slots, ``[b, s, n, h]``: ``seen_bwss`` says which of its run a patch sees."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, seen_bwss: jax.Array) -> jax.Array:
+        b, w, s = seen_bwss.shape[:3]
+        alone = lambda a: a.reshape(b * w, s, *a.shape[2:])  # noqa: E731
+        return _attend(alone(q), alone(k), alone(v), mask_bts=seen_bwss.reshape(b * w, s, s)).reshape(q.shape)
+
+    return _on_each(local, spec, q_bsnh, k_bsnh, v_bsnh, seen_bwss)
+
+
+def _on_each(
+    local: Callable[..., jax.Array], spec: PartitionSpec, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    rows = PartitionSpec(spec[0], *(None,) * (mask.ndim - 1))
+    mask = jax.sharding.reshard(mask, rows)
+    # check_vma: cuDNN's calls do not say over which axes their results vary.
+    return jax.shard_map(local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(q, k, v, mask)
+
+
+def _attend(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array | None = None, causal: bool = False
+) -> jax.Array:
+    tokens = q_btnh.shape[1]
+    if mask_bts is not None:
+        # cuDNN wants even lengths beside a mask.
+        fill = [(0, size % 2) for size in mask_bts.shape[1:]]
+        q_btnh = jnp.pad(q_btnh, ((0, 0), fill[0], (0, 0), (0, 0)))
+        k_bskh, v_bskh = (jnp.pad(a, ((0, 0), fill[1], (0, 0), (0, 0))) for a in (k_bskh, v_bskh))
+        mask_bts = jnp.pad(mask_bts, ((0, 0), *fill))[:, None]
+    out = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts, is_causal=causal, implementation="cudnn")
+    return out[:, :tokens]
