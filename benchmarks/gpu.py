@@ -1,14 +1,14 @@
 """The 3B on one GPU in bfloat16 beside transformers: shares of the hardware's peaks, and SAM 2 hiera-large.
 
-    python -m benchmarks.gpu [--prompts 4] [--rounds 3] [--output FILE]
+    python -m benchmarks.gpu [--parts ours peer sam2] [--prompts 4] [--rounds 3] [--output FILE]
 
 Weights of Qwen2.5-VL-3B's dimensions that each side draws for itself, Seg-Zero's shapes (840 x 840 picture, prompt of
-1,150 tokens, 8 responses of 150). PyTorch trains one group at a time, with gradient checkpointing, as TRL and EasyR1 do
-by default: without, the group that is held eight times over has no room beside the optimizer. Ours trains all prompts
-of a step at once and keeps its activations. One prompt is sampled from. Model FLOPs are those of the matrix products
-that the mathematics asks for, without what is computed again in the backward pass. The bound of decoding is what one
-token of every response has to read: all language weights, and the keys and values of prompt and responses. Needs
-130 GB of GPU memory, with ``--prompts 1`` 75, and JAX and PyTorch with CUDA. Ends with a line where there is no GPU.
+1,150 tokens, 8 responses of 150). PyTorch trains one group, with gradient checkpointing, as TRL and EasyR1 do by
+default. Ours trains all prompts of a step at once and keeps its activations; its times are divided by their number. One
+prompt is sampled from. Model FLOPs are those of the matrix products that the mathematics asks for, without what is
+computed again in the backward pass. The bound of decoding is what one token of every response has to read: all language
+weights, and the keys and values of prompt and responses. Needs 105 GB of GPU memory, with ``--prompts 6`` 125, and JAX
+and PyTorch with CUDA. Ends with a line where there is no GPU.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from benchmarks.reward_server import random_checkpoint
 from reward_server.segmenter import Segmenter
 from segzero_jax.model.dims import Dims, from_hf
 
+PARTS = ("ours", "peer", "sam2")
 TOKENS = 128
 # bfloat16 FLOP/s without sparsity and bytes/s of memory, as published by NVIDIA.
 PEAKS = {"H100 80GB": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100-SXM4-80GB": (312e12, 2.04e12)}
@@ -79,15 +80,13 @@ def decode_bytes(dims: Dims, shape: Shape, tokens: int) -> float:
     return 2 * (weights + 2 * dims.layers * dims.kv_heads * dims.head_width * cached)
 
 
-def shares(
-    row: dict[str, float], dims: Dims, shape: Shape, prompts: int, peaks: tuple[float, float]
-) -> dict[str, float]:
+def shares(row: dict[str, float], dims: Dims, shape: Shape, peaks: tuple[float, float]) -> dict[str, float]:
     """MFU of update and prefill, tokens per second, and the share of the memory's bound, from seconds of our side."""
     flops, bandwidth = peaks
     rate = shape.group * (TOKENS - 1) / (row["whole"] - row["first"])
     bound = shape.group * bandwidth / decode_bytes(dims, shape, TOKENS)
     return {
-        "update MFU": 3 * prompts * forward_flops(dims, shape) / row["update"] / flops,
+        "update MFU": 3 * forward_flops(dims, shape) / row["update"] / flops,
         "prefill MFU": forward_flops(dims, shape, responses=False) / (row["first"] - row["layout"]) / flops,
         "decode tokens/s": rate,
         "decode share of bound": rate / bound,
@@ -95,12 +94,12 @@ def shares(
 
 
 def measure(module: str, directory: Path, settings: Settings, rounds: int) -> dict[str, float]:
-    """Median seconds of one side, after a warm-up, and its peak memory."""
+    """Median seconds of one side, after a warm-up: of learning a group, of sampling for one; and its peak memory."""
     with side(module, directory, settings) as child:
         learnt = [child("learn") for _ in range(1 + rounds)][1:]
         made = [child("generate", tokens=TOKENS) for _ in range(1 + rounds)][1:]
     median = lambda rows, key: statistics.median(row[key] for row in rows)  # noqa: E731
-    found = {key: median(learnt, key) for key in ("old", "reference", "update")}
+    found = {key: median(learnt, key) / settings.prompts for key in ("old", "reference", "update")}
     found |= {key: median(made, key) for key in ("layout", "first", "whole")}
     return found | {"learning peak GiB": max(row["peak_gib"] for row in learnt)}
 
@@ -121,7 +120,8 @@ def sam_images_per_second() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4, help="prompt groups of a step [4]")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured [all]")
+    parser.add_argument("--prompts", type=int, default=4, help="prompt groups of a step of ours [4]")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps and rollouts of each side [3]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
@@ -132,27 +132,29 @@ def main() -> None:
     peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     if peaks is None:
         sys.exit(f"{name}: no published peaks known, expected one of {', '.join(PEAKS)}; add it to PEAKS")
-    peer = Settings("gpu", "bfloat16", remat=True, prompts=args.prompts, drawn=True)
-    ours = replace(peer, remat=False, moment_dtype="bfloat16", together=args.prompts)
+    peer = Settings("gpu", "bfloat16", remat=True, drawn=True)
+    ours = replace(peer, remat=False, moment_dtype="bfloat16", prompts=args.prompts, together=args.prompts)
     dims = from_hf({"model_type": "qwen2_5_vl", **LARGE_TEXT, **SPECIAL, "vision_config": LARGE_VISION})
+    print(name)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         write_question(Path(directory), Shape(), LARGE_TEXT, LARGE_VISION)
-        found: dict[str, Any] = {}
-        for key, module, settings in (
-            ("ours", "benchmarks.jax_side", ours),
-            ("peer", "benchmarks.torch_side", peer),
-        ):
-            found[key] = measure(module, Path(directory), settings, args.rounds)
-            print(f"{key}: {found[key]}", file=sys.stderr)
-    found["shares"] = shares(found["ours"], dims, Shape(), args.prompts, peaks)
-    found["sam2 images/s"] = sam_images_per_second()
-    print(f"{name}\n{'':20}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")
-    for key, theirs in found["peer"].items():
-        mine = found["ours"][key]
-        print(f"{key:20}{theirs:10.2f}{mine:10.2f}{f'{theirs / mine:8.1f}' if mine else '':8}")
-    for key, value in found["shares"].items():
-        print(f"{key:24}{value:8.0f}" if key.endswith("/s") else f"{key:24}{value:8.1%}")
-    print(f"{'SAM 2 hiera-large':24}{found['sam2 images/s']:8.1f} images/s")
+        for part, module, settings in (("ours", "jax_side", ours), ("peer", "torch_side", peer)):
+            if part in args.parts:
+                found[part] = measure(f"benchmarks.{module}", Path(directory), settings, args.rounds)
+                print(f"{part}: " + ", ".join(f"{key} {value:.3f}" for key, value in found[part].items()), flush=True)
+    if "ours" in found and "peer" in found:
+        print(f"{'':20}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")
+        for key, theirs in found["peer"].items():
+            mine = found["ours"][key]
+            print(f"{key:20}{theirs:10.2f}{mine:10.2f}{f'{theirs / mine:8.1f}' if mine else '':8}")
+    if "ours" in found:
+        found["shares"] = shares(found["ours"], dims, Shape(), peaks)
+        for key, value in found["shares"].items():
+            print(f"{key:24}{value:8.0f}" if key.endswith("/s") else f"{key:24}{value:8.1%}", flush=True)
+    if "sam2" in args.parts:
+        found["sam2 images/s"] = sam_images_per_second()
+        print(f"{'SAM 2 hiera-large':24}{found['sam2 images/s']:8.1f} images/s")
     if args.output:
         args.output.write_text(json.dumps({"gpu": name, **found, **machine("torch", "transformers")}, indent=1) + "\n")
 

@@ -1,13 +1,10 @@
 """Every test sees sixteen virtual CPU devices, so sharded code paths run as they do on a mesh."""
 
 import os
-from importlib.metadata import version
 
-_FLAGS = ["--xla_force_host_platform_device_count=16"]
-# Small programs run once or twice: what counts is how long they compile. Without this emitter it takes half as long.
-# XLA ends the process at a flag that it does not know, as from 0.11 on.
-if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+from xla_flags import QUICK
+
+_FLAGS = ["--xla_force_host_platform_device_count=16", QUICK]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 # "cuda" is asked for by whoever runs the tests of kernels on a GPU.
 if os.environ.get("JAX_PLATFORMS") != "cuda":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fake_reward_server import Fake, serving
+from xla_flags import QUICK
 
 ROOT = Path(__file__).parents[2]
 HOSTS, STEPS, CALLS = 4, 4, 4
@@ -49,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Compiles fast rather than well, once for all runs."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": QUICK,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
