@@ -4,8 +4,8 @@
 
 Seg-Zero's shapes (840 x 840 picture, prompt of 1,150 tokens, 8 responses of 150), a Qwen2.5-VL of 46 M parameters,
 float32, the same weights. PyTorch: old, reference and update on the repeated layout. Ours: reference and update of the
-prefix group; on-policy, the old log-probabilities are the new ones. Rounds alternate; the first of each side warms up.
-Takes about ten minutes and 20 GB on two cores.
+prefix group; on-policy, the old log-probabilities are the new ones. The sides take turns of two steps, the second of
+which is timed. Takes about fifteen minutes and 20 GB on two cores.
 """
 
 import argparse
