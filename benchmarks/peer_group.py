@@ -234,8 +234,8 @@ def sides(directory: Path, settings: Settings) -> Iterator[tuple[Side, Side]]:
 def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> dict[str, list[dict[str, Any]]]:
     """Both sides do something in turns; what they told, by "ours" and "peer".
 
-    In its turn a side does it twice, and the second time counts. As in a run, it comes after its like: not after the other
-    side has given back all memory of the machine, which the first then has to get, page by page.
+    In its turn a side does it twice, and the second time counts. As in a run, it comes after its like: not after the
+    other side has given back all memory of the machine, which the first time then has to get, page by page.
     """
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(rounds):

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
@@ -178,7 +179,8 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         batches = server.metric("batch_size_count")
         rates: dict[str, list[float]] = {name: [] for name in ways}
         costs: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(options.rounds):
+        for number in range(1, options.rounds + 1):
+            print(f"round {number} of {options.rounds}", file=sys.stderr)
             for name, (work, groups, pid) in ways.items():
                 if name == "server":
                     # One batch first: whoever comes later finds the queue full.
