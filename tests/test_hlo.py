@@ -54,6 +54,23 @@ def test_a_conditional_is_refused():
         _ = compiled(lambda x: jax.lax.cond(x.sum() < 3, jnp.sin, jnp.cos, x), (8,)).cost
 
 
+def test_a_program_splits_at_the_loop_whose_body_is_a_scope():
+    def prefill(x, w):
+        # One operation bears the other loop's name, as when XLA finds that both need it.
+        with jax.named_scope("turn"):
+            x = jnp.tanh(x)
+        return jnp.tanh(x @ w @ w) @ w, None
+
+    def turn(x, w):
+        with jax.named_scope("turn"):
+            return jnp.tanh(x @ w @ w @ w), None
+
+    run = lambda x, ws: jax.lax.scan(turn, jax.lax.scan(prefill, x, ws[:3])[0], ws)[0]  # noqa: E731
+    around, each, turns = compiled(run, (8, 32), (7, 32, 32)).split("turn")
+    product = 2 * 8 * 32 * 32
+    assert (around.flops, each.flops, turns) == (3 * 3 * product, 3 * product, 7)
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(HloError, match="ENTRY"):
         Program("HloModule empty")
