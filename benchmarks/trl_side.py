@@ -74,9 +74,10 @@ def reward(completions: list[Any], solution: list[str], **_: Any) -> list[float]
 
 
 def main() -> None:
-    steps, image_size, threads = map(int, sys.argv[1:])
+    steps, image_size, prompts, threads = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
-    config, times = configs.replace(Config(), **{"data.image_size": image_size}), StepTimes()
+    changes = {"data.image_size": image_size, "train.batch_size": prompts, "train.micro_batch_size": prompts}
+    config, times = configs.replace(Config(), **changes), StepTimes()
     batch = config.train.batch_size * config.rollout.group_size
     rows = batch if image_size == Config().data.image_size else config.rollout.group_size
     with tempfile.TemporaryDirectory() as directory:

@@ -1,12 +1,14 @@
 """A whole training step beside TRL's ``GRPOTrainer``: seconds per step on the toy world, text rewards only.
 
-    python -m benchmarks.trl_step [--image-size 112] [--steps 6] [--rounds 2] [--threads 2] [--output FILE]
+    python -m benchmarks.trl_step [--image-size 112] [--prompts 16] [--steps 6] [--rounds 2] [--threads 2]
+                                  [--output FILE]
 
 The same toy policy, pictures and questions, 16 prompts with 8 responses of at most 64 tokens, temperature 1, KL to a
 reference, AdamW, float32. ``--image-size 840`` shows the pictures at Seg-Zero's size: 900 tokens of a prompt instead of
-16. TRL then learns from one group at a time, as the memory asks; ours from all. Each round trains both anew; the first
-two steps of a run warm up and are left out. Needs ``pip install -e '.[bench]'``. Takes about five minutes on two cores,
-and half an hour at 840.
+16. TRL then learns from one group at a time, as the memory asks, and samples for all at once: with 16 prompts 24 GB may
+not hold that, with ``--prompts 4`` they do. Each round trains both anew; the first two steps of a run warm up and are
+left out. Needs ``pip install -e '.[bench]'``. Takes about five minutes on two cores, and sixteen with four prompts at
+840 and ``--steps 4``.
 """
 
 import argparse
@@ -25,12 +27,13 @@ from segzero_jax.config import Config
 _WARM_UP = 2
 
 
-def run_ours(steps: int, image_size: int) -> dict[str, list[float]]:
+def run_ours(steps: int, image_size: int, prompts: int) -> dict[str, list[float]]:
     """The train loop itself; what it wrote of its steps."""
     room = Config().rollout.max_prompt_tokens + (image_size // 28) ** 2
     with tempfile.TemporaryDirectory() as directory:
         options = [f"--run.dir={directory}/run", f"--train.steps={steps}", "--reward.server=none"]
         options += [f"--data.image_size={image_size}", f"--rollout.max_prompt_tokens={room}"]
+        options += [f"--train.batch_size={prompts}", f"--train.micro_batch_size={prompts}"]
         short = ["--eval.examples=1", "--eval.samples=1", "--data.eval_splits=[val]"]
         command = [sys.executable, "-m", "segzero_jax.train", *options, *short]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -43,9 +46,9 @@ def run_ours(steps: int, image_size: int) -> dict[str, list[float]]:
     }
 
 
-def run_trl(steps: int, image_size: int, threads: int) -> dict[str, list[float]]:
+def run_trl(steps: int, image_size: int, prompts: int, threads: int) -> dict[str, list[float]]:
     """TRL's trainer in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.trl_side", str(steps), str(image_size), str(threads)]
+    command = [sys.executable, "-m", "benchmarks.trl_side", *map(str, (steps, image_size, prompts, threads))]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -54,6 +57,7 @@ def run_trl(steps: int, image_size: int, threads: int) -> dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=112, help="pixels along a picture's side, 28 a token [112]")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of a step, 8 responses to each [16]")
     parser.add_argument("--steps", type=int, default=6, help="steps of each run [6]")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side [2]")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [2]")
@@ -62,8 +66,8 @@ def main() -> None:
     need("trl", "bench")
     runs: dict[str, list[dict[str, list[float]]]] = {"TRL": [], "ours": []}
     for _ in range(args.rounds):
-        runs["ours"].append(run_ours(args.steps, args.image_size))
-        runs["TRL"].append(run_trl(args.steps, args.image_size, args.threads))
+        runs["ours"].append(run_ours(args.steps, args.image_size, args.prompts))
+        runs["TRL"].append(run_trl(args.steps, args.image_size, args.prompts, args.threads))
     found = {
         name: {key: statistics.median(x for run in made for x in run[key][_WARM_UP:]) for key in made[0]}
         for name, made in runs.items()
