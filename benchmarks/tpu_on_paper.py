@@ -5,8 +5,8 @@
 For the presets of 3B and 7B on sixteen chips of three generations, ``segzero_jax.plan`` compiles every phase of a step
 (16 prompts of 840 x 840 pictures, 8 responses each) and divides its work by the chip's published peaks, each phase
 bound by its slowest: computing, memory or links, all perfectly overlapped. Responses of Seg-Zero have 100 to 200
-tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu and no TPU; half an hour on two cores.
-With ``--output``, what the file holds already is not compiled again.
+tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu and no TPU; half an hour on two
+cores. With ``--output``, what the file holds already is not compiled again.
 """
 
 import argparse

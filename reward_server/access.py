@@ -88,9 +88,10 @@ def read_token(path: Path) -> str:
 class TokenCheck(grpc.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without the token in their metadata ``authorization: Bearer TOKEN``."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, note: Callable[[str, str], None]) -> None:
+        """``note`` is told of each refused call: the method's full name, as it came, and who called."""
         self._expected = f"Bearer {token}".encode()
-        self._refusal = grpc.unary_unary_rpc_method_handler(_refuse)
+        self._note = note
 
     def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
@@ -100,13 +101,13 @@ class TokenCheck(grpc.ServerInterceptor):
         brought = [value for name, value in details.invocation_metadata if name == "authorization"]
         if len(brought) == 1 and hmac.compare_digest(brought[0].encode(), self._expected):
             return continuation(details)
-        return self._refusal
 
+        def refuse(request: bytes, context: grpc.ServicerContext) -> None:
+            self._note(details.method, context.peer())
+            reason = "expected the metadata authorization: Bearer TOKEN, with this server's"
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
 
-def _refuse(request: bytes, context: grpc.ServicerContext) -> None:
-    context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "expected the metadata authorization: Bearer TOKEN, with this server's"
-    )
+        return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 def _load(what: str, load: Callable[[], object]) -> None:

@@ -8,8 +8,9 @@ waits: a cancelled or overdue item is dropped when its turn comes. TF Serving's 
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -69,7 +70,7 @@ class Batcher(Generic[Item, Result]):
       max_batch: items handed out together at most.
       max_delay_s: how long the first of an incomplete batch waits for others. Items age while the devices are busy,
         so under load nobody waits longer for this.
-      max_waiting: items in the queue at most.
+      max_waiting: items in the queue at most, with those that are being prepared for it.
     """
 
     def __init__(self, max_batch: int, max_delay_s: float, max_waiting: int) -> None:
@@ -77,26 +78,46 @@ class Batcher(Generic[Item, Result]):
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
         self._waiting: deque[Ticket[Item, Result]] = deque()
+        self._reserved = 0
         self._changed = threading.Condition()
         self._closed: str | None = None
         self._seconds_per_item = _SOONEST_S
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        """Places taken: items that wait, and those that are still being prepared."""
+        return len(self._waiting) + self._reserved
 
-    def check(self, deadline: float) -> None:
-        """Raises what ``submit`` would raise now, for callers who would prepare an item in vain."""
+    @contextmanager
+    def reserve(self, deadline: float) -> Iterator[None]:
+        """Keeps a place for an item that is prepared within, and then submitted: nobody prepares in vain.
+
+        Raises:
+          ClosedError, TooLateError, QueueFullError: on entry; nothing should be prepared.
+        """
         with self._changed:
             self._check(deadline)
+            self._check_room()
+            self._reserved += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= 1
 
-    def submit(self, item: Item, deadline: float) -> Ticket[Item, Result]:
+    def submit(self, item: Item, deadline: float, reserved: bool = False) -> Ticket[Item, Result]:
         """Queues an item.
+
+        Args:
+          deadline: when it is of no more use, by ``time.monotonic()``.
+          reserved: in a place that this caller keeps by ``reserve``.
 
         Raises:
           ClosedError, TooLateError, QueueFullError: it is not queued.
         """
         with self._changed:
             self._check(deadline)
+            if not reserved:
+                self._check_room()
             ticket: Ticket[Item, Result] = Ticket(item, deadline)
             self._waiting.append(ticket)
             # Only the first and the last of a batch change what a waiting thread does.
@@ -143,11 +164,13 @@ class Batcher(Generic[Item, Result]):
             raise ClosedError(self._closed)
         if deadline <= time.monotonic():
             raise TooLateError
-        if len(self._waiting) >= self._max_waiting:
+
+    def _check_room(self) -> None:
+        if len(self) >= self._max_waiting:
             self._waiting = deque(ticket for ticket in self._waiting if not self._drop(ticket))
-        if len(self._waiting) >= self._max_waiting:
-            delay = min(max(self._seconds_per_item * len(self._waiting), _SOONEST_S), _LATEST_S)
-            raise QueueFullError(len(self._waiting), delay)
+        if len(self) >= self._max_waiting:
+            delay = min(max(self._seconds_per_item * len(self), _SOONEST_S), _LATEST_S)
+            raise QueueFullError(len(self), delay)
 
     def _next_batch(self) -> list[Ticket[Item, Result]]:
         batch: list[Ticket[Item, Result]] = []

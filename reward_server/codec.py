@@ -12,6 +12,8 @@ from reward_server import reward_pb2
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_IMAGE_PIXELS = 16_000_000
+# Four million runs are noise, and reading them takes a hundred bytes for each.
+MAX_MASK_BYTES = 4 * 2**20
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow raises on damaged files, by format and by where the damage is.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -63,6 +65,8 @@ def decode_mask(rle: reward_pb2.Rle, height: int, width: int) -> np.ndarray:
     # A number takes two characters only where a run is longer than fifteen pixels, and so on.
     if len(rle.counts) > 2 * (height * width + 2):
         raise CodecError(f"mask: {len(rle.counts)} characters of runs for {height * width} pixels")
+    if len(rle.counts) > MAX_MASK_BYTES:
+        raise CodecError(f"mask: {len(rle.counts)} characters of runs, expected at most {MAX_MASK_BYTES}")
     runs = _run_lengths(rle.counts.encode(), height * width)
     # Background and object take turns, background first, down one column after another.
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

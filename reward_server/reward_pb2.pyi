@@ -122,16 +122,18 @@ class CandidateScore(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ..., intersection: _Optional[int] = ..., union: _Optional[int] = ..., iou: _Optional[float] = ..., model_score: _Optional[float] = ..., mask: _Optional[_Union[Rle, _Mapping]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("request_id", "candidates", "target_area", "checkpoint_sha256")
+    __slots__ = ("request_id", "candidates", "target_area", "checkpoint_sha256", "dtype")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TARGET_AREA_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateScore]
     target_area: int
     checkpoint_sha256: str
-    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., target_area: _Optional[int] = ..., checkpoint_sha256: _Optional[str] = ...) -> None: ...
+    dtype: str
+    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., target_area: _Optional[int] = ..., checkpoint_sha256: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class SegmentRequest(_message.Message):
     __slots__ = ("request_id", "image", "frame", "candidates")
@@ -156,14 +158,16 @@ class CandidateMask(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ..., mask: _Optional[_Union[Rle, _Mapping]] = ..., model_score: _Optional[float] = ...) -> None: ...
 
 class SegmentResponse(_message.Message):
-    __slots__ = ("request_id", "candidates", "checkpoint_sha256")
+    __slots__ = ("request_id", "candidates", "checkpoint_sha256", "dtype")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateMask]
     checkpoint_sha256: str
-    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateMask, _Mapping]]] = ..., checkpoint_sha256: _Optional[str] = ...) -> None: ...
+    dtype: str
+    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateMask, _Mapping]]] = ..., checkpoint_sha256: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ()

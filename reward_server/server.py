@@ -18,9 +18,11 @@ from reward_server.service import RewardService
 from reward_server.telemetry import Metrics, expose
 from reward_server.worker import Workers
 
-SERVICE_NAME = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
-# A call holds a thread while it waits, so there is one for each that may wait or compute, and some for pictures being
-# decoded, refusals and health checks.
+_SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"]
+SERVICE_NAME = _SERVICE.full_name
+_METHODS = {method.name for method in _SERVICE.methods}
+# A call holds a thread while it waits, so there is one for each that may wait or compute, and some for refusals and
+# health checks, which take no time.
 _SPARE_THREADS = 32
 _MESSAGE_BYTES = 32 * 2**20
 # For a batch that still runs when all calls have ended.
@@ -53,7 +55,7 @@ class Settings:
       port, metrics_port: 0 picks a free one; without a metrics port there is no metrics page.
       max_batch: requests that go to a device together, and pictures that are encoded together.
       max_delay_s: how long the first request of an incomplete batch waits for others.
-      max_queue: requests that wait for a device at most; the next one is refused.
+      max_queue: requests at most that wait for a device or are prepared for it; the next one is refused.
       max_batch_s: a batch that takes longer means that its device hangs: the server is dead.
       cache_bytes: embeddings kept per device.
       drain_s: how long calls in flight may take to finish once the server stops.
@@ -102,7 +104,7 @@ class RewardServer:
         token = settings.access.token
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="call"),
-            interceptors=[TokenCheck(token)] if token else [],
+            interceptors=[TokenCheck(token, self._note_refused)] if token else [],
             options=_OPTIONS,
         )
         reward_pb2_grpc.add_RewardServiceServicer_to_server(self._service, self._server)
@@ -112,7 +114,11 @@ class RewardServer:
             reflection.enable_server_reflection(names, self._server)
         self._health.set("", _SERVING)
         self._health.set(SERVICE_NAME, _NOT_SERVING)
-        self.metrics.watch("queue_depth", "Calls that wait for a device", lambda: len(self._batcher))
+        self.metrics.watch(
+            "queue_depth",
+            "Calls that wait for a device, or for their picture to be decoded",
+            lambda: len(self._batcher),
+        )
         self.address = f"{self._host}:{self._listen(credentials)}"
         self.metrics_address, self._stop_metrics = "", _nothing
         if settings.metrics_port is not None:
@@ -152,6 +158,14 @@ class RewardServer:
             return self._server.add_secure_port(address, credentials)
         except RuntimeError:
             raise OSError(f"cannot listen on {address}: is another process there? port 0 picks a free one") from None
+
+    def _note_refused(self, method: str, peer: str) -> None:
+        name = method.rpartition("/")[2]
+        # Callers choose names freely, and every label is kept.
+        name = name if name in _METHODS else "other"
+        self.metrics.requests.labels(name, grpc.StatusCode.UNAUTHENTICATED.name).inc()
+        fields = {"method": name, "code": grpc.StatusCode.UNAUTHENTICATED.name, "peer": peer}
+        _log.warning("%s from %s refused: UNAUTHENTICATED", name, peer, extra={"fields": fields})
 
     def _die(self) -> None:
         for name in ("", SERVICE_NAME):

@@ -55,13 +55,14 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self._batcher = batcher
         self._metrics = metrics
         self._workers: Workers | None = None
-        self._checkpoint = ""
+        self._checkpoint = self._dtype = ""
         # A burst of calls would otherwise take the cores from the threads that run the models.
         self._preparing = threading.BoundedSemaphore(max(1, len(os.sched_getaffinity(0)) - 1))
 
     def ready(self, workers: Workers) -> None:
         """Serves with these workers from now on."""
-        self._checkpoint = workers.engines[0].segmenter.checkpoint_sha256
+        segmenter = workers.engines[0].segmenter
+        self._checkpoint, self._dtype = segmenter.checkpoint_sha256, segmenter.dtype
         self._workers = workers
 
     def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
@@ -80,7 +81,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         if self._workers is not None:
             segmenters = [engine.segmenter for engine in self._workers.engines]
             info.model, info.checkpoint_sha256 = segmenters[0].name, self._checkpoint
-            info.dtype, info.device = segmenters[0].dtype, ",".join(str(s.device) for s in segmenters)
+            info.dtype, info.device = self._dtype, ",".join(str(s.device) for s in segmenters)
+        self._metrics.requests.labels("GetInfo", grpc.StatusCode.OK.name).inc()
         return info
 
     def _answer(
@@ -95,7 +97,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         try:
             statuses, outcome = self._run(request, context, call)
             response = word(request.request_id, statuses, outcome)
-            response.checkpoint_sha256 = self._checkpoint
+            response.checkpoint_sha256, response.dtype = self._checkpoint, self._dtype
         except NotServedError as error:
             codes = {TooLateError: grpc.StatusCode.DEADLINE_EXCEEDED, ClosedError: grpc.StatusCode.UNAVAILABLE}
             code = codes.get(type(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -119,15 +121,16 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         if self._workers is None:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "the model is still loading")
         deadline = call.start + context.time_remaining()
-        # Before the picture is decoded, too: an overloaded server should not spend its time on that.
-        self._batcher.check(deadline)
-        if not self._preparing.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
-            raise TooLateError
-        try:
-            job, statuses = job_from(request, self._workers.find)
-        finally:
-            self._preparing.release()
-        ticket = self._batcher.submit(job, deadline)
+        # A place comes before the picture: an overloaded server should not spend its time on decoding, and those that
+        # wait for it would otherwise take all threads.
+        with self._batcher.reserve(deadline):
+            if not self._preparing.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
+                raise TooLateError
+            try:
+                job, statuses = job_from(request, self._workers.find)
+            finally:
+                self._preparing.release()
+            ticket = self._batcher.submit(job, deadline, reserved=True)
         self._wait(ticket, context)
         now = time.monotonic()
         if ticket.taken:

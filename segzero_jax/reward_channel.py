@@ -20,6 +20,9 @@ MESSAGE_BYTES = 32 * 2**20
 # A name, an IPv4 address or an IPv6 address in brackets, and a port.
 _ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})")
 _PREAMBLE = re.compile(r"^.*last error: (?:[A-Z_]+: )?(?:ipv[46]:\S+ )?")
+# gRPC's words for two sides that do not agree. A connection cut in the middle is a "Handshake read failed": a server that
+# starts or dies, or a balancer without one.
+_REFUSED = "handshake failed"
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 _FAMILIES = ((socket.AF_INET, "ipv4:", "{}:{}"), (socket.AF_INET6, "ipv6:", "[{}]:{}"))
 _OPTIONS = (
@@ -158,7 +161,7 @@ def explained(targets: str, error: grpc.RpcError, timeout_s: float, access: Acce
 
 def misconfigured(error: grpc.RpcError) -> bool:
     """Whether a server is there, but certificates or tokens do not match: nothing that passes by waiting."""
-    return error.code() in _FINAL or "andshake" in _details(error) or "Verification" in _details(error)
+    return error.code() in _FINAL or _REFUSED in _details(error) or "Verification" in _details(error)
 
 
 def _reason(code: grpc.StatusCode, details: str, timeout_s: float, access: Access) -> str:
@@ -183,7 +186,7 @@ def _advice(details: str, access: Access) -> str:
         return "it answers in plain text: start it with a certificate, or leave reward.ca_file empty"
     if "Verification" in details:
         return "its certificate holds another name: set reward.tls_name"
-    if "andshake" in details:
+    if _REFUSED in details:
         return "expected a certificate that reward.ca_file vouches for"
     # How a server ends a connection whose beginning it cannot read, or that lacks a client's certificate.
     if "Socket closed" in details or "reset" in details:

@@ -7,7 +7,7 @@ they could not take and gives up at the deadline; whoever has patience then asks
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -102,9 +102,10 @@ class PendingScores:
         Raises:
           RewardServiceAway: the service went away or took too long.
           RewardServerError: it does not agree with this client: version, token, an answer to something else, or one
-            by another SAM 2 checkpoint than before.
+            by another SAM 2 checkpoint, or in another dtype, than before.
         """
         failed: dict[int, RewardServiceAway] = {}
+        reasons: dict[int, str] = {}  # Of the groups that are still asked for, why they failed last.
         heard = False
         try:
             while len(self._answers) < len(self._requests):
@@ -112,7 +113,7 @@ class PendingScores:
                     i = self._ended.get(timeout=_TICK_S)
                 except queue.Empty:
                     if patience is not None:
-                        patience.silent(self._client.state)
+                        patience.silent(lambda: self._client.state(reasons.values()))
                     if failed and not heard:
                         self._start = time.monotonic()  # The service was away: the time of each group begins anew.
                     for i in failed:
@@ -124,8 +125,9 @@ class PendingScores:
                 except RewardServiceAway as error:
                     if patience is None or self._client._is_lost(self._calls[i]):
                         raise
-                    failed[i] = error
+                    failed[i], reasons[i] = error, str(error)
                 else:
+                    reasons.pop(i, None)
                     heard = True
                     if patience is not None:
                         patience.heard()
@@ -176,7 +178,7 @@ class RewardClient:
         self._access = access
         self._channel = open_channel(targets, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
-        self._checkpoint: str | None = None
+        self._model: tuple[str, str] | None = None
         self._pinning = threading.Lock()
 
     def __enter__(self) -> "RewardClient":
@@ -193,7 +195,7 @@ class RewardClient:
 
         It is known after ``wait_until_serving`` or the first answer, and never changes.
         """
-        return self._checkpoint or ""
+        return self._model[0] if self._model else ""
 
     def close(self) -> None:
         """Ends the connection; calls on their way are cancelled."""
@@ -236,7 +238,7 @@ class RewardClient:
         if away and say is not None:
             say(f"going on without {'; '.join(away.values())}")
         served = [infos[address] for address in self._addresses if address in infos]
-        self._check_checkpoint(served[0].checkpoint_sha256)
+        self._check_model(served[0].checkpoint_sha256, served[0].dtype)
         return served
 
     def info(self) -> ServerInfo:
@@ -248,16 +250,23 @@ class RewardClient:
                 last = error
         raise last
 
-    def state(self) -> str:
-        """How each server is, in one line; takes up to ten seconds for each that is away."""
-        states = []
+    def state(self, failures: Iterable[str] = ()) -> str:
+        """How each server is, in one line; takes up to ten seconds for each that is away.
+
+        Args:
+          failures: how calls ended. One of each kind is told where a server serves: its health is then not the reason.
+        """
+        states, serves = [], False
         for address in self._addresses:
             try:
                 self._ask(address, _PROBE_S)
                 states.append(f"reward server {address}: serves")
+                serves = True
             except RewardServerError as error:
                 states.append(str(error))
-        return "; ".join(states)
+        told = dict.fromkeys(failures) if serves else ()
+        ends = [f"calls end with: {failure.removeprefix(f'reward server {self._targets}: ')}" for failure in told]
+        return "; ".join([*states, *ends])
 
     def score(self, groups: Sequence[ScoreRequest], masks: int = 0) -> PendingScores:
         """Sends every group to be scored, one call each, and returns at once.
@@ -304,17 +313,21 @@ class RewardClient:
                 f"reward server {self._targets}: asked {asked} candidates of {request.request_id!r}, "
                 f"it answered {answered} of {response.request_id!r}: look at its log"
             )
-        self._check_checkpoint(response.checkpoint_sha256)
+        self._check_model(response.checkpoint_sha256, response.dtype)
 
-    def _check_checkpoint(self, found: str) -> None:
-        """Scores of different weights must not meet in one run. Raises RewardServerError."""
+    def _check_model(self, checkpoint: str, dtype: str) -> None:
+        """Scores of different weights or dtypes must not meet in one run. Raises RewardServerError."""
         with self._pinning:
-            if self._checkpoint is None:
-                self._checkpoint = found
-        if found != self._checkpoint:
+            if self._model is None:
+                self._model = checkpoint, dtype
+        if (checkpoint, dtype) != self._model:
+            found, before = (
+                f"{_short(sha256)} in {kind or 'no stated dtype'}"
+                for sha256, kind in ((checkpoint, dtype), self._model)
+            )
             raise RewardServerError(
-                f"reward server {self._targets}: answered with SAM 2 checkpoint {_short(found)}, the scores before "
-                f"came from {_short(self._checkpoint)}: serve that one again, or start a new run"
+                f"reward server {self._targets}: answered with SAM 2 checkpoint {found}, the scores before "
+                f"came from {before}: serve that one again, or start a new run"
             )
 
     def _ask(self, address: str, timeout_s: float, loaded: bool = True) -> ServerInfo:

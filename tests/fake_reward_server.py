@@ -37,9 +37,10 @@ class Fake(reward_pb2_grpc.RewardServiceServicer):
       change: may spoil the answer.
     """
 
-    def __init__(self, version: int = reward_pb2.API_VERSION_CURRENT, checkpoint: str = "") -> None:
+    def __init__(self, version: int = reward_pb2.API_VERSION_CURRENT, checkpoint: str = "", dtype: str = "") -> None:
         self.version = version
         self.checkpoint = checkpoint
+        self.dtype = dtype
         self.seen: list[reward_pb2.ScoreRequest] = []
         self.inside = digest
         self.before: Callable[[reward_pb2.ScoreRequest, grpc.ServicerContext], None] = lambda request, context: None
@@ -48,13 +49,15 @@ class Fake(reward_pb2_grpc.RewardServiceServicer):
     def GetInfo(self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext) -> reward_pb2.GetInfoResponse:
         limits = reward_pb2.Limits(image_bytes=5, candidates=7)
         return reward_pb2.GetInfoResponse(
-            api_version=self.version, model="fake", checkpoint_sha256=self.checkpoint, limits=limits
+            api_version=self.version, model="fake", checkpoint_sha256=self.checkpoint, dtype=self.dtype, limits=limits
         )
 
     def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
         self.seen.append(request)
         self.before(request, context)
-        response = reward_pb2.ScoreResponse(request_id=request.request_id, checkpoint_sha256=self.checkpoint)
+        response = reward_pb2.ScoreResponse(
+            request_id=request.request_id, checkpoint_sha256=self.checkpoint, dtype=self.dtype
+        )
         for candidate in request.candidates:
             inside = self.inside(candidate)
             response.candidates.add(intersection=inside, union=AREA, iou=inside / AREA)
@@ -62,7 +65,9 @@ class Fake(reward_pb2_grpc.RewardServiceServicer):
         return response
 
     def Segment(self, request: reward_pb2.SegmentRequest, context: grpc.ServicerContext) -> reward_pb2.SegmentResponse:
-        response = reward_pb2.SegmentResponse(request_id=request.request_id, checkpoint_sha256=self.checkpoint)
+        response = reward_pb2.SegmentResponse(
+            request_id=request.request_id, checkpoint_sha256=self.checkpoint, dtype=self.dtype
+        )
         for _ in request.candidates:
             response.candidates.add(mask=reward_pb2.Rle(height=2, width=3, counts="06"), model_score=0.5)
         return response

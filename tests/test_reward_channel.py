@@ -1,5 +1,8 @@
 """Encryption and tokens against real handshakes: who is let in, who is not, and what the user reads then."""
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +101,24 @@ def test_a_wrong_certificate_ends_the_wait_at_once(files: SimpleNamespace) -> No
         with RewardClient(address, 10, access=given) as client, pytest.raises(RewardServerError) as error:
             client.wait_until_serving(300)
         assert "waited" not in str(error.value)
+
+
+def test_a_connection_cut_in_its_handshake_is_waited_for(files: SimpleNamespace) -> None:
+    """What a balancer without servers does, or a server that dies as it starts: no fault of a certificate."""
+    given = access(ca_file=files.ca)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def close_each() -> None:
+            with contextlib.suppress(OSError):  # The door's own end.
+                while True:
+                    door.accept()[0].close()
+
+        thread = threading.Thread(target=close_each)
+        thread.start()
+        address = f"127.0.0.1:{door.getsockname()[1]}"
+        refused(address, given, "is it restarting?", "(waited 0.5 s)")
+        door.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 def test_several_servers_share_a_name(files: SimpleNamespace) -> None:

@@ -304,7 +304,7 @@ class TestACheckpoint:
                     assert client.checkpoint_sha256 == "aa"
 
     def test_that_changes_ends_the_wait(self) -> None:
-        fake, patience = Fake(checkpoint="a" * 64), Waiter()
+        fake, patience = Fake(checkpoint="a" * 64, dtype="float32"), Waiter()
         with serving(fake) as address, RewardClient(address, 10) as client:
             client.wait_until_serving(10)
             ask(client, 1)
@@ -317,8 +317,22 @@ class TestACheckpoint:
                 with pytest.raises(RewardServerError) as error:
                     call()
                 assert not isinstance(error.value, RewardServiceAway), "no waiting mends it"
-                assert_one_line(error.value, address, "checkpoint bbbbbbbbbbbb,", "from aaaaaaaaaaaa: serve that one")
+                assert_one_line(
+                    error.value, address, "checkpoint bbbbbbbbbbbb in", "from aaaaaaaaaaaa in float32: serve that one"
+                )
             assert client.checkpoint_sha256 == "a" * 64
+
+    def test_computed_in_another_dtype_is_another(self) -> None:
+        """As by a server that came back without its GPU."""
+        fake = Fake(checkpoint="aa", dtype="bfloat16")
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            client.wait_until_serving(10)
+            ask(client, 1)
+            fake.dtype = "float32"
+            for call in (lambda: ask(client, 1), lambda: client.segment(b"x", Frame(5, 6), [()])):
+                with pytest.raises(RewardServerError) as error:
+                    call()
+                assert_one_line(error.value, address, "aa in float32, the scores before", "aa in bfloat16")
 
     def test_of_a_server_that_joins_later_must_be_the_same(self) -> None:
         late = Fake(checkpoint="bb")

@@ -104,6 +104,22 @@ class TestTls:
             assert info(channel, f"Bearer {SECRET}").api_version == reward_pb2.API_VERSION_CURRENT
         assert refusal(secure(tls_server, ours), "Bearer wrong") is grpc.StatusCode.UNAUTHENTICATED
 
+    def test_notes_whom_it_refused(
+        self, tls_server: RewardServer, ours: Authority, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def count(method: str) -> float:
+            labels = {"method": method, "code": "UNAUTHENTICATED"}
+            return tls_server.metrics.registry.get_sample_value("segzero_reward_requests_total", labels) or 0
+
+        before = count("GetInfo"), count("other")
+        assert refusal(secure(tls_server, ours), "Bearer wrong") is grpc.StatusCode.UNAUTHENTICATED
+        with secure(tls_server, ours) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary("/made.Up/Name")(b"", timeout=60)
+        # Names that callers make up would fill the registry.
+        assert (count("GetInfo"), count("other")) == (before[0] + 1, before[1] + 1)
+        assert "GetInfo from ipv4:127.0.0.1:" in caplog.text
+        assert "wrong" not in caplog.text, "what was brought may be somebody's token"
+
     def test_is_not_trusted_by_another_authority(self, tls_server: RewardServer, theirs: Authority) -> None:
         assert refusal(secure(tls_server, theirs)) is grpc.StatusCode.UNAVAILABLE
 

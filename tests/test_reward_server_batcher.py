@@ -49,8 +49,6 @@ def test_a_full_queue_refuses_and_says_how_long() -> None:
         queue.submit(item, later())
     with pytest.raises(QueueFullError, match="4 requests are waiting") as first:
         queue.submit(4, later())
-    with pytest.raises(QueueFullError):
-        queue.check(later())
     queue.finished(queue.take(), seconds=20.0)
     for item in range(2):
         queue.submit(item, later())
@@ -58,6 +56,28 @@ def test_a_full_queue_refuses_and_says_how_long() -> None:
         queue.submit(4, later())
     # Batches that take long make those who wait, wait longer.
     assert 0 < first.value.retry_after_s < second.value.retry_after_s
+
+
+def test_an_item_that_is_being_prepared_has_a_place() -> None:
+    queue: Batcher[int, int] = Batcher(max_batch=2, max_delay_s=0, max_waiting=2)
+    queue.submit(0, later())
+    with queue.reserve(later()):
+        assert len(queue) == 2
+        with pytest.raises(QueueFullError, match="2 requests are waiting"), queue.reserve(later()):
+            pytest.fail("there is no room to prepare for")
+        with pytest.raises(QueueFullError):
+            queue.submit(2, later())
+        queue.submit(1, later(), reserved=True)
+    assert len(queue) == 2
+    assert items(queue.take()) == [0, 1]
+    with pytest.raises(ZeroDivisionError), queue.reserve(later()):
+        raise ZeroDivisionError
+    assert len(queue) == 0, "who cannot prepare gives the place back"
+    with pytest.raises(TooLateError), queue.reserve(later(-1)):
+        pytest.fail("it is too late")
+    queue.close("stopping")
+    with pytest.raises(ClosedError), queue.reserve(later()):
+        pytest.fail("the queue is closed")
 
 
 def test_room_is_made_by_who_has_gone() -> None:

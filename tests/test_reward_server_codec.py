@@ -51,6 +51,8 @@ class TestCodec:
     def test_endless_runs_are_refused_before_they_are_read(self) -> None:
         with pytest.raises(CodecError, match=r"10000000 characters of runs for 54 pixels"):
             decode_mask(reward_pb2.Rle(height=9, width=6, counts="0" * 10_000_000), 9, 6)
+        with pytest.raises(CodecError, match=r"4194305 characters of runs, expected at most 4194304"):
+            decode_mask(reward_pb2.Rle(height=4000, width=4000, counts="1" * (2**22 + 1)), 4000, 4000)
 
     def test_masks_of_any_texture_take_no_more_characters_than_are_read(self) -> None:
         for mask in (

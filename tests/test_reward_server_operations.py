@@ -23,6 +23,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import torch
 from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -31,7 +32,7 @@ from sam_calls import candidate, group_request, image_message, request_for, scen
 from reward_server import reward_pb2, reward_pb2_grpc, validation
 from reward_server.segmenter import TOY, Prompt, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
-from reward_server.telemetry import JsonLines
+from reward_server.telemetry import JsonLines, Metrics
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -64,9 +65,11 @@ class TestHealth:
                 weights = (TOY / "model.safetensors").read_bytes()
                 assert info.checkpoint_sha256 == hashlib.sha256(weights).hexdigest()
                 request = request_for(scene(), candidate())
-                assert stub.Score(request).checkpoint_sha256 == info.checkpoint_sha256
+                scored = stub.Score(request)
+                assert (scored.checkpoint_sha256, scored.dtype) == (info.checkpoint_sha256, "float32")
                 masks = reward_pb2.SegmentRequest(image=request.image, frame=request.frame)
-                assert stub.Segment(masks).checkpoint_sha256 == info.checkpoint_sha256
+                segmented = stub.Segment(masks)
+                assert (segmented.checkpoint_sha256, segmented.dtype) == (info.checkpoint_sha256, "float32")
         finally:
             server.stop()
 
@@ -125,12 +128,14 @@ class TestMetrics:
             damaged.image.CopyFrom(image_message(b"no picture"))
             with pytest.raises(grpc.RpcError):
                 stub.Score(damaged)
+            stub.GetInfo(reward_pb2.GetInfoRequest())
             with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=60) as page:
                 text = page.read().decode()
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         expected = {
             'requests_total{code="OK",method="Score"}': 2,
             'requests_total{code="INVALID_ARGUMENT",method="Score"}': 1,
+            'requests_total{code="OK",method="GetInfo"}': 1,
             'candidates_total{code="OK"}': 2,
             'candidates_total{code="OUT_OF_RANGE"}': 1,
             "images_encoded_total": 1,
@@ -147,6 +152,21 @@ class TestMetrics:
         # The page ends with its server.
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5)
+
+    def test_hold_the_memory_of_gpus_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 + device.index)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200 + device.index)
+        metrics = Metrics()
+        metrics.watch_memory([torch.device("cuda:0"), torch.device("cpu"), torch.device("cuda:1")])
+        found = {
+            (sample.name, sample.labels["device"]): sample.value
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if "gpu_memory" in sample.name
+        }
+        allocated, reserved = (f"segzero_reward_gpu_memory_{kind}_bytes" for kind in ("allocated", "reserved"))
+        expected = {(allocated, "cuda:0"): 100, (allocated, "cuda:1"): 101}
+        assert found == expected | {(reserved, "cuda:0"): 200, (reserved, "cuda:1"): 201}
 
 
 class TestLogs:

@@ -160,6 +160,36 @@ def test_drop_leaves_out_what_the_server_cannot_do() -> None:
     assert len(fake.seen) > 4, "it was asked again before it was given up"
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.INTERNAL, "INTERNAL: stumbled: look at its log"),
+        (None, "no answer within 0.6 s"),
+    ],
+)
+def test_why_calls_fail_is_told_where_the_server_says_that_it_serves(code: grpc.StatusCode | None, reason: str) -> None:
+    """While the other group is answered, whose answer says nothing of the one that fails."""
+    fake, told, hold = Fake(), [], threading.Event()
+
+    def stumble(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+        if request.request_id == "group-1":
+            hold.wait(30) if code is None else context.abort(code, "stumbled")
+
+    fake.before = stumble
+
+    class Listener(Waiter):
+        def silent(self, why: Callable[[], str]) -> None:
+            told.append(why())
+            super().silent(why)
+
+    with serving(fake) as address, RewardClient(address, 0.6) as client:
+        with pytest.raises(RewardServiceAway):
+            client.score(groups(2)).result(Listener(limit_s=2))
+        hold.set()
+        assert told[-1].startswith(f"reward server {address}: serves; calls end with: {reason}")
+        assert told[-1].count(address) == 1
+
+
 def test_drop_waits_for_a_service_that_is_away_altogether() -> None:
     asked, port = groups(2), free_port()
     with RewardClient(f"127.0.0.1:{port}", 0.5) as client:

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from sam_calls import group_request, serving
 
-from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server import reward_pb2, reward_pb2_grpc, validation
 from reward_server.segmenter import Embedding, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
 
@@ -84,6 +84,27 @@ def test_a_full_queue_pushes_back_and_health_still_answers(held: tuple) -> None:
     assert [call.result().request_id for call in (first, *waiting)] == ["first", "1", "2", "3"]
 
 
+def test_calls_whose_picture_is_being_decoded_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst would otherwise take every thread, and nobody would be left to refuse or to answer for health."""
+    decoding, decode = threading.Event(), validation.decode_image
+
+    def slow(data: bytes) -> np.ndarray:
+        assert decoding.wait(WAIT_S)
+        return decode(data)
+
+    monkeypatch.setattr(validation, "decode_image", slow)
+    with serving(SMALL) as (server, stub), grpc.insecure_channel(server.address) as channel:
+        calls = [stub.Score.future(group_request(i), timeout=WAIT_S) for i in range(100)]
+        until(lambda: sum(call.done() for call in calls) == 97, "all but three are refused")
+        asked = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+        assert health_pb2_grpc.HealthStub(channel).Check(asked, timeout=WAIT_S).status == 1
+        assert depth(server) == 3
+        decoding.set()
+        codes = [call.code() for call in calls]
+        assert codes.count(grpc.StatusCode.OK) == 3
+        assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 97
+
+
 def test_grpcs_own_retries_obey_the_hint(held: tuple) -> None:
     server, stub, gate, first = held
     waiting = [stub.Score.future(group_request(i), timeout=WAIT_S) for i in (1, 2, 3)]
@@ -131,15 +152,18 @@ def test_calls_that_are_late_or_cancelled_never_reach_the_device(held: tuple) ->
 
 def test_room_is_free_again_for_who_comes_after_them(held: tuple) -> None:
     server, stub, gate, _ = held
-    for i in (1, 2, 3):
-        stub.Score.future(group_request(i), timeout=WAIT_S).cancel()
+    gone = [stub.Score.future(group_request(i), timeout=WAIT_S) for i in (1, 2, 3)]
+    until(lambda: depth(server) == 3, "three calls wait")
+    for call in gone:
+        call.cancel()
+    registry, name = server.metrics.registry, "segzero_reward_requests_total"
+    labels = {"code": "CANCELLED", "method": "Score"}
+    until(lambda: (registry.get_sample_value(name, labels) or 0) == 3, "all are counted")
     calls = [stub.Score.future(group_request(i), timeout=WAIT_S) for i in (1, 2, 3)]
     until(lambda: depth(server) == 3, "three calls wait")
     for call in calls:
         call.cancel()
-    registry, name = server.metrics.registry, "segzero_reward_requests_total"
-    labels = {"code": "CANCELLED", "method": "Score"}
-    until(lambda: (registry.get_sample_value(name, labels) or 0) >= 3, "all are counted")
+    until(lambda: (registry.get_sample_value(name, labels) or 0) == 6, "all are counted")
     after = stub.Score.future(group_request(6), timeout=WAIT_S)
     until(lambda: depth(server) == 1, "the cancelled ones are gone")
     gate.opened.set()
