@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
     threads = ["--threads", "1"] if device == "cpu" else []
     if threads:
         torch.set_num_threads(1)
-    segmenter = Segmenter.load(source, device)
+    segmenter = Segmenter.load(source, device, compiled=options.compile)
     batch = options.batch
     flags = ["--model", source, "--device", device, "--max-batch", str(batch), "--cache-mib", "0", *threads]
     if options.compile:
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=64, help="groups a round [%(default)s]")
     parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
     parser.add_argument("--batch", type=int, default=8, help="--max-batch of the server [%(default)s]")
-    parser.add_argument("--compile", action="store_true", help="--compile for the server")
+    parser.add_argument("--compile", action="store_true", help="--compile for the server, and for the model beside it")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
     usual = "large" if torch.cuda.is_available() else "toy"
     parser.add_argument("--network", choices=["toy", *PUBLISHED], default=usual, help="[%(default)s here]")
@@ -231,6 +231,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = "toy" if options.network == "toy" else random_checkpoint(Path(folder), options.network)
         found = measure(options, source)
+    if found["encodings_per_group"] != 1:
+        sys.exit(f"{found['encodings_per_group']:g} encodings a group, expected one for its picture")
     rates, costs = found["groups_per_second"], found["processor_ms_per_group"]
     assert isinstance(rates, dict)
     assert isinstance(costs, dict)

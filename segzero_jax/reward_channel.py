@@ -20,8 +20,8 @@ MESSAGE_BYTES = 32 * 2**20
 # A name, an IPv4 address or an IPv6 address in brackets, and a port.
 _ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})")
 _PREAMBLE = re.compile(r"^.*last error: (?:[A-Z_]+: )?(?:ipv[46]:\S+ )?")
-# gRPC's words for two sides that do not agree. A connection cut in the middle is a "Handshake read failed": a server that
-# starts or dies, or a balancer without one.
+# gRPC's words for two sides that do not agree. A connection cut in the middle is a "Handshake read failed": a server
+# that starts or dies, or a balancer without one.
 _REFUSED = "handshake failed"
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 _FAMILIES = ((socket.AF_INET, "ipv4:", "{}:{}"), (socket.AF_INET6, "ipv6:", "[{}]:{}"))

@@ -16,6 +16,7 @@ from sam_calls import group_request
 from benchmarks.soak_reward_server import soak
 from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.server import SERVICE_NAME
+from segzero_jax.reward_channel import Access, open_channel
 
 WAIT_S = 120
 
@@ -56,25 +57,8 @@ def processes():
 
 
 def patient(*addresses: str) -> grpc.Channel:
-    """A channel that spreads its calls and sends them again while a server is away, as a trainer's does."""
-    policy = {
-        "maxAttempts": 5,
-        "initialBackoff": "0.2s",
-        "maxBackoff": "5s",
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    }
-    config = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "methodConfig": [{"name": [{"service": SERVICE_NAME}], "retryPolicy": policy}],
-    }
-    options = [
-        ("grpc.service_config", json.dumps(config)),
-        ("grpc.per_rpc_retry_buffer_size", 2**25),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 500),
-    ]
-    return grpc.insecure_channel("ipv4:" + ",".join(addresses), options=options)
+    """A trainer's channel: it spreads its calls over those that serve, and sends them again while a server is away."""
+    return open_channel(",".join(addresses), Access())
 
 
 def scores(stub: reward_pb2_grpc.RewardServiceStub, count: int) -> list[reward_pb2.ScoreResponse]:
