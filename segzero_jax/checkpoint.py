@@ -38,11 +38,17 @@ _FREE_KEYS = (
     "train.keep_best",
 )
 _FOLDER = "checkpoints"
+# Exit code of a run that could not save its last step or read its checkpoints.
+STORAGE_FAILED = 7
 _REASON_LENGTH = 200
 
 
-class SaveError(CheckpointError):
-    """A checkpoint that could not be written: the disk is full, the bucket away; one line. Earlier ones are whole."""
+class StorageError(CheckpointError):
+    """Where checkpoints lie does not do its work, and may do it later: the disk is full, the bucket away; one line."""
+
+
+class SaveError(StorageError):
+    """A checkpoint that could not be written. Earlier ones are whole."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is none.
+          StorageError: one cannot be read now.
         """
         damaged: list[str] = []
         for step in reversed(self.steps):
@@ -218,8 +225,16 @@ class Checkpoints:
         raise CheckpointError(f"{self.directory}: no checkpoint to resume from; start without --resume")
 
     def damage(self, step: int, items: Sequence[str] = ("policy", "optimizer", "run")) -> str:
-        """What is wrong with the files of a checkpoint, or with some of its items; empty when nothing is."""
-        return manifest.damage(self.directory / str(step), items)
+        """What is wrong with the files of a checkpoint, or with some of its items; empty when nothing is.
+
+        Raises:
+          StorageError: they cannot be read now, which says nothing of them.
+        """
+        try:
+            return manifest.damage(self.directory / str(step), items)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:_REASON_LENGTH]
+            raise StorageError(f"{self.directory}/{step}: cannot be read now ({reason}); nothing was changed") from None
 
     def restore(self, step: int, like: TrainState, config: Config, identity: Identity) -> Restored:
         """Reads a checkpoint onto the ambient mesh, whatever mesh wrote it. Newer ones, which are damaged, go.

@@ -5,6 +5,7 @@ number. The manifest is one more item of the checkpoint: written when the others
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Collection, Iterator
@@ -17,6 +18,7 @@ from etils import epath
 ITEM = "manifest"
 _FILE = "manifest.json"
 _THREADS = 4
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class ManifestHandler(ocp.CheckpointHandler):
@@ -51,12 +53,15 @@ def damage(checkpoint: epath.Path, items: Collection[str]) -> str:
     Args:
       checkpoint: the directory of a step.
       items: names of its items.
+
+    Raises:
+      OSError: a file is there and may be whole, but cannot be read now: no access, no connection.
     """
     file = checkpoint / ITEM / _FILE
     try:
         content, _, digest = file.read_bytes().decode(errors="replace").rpartition("\n")
     except OSError as error:
-        return f"{ITEM}/{_FILE}: {error.strerror or error}"
+        return f"{ITEM}/{_FILE}: {_harm(error)}"
     if _sha256(content) != digest:
         return f"{ITEM}/{_FILE}: its content has changed"
     entries = json.loads(content)
@@ -76,7 +81,14 @@ def _difference(path: epath.Path, expected: dict[str, Any]) -> str:
             return f"{length} bytes, expected {expected['bytes']}"
         return "" if _digest(path) == expected["sha256"] else "its content has changed"
     except OSError as error:
+        return _harm(error)
+
+
+def _harm(error: OSError) -> str:
+    """What an error says of a file for good. Raises those that may pass, for a damaged checkpoint is deleted."""
+    if isinstance(error, _GONE) or error.errno == errno.EIO:
         return error.strerror or type(error).__name__
+    raise error
 
 
 def _sha256(text: str) -> str:

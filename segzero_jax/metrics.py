@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from segzero_jax import jsonl
 from segzero_jax.tensorboard import EventFile
+from segzero_jax.terminal import write_line
 
 _PLAIN_LINES = 40  # about how many progress lines a whole run leaves in a log file
 _SHOWN = (("reward/mean", "reward", ".2f"), ("kl", "KL", ".4f"), ("reward/mask_iou", "mask IoU", ".3f"))
@@ -313,11 +314,10 @@ class _Lines:
         self._first = True
 
     def message(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        write_line(self._stream, text)
 
     def close(self) -> None:
-        self._stream.flush()
+        pass
 
 
 class _Bar:

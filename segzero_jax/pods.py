@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # the client of the coordination service has no public name
 
+from segzero_jax.terminal import write_line
+
 _HEARTBEAT_S = 30
 _DEADLINE_S = 900.0
 _LOOK_S = 1.0
@@ -184,7 +186,7 @@ class Pod:
 
     def _say(self, line: str) -> None:
         if line:
-            print(f"{self._prog}: {line}", file=sys.stderr, flush=True)
+            write_line(sys.stderr, f"{self._prog}: {line}")
 
 
 ALONE = Pod()

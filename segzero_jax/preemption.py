@@ -4,6 +4,7 @@ A signal only leaves a note. The run looks for it between the phases of a step, 
 no computation is cut in two, and what a step had begun is repeated from the same random numbers.
 """
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -74,6 +75,10 @@ class Preemption:
         if self._received == signal.SIGINT == number:
             raise KeyboardInterrupt  # The second Ctrl-C.
         if self._received is None:
-            again = "; again stops at once" if number == signal.SIGINT else ""
-            self._say(f"{signal.Signals(number).name}: stops after this phase and saves the last finished step{again}")
             self._received = number
+            again = "; again stops at once" if number == signal.SIGINT else ""
+            # Python refuses to write where the signal has interrupted a writing; the note counts, not its line.
+            with contextlib.suppress(RuntimeError):
+                self._say(
+                    f"{signal.Signals(number).name}: stops after this phase and saves the last finished step{again}"
+                )

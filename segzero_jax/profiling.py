@@ -13,24 +13,28 @@ _SETTLED, _STEPS = 2, 2
 
 
 def parse_steps(text: str, first: int, last: int) -> range:
-    """The steps that ``--profile`` means.
+    """The steps that ``--profile`` means, of those that this process makes.
+
+    A command that is started again, as after a preemption, makes only what is left: steps that an earlier process has
+    made are left out, be it all of them.
 
     Args:
-      text: "FIRST-LAST", one step, or empty for the third and fourth that this process makes.
+      text: "FIRST-LAST", one step, or empty for the third and fourth that this process makes, or the last of fewer.
       first, last: the steps that it makes.
 
     Raises:
-      ConfigError: no such form, or not all of them are made.
+      ConfigError: no such form, or the run has no such steps.
     """
-    given = text or f"{first + _SETTLED}-{first + _SETTLED + _STEPS - 1}"
-    begin, _, end = given.partition("-")
-    end = end or begin
-    if not (begin.isascii() and begin.isdigit() and end.isascii() and end.isdigit()) or int(begin) > int(end):
+    if not text:
+        begin = min(first + _SETTLED, last)
+        return range(begin, min(begin + _STEPS, last + 1))
+    given, _, end = text.partition("-")
+    end = end or given
+    if not (given.isascii() and given.isdigit() and end.isascii() and end.isdigit()) or int(given) > int(end):
         raise ConfigError(f"--profile={text}: expected FIRST-LAST, such as --profile=3-4")
-    steps = range(int(begin), int(end) + 1)
-    if steps[0] < first or steps[-1] > last:
-        raise ConfigError(f"--profile: steps {given}: expected some of steps {first}-{last}, which this run makes")
-    return steps
+    if int(given) < 1 or int(end) > last:
+        raise ConfigError(f"--profile={text}: expected some of steps 1-{last}, which this run makes")
+    return range(max(int(given), first), int(end) + 1)
 
 
 class Profiler:

@@ -18,7 +18,7 @@ import numpy as np
 
 from segzero_jax import __version__, evaluation
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, checkpoint_directory
+from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, checkpoint_directory
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_held_out, check_prompts
 from segzero_jax.data.pipeline import Batches, DataError, Source, open_split, split_name, training_batches
@@ -336,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
         "finished step saved; 2 something to put right; 3 the reward service stayed away; "
         f"{HOST_LOST} another host of the run was lost; {DIVERGED} too many updates in a row were not finite; "
-        f"{HUNG} a phase took longer than watch.kill_after_s; 130 stopped by Ctrl-C.",
+        f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "
+        "checkpoints not be read; 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
     parser.add_argument(
@@ -363,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pod.leave(HOST_LOST, str(error))
     except Diverged as error:
         return pod.leave(DIVERGED, str(error))
+    except StorageError as error:
+        return pod.leave(STORAGE_FAILED, str(error))
     except USER_ERRORS as error:
         return pod.leave(2, str(error))
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """What is saved is what is restored: bits, position, and on whatever mesh."""
 
+import errno
 import json
 import os
 import resource
@@ -8,15 +9,24 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from tiny import DIMS, hf_config, random_policy
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, SaveError, checkpoint_directory, load_policy, storage_path
+from segzero_jax.checkpoint import (
+    Checkpoints,
+    SaveError,
+    StorageError,
+    checkpoint_directory,
+    load_policy,
+    storage_path,
+)
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, initial_state, make_optimizer
 from segzero_jax.identity import Identity, fingerprint
@@ -216,6 +226,32 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one_and_saves_it_anew(conf
             checkpoints.save(2, state, DATA, config, IDENTITY)
             checkpoints.wait()
             assert checkpoints.newest() == (2, [])
+
+
+@pytest.mark.parametrize("name", ["manifest/manifest.json", "policy/manifest.ocdbt"])
+def test_files_that_cannot_be_read_for_now_are_no_damage(
+    config: Config, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The step before would be taken instead, and this one deleted."""
+    save(config, (1, 2))
+    path, error = folder(config) / "2" / name, OSError(errno.EACCES, "Permission denied")
+    assert path.is_file()
+    kind = type(epath.Path(path))
+    opens = kind.open
+
+    def refused(self: epath.Path, *args: Any, **options: Any) -> Any:
+        if str(self) == str(path):
+            raise error
+        return opens(self, *args, **options)
+
+    monkeypatch.setattr(kind, "open", refused)
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        with pytest.raises(StorageError, match=r"checkpoints/2: cannot be read now \(.*Permission denied.*nothing was"):
+            checkpoints.newest()
+        error = OSError(errno.EIO, "Input/output error")  # a disk that has lost it
+        step, (line,) = checkpoints.newest()
+    assert step == 1
+    assert f"2 is damaged ({name}: Input/output error)" in line
 
 
 def test_when_all_are_damaged_each_is_named(config: Config) -> None:

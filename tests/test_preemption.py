@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +23,46 @@ def test_a_signal_waits_for_the_next_check(number: int, interrupted: bool) -> No
             with pytest.raises(Stopped) as stopped:
                 check()
             assert stopped.value.interrupted == interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_ended_the_reader_of_the_log_too_is_obeyed(number: int) -> None:
+    """As Ctrl-C does to ``train 2>&1 | tee log``: the line about it has no reader any more."""
+    code = (
+        "import signal, sys, time\n"
+        "from segzero_jax.pods import ALONE\n"
+        "from segzero_jax.preemption import Preemption, Stopped\n"
+        "from segzero_jax.terminal import write_line\n"
+        "say = lambda text: write_line(sys.stderr, text)\n"
+        "with Preemption(say) as preemption:\n"
+        "    say('ready')\n"
+        "    try:\n"
+        "        while True: time.sleep(0.01); preemption.check_here()\n"
+        "    except Stopped:\n"
+        "        print('saved', flush=True)\n"
+        "sys.exit(ALONE.leave(0, 'stopped'))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stderr.readline() == "ready\n"
+        child.stderr.close()
+        child.send_signal(number)
+        assert child.stdout.read() == "saved\n"
+    assert child.returncode == 0
+
+
+def test_a_signal_within_a_writing_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python lets nobody write where the signal has interrupted a writing."""
+
+    def refused(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with Preemption(refused) as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            preemption.check()
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:

@@ -205,7 +205,17 @@ def test_a_full_disk_does_not_end_the_watch(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("text", "first", "last", "steps"),
-    [("", 1, 10, range(3, 5)), ("", 41, 50, range(43, 45)), ("7", 1, 10, range(7, 8)), ("1-10", 1, 10, range(1, 11))],
+    [
+        ("", 1, 10, range(3, 5)),
+        ("", 41, 50, range(43, 45)),
+        ("", 1, 3, range(3, 4)),
+        ("", 50, 50, range(50, 51)),
+        ("7", 1, 10, range(7, 8)),
+        ("1-10", 1, 10, range(1, 11)),
+        # Started again, after a preemption: what has been made is left out.
+        ("5-8", 7, 10, range(7, 9)),
+        ("5-6", 7, 10, range(0)),
+    ],
 )
 def test_the_steps_of_a_profile(text, first, last, steps):
     assert parse_steps(text, first, last) == steps
@@ -214,9 +224,8 @@ def test_the_steps_of_a_profile(text, first, last, steps):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "steps 3-4: expected some of steps 1-3, which this run makes"),
-        ("4", "steps 4: expected some of steps 1-3"),
-        ("0-1", "steps 0-1: expected some of"),
+        ("4", "--profile=4: expected some of steps 1-3, which this run makes"),
+        ("0-1", "--profile=0-1: expected some of"),
         ("3-1", "expected FIRST-LAST, such as --profile=3-4"),
         ("a", "--profile=a: expected FIRST-LAST"),
         ("1-2-3", "--profile=1-2-3: expected FIRST-LAST"),

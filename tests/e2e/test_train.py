@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from segzero_jax import train
+from segzero_jax.checkpoint import SaveError
 from segzero_jax.grpo import update
 from segzero_jax.hub import model_directory
 
@@ -98,6 +99,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert expected in complaint
     assert complaint.startswith("segzero_jax.train: ")
     assert not list(run.rglob("*.jsonl"))
+
+
+def test_storage_that_fails_is_no_mistake_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What starts runs again, starts this one again; exit code 2 would end it."""
+
+    def run(*_: object) -> None:
+        raise SaveError("gs://bucket/run: 503 Service Unavailable")
+
+    monkeypatch.setattr(train, "run", run)
+    assert train.main([]) == 7
+    assert capsys.readouterr().err == "segzero_jax.train: gs://bucket/run: 503 Service Unavailable\n"
 
 
 def test_a_checkpoint_without_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
