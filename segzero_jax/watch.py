@@ -205,12 +205,16 @@ class HangWatch:
 
     def _report(self, phase: str, seconds: float, why: str) -> None:
         head = f"step {self._step + 1}: {phase} has taken {duration(seconds)}, {why}"
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        with self._stacks.open("a", encoding="utf-8") as file:
-            file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {head}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        self._say(f"{head}; where each thread is stands in {self._stacks}")
+        try:
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self._stacks.open("a", encoding="utf-8") as file:
+                file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {head}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = f"where each thread is stands in {self._stacks}"
+        except OSError as error:  # A full disk: what hangs is told all the same.
+            where = f"where each thread is could not be written: {error}"
+        self._say(f"{head}; {where}")
 
     def _run(self) -> None:
         since_note = 0.0

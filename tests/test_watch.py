@@ -1,5 +1,6 @@
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -198,6 +199,20 @@ def test_a_full_disk_does_not_end_the_watch(tmp_path, monkeypatch, capsys):
         while len(calls) < 2:
             time.sleep(0.01)
     assert "hang watch: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_a_hang_is_told_and_ended_on_a_full_disk(monkeypatch):
+    monkeypatch.setattr(watch, "_LOOK_S", 0.01)
+    timer, said, ended = PhaseTimer(), [], []
+    with (
+        HangWatch(timer, lambda: False, Path("/dev/full"), said.append, 0.02, end=ended.append),
+        timer.phase("rollout"),
+    ):
+        while not ended:
+            time.sleep(0.01)
+    assert ended[0] == watch.HUNG
+    assert "rollout has taken" in said[0]
+    assert said[0].endswith("could not be written: [Errno 28] No space left on device")
 
 
 # --profile.
