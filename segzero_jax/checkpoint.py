@@ -41,6 +41,10 @@ _FOLDER = "checkpoints"
 # Exit code of a run that could not save its last step or read its checkpoints.
 STORAGE_FAILED = 7
 _REASON_LENGTH = 200
+# What a save may fail with: ValueError is what TensorStore makes of a full disk; JaxRuntimeError, that hosts have
+# waited for one of them whose part could not be written. Orbax's barriers count on, so the next save may succeed.
+_FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)
+_NOT_ALL_CAME = "DEADLINE_EXCEEDED"
 
 
 class StorageError(CheckpointError):
@@ -155,7 +159,7 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._manager.close()
-        except (OSError, ValueError) as error:
+        except _FAILURES as error:
             if kind is None:
                 raise self._failed(error) from None
             # The block has ended with an error that matters more than a save that failed in the background.
@@ -197,14 +201,14 @@ class Checkpoints:
                     manifest=manifest.ManifestSave(),
                 ),
             )
-        except (OSError, ValueError) as error:
+        except _FAILURES as error:
             raise self._failed(error) from None
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises SaveError."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # ValueError is what TensorStore makes of a full disk
+        except _FAILURES as error:
             raise self._failed(error) from None
 
     def newest(self) -> tuple[int, list[str]]:
@@ -286,11 +290,15 @@ class Checkpoints:
             )
 
     def _failed(self, error: Exception) -> SaveError:
-        """Clears away what a failed save left, and says in one line why it failed."""
+        """Clears away what a failed save left, and says in one line why it failed. Raises what is no failed save."""
+        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_NOT_ALL_CAME):
+            raise error
         self._manager.reload()
         if jax.process_index() == 0 and self.directory.exists():
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 left.rmtree(missing_ok=True)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return SaveError(f"{self.directory}: not all hosts have written their part in time")
         # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
         reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
         reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"

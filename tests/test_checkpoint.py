@@ -228,6 +228,28 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one_and_saves_it_anew(conf
             assert checkpoints.newest() == (2, [])
 
 
+def test_a_host_that_could_not_write_its_part_costs_that_save_alone(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Orbax's barrier raises on all hosts then; anything else of the devices is no matter of saving."""
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        state = make_state(config, seed=1)
+        late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: set_value_start::3")
+        broken = jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+        for error, expected in ((late, SaveError), (broken, jax.errors.JaxRuntimeError)):
+
+            def wait(error: Exception = error) -> None:
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoints._manager, "wait_until_finished", wait)
+                with pytest.raises(expected, match=r"not all hosts have written|the device is gone"):
+                    checkpoints.save(1, state, DATA, config, IDENTITY)
+        checkpoints.save(1, state, DATA, config, IDENTITY)
+        checkpoints.wait()
+        assert checkpoints.newest() == (1, [])
+
+
 @pytest.mark.parametrize("name", ["manifest/manifest.json", "policy/manifest.ocdbt"])
 def test_files_that_cannot_be_read_for_now_are_no_damage(
     config: Config, monkeypatch: pytest.MonkeyPatch, name: str
