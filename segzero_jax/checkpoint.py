@@ -291,18 +291,12 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> SaveError:
         """Clears away what a failed save left, and says in one line why it failed. Raises what is no failed save."""
-        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_NOT_ALL_CAME):
-            raise error
+        reason = _why_not_saved(error)
         self._manager.reload()
         if jax.process_index() == 0 and self.directory.exists():
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 left.rmtree(missing_ok=True)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return SaveError(f"{self.directory}: not all hosts have written their part in time")
-        # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
-        reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
-        reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
-        return SaveError(f"{self.directory}: {reason or type(error).__name__}")
+        return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
@@ -320,6 +314,18 @@ class Checkpoints:
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})
         return _rebuild(like, self._manager.restore(step, args=args)[item])
+
+
+def _why_not_saved(error: Exception) -> str:
+    """One line of what a save failed with. Raises what JAX says of anything else."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        if not str(error).startswith(_NOT_ALL_CAME):
+            raise error
+        return "not all hosts have written their part in time"
+    # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
+    reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+    reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
+    return reason or type(error).__name__
 
 
 def storage_path(path: str | Path | epath.Path) -> epath.Path:

@@ -104,8 +104,8 @@ class PendingScores:
           RewardServerError: it does not agree with this client: version, token, an answer to something else, or one
             by another SAM 2 checkpoint, or in another dtype, than before.
         """
-        failed: dict[int, RewardServiceAway] = {}
-        reasons: dict[int, str] = {}  # Of the groups that are still asked for, why they failed last.
+        failed: set[int] = set()  # To be sent again.
+        reasons: dict[int, str] = {}  # Why the groups failed last that are still asked for.
         heard = False
         try:
             while len(self._answers) < len(self._requests):
@@ -125,7 +125,8 @@ class PendingScores:
                 except RewardServiceAway as error:
                     if patience is None or self._client._is_lost(self._calls[i]):
                         raise
-                    failed[i], reasons[i] = error, str(error)
+                    failed.add(i)
+                    reasons[i] = str(error)
                 else:
                     reasons.pop(i, None)
                     heard = True
@@ -133,7 +134,7 @@ class PendingScores:
                         patience.heard()
                 late = time.monotonic() - self._start >= self._client.timeout_s
                 if drop and heard and late and len(self._answers) + len(failed) == len(self._requests):
-                    self._answers |= {i: refusal(self._requests[i], str(error)) for i, error in failed.items()}
+                    self._answers |= {i: refusal(self._requests[i], reasons[i]) for i in failed}
         except RewardServerError:
             self.cancel()
             raise

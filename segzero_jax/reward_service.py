@@ -13,6 +13,7 @@ from segzero_jax.local_server import local_server
 from segzero_jax.pods import Pod
 from segzero_jax.reward_channel import Access
 from segzero_jax.reward_client import RewardClient
+from segzero_jax.terminal import write_line
 
 _START_PATIENCE_S = 300.0
 
@@ -20,7 +21,7 @@ _START_PATIENCE_S = 300.0
 @contextlib.contextmanager
 def reward_service(config: Config, access: Access, run_dir: Path, pod: Pod) -> Iterator[RewardClient | None]:
     """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it."""
-    say = lambda text: print(text, file=sys.stderr, flush=True) if pod.first else None  # noqa: E731
+    say = lambda text: write_line(sys.stderr, text) if pod.first else None  # noqa: E731
     reward = config.reward
     with contextlib.ExitStack() as stack:
         if reward.server == "none":

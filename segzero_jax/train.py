@@ -65,6 +65,7 @@ from segzero_jax.run_dir import (
     split_label,
 )
 from segzero_jax.scoring import Scorer
+from segzero_jax.terminal import write_line
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.types import Example, PromptBatch, Rollout
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
@@ -254,7 +255,7 @@ def _begin(config: Config, resume: bool, pod: Pod) -> Beginning:
         )
     if pod.first:
         for line in passed_over:
-            print(line, file=sys.stderr)
+            write_line(sys.stderr, line)
     return Beginning(beginning.step, pod.from_first("what is left to do", lambda: beginning.done))
 
 

@@ -18,6 +18,7 @@ from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import WatchConfig
 from segzero_jax.metrics import MetricsWriter, duration
 from segzero_jax.profiling import Profiler
+from segzero_jax.terminal import write_line
 from segzero_jax.time_account import BESIDE, CompileClock, PhaseTimer, TimeAccount
 
 # Exit codes: too many updates in a row were not finite; a phase took longer than watch.kill_after_s.
@@ -227,7 +228,7 @@ class HangWatch:
                     self._note()
             except OSError as error:
                 # A full disk is the run's own trouble, told where it writes what matters.
-                print(f"hang watch: {error}", file=sys.stderr)
+                write_line(sys.stderr, f"hang watch: {error}")
 
 
 class Watch:
@@ -292,7 +293,7 @@ class Watch:
         if jax.process_count() == 1:
             self._say(line)
         else:
-            print(f"process {jax.process_index()}: {line}", file=sys.stderr, flush=True)
+            write_line(sys.stderr, f"process {jax.process_index()}: {line}")
 
     def begin(self, step: int) -> None:
         """A step begins."""

@@ -21,21 +21,8 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 # Each may import the ones before it, never one after it. A name stands for a module or a whole sub-package; a module
 # that is not named here may stand anywhere as long as no circle arises.
 ORDER = (
-    *(
-        "config",
-        "terminal",
-        "hub",
-        "mesh",
-        "pods",
-        "types",
-        "jsonl",
-        "answers",
-        "prompt",
-        "frames",
-        "processor",
-        "data",
-        "model",
-    ),
+    *("config", "terminal"),
+    *("hub", "mesh", "pods", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
     *("rollout", "rewards", "reward_channel", "reward_messages", "reward_client", "local_server", "reward_service"),
     *("grpo", "identity", "manifest", "checkpoint", "keeper", "preemption", "tensorboard", "metrics", "time_account"),
     *("profiling", "watch", "patience", "overlay", "report", "scoring", "evaluation", "record", "asking"),
