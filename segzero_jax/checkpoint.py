@@ -5,7 +5,8 @@ position, identity, version) and ``manifest``. Arrays are stored under their pat
 without our classes. The reference policy is not among them: it is ``model.path``, known by its fingerprint.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +19,13 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import __version__, manifest
 from segzero_jax import config as configs
-from segzero_jax.config import Config
+from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.identity import Identity
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Policy
-from segzero_jax.model.weights import CheckpointError, abstract_policy, load_hf, read_dims
+from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, load_hf, read_dims
 
 T = TypeVar("T")
 # A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
@@ -43,12 +44,8 @@ STORAGE_FAILED = 7
 _REASON_LENGTH = 200
 # What a save may fail with: ValueError is what TensorStore makes of a full disk; JaxRuntimeError, that hosts have
 # waited for one of them whose part could not be written. Orbax's barriers count on, so the next save may succeed.
-_FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)
-_NOT_ALL_CAME = "DEADLINE_EXCEEDED"
-
-
-class StorageError(CheckpointError):
-    """Where checkpoints lie does not do its work, and may do it later: the disk is full, the bucket away; one line."""
+_DISK_FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)
+_NOT_ALL_CAME = ("DEADLINE_EXCEEDED", "Timed out while waiting for")
 
 
 class SaveError(StorageError):
@@ -136,6 +133,9 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = storage_path(directory)
+        # The libraries that reach buckets (gcsfs, google.auth, aiohttp) raise errors of their own, of no common kind.
+        self._failures: tuple[type[Exception], ...]
+        self._failures = (Exception,) if _is_bucket(self.directory) else _DISK_FAILURES
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only
@@ -151,7 +151,8 @@ class Checkpoints:
             "run": ocp.JsonCheckpointHandler(),
             manifest.ITEM: manifest.ManifestHandler(),
         }
-        self._manager = _Manager(self.directory, options=options, item_handlers=handlers)
+        with _reading(self.directory):
+            self._manager = _Manager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -159,7 +160,7 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._manager.close()
-        except _FAILURES as error:
+        except self._failures as error:
             if kind is None:
                 raise self._failed(error) from None
             # The block has ended with an error that matters more than a save that failed in the background.
@@ -201,14 +202,14 @@ class Checkpoints:
                     manifest=manifest.ManifestSave(),
                 ),
             )
-        except _FAILURES as error:
+        except self._failures as error:
             raise self._failed(error) from None
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises SaveError."""
         try:
             self._manager.wait_until_finished()
-        except _FAILURES as error:
+        except self._failures as error:
             raise self._failed(error) from None
 
     def newest(self) -> tuple[int, list[str]]:
@@ -234,11 +235,9 @@ class Checkpoints:
         Raises:
           StorageError: they cannot be read now, which says nothing of them.
         """
-        try:
-            return manifest.damage(self.directory / str(step), items)
-        except OSError as error:
-            reason = " ".join(str(error).split())[:_REASON_LENGTH]
-            raise StorageError(f"{self.directory}/{step}: cannot be read now ({reason}); nothing was changed") from None
+        checkpoint = self.directory / str(step)
+        with _reading(checkpoint):
+            return manifest.damage(checkpoint, items)
 
     def restore(self, step: int, like: TrainState, config: Config, identity: Identity) -> Restored:
         """Reads a checkpoint onto the ambient mesh, whatever mesh wrote it. Newer ones, which are damaged, go.
@@ -250,6 +249,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it comes from another configuration (the differing keys are named), another reference
             policy or another SAM 2, or it holds another model.
+          StorageError: it cannot be read now.
         """
         self.check_config(step, config)
         run = self._run(step)
@@ -292,47 +292,73 @@ class Checkpoints:
     def _failed(self, error: Exception) -> SaveError:
         """Clears away what a failed save left, and says in one line why it failed. Raises what is no failed save."""
         reason = _why_not_saved(error)
-        self._manager.reload()
-        if jax.process_index() == 0 and self.directory.exists():
-            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                left.rmtree(missing_ok=True)
+        # What ails the store may ail this as well; then the next save, or the next start, clears away.
+        with contextlib.suppress(*self._failures):
+            self._manager.reload()
+            if jax.process_index() == 0:
+                for left in _unfinished(self.directory):
+                    left.rmtree(missing_ok=True)
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        with _reading(self.directory / str(step)):
+            return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def _tree(self, step: int, item: str, like: T) -> T:
         targets = _targets(like)
-        stored = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)[item].items()}
+        checkpoint = self.directory / str(step)
+        with _reading(checkpoint):
+            stored = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)[item].items()}
         for name in sorted(stored.keys() | targets.keys()):
             ours = targets[name].shape if name in targets else None
             if stored.get(name) != ours:
                 raise CheckpointError(
-                    f"{self.directory}/{step}: {name} has shape {stored.get(name)}, model.path means {ours}; "
+                    f"{checkpoint}: {name} has shape {stored.get(name)}, model.path means {ours}; "
                     "expected the checkpoint of the same model"
                 )
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})
-        return _rebuild(like, self._manager.restore(step, args=args)[item])
+        with _reading(checkpoint):
+            return _rebuild(like, self._manager.restore(step, args=args)[item])
 
 
 def _why_not_saved(error: Exception) -> str:
     """One line of what a save failed with. Raises what JAX says of anything else."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        if not str(error).startswith(_NOT_ALL_CAME):
-            raise error
+    if str(error).startswith(_NOT_ALL_CAME):
         return "not all hosts have written their part in time"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        raise error
+    return _in_short(error)
+
+
+def _in_short(error: Exception) -> str:
     # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
     reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
     reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
-    return reason or type(error).__name__
+    return reason if reason and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason}"
+
+
+@contextlib.contextmanager
+def _reading(where: epath.Path) -> Iterator[None]:
+    """Raises what a store fails with for now as StorageError; what is wrong with its content stays what it is."""
+    passing: tuple[type[Exception], ...] = (Exception,) if _is_bucket(where) else (OSError,)
+    try:
+        yield
+    except (CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
+        raise
+    except passing as error:
+        raise StorageError(f"{where}: cannot be read now ({_in_short(error)}); nothing was changed") from None
+
+
+def _is_bucket(path: epath.Path) -> bool:
+    return "://" in str(path)
 
 
 def storage_path(path: str | Path | epath.Path) -> epath.Path:
     """An absolute path, on a disk or in a bucket."""
     given = epath.Path(path).expanduser()
     # A bucket's path is absolute; to resolve it would make it a local one.
-    return given if "://" in str(given) else given.resolve()
+    return given if _is_bucket(given) else given.resolve()
 
 
 def differing_runs(earlier: Config, config: Config) -> list[str]:
@@ -360,17 +386,33 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
     if (directory / "config.yaml").is_file():
         elsewhere = checkpoint_directory(configs.load(str(directory / "config.yaml")))
         return (elsewhere, None) if elsewhere.is_dir() else None
-    if directory.name.isdigit() and (directory / manifest.ITEM).is_dir():
+    if directory.name.isdigit() and _is_complete(directory):
         return directory.parent, int(directory.name)
     return (directory, None) if directory.is_dir() and complete_steps(directory) else None
 
 
 def complete_steps(directory: epath.Path) -> list[int]:
-    """The steps of a directory's checkpoints, at a glance and without Orbax."""
-    if not directory.is_dir():
-        return []
-    steps = [path for path in directory.iterdir() if path.name.isdigit() and (path / manifest.ITEM).is_dir()]
-    return sorted(int(path.name) for path in steps)
+    """The steps of a directory's checkpoints, at a glance. Raises StorageError where it cannot be read now."""
+    with _reading(directory):
+        if not directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
+
+
+def _unfinished(directory: epath.Path) -> list[epath.Path]:
+    """What saves that came to nothing have left: on a disk under another name, in a bucket uncommitted."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [
+        path
+        for path in found
+        if ocp.utils.TMP_DIR_SUFFIX in path.name
+        or (path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path))
+    ]
+
+
+def _is_complete(checkpoint: epath.Path) -> bool:
+    """Whether it is one of ours, and committed: a bucket has it under its name from the first file on."""
+    return (checkpoint / manifest.ITEM).is_dir() and ocp.utils.is_checkpoint_finalized(checkpoint)
 
 
 def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | None]:

@@ -5,7 +5,14 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 TOY = Path(__file__).parent / "assets" / "toy_policy"
 # Weights, configuration, tokenizer and licence; not the same weights again in other formats.
@@ -14,8 +21,16 @@ _TABLES = ["*.parquet"]
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
+# Answers of a hub that has too much to do, or is being mended.
+_BUSY = frozenset({408, 429, 500, 502, 503, 504})
+
+
 class HubError(ValueError):
     """A hub id whose files cannot be had; one line."""
+
+
+class HubAway(HubError):
+    """They may be had later: the hub is out of reach, overloaded, or the disk is full."""
 
 
 def model_directory(path: str | Path) -> Path:
@@ -27,7 +42,8 @@ def model_directory(path: str | Path) -> Path:
         this host (``HF_HOME``); with ``HF_HUB_OFFLINE=1`` what is in the cache is taken.
 
     Raises:
-      HubError: the hub cannot be reached and its cache has no such model, or the hub has none either.
+      HubError: the cache has no such model, and the hub has none either or may not be asked.
+      HubAway: the cache has none, and the hub cannot be asked now.
     """
     match = _as_hub_id(path)
     if match:
@@ -42,7 +58,7 @@ def data_directory(source: str | Path) -> Path:
       source: a directory or, where there is no such directory, a hub id whose parquet files are downloaded once.
 
     Raises:
-      HubError: as in ``model_directory``.
+      HubError, HubAway: as in ``model_directory``.
     """
     match = _as_hub_id(source)
     return _download(match["repo"], match["revision"], "dataset") if match else Path(source).expanduser()
@@ -66,8 +82,21 @@ def _download(repo: str, revision: str | None, kind: str) -> Path:
     except (OSError, ValueError, HTTPError) as error:
         asked = repo if revision is None else f"{repo}@{revision}"
         aside = ", 'toy'," if kind == "model" else ""
-        raise HubError(
+        failure = HubAway if _may_pass(error) else HubError
+        raise failure(
             f"{asked}: no such directory, and the Hugging Face hub gave no such {kind} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); expected a directory{aside} or a hub id "
             "that is in the cache or can be reached"
         ) from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the hub was not heard, rather than that it said no."""
+    # "Not in the cache either" is what the library makes of a hub that it cannot ask.
+    if isinstance(error, EntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled | RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return getattr(error.response, "status_code", None) in _BUSY
+    return isinstance(error, OSError | HTTPError)

@@ -11,17 +11,23 @@ from segzero_jax.checkpoint import Checkpoints, SaveError
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
+from segzero_jax.pods import ALONE, Pod
 
 
 class Keeper:
-    """Holds the last finished step, the only one that a run is resumed from.
+    """Holds the last finished step, the only one that a run is resumed from. All hosts of a run save together.
 
     Attributes:
       failed: saves that have failed since this run started.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, config: Config, identity: Identity, say: Callable[[str], None]
+        self,
+        checkpoints: Checkpoints,
+        config: Config,
+        identity: Identity,
+        say: Callable[[str], None],
+        pod: Pod = ALONE,
     ) -> None:
         """Nothing is finished yet.
 
@@ -29,12 +35,14 @@ class Keeper:
           checkpoints: where saves go.
           config, identity: saved with every step.
           say: says a line to whoever watches.
+          pod: the hosts that save together; each knows only why its own part was not written.
         """
         self.failed = 0
         self._checkpoints = checkpoints
         self._config = config
         self._identity = identity
         self._say = say
+        self._pod = pod
         self._finished: tuple[int, TrainState, dict[str, Any]] | None = None
         self._problem = ""
 
@@ -48,19 +56,21 @@ class Keeper:
         """
         self._finished = step, state, data
 
-    def save(self) -> None:
-        """Begins to save the last finished step; writing goes on beside the training. A failure is said, not raised."""
+    def save(self) -> bool:
+        """Begins to save the last finished step; writing goes on beside the training. A failure is said, not raised.
+
+        Returns:
+          Whether all hosts have begun.
+        """
         assert self._finished is not None, "a step has to be finished first"
         self._attempt(self._checkpoints.wait)
         step, state, data = self._finished
-        self._attempt(lambda: self._checkpoints.save(step, state, data, self._config, self._identity))
+        return self._attempt(lambda: self._checkpoints.save(step, state, data, self._config, self._identity))
 
     def keep(self) -> bool:
         """Saves the last finished step, unless that is done; returns once it is on the disk, False if it is not."""
-        self.save()
-        self._attempt(self._checkpoints.wait)
-        assert self._finished is not None
-        return self._checkpoints.latest == self._finished[0]
+        begun = self.save()
+        return self._attempt(self._checkpoints.wait) and begun
 
     def keep_or_fail(self) -> None:
         """Like ``keep``, for the end of a run. Raises SaveError: the last finished step is lost."""
@@ -69,10 +79,19 @@ class Keeper:
             left = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
             raise SaveError(f"the last finished step is not saved: {self._problem}; {left}")
 
-    def _attempt(self, act: Callable[[], None]) -> None:
+    def _attempt(self, act: Callable[[], None]) -> bool:
+        """Whether it went well on all hosts; of one that it did not, all count and say the failure."""
+        problem = ""
         try:
             act()
         except SaveError as error:
+            problem = str(error)
+        said = self._pod.exchange("a save", problem)
+        # Most hosts have but waited, and say the same.
+        hosts = {said[host]: self._pod.host(host) for host in reversed(range(len(said))) if said[host]}
+        if hosts:
+            told = [text if len(said) == 1 else f"{host}: {text}" for text, host in hosts.items()]
             self.failed += 1
-            self._problem = str(error)
-            self._say(f"checkpoint not written: {error}; training goes on, the next save tries again")
+            self._problem = "; ".join(told)
+            self._say(f"checkpoint not written: {self._problem}; training goes on, the next save tries again")
+        return not hosts

@@ -58,6 +58,7 @@ class Patience:
         check: Callable[[], None] = lambda: None,
         pod: Pod = ALONE,
         clock: Callable[[], float] = time.monotonic,
+        count: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Nothing is waited for yet.
 
@@ -68,6 +69,7 @@ class Patience:
           check: is called every second, of several hosts by all alike, and raises to end the wait for another reason.
           pod: the hosts that wait together.
           clock: seconds.
+          count: is told of all seconds that passed in silence, as they pass.
         """
         self._reward = reward
         self._say = say
@@ -75,6 +77,8 @@ class Patience:
         self._check = check
         self._pod = pod
         self._clock = clock
+        self._count = count
+        self._counted_s = 0.0
         self._since: float | None = None
         self._spoke_s: float | None = None
         self._saved = False
@@ -110,8 +114,11 @@ class Patience:
         if self._pod.count == 1:
             self._check()
         now = self._clock()
-        self._since = now if self._since is None else self._since
+        if self._since is None:
+            self._since, self._counted_s = now, 0.0
         silent_s = now - self._since
+        self._count(silent_s - self._counted_s)
+        self._counted_s = silent_s
         line, gave_up = "", ""
         if silent_s >= self._reward.patience_s:
             gave_up = (

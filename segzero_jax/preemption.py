@@ -1,7 +1,8 @@
 """A run that is told to stop: SIGTERM from whoever takes the machine back, or Ctrl-C.
 
 A signal only leaves a note. The run looks for it between the phases of a step, saves the last finished step and ends:
-no computation is cut in two, and what a step had begun is repeated from the same random numbers.
+no computation is cut in two, and what a step had begun is repeated from the same random numbers. Before the training
+begins there is nothing to save, and a signal ends the run wherever it is.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ from jax.experimental import multihost_utils
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """The run is to stop.
+class Stopped(BaseException):
+    """The run is to stop. No library that catches errors should take it for one of its own.
 
     Attributes:
       interrupted: it was Ctrl-C.
@@ -30,19 +31,15 @@ class Stopped(Exception):
 
 
 class Preemption:
-    """Listens for signals while it is entered, and is asked between phases.
+    """Listens for signals while it is entered, and is asked between phases once the training has begun.
 
-    Where several processes work together, JAX's preemption service listens: a signal to any of them makes all of them
-    stop at the same call of ``check``.
+    Where several processes work together, JAX's preemption service listens, from the moment they have joined: a signal
+    to any of them makes all of them stop at the same call of ``check``.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """Does not listen yet.
-
-        Args:
-          say: says a line to whoever watches.
-        """
-        self._say = say
+    def __init__(self) -> None:
+        """Does not listen yet."""
+        self._say: Callable[[str], None] | None = None
         self._received: int | None = None
         self._calls = 0
         self._before: dict[int, Any] = {}
@@ -59,23 +56,29 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def begin(self, say: Callable[[str], None]) -> None:
+        """From now on there is something to save: a signal is a note for ``check``.
+
+        Args:
+          say: says a line to whoever watches.
+        """
+        self._say = say
+
     def check(self) -> None:
         """Between phases, by every process alike. Raises Stopped when any of them was told to stop."""
         self._calls += 1
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(self._calls):
             raise Stopped(interrupted=False)
-        self.check_here()
-
-    def check_here(self) -> None:
-        """Where one process waits alone. Raises Stopped; with several processes only ``check`` does."""
         if self._received is not None:
             raise Stopped(self._received == signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received == signal.SIGINT == number:
-            raise KeyboardInterrupt  # The second Ctrl-C.
+        if number == signal.SIGINT and (self._say is None or self._received == number):
+            raise KeyboardInterrupt  # Nothing to save yet, or the second Ctrl-C.
         if self._received is None:
             self._received = number
+            if self._say is None:
+                raise Stopped(interrupted=False)
             again = "; again stops at once" if number == signal.SIGINT else ""
             # Python refuses to write where the signal has interrupted a writing; the note counts, not its line.
             with contextlib.suppress(RuntimeError):

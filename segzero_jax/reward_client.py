@@ -213,8 +213,9 @@ class RewardClient:
           What those that serve say of themselves.
 
         Raises:
-          RewardServerError: none serves after ``timeout_s``; one speaks another version, refuses the token or has an
-            unknown certificate; or they serve different models, or another one than before.
+          RewardServiceAway: none serves after ``timeout_s``.
+          RewardServerError: one speaks another version, refuses the token or has an unknown certificate; or they serve
+            different models, or another one than before.
         """
         start, told = time.monotonic(), False
         infos: dict[str, ServerInfo] = {}
@@ -235,7 +236,7 @@ class RewardClient:
                 say(f"waiting for {'; '.join(away.values())}")
             time.sleep(_POLL_S)
         if not infos:
-            raise RewardServerError(f"{'; '.join(away.values())} (waited {timeout_s:g} s)")
+            raise RewardServiceAway(f"{'; '.join(away.values())} (waited {timeout_s:g} s)")
         if away and say is not None:
             say(f"going on without {'; '.join(away.values())}")
         served = [infos[address] for address in self._addresses if address in infos]

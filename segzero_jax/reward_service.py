@@ -19,8 +19,15 @@ _START_PATIENCE_S = 300.0
 
 
 @contextlib.contextmanager
-def reward_service(config: Config, access: Access, run_dir: Path, pod: Pod) -> Iterator[RewardClient | None]:
-    """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it."""
+def reward_service(
+    config: Config, access: Access, run_dir: Path, pod: Pod, patience_s: float
+) -> Iterator[RewardClient | None]:
+    """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it.
+
+    Raises:
+      RewardServerError: a local server did not come up, or one afar does not fit.
+      RewardServiceAway: no server afar serves after ``patience_s``.
+    """
     say = lambda text: write_line(sys.stderr, text) if pod.first else None  # noqa: E731
     reward = config.reward
     with contextlib.ExitStack() as stack:
@@ -37,5 +44,5 @@ def reward_service(config: Config, access: Access, run_dir: Path, pod: Pod) -> I
                 address = stack.enter_context(local_server(reward.local_model, log, if_it_dies=advice))
             address = pod.exchange("local reward servers", address)[starter]
         client = stack.enter_context(RewardClient(address, reward.timeout_s, wait_for_ready=not local, access=access))
-        client.wait_until_serving(_START_PATIENCE_S if local else reward.timeout_s, say=say)
+        client.wait_until_serving(_START_PATIENCE_S if local else patience_s, say=say)
         yield client

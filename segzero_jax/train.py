@@ -191,9 +191,13 @@ def open_training_split(config: Config, processor: Processor) -> Source:
 
 
 def make_evaluation(
-    job: Job, scorer: Scorer, keeper: Keeper, writer: MetricsWriter, preemption: Preemption
+    job: Job, scorer: Scorer, keeper: Keeper, writer: MetricsWriter, preemption: Preemption, timer: PhaseTimer
 ) -> Evaluation:
-    """A function ``(step, rollout weights)`` that evaluates the held-out splits that are missing and writes results."""
+    """A function ``(step, rollout weights)`` that evaluates the held-out splits that are missing and writes results.
+
+    While the reward service is away, ``timer`` counts that as waiting for rewards: an evaluation does not hang then.
+    """
+    waiting = lambda seconds: timer.move(seconds, "reward_wait")  # noqa: E731
     config = job.config
     splits = {}
     for name in config.data.eval_splits:
@@ -205,7 +209,9 @@ def make_evaluation(
         for name in job.pod.from_first("what is evaluated", lambda: missing_splits(config, run_dir, step)):
             examples = splits[name]
             writer.message(f"evaluating {name} after {step} steps: {len(examples)} questions")
-            with Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience:
+            with Patience(
+                config.reward, writer.message, keeper.keep, preemption.check, job.pod, count=waiting
+            ) as patience:
                 summaries, rows = evaluation.evaluate_split(
                     examples,
                     lambda asked, greedy: answer(job, weights, asked, greedy, before_batch=preemption.check),
@@ -223,24 +229,25 @@ def make_evaluation(
 def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> None:
     """One run from configuration to report; on several hosts each does its part, and the first one writes.
 
-    Raises Stopped once the last finished step of a stopped run is saved.
+    Raises Stopped once the last finished step of a stopped run is saved, if it has come so far.
 
     Args:
       resume: there has to be a checkpoint to go on from.
       profile: which steps are traced, see ``parse_steps``; None for none.
     """
     timer = PhaseTimer()
-    mesh = make_mesh(config.mesh)
-    access = read_access(config.reward)
-    beginning = _begin(config, resume, pod)
-    if not beginning.done:
-        _continue(config, mesh, access, beginning.step, pod, profile, timer)
-    elif pod.first:
-        print(f"{config.run.dir}: all {config.train.steps} steps are done; raise train.steps to go on")
-    if pod.first:
-        run_dir = Path(config.run.dir).expanduser()
-        print_summary(run_dir)
-        print(f"report: {write_report(run_dir)}")
+    with Preemption() as preemption:
+        mesh = make_mesh(config.mesh)
+        access = read_access(config.reward)
+        beginning = _begin(config, resume, pod)
+        if not beginning.done:
+            _continue(config, mesh, access, beginning.step, pod, preemption, profile, timer)
+        elif pod.first:
+            print(f"{config.run.dir}: all {config.train.steps} steps are done; raise train.steps to go on")
+        if pod.first:
+            run_dir = Path(config.run.dir).expanduser()
+            print_summary(run_dir)
+            print(f"report: {write_report(run_dir)}")
 
 
 def _begin(config: Config, resume: bool, pod: Pod) -> Beginning:
@@ -265,6 +272,7 @@ def _continue(
     access: Access,
     begun: int | None,
     pod: Pod,
+    preemption: Preemption,
     profile: str | None,
     timer: PhaseTimer,
 ) -> None:
@@ -290,7 +298,9 @@ def _continue(
         run_dir = Path(config.run.dir).expanduser()
         if pod.first:
             open_run(config)
-        client = stack.enter_context(reward_service(config, access, run_dir, pod))
+        # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
+        patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
+        client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
         identity = Identity(fingerprint(reference), client.checkpoint_sha256 if client else None)
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
@@ -309,13 +319,13 @@ def _continue(
         removed = writer.truncate_after(-1 if begun is None else begun)
         if pod.first and begun and (writer.last_step or 0) < begun:
             writer.message(f"metrics.jsonl lacks the lines of steps {(writer.last_step or 0) + 1} to {begun}")
-        keeper = Keeper(checkpoints, config, identity, writer.message)
+        keeper = Keeper(checkpoints, config, identity, writer.message, pod)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod)
-        preemption = stack.enter_context(Preemption(writer.message))
-        evaluate = make_evaluation(job, scorer, keeper, writer, preemption)
+        evaluate = make_evaluation(job, scorer, keeper, writer, preemption, timer)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
+        preemption.begin(writer.message)
         try:
             if pod.from_first("evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))):
                 with watch.phase("evaluation"):

@@ -1,5 +1,7 @@
 """Models by hub id: what is asked of the hub, what lies in its cache, and one line where neither has it."""
 
+import errno
+import importlib
 import json
 import os
 import shutil
@@ -12,16 +14,27 @@ from typing import Any
 
 import jax
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from segzero_jax import asking, hub, train
-from segzero_jax.checkpoint import load_policy
+from segzero_jax.checkpoint import STORAGE_FAILED, load_policy
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.weights import CheckpointError, read_dims
 from segzero_jax.processor import Processor
 
 ROOT = Path(__file__).parents[1]
+# What the library makes its calls with, by the name that it has now.
+httpx: Any = importlib.import_module(HTTPError.__module__.partition(".")[0])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -84,31 +97,64 @@ def test_directories_are_never_asked_of_the_hub(
     assert asked == []
 
 
+def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+    """What the library makes of the hub's answer."""
+    request = httpx.Request("GET", "https://huggingface.co/api/models/someone/policy")
+    return kind(f"{status}:\nno policy", response=httpx.Response(status, request=request))
+
+
+def nor_cached(why: Exception | None) -> LocalEntryNotFoundError:
+    """What it makes of a hub that it could not ask, and a cache without the model."""
+    error = LocalEntryNotFoundError("Cannot find a snapshot\nof that model: see HF_HUB_OFFLINE")
+    error.__cause__ = why
+    return error
+
+
+NO, AWAY = 2, STORAGE_FAILED
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "code"),
     [
-        LocalEntryNotFoundError("Cannot find a snapshot\nof that model: see HF_HUB_OFFLINE"),
-        HFValidationError("Repo id must be\nalphanumeric"),
-        HfHubHTTPError.__new__(HfHubHTTPError),
-        ConnectionError("no\nroute"),
+        (nor_cached(None), NO),
+        (nor_cached(OfflineModeIsEnabled("HF_HUB_OFFLINE=1")), NO),
+        (nor_cached(httpx.ConnectError("no\nroute")), AWAY),
+        (nor_cached(answered(503)), AWAY),
+        (nor_cached(answered(403)), NO),
+        (HFValidationError("Repo id must be\nalphanumeric"), NO),
+        (answered(404, RepositoryNotFoundError), NO),
+        (answered(401, GatedRepoError), NO),
+        (answered(404, RevisionNotFoundError), NO),
+        (answered(429), AWAY),
+        (httpx.ReadTimeout("no\nword"), AWAY),
+        (ConnectionError("no\nroute"), AWAY),
+        (OSError(errno.ENOSPC, "No space left on device"), AWAY),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda value: f"{type(value).__name__} {value.__cause__ or value}"[:60] if isinstance(value, Exception) else "",
 )
-def test_a_hub_that_gives_nothing_is_one_line(
-    error: Exception, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_a_hub_that_gives_nothing_is_one_line_and_one_that_may_yet_has_its_exit_code(
+    error: Exception,
+    code: int,
+    asked: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Whoever starts runs again must not take a hub that is overloaded for a mistake."""
+
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError) as caught, jax.set_mesh(make_mesh("1x1")):
-        load_hf("someone/policy@main")
-    said = str(caught.value)
+    options = ["--model.path=someone/policy@main", f"--run.dir={tmp_path / 'run'}", "--reward.server=none"]
+    assert train.main(options) == code
+    said = capsys.readouterr().err
     assert said.startswith(
-        "model.path=someone/policy@main: no such directory, and the Hugging Face hub gave no such model"
+        "segzero_jax.train: model.path=someone/policy@main: no such directory, and the Hugging Face hub gave no such "
     )
     assert type(error).__name__ in said
-    assert "\n" not in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def cached(home: Path, repo: str) -> Path:

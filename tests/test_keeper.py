@@ -4,12 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from thread_pod import on_hosts
 
 from segzero_jax.checkpoint import SaveError
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.keeper import Keeper
+from segzero_jax.pods import ALONE, Pod
 
 STATE = TrainState({}, (), jnp.int32(0))  # type: ignore[arg-type]
 
@@ -18,7 +20,7 @@ class Store:
     """Writes in the background as Orbax does: a save that goes wrong is known at the next wait."""
 
     def __init__(self) -> None:
-        self.full = False
+        self.full, self.reason = False, "disk: no space left"
         self.steps: list[int] = []
         self._pending: int | None = None
 
@@ -34,15 +36,15 @@ class Store:
     def wait(self) -> None:
         step, self._pending = self._pending, None
         if step is not None and self.full:
-            raise SaveError("disk: no space left")
+            raise SaveError(self.reason)
         if step is not None:
             self.steps.append(step)
 
 
 class Run:
-    def __init__(self) -> None:
+    def __init__(self, pod: Pod = ALONE) -> None:
         self.store, self.said = Store(), []  # type: ignore[var-annotated]
-        self.keeper = Keeper(self.store, Config(), Identity("", None), self.said.append)  # type: ignore[arg-type]
+        self.keeper = Keeper(self.store, Config(), Identity("", None), self.said.append, pod)  # type: ignore[arg-type]
 
     def finish(self, step: int) -> None:
         self.keeper.finished(step, STATE, {})
@@ -91,3 +93,31 @@ def test_the_last_step_of_a_run_that_cannot_be_saved_is_an_error() -> None:
     run.store.full = False
     run.keeper.keep_or_fail()
     assert run.store.steps == [1, 2]
+
+
+def test_all_hosts_know_why_one_of_them_could_not_write() -> None:
+    """The first host writes the log that people read, and has only waited for the others."""
+
+    def act(pod: Pod) -> tuple[bool, bool, int, list[str]]:
+        run = Run(pod)
+        run.store.full, run.store.reason = True, "disk full" if pod.index == 2 else "not all hosts in time"
+        run.finish(1)
+        before = run.keeper.keep()
+        run.store.full = False
+        return before, run.keeper.keep(), run.keeper.failed, run.said
+
+    told = "checkpoint not written: host 0 (w-0): not all hosts in time; host 2 (w-2): disk full; training goes on, "
+    for host in on_hosts(4, act):
+        assert host.result() == (False, True, 1, [told + "the next save tries again"])
+
+
+def test_a_save_that_failed_on_one_host_has_failed_on_all() -> None:
+    def act(pod: Pod) -> tuple[bool, list[str]]:
+        run = Run(pod)
+        run.store.full = pod.index == 1
+        run.finish(1)
+        return run.keeper.keep(), run.said
+
+    told = "checkpoint not written: host 1 (w-1): disk: no space left; training goes on, the next save tries again"
+    for host in on_hosts(3, act):
+        assert host.result() == (False, [told])

@@ -10,6 +10,7 @@ from segzero_jax.config import RewardConfig
 from segzero_jax.patience import Patience
 from segzero_jax.pods import ALONE, Pod
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.time_account import PhaseTimer
 
 REWARD = RewardConfig(checkpoint_after_s=100, patience_s=1000)
 
@@ -19,6 +20,7 @@ class Run:
 
     def __init__(self, reward: RewardConfig = REWARD, pod: Pod = ALONE) -> None:
         self.now = 5.0
+        self.timer = PhaseTimer(clock=lambda: self.now)
         self.said: list[tuple[float, str]] = []
         self.saves: list[float] = []
         self.patience = Patience(
@@ -27,6 +29,7 @@ class Run:
             self.save,
             pod=pod,
             clock=lambda: self.now,
+            count=lambda seconds: self.timer.move(seconds, "reward_wait"),
         )
 
     def save(self) -> bool:
@@ -65,6 +68,20 @@ def test_an_answer_begins_a_new_silence() -> None:
         run.patience.heard()
         assert len(run.said) == before, "nothing was said of this silence, so nothing is of its end"
     assert run.saves == []
+
+
+def test_an_evaluation_that_waits_does_not_hang() -> None:
+    """Whoever ends phases that take too long looks at the timer, and must leave this one to patience."""
+    run = Run()
+    with run.timer.phase("evaluation"), run.patience:
+        run.now += 7  # Sampling.
+        run.silent_until(70)
+        phase, seconds = run.timer.running()
+        assert (phase, seconds) == ("evaluation", 8), "its own time, and the last second, which nobody has asked about"
+        run.patience.heard()
+        run.now += 3
+        run.silent_until(100)
+    assert run.timer.take() == {"evaluation": pytest.approx(12), "reward_wait": pytest.approx(89), "other": 0}
 
 
 def test_a_short_patience_still_says_and_saves() -> None:

@@ -13,15 +13,15 @@ from segzero_jax.preemption import Preemption, Stopped
 @pytest.mark.parametrize(("number", "interrupted"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_waits_for_the_next_check(number: int, interrupted: bool) -> None:
     said: list[str] = []
-    with Preemption(said.append) as preemption:
+    with Preemption() as preemption:
+        preemption.begin(said.append)
         preemption.check()
-        preemption.check_here()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         assert len(said) == 1, "one word for all that follow"
-        for check in (preemption.check, preemption.check_here, preemption.check):
+        for _ in range(2):
             with pytest.raises(Stopped) as stopped:
-                check()
+                preemption.check()
             assert stopped.value.interrupted == interrupted
 
 
@@ -34,10 +34,11 @@ def test_a_signal_that_ended_the_reader_of_the_log_too_is_obeyed(number: int) ->
         "from segzero_jax.preemption import Preemption, Stopped\n"
         "from segzero_jax.terminal import write_line\n"
         "say = lambda text: write_line(sys.stderr, text)\n"
-        "with Preemption(say) as preemption:\n"
+        "with Preemption() as preemption:\n"
+        "    preemption.begin(say)\n"
         "    say('ready')\n"
         "    try:\n"
-        "        while True: time.sleep(0.01); preemption.check_here()\n"
+        "        while True: time.sleep(0.01); preemption.check()\n"
         "    except Stopped:\n"
         "        print('saved', flush=True)\n"
         "sys.exit(ALONE.leave(0, 'stopped'))\n"
@@ -59,21 +60,34 @@ def test_a_signal_within_a_writing_is_noted(capsys: pytest.CaptureFixture[str]) 
     def refused(text: str) -> None:
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
 
-    with Preemption(refused) as preemption:
+    with Preemption() as preemption:
+        preemption.begin(refused)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
             preemption.check()
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
-    with Preemption(lambda text: None):
+    with Preemption() as preemption:
+        preemption.begin(lambda text: None)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_before_the_training_a_signal_ends_the_run_where_it_is(number: int, ends: type[BaseException]) -> None:
+    with Preemption() as preemption:
+        with pytest.raises(ends):
+            os.kill(os.getpid(), number)
+        preemption.begin(lambda text: None)
+        if ends is Stopped:
+            with pytest.raises(Stopped):
+                preemption.check()  # Also where a library has swallowed it.
+
+
 def test_signals_mean_what_they_meant_before_once_the_run_is_over() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(ZeroDivisionError), Preemption(lambda text: None):
+    with pytest.raises(ZeroDivisionError), Preemption():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

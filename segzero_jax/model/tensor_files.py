@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """A checkpoint that does not hold the policy: names the file or tensor, what was found and what was expected."""
 
 
+class StorageError(CheckpointError):
+    """Where checkpoints lie does not do its work, and may later: a full disk, a bucket or hub out of reach."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file, of which nothing is read yet.

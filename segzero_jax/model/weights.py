@@ -18,12 +18,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from segzero_jax.hub import HubError, model_directory
+from segzero_jax.hub import HubAway, HubError, model_directory
 from segzero_jax.mesh import AXES, ROLLOUT, TRAIN, Layout, MeshError
 from segzero_jax.model.dims import Dims, ModelConfigError, from_hf, with_dtype
 from segzero_jax.model.hf_layout import ENTRIES, Entry, hub_key
 from segzero_jax.model.policy import Policy
-from segzero_jax.model.tensor_files import CheckpointError, StoredTensor, find_tensors, read_json, write_tensors
+from segzero_jax.model.tensor_files import (
+    CheckpointError,
+    StorageError,
+    StoredTensor,
+    find_tensors,
+    read_json,
+    write_tensors,
+)
 
 _CARRIED = (
     *("*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
@@ -34,9 +41,16 @@ _LINE_BYTES = 2048
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory of a checkpoint (see ``hub.model_directory``). Raises CheckpointError when there is none."""
+    """The directory of a checkpoint (see ``hub.model_directory``).
+
+    Raises:
+      CheckpointError: there is none.
+      StorageError: it is on the hub, which cannot be asked now.
+    """
     try:
         directory = model_directory(path)
+    except HubAway as error:
+        raise StorageError(f"model.path={error}") from None
     except HubError as error:
         raise CheckpointError(f"model.path={error}") from None
     if not (directory / "config.json").is_file():

@@ -141,6 +141,14 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 # A signal, how the run ends, the step that it leaves saved, what it says last.
 STOPS = (
     (Point(f"{TRAIN}:sample", "before", 2, signals=(TERM, TERM)), 0, 1, "stopped by SIGTERM; the same command goes on"),
+    (Point(f"{TRAIN}:prepare", "after", 1, signals=(TERM,)), 0, 1, "stopped by SIGTERM; the same command goes on"),
+    (
+        Point("segzero_jax.checkpoint:Checkpoints.restore", "before", 1, signals=(TERM,)),
+        0,
+        1,
+        "stopped by SIGTERM; the same command goes on",
+    ),
+    (Point(f"{TRAIN}:prepare", "before", 1, signals=(INT,)), 130, 1, "stopped at once; the same command goes on"),
     (Point(f"{TRAIN}:update", "before", 1, signals=(TERM,)), 0, 2, "stopped by SIGTERM; the same command goes on"),
     (Point("segzero_jax.evaluation:evaluate_split", "after", 1, signals=(INT,)), 130, 5, "stopped by Ctrl-C; the same"),
     (
@@ -156,7 +164,10 @@ STOPS = (
 def test_a_run_that_is_told_to_stop_saves_its_last_step(
     processes: Processes, whole: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    """Checkpoints are due at even steps only; a step in flight is given up before its update, finished behind it."""
+    """Checkpoints are due at even steps only; a step in flight is given up before its update, finished behind it.
+
+    A start that is told to stop has nothing to save.
+    """
     options, reference = whole
     run, log = tmp_path / "run", tmp_path / "log"
     for point, expected, saved, last in STOPS:

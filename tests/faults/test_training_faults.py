@@ -125,9 +125,13 @@ def test_a_service_that_goes_away_again_and_again(
         assert "gave up, --resume" in said[-1]
         assert max(path.name for path in (parts / "checkpoints").glob("[0-9]*")) == saved
 
-    # A start that finds nobody is what the user can mend.
-    assert run(parts, data_dir, *options, "--resume") == 2
-    assert f"reward server {address}: unreachable" in capsys.readouterr().err
+    # A start that finds nobody has waited as long as the run would have, and is as patient a failure.
+    assert run(parts, data_dir, *options, "--resume") == 3
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"segzero_jax.train: reward server {address}: unreachable")
+    assert said[-1].endswith("(waited 5 s)")
+    assert run(tmp_path / "new", data_dir, *options) == 3
+    assert capsys.readouterr().err.endswith("(waited 1 s)\n"), "whoever has mistyped it is told soon"
     with serving(Fake(checkpoint="5a" * 32), port=port):
         assert run(parts, data_dir, *options) == 2
     assert "its rewards came from SAM 2 checkpoint (unnamed), reward.server=" in capsys.readouterr().err
