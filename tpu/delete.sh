@@ -28,4 +28,4 @@ else
   remove 'compute instance-templates'
   ((HOSTS == 1)) || remove 'compute resource-policies' --region="$REGION"
 fi
-[[ $DRY_RUN ]] || say "$NAME: nothing is left of it but $STORE"
+[[ $DRY_RUN ]] || say "$NAME: nothing is left of it in $ZONE of $PROJECT but $STORE"

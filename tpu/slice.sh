@@ -74,6 +74,9 @@ read_tpu() {
     *) fail "$SETTINGS: TPU=$TPU: $expected" ;;
   esac
   CHIPS=$((${TOPOLOGY//x/*}))
+  if [[ $GENERATION == v4 || $GENERATION == v5p ]] && ((CHIPS % 4)); then
+    fail "$SETTINGS: TPU=$TPU: expected a multiple of four chips, such as 2x2x1: a machine has four"
+  fi
   HOSTS=$(((CHIPS + 3) / 4))
   ENGINE=group
   [[ $GENERATION == v4 || $GENERATION == v5e ]] && ENGINE=queue
@@ -98,10 +101,16 @@ call() {
   echo "${words[*]}"
 }
 
-# Whether gcloud can describe a thing; a dry run takes it for there.
+# Whether gcloud can describe a thing; a dry run takes it for there. Ends the command where gcloud cannot say.
 there() {
   [[ $DRY_RUN ]] && return 0
-  "$@" --project="$PROJECT" --format='value(name)' >/dev/null 2>&1
+  local answer
+  answer=$(asked "$@" --format=none)
+  if [[ $answer == unknown ]]; then
+    say "$NAME: left as it is, since it cannot be said what is there; once more does the rest"
+    exit 1
+  fi
+  [[ $answer != absent ]]
 }
 
 # One word on the slice: absent, waiting, ready, lost (preempted or broken), or unknown where gcloud cannot say.
@@ -111,9 +120,13 @@ slice_state() {
 
 queue_state() {
   local state
-  state=$(asked gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)') || return 0
+  state=$(asked gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)')
   case $state in
-    ACTIVE) state=$(asked gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)') || state=lost ;;
+    ACTIVE)
+      state=$(asked gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)')
+      # The request still stands, and would be in the way of a new one.
+      [[ $state != absent ]] || state=lost
+      ;;
     SUSPENDED | FAILED) state=lost ;;
     absent | unknown) ;;
     *) state=waiting ;;
@@ -128,7 +141,7 @@ queue_state() {
 
 group_state() {
   local states
-  states=$(asked gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --format='value(instanceStatus)') || return 0
+  states=$(asked gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --format='value(instanceStatus)')
   case $states in
     absent | unknown) echo "$states" ;;
     *STOP* | *TERMINATED* | *SUSPEND*) echo lost ;;
@@ -166,7 +179,7 @@ on_workers() {
   local command=$1 worker=${2:-all} machine children=() child status=0
   if [[ $ENGINE == queue ]]; then
     call gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
-      --worker="$worker" --command="$command"
+      --worker="$worker" --command="$command" </dev/null
     return
   fi
   while read -r machine; do

@@ -62,22 +62,39 @@ start() {
 }
 
 # Process 0 alone writes the run's files; JAX numbers processes by this as well.
-is_first() { [[ $(curl -sf -H Metadata-Flavor:Google "$METADATA") == 0 ]]; }
+is_first() {
+  local number
+  number=$(curl -sf --retry 5 -H Metadata-Flavor:Google "$METADATA") || {
+    echo "tpu/worker.sh: the metadata server does not say which worker this is; once more" >&2
+    exit 1
+  }
+  [[ $number == 0 ]]
+}
 
-# The run's files from the bucket, where this machine has none: it replaces one that was taken away.
+# The run's files from the bucket, where this machine has none: it replaces one that was taken away. All or none of them, for
+# what lies here is what is copied to the bucket.
 fetch() {
   # shellcheck disable=SC1091
   source .run
-  [[ ! -e $RUN_DIR ]] && gcloud storage ls "$STORE/run/" >/dev/null 2>&1 || return 0
-  mkdir -p "$RUN_DIR"
-  gcloud storage rsync --recursive "$STORE/run" "$RUN_DIR"
+  [[ ! -e $RUN_DIR/config.yaml ]] || return 0
+  local answer
+  if ! answer=$(gcloud storage ls "$STORE/run/" 2>&1); then
+    [[ $answer == *'matched no objects'* ]] && return 0
+    printf 'tpu/worker.sh: %s: cannot be read now, so nothing is started: %s\n' "$STORE/run" "$answer" >&2
+    exit 1
+  fi
+  rm -rf "$RUN_DIR.part"
+  mkdir -p "$RUN_DIR.part"
+  gcloud storage rsync --recursive "$STORE/run" "$RUN_DIR.part"
+  rm -rf "$RUN_DIR"
+  mv "$RUN_DIR.part" "$RUN_DIR"
 }
 
 # The run's files into the bucket, checkpoints excepted, which the trainer writes there itself.
 copy() {
   # shellcheck disable=SC1091
   source .run
-  is_first && [[ -e $RUN_DIR ]] || return 0
+  is_first && [[ -e $RUN_DIR/config.yaml ]] || return 0
   gcloud storage rsync --quiet --recursive --exclude='^checkpoints/.*' "$RUN_DIR" "$STORE/run"
 }
 

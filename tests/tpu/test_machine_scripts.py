@@ -33,8 +33,23 @@ class Machine:
         record = f'echo "${{0##*/}} $*" >>{self.calls}\n'
         tool(self.bin, "sudo", '"$@"')
         tool(self.bin, "systemd-run", record)
-        tool(self.bin, "gcloud", f"{record}[[ $* != *ls* || -e {folder}/stored ]]")
-        tool(self.bin, "curl", f"[[ $* == *Metadata-Flavor:Google*/agent-worker-number ]] && echo {number}")
+        # The bucket: a folder, or a file with what gcloud says instead.
+        self.stored, self.trouble = folder / "stored", folder / "trouble"
+        tool(
+            self.bin,
+            "gcloud",
+            f"{record}if [[ $* == *ls* ]]; then\n"
+            f"  [[ ! -e {self.trouble} ]] || {{ cat {self.trouble} >&2; exit 1; }}\n"
+            f'  [[ -e {self.stored} ]] || {{ echo "ERROR: One or more URLs matched no objects." >&2; exit 1; }}\n'
+            f"elif [[ $* == *rsync*gs://b/n/run\\ * ]]; then\n"
+            f'  cp -r {self.stored}/. "${{@: -1}}"; [[ ! -e {self.stored}/breaks-off ]]\n'
+            "fi",
+        )
+        tool(
+            self.bin,
+            "curl",
+            f"[[ $* == *Metadata-Flavor:Google*/agent-worker-number && ! -e {folder}/no-metadata ]] && echo {number}",
+        )
         tool(
             folder / ".local/bin",
             "uv",
@@ -119,17 +134,59 @@ class TestWorker:
         assert machine.called() == [], "there are no files yet"
         (machine.root / "runs/n").mkdir(parents=True)
         machine.worker("copy")
+        assert machine.called() == [], "what there is, is of a process that does not write the run's files"
+        (machine.root / "runs/n/config.yaml").touch()
+        machine.worker("copy")
         (copy,) = machine.called()
         assert copy.endswith("--exclude=^checkpoints/.* runs/n gs://b/n/run")
 
     def test_takes_the_files_of_a_machine_that_is_gone(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
         machine.worker("install", "abc")
-        (tmp_path / "stored").touch()
-        machine.worker(*START)
-        assert "gcloud storage rsync --recursive gs://b/n/run runs/n" in machine.called()
+        machine.stored.mkdir()
+        for name in ("config.yaml", "metrics.jsonl"):
+            (machine.stored / name).write_text(name)
+        (machine.root / "runs/n").mkdir(parents=True)
+        (machine.root / "runs/n/stacks-0.txt").touch()  # Of a start that came to nothing.
+        assert machine.worker(*START) == (0, "")
+        assert (machine.root / "runs/n/metrics.jsonl").read_text() == "metrics.jsonl"
         machine.worker(*START)
         assert not [line for line in machine.called() if "rsync" in line], "its own are newer"
+
+    @pytest.mark.parametrize("trouble", ["the list cannot be read", "the copy breaks off"])
+    def test_starts_nothing_on_half_of_a_run(self, tmp_path: Path, trouble: str) -> None:
+        """What lies on the machine is copied to the bucket a minute later, in the place of what is there."""
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        machine.stored.mkdir()
+        (machine.stored / "config.yaml").touch()
+        blocked = machine.trouble if trouble == "the list cannot be read" else machine.stored / "breaks-off"
+        blocked.write_text("ERROR: HTTPError 503: Service Unavailable\n")
+        for _ in range(2):
+            code, said = machine.worker(*START)
+            assert code == 1
+            assert ("gs://b/n/run: cannot be read now, so nothing is started: ERROR" in said) == (
+                blocked == machine.trouble
+            )
+            assert not [line for line in machine.called() if line.startswith("systemd-run")]
+            machine.worker("copy")
+            assert machine.called() == []
+        blocked.unlink()
+        (machine.stored / "metrics.jsonl").write_text("a line")
+        assert machine.worker(*START) == (0, "")
+        assert (machine.root / "runs/n/metrics.jsonl").read_text() == "a line"
+        assert [path.name for path in (machine.root / "runs").iterdir()] == ["n"]
+
+    def test_does_not_take_itself_for_another_where_nobody_tells_which_it_is(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        (tmp_path / "no-metadata").touch()
+        code, said = machine.worker(*START)
+        assert (code, said) == (
+            1,
+            "tpu/worker.sh: the metadata server does not say which worker this is; once more\n",
+        )
+        assert not [line for line in machine.called() if line.startswith("systemd-run")]
 
 
 class Pod:
@@ -182,6 +239,20 @@ class TestPod:
         stored = tmp_path / "bucket/n/run"
         stored.mkdir(parents=True)
         (stored / "metrics.jsonl").write_text("earlier\n")
+        pod = Pod(tmp_path, "echo later >>$RUN_DIR/metrics.jsonl")
+        assert pod.end() == 0
+        assert (stored / "metrics.jsonl").read_text() == "earlier\nlater\n"
+
+    def test_starts_nothing_on_half_of_a_run(self, tmp_path: Path) -> None:
+        stored = tmp_path / "bucket/n/run"
+        stored.mkdir(parents=True)
+        (stored / "metrics.jsonl").write_text("earlier\n")
+        tool(tmp_path / "bin", "cp", f'{shutil.which("cp")} "$@"; [[ -e {tmp_path}/mended ]]')
+        for _ in range(2):
+            pod = Pod(tmp_path, f"touch {tmp_path}/started")
+            assert pod.end() == 1
+            assert not (tmp_path / "started").exists()
+        (tmp_path / "mended").touch()
         pod = Pod(tmp_path, "echo later >>$RUN_DIR/metrics.jsonl")
         assert pod.end() == 0
         assert (stored / "metrics.jsonl").read_text() == "earlier\nlater\n"

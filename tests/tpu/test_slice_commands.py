@@ -103,6 +103,7 @@ def test_help_needs_no_settings(name: str) -> None:
         ({"TPU": "v5e-16"}, "TPU=v5e-16: expected v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, such as v5e:4x4"),
         ({"TPU": "v5e:3x5"}, "TPU=v5e:3x5: expected"),
         ({"TPU": "v4:4x4"}, "TPU=v4:4x4: expected v4:AxBxC"),
+        ({"TPU": "v5p:1x1x1"}, "TPU=v5p:1x1x1: expected a multiple of four chips, such as 2x2x1: a machine has four"),
         ({"SECRETS": "(/nowhere/ca.pem)"}, "SECRETS: /nowhere/ca.pem: no such file"),
     ],
 )
@@ -156,7 +157,10 @@ class Cloud:
             '    [[ $state == gone ]] && echo "ERROR: NOT_FOUND: no such thing" >&2 && exit 1\n'
             '    [[ $state == broken ]] && echo "ERROR: connection reset" >&2 && exit 1\n'
             '    tr + "\\n" <<<"$state" ;;\n'
-            "  *tpu-vm\\ describe*) echo READY ;;\n"
+            "  *tpu-vm\\ describe*)\n"
+            f'    [[ ! -e {folder}/no-node ]] || {{ echo "ERROR: NOT_FOUND" >&2; exit 1; }}\n'
+            "    echo READY ;;\n"
+            f"  *describe*) [[ ! -s {folder}/refused ]] || {{ cat {folder}/refused >&2; exit 1; }} ;;\n"
             "  *basename*) printf 'm-b\\nm-a\\n' ;;\n"
             f"  *worker.sh\\ state*) next {self.machines} ;;\n"
             "esac\n"
@@ -223,6 +227,37 @@ class TestCreate:
         assert cloud.play("create", states=["gone"])[0] == 0
         assert cloud.did() == ["create"], "this gcloud describes policy and template, so they are there"
 
+    @pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:4x4"])
+    def test_makes_nothing_where_gcloud_cannot_say_what_is_there(self, tpu: str, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, tpu)
+        (tmp_path / "refused").write_text("ERROR: Reauthentication failed.\n")
+        states = ["broken"] if tpu == "v5e:2x2" else ["gone"]  # Of a group, the parts are looked at one by one.
+        assert (cloud.play("create", states=states)[0], cloud.did()) == (1, [])
+
+
+class TestDelete:
+    @pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:4x4"])
+    def test_says_that_nothing_is_left_once_that_is_known(self, tpu: str, tmp_path: Path) -> None:
+        """Whoever is told so stops looking at what goes on costing money."""
+        cloud = Cloud(tmp_path, tpu)
+        refused = tmp_path / "refused"
+        refused.write_text("ERROR: (gcloud.compute) Reauthentication failed. cannot prompt\n")
+        code, said = cloud.play("delete", states=[])
+        assert (code, cloud.did()) == (1, [])
+        assert said.splitlines() == [
+            "delete.sh: gcloud: ERROR: (gcloud.compute) Reauthentication failed. cannot prompt",
+            "delete.sh: segzero-7b: left as it is, since it cannot be said what is there; once more does the rest",
+        ]
+        refused.write_text("ERROR: (gcloud.compute) Could not fetch resource: it was not found\n")
+        nothing = (
+            "delete.sh: segzero-7b: nothing is left of it in us-west4-a of my-project but gs://my-bucket/segzero-7b"
+        )
+        assert cloud.play("delete", states=[]) == (0, nothing + "\n")
+        assert cloud.did() == []
+        refused.write_text("")
+        assert cloud.play("delete", states=[]) == (0, nothing + "\n")
+        assert cloud.did() == (["delete"] if tpu == "v5e:2x2" else ["delete group", "delete template", "delete policy"])
+
 
 class TestMachines:
     def test_of_a_group_are_all_asked(self, tmp_path: Path) -> None:
@@ -255,6 +290,21 @@ class TestMachines:
         assert (code, said.splitlines()[0]) == (0, f"segzero-7b: {word}")
         assert ("connection reset" in said) == (state == "broken")
         assert "worker.sh" not in cloud.log.read_text()
+
+    def test_that_are_gone_behind_a_request_that_stands_are_lost(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        (tmp_path / "no-node").touch()
+        assert cloud.play("status", states=[QUEUE_READY]) == (0, "segzero-7b: lost\n")
+        code, _ = cloud.play("babysit", "--every", "0", "--tries", "1", states=[QUEUE_READY])
+        assert (code, cloud.did()) == (1, ["delete"]), "a new request would meet the old one"
+
+    def test_are_asked_without_taking_what_is_typed(self, tmp_path: Path) -> None:
+        """A babysitter in the background would be stopped for reading from its terminal."""
+        cloud = Cloud(tmp_path)
+        (tmp_path / "bin/gcloud").write_text("#!/usr/bin/env bash\n[[ $* != *ssh* ]] || cat\n")
+        words = [ROOT / "tpu/logs.sh", "--settings", cloud.settings]
+        done = subprocess.run(words, input="typed", capture_output=True, text=True, env=cloud.environment(), timeout=60)
+        assert (done.returncode, done.stdout) == (0, "")
 
 
 class TestBabysit:
