@@ -1,12 +1,12 @@
 """Checkpoints with Orbax: weights, optimizer, data position, configuration and identity, in one atomic save.
 
 A checkpoint has four items: ``policy`` (all that inference needs), ``optimizer``, ``run`` (JSON: configuration, data
-position, identity, version) and ``manifest``. Arrays are stored under their path in the tree, so a file can be read
-without our classes. The reference policy is not among them: it is ``model.path``, known by its fingerprint.
+position, identity, code, last lines) and ``manifest``. Arrays are stored under their path in the tree, so a file can be
+read without our classes. The reference policy is not among them: it is ``model.path``, known by its fingerprint.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,9 @@ from etils import epath
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
-from segzero_jax import __version__, manifest
 from segzero_jax import config as configs
+from segzero_jax import manifest
+from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import is_checkpoint
@@ -54,12 +55,19 @@ class SaveError(StorageError):
 
 @dataclass(frozen=True)
 class Restored:
-    """A run as it stood after ``step`` updates, written by a ``version`` of this package."""
+    """A run as it stood after ``step`` updates.
+
+    Attributes:
+      data: position of the data iterator.
+      code: what wrote it.
+      lines: the last ones that the run had written, see ``MetricsWriter.recent``.
+    """
 
     step: int
     state: TrainState
     data: dict[str, Any]
-    version: str
+    code: Code
+    lines: dict[str, Any]
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -175,10 +183,19 @@ class Checkpoints:
         """The steps of all complete checkpoints."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], config: Config, identity: Identity) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: dict[str, Any],
+        config: Config,
+        identity: Identity,
+        lines: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts writing; returns once the arrays are copied, so that training may go on and donate them.
 
-        Waits for an earlier save first. A step that is the last one saved is left as it is.
+        Waits for an earlier save first. A step that is the last one saved is left as it is. All but ``step`` comes back
+        with ``restore``.
 
         Raises:
           SaveError: the earlier save has failed, or this one cannot begin.
@@ -190,7 +207,8 @@ class Checkpoints:
             "config": configs.to_dict(config),
             "data": data,
             "identity": identity._asdict(),
-            "version": __version__,
+            "code": this_code()._asdict(),
+            "lines": lines or {},
         }
         try:
             self._manager.save(
@@ -258,7 +276,7 @@ class Checkpoints:
         state = TrainState(self.policy(step, like.policy), rest["optimizer"], rest["updates"])
         for newer in [other for other in self.steps if other > step]:
             self._manager.delete(newer)
-        return Restored(step, state, run["data"], run["version"])
+        return Restored(step, state, run["data"], Code(**run["code"]), run["lines"])
 
     def check_config(self, step: int, config: Config) -> None:
         """Raises CheckpointError when ``step`` was written by another run, by the keys that say so."""

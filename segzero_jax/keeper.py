@@ -4,7 +4,7 @@ A save that fails (a full disk, a bucket out of reach) is said and counted; trai
 again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from segzero_jax.checkpoint import Checkpoints, SaveError
@@ -28,6 +28,7 @@ class Keeper:
         identity: Identity,
         say: Callable[[str], None],
         pod: Pod = ALONE,
+        lines: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         """Nothing is finished yet.
 
@@ -36,6 +37,7 @@ class Keeper:
           config, identity: saved with every step.
           say: says a line to whoever watches.
           pod: the hosts that save together; each knows only why its own part was not written.
+          lines: what the run has written last, saved with every step.
         """
         self.failed = 0
         self._checkpoints = checkpoints
@@ -43,6 +45,7 @@ class Keeper:
         self._identity = identity
         self._say = say
         self._pod = pod
+        self._lines = lines
         self._finished: tuple[int, TrainState, dict[str, Any]] | None = None
         self._problem = ""
 
@@ -65,7 +68,9 @@ class Keeper:
         assert self._finished is not None, "a step has to be finished first"
         self._attempt(self._checkpoints.wait)
         step, state, data = self._finished
-        return self._attempt(lambda: self._checkpoints.save(step, state, data, self._config, self._identity))
+        return self._attempt(
+            lambda: self._checkpoints.save(step, state, data, self._config, self._identity, self._lines())
+        )
 
     def keep(self) -> bool:
         """Saves the last finished step, unless that is done; returns once it is on the disk, False if it is not."""

@@ -8,6 +8,7 @@ import hashlib
 import io
 import re
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ from segzero_jax import jsonl
 from segzero_jax.tensorboard import EventFile
 from segzero_jax.terminal import write_line
 
+# Lines that a checkpoint carries along: more than a run writes between two copies of its directory to a bucket.
+_RECENT = 200
 _PLAIN_LINES = 40  # about how many progress lines a whole run leaves in a log file
 _SHOWN = (("reward/mean", "reward", ".2f"), ("kl", "KL", ".4f"), ("reward/mask_iou", "mask IoU", ".3f"))
 
@@ -47,6 +50,7 @@ class MetricsWriter:
         self._metrics = self.run_dir / "metrics.jsonl"
         self._evaluations = self.run_dir / "evaluations.jsonl"
         self._events: EventFile | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self._last_step = self._repair()
         stream = sys.stderr if stream is None else stream
         self._display: _Display | None = None
@@ -75,6 +79,7 @@ class MetricsWriter:
             )
         row = {key: _number(value, f"step {step}: {key}") for key, value in metrics.items()}
         jsonl.append(self._metrics, {"step": step, **row})
+        self._recent.append({"step": step, **row})
         self._last_step = step
         self._write_events(step, row)
         if self._display:
@@ -145,6 +150,23 @@ class MetricsWriter:
         """The rows of ``metrics.jsonl``."""
         return jsonl.read(self._metrics) if self._metrics.exists() else []
 
+    def recent(self) -> dict[str, list[dict[str, Any]]]:
+        """The newest lines, for a checkpoint: what a machine that vanishes has not yet copied elsewhere."""
+        evaluations = jsonl.read(self._evaluations) if self._evaluations.exists() else []
+        return {"metrics": list(self._recent), "evaluations": evaluations[-_RECENT:]}
+
+    def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """Adds what ``recent`` gave and these files, a copy that is older, do not hold."""
+        last = self._last_step or 0
+        jsonl.append_lines(self._metrics, [jsonl.dump(row) for row in recent.get("metrics", ()) if row["step"] > last])
+        there = jsonl.read(self._evaluations) if self._evaluations.exists() else []
+        named = lambda row: (row["step"], row["split"], row["mode"])  # noqa: E731
+        known = set(map(named, there))
+        missing = [row for row in recent.get("evaluations", ()) if named(row) not in known]
+        if missing:
+            jsonl.write(self._evaluations, [*there, *missing])
+        self._last_step = self._repair()
+
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets everything past ``step``, the step a run resumes from, so that no step appears twice.
 
@@ -189,9 +211,11 @@ class MetricsWriter:
 
     def _repair(self) -> int | None:
         """Cuts off a line that a crash left unfinished; returns the last step."""
+        self._recent.clear()
         if not self._metrics.exists():
             return None
         rows = jsonl.read(self._metrics)
+        self._recent.extend(rows)
         if not self._metrics.read_bytes().endswith(b"\n"):
             jsonl.write(self._metrics, rows)
         return max((row["step"] for row in rows), default=None)
@@ -200,6 +224,9 @@ class MetricsWriter:
         """TensorBoard's files hold nothing of their own: they are made anew from what is left of the others."""
         for path in self.run_dir.glob("tensorboard/events.out.tfevents.*"):
             path.unlink()
+        # Elsewhere, copies of the files from before may lie beside the new one: it takes the place of all.
+        if self._metrics.exists() or self._evaluations.exists():
+            self._events = EventFile(self.run_dir / "tensorboard", first_step=0)
         for row in jsonl.read(self._metrics) if self._metrics.exists() else []:
             self._write_events(row["step"], {key: value for key, value in row.items() if key != "step"})
         for row in jsonl.read(self._evaluations) if self._evaluations.exists() else []:
@@ -246,6 +273,12 @@ class SilentWriter(MetricsWriter):
 
     def write_image(self, example_id: str, image: bytes) -> str:
         return ""
+
+    def recent(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+    def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        pass
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         return []

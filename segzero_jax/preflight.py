@@ -6,7 +6,6 @@ mesh, the model, the data, where checkpoints go, room on the disks, the reward s
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -29,6 +28,7 @@ from PIL import Image
 
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import checkpoint_directory
+from segzero_jax.code_version import this_code
 from segzero_jax.config import Config
 from segzero_jax.data.pipeline import DataError, open_split, split_name
 from segzero_jax.hub import is_checkpoint
@@ -115,10 +115,7 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        code.update(file.read_bytes())
-    return found | {"code": code.hexdigest()[:12]}
+    return found | {"code": this_code().source}
 
 
 def check_devices(config: Config, pod: Pod) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from segzero_jax import __version__, evaluation
 from segzero_jax import config as configs
+from segzero_jax import evaluation
 from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, checkpoint_directory
+from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_held_out, check_prompts
 from segzero_jax.data.pipeline import Batches, DataError, Source, open_split, split_name, training_batches
@@ -314,12 +315,14 @@ def _continue(
             state = restored.state
             batches.set_state(restored.data)
             writer.message(f"going on after step {begun}")
-            if restored.version != __version__:
-                writer.message(f"version {restored.version} began it, this is {__version__}: numbers may differ")
+            if restored.code.source != this_code().source:
+                writer.message(f"the code was {restored.code} then, and is {this_code()}: numbers may differ")
+            writer.add_missing(restored.lines)
         removed = writer.truncate_after(-1 if begun is None else begun)
-        if pod.first and begun and (writer.last_step or 0) < begun:
-            writer.message(f"metrics.jsonl lacks the lines of steps {(writer.last_step or 0) + 1} to {begun}")
-        keeper = Keeper(checkpoints, config, identity, writer.message, pod)
+        lacking = len(set(range(1, (begun or 0) + 1)) - {row["step"] for row in writer.steps()})
+        if pod.first and lacking:
+            writer.message(f"metrics.jsonl lacks the lines of {lacking} steps up to {begun}")
+        keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod)
         evaluate = make_evaluation(job, scorer, keeper, writer, preemption, timer)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tensorboardX.proto import event_pb2
 from test_tensorboard import events
 
 from segzero_jax import jsonl
@@ -117,6 +118,32 @@ def test_what_lies_past_the_restored_step_is_forgotten_and_the_rest_kept(tmp_pat
     assert found == [(step, mode) for step in (0, 2) for mode in modes]
 
 
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_lines_that_a_copy_does_not_hold_yet_come_from_the_checkpoint(tmp_path_factory, data):
+    """A machine vanishes; what is left is a copy of its files from some moment, and a checkpoint from a later one."""
+    folder = tmp_path_factory.mktemp("run")
+    copies = []
+    with writer(folder) as metrics:
+        for step in range(1, 7):
+            metrics.write_step(step, {"reward/mean": step / 3, "kl": None})
+            checkpoint = json.loads(json.dumps(metrics.recent()))
+            copies.append({path.name: path.read_bytes() for path in folder.glob("*.jsonl")})
+            if step % 2 == 0:
+                metrics.write_evaluation(step, "val", {"greedy": NUMBERS, "sampled": NUMBERS}, [])
+    copy = data.draw(st.sampled_from([{}, *copies]))
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    for name, content in copy.items():
+        (folder / name).write_bytes(content)
+    for _ in range(2):  # Again changes nothing.
+        with writer(folder) as metrics:
+            metrics.add_missing(checkpoint)
+            metrics.truncate_after(6)
+            assert metrics.recent() == checkpoint
+        assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == copies[-1]
+
+
 def test_an_evaluation_written_again_takes_the_place_of_the_first(tmp_path):
     metrics = writer(tmp_path)
     metrics.write_evaluation(0, "val", {"greedy": NUMBERS, "sampled": NUMBERS}, [{"id": "a"}])
@@ -140,6 +167,8 @@ def test_tensorboard_gets_numbers_and_a_resumed_run_takes_over(tmp_path):
         metrics.truncate_after(1)
         metrics.write_step(2, {"kl": 0.25})
     (file,) = (tmp_path / "tensorboard").iterdir()
+    start = events(file)[1]
+    assert (start.step, start.session_log.status) == (0, event_pb2.SessionLog.START), "copies of the old file are void"
     scalars = [(e.step, v.tag, v.simple_value) for e in events(file) for v in e.summary.value]
     assert scalars == [(1, "kl", 0.5), (0, "eval/val/greedy/giou", 0.5), (2, "kl", 0.25)]
 

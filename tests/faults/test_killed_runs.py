@@ -1,6 +1,7 @@
 """A run is killed at any point, on any step, and started again: it ends as if nothing had happened."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,30 @@ def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str
     metrics = lines(reference / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert len({row["loss"] for row in metrics}) == STEPS, "steps that do not differ would prove little"
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_takes_no_line_along(
+    processes: Processes, whole: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """Its files elsewhere are a copy from before the newest checkpoint, which the next machine goes on from."""
+    options, reference = whole
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    start = [*options, f"--run.dir={run}", f"--run.checkpoint_dir={tmp_path / 'bucket'}"]
+    log = tmp_path / "log"
+    for point in (Point(f"{TRAIN}:update", "after", 4), Point(f"{TRAIN}:update", "before", 5)):
+        if run.exists():
+            shutil.copytree(run, copy)  # After three steps, and the evaluation before them.
+        assert processes.exit_code(start, log, point) == -signal.SIGKILL
+    assert len(lines(copy / "metrics.jsonl")) == 3
+    assert max(int(path.name) for path in (tmp_path / "bucket").glob("[0-9]*")) == 6
+    shutil.rmtree(run)
+    shutil.copytree(copy, run)
+    assert processes.exit_code(start, log) == 0, log.read_text()[-2000:]
+    assert "lacks" not in log.read_text()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert lines(run / name) == lines(reference / name)
+    assert scalars(run) == scalars(reference)
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
