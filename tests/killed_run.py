@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from segzero_jax import train
+from segzero_jax import pods, train
 
 
 class Point(NamedTuple):
@@ -30,6 +32,18 @@ class Point(NamedTuple):
     call: int
     path: str = "*"
     signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
+
+
+class Host(NamedTuple):
+    """A process of a pod: the coordinator's address, how many there are, and which one it is."""
+
+    address: str
+    count: int
+    index: int
+
+
+# How long a host of these pods may be silent before the others take it for dead.
+HEARTBEAT_S = 10
 
 
 def _ends_at(point: Point, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,8 +83,30 @@ def arm(point: Point) -> None:
     setattr(owner, name, _ends_at(point, getattr(owner, name)))
 
 
-def run(arguments: list[str], cache: str, log: str, point: Point | None) -> None:
-    """The process: trains, and exits with the trainer's code or by SIGKILL."""
+def _join_as(host: Host) -> None:
+    """Makes this process one of several."""
+    from jax._src import compiler
+
+    for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), host, strict=True):
+        os.environ[f"JAX_{name}"] = str(value)
+    pods._HEARTBEAT_S = HEARTBEAT_S
+    # JAX lets only the first process of several write its cache. That suits TPUs, where all compile the same program; a
+    # program for CPU names the process that runs it.
+    real, first = compiler.distributed, SimpleNamespace(global_state=SimpleNamespace(process_id=0))
+    write = compiler._cache_write
+
+    def write_own(*arguments: Any) -> None:
+        compiler.distributed = first
+        try:
+            write(*arguments)
+        finally:
+            compiler.distributed = real
+
+    compiler._cache_write = write_own
+
+
+def run(arguments: list[str], cache: str, log: str, point: Point | None, host: Host | None) -> None:
+    """The process: trains, and exits with the trainer's code or by a signal."""
     import jax
 
     with open(log, "w") as stream:
@@ -85,6 +121,8 @@ def run(arguments: list[str], cache: str, log: str, point: Point | None) -> None
         "jax_disable_most_optimizations": True,
     }.items():
         jax.config.update(name, value)
+    if host is not None:
+        _join_as(host)
     if point is not None:
         arm(point)
     sys.exit(train.main(arguments))
@@ -98,8 +136,10 @@ class Processes:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["killed_run"])
 
-    def start(self, arguments: list[str], log: Path, point: Point | None = None) -> BaseProcess:
-        process = self._context.Process(target=run, args=(arguments, str(self._cache), str(log), point))
+    def start(
+        self, arguments: list[str], log: Path, point: Point | None = None, host: Host | None = None
+    ) -> BaseProcess:
+        process = self._context.Process(target=run, args=(arguments, str(self._cache), str(log), point, host))
         process.start()
         return process
 
@@ -107,3 +147,19 @@ class Processes:
         process = self.start(arguments, log, point)
         process.join()
         return process.exitcode
+
+    def exit_codes(
+        self, arguments: list[str], logs: Path, count: int, point: Point | None = None, killed: int = 0
+    ) -> list[int | None]:
+        """Of the hosts of a pod, one of which may come to a point. Their logs are ``logs/INDEX``."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        logs.mkdir(exist_ok=True)
+        hosts = [
+            self.start(arguments, logs / str(i), point if i == killed else None, Host(address, count, i))
+            for i in range(count)
+        ]
+        for host in hosts:
+            host.join()
+        return [host.exitcode for host in hosts]

@@ -136,6 +136,32 @@ def test_worker_processes_give_the_same_batches_and_positions(tmp_path: Path) ->
     assert taken(alone, 4) == expected[5:]
 
 
+def test_a_trainer_that_is_killed_leaves_no_worker() -> None:
+    code = (
+        "import multiprocessing, os, sys, time\n"
+        "from segzero_jax.data.pipeline import training_batches\n"
+        "if __name__ == '__main__':\n"
+        "    batches = training_batches(list(range(9)), 2, 0, (0, 1), workers=2)\n"
+        "    next(batches)\n"
+        "    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as trainer:
+        assert trainer.stdout is not None
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        trainer.kill()
+    assert len(workers) == 2
+
+    def running(pid: int) -> bool:
+        status = Path(f"/proc/{pid}/stat")
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    until = time.monotonic() + 60
+    while left := [pid for pid in workers if running(pid)]:
+        assert time.monotonic() < until, f"workers {left} outlived their trainer"
+        time.sleep(0.1)
+
+
 def broken(batch: Sequence[Example]) -> list[str]:
     raise ImageError(f"{batch[0].id}: image cannot be read")
 

@@ -2,6 +2,9 @@
 
 import functools
 import hashlib
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,6 +132,18 @@ def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
         raise DataError(f"split {split!r} of data set {name}: expected one of {', '.join(splits)}")
 
 
+def _end_with_trainer(_worker: int, _workers: int) -> None:
+    """Of a trainer that is killed nothing stays: Grain's workers would wait for their queue to be emptied, for ever."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def watch() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
+
+
 class Batches(Iterator[T]):
     """An endless iterator over batches, which are made ahead: by threads, or in processes of their own.
 
@@ -147,7 +162,7 @@ class Batches(Iterator[T]):
             if self._workers:
                 flags.FLAGS.mark_as_parsed()  # Grain reads some of its own, and absl refuses that before a parsing.
                 options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
-                rest = rest.mp_prefetch(options)
+                rest = rest.mp_prefetch(options, _end_with_trainer)
             self._ahead = iter(rest)
         batch = next(self._ahead)
         self._taken += 1

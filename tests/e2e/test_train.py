@@ -79,7 +79,6 @@ BAD = {
         ["--rollout.max_prompt_tokens=40", "--reward.server=none"],
         "expected at most max_prompt_tokens=40",
     ),
-    "server away": (["--reward.server=localhost:9", "--reward.timeout_s=1"], "reward server localhost:9"),
     "no such data": (["--data.name=nothing"], "data set 'nothing'"),
 }
 
@@ -98,6 +97,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert code == 2
     assert expected in complaint
     assert complaint.startswith("segzero_jax.train: ")
+    assert not list(run.rglob("*.jsonl"))
+
+
+def test_a_reward_server_that_is_away_is_no_mistake_of_the_user_and_leaves_nothing(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    away = ["--reward.server=localhost:9", "--reward.timeout_s=1"]
+    assert train.main([f"--data.dir={data_dir}", f"--run.dir={run}", *SMALL, *away]) == 3
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("segzero_jax.train: reward server localhost:9")
     assert not list(run.rglob("*.jsonl"))
 
 

@@ -1,19 +1,15 @@
 """A run is killed at any point, on any step, and started again: it ends as if nothing had happened."""
 
-import json
 import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from fake_reward_server import Fake, serving
 from killed_run import Point, Processes
-from test_tensorboard import events
+from same_run import assert_same, lines, scalars
 
 STEPS = 10
 OPTIONS = [f"--train.steps={STEPS}", "--train.batch_size=2", "--train.micro_batch_size=2", "--rollout.group_size=2"]
@@ -73,48 +69,6 @@ def whole(
     return options, folder / "whole"
 
 
-def lines(file: Path) -> list[dict]:
-    """Whole lines, times apart."""
-    text = file.read_text() if file.exists() else ""
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
-
-
-def scalars(run: Path) -> list[tuple[int, str, float]]:
-    """What TensorBoard is told, times apart."""
-    found = []
-    for path in (run / "tensorboard").iterdir():
-        for event in events(path):
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return sorted(
-        (step, tag, value) for step, tag, value in found if not fnmatch(tag, "time/*") and "tokens_per" not in tag
-    )
-
-
-def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    with ocp.StandardCheckpointer() as reader:
-        return {
-            f"{item}/{name}": np.asarray(value)
-            for item in ("policy", "optimizer")
-            for name, value in reader.restore(checkpoint / item).items()
-        }
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    assert lines(run / "metrics.jsonl") == lines(whole / "metrics.jsonl")
-    assert lines(run / "evaluations.jsonl") == lines(whole / "evaluations.jsonl")
-    for folder in ("rollouts", "evaluations"):
-        names = sorted(path.name for path in (whole / folder).glob("*.jsonl"))
-        assert sorted(path.name for path in (run / folder).glob("*.jsonl")) == names
-        for name in names:
-            assert lines(run / folder / name) == lines(whole / folder / name), name
-    assert scalars(run) == scalars(whole)
-    ours, theirs = (arrays(path / f"checkpoints/{STEPS}") for path in (run, whole))
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-
-
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str], Path], tmp_path: Path) -> None:
     options, reference = whole
@@ -132,7 +86,7 @@ def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str
 
     with ThreadPoolExecutor(len(CHAINS)) as pool:
         for run in pool.map(chain, range(len(CHAINS))):
-            assert_same(run, reference)
+            assert_same(run, reference, STEPS)
     metrics = lines(reference / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert len({row["loss"] for row in metrics}) == STEPS, "steps that do not differ would prove little"
@@ -202,4 +156,4 @@ def test_a_run_that_is_told_to_stop_saves_its_last_step(
         assert max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*")) == saved, point
         assert last in said.splitlines()[-1]
     assert processes.exit_code([*options, f"--run.dir={run}"], log) == 0, log.read_text()[-2000:]
-    assert_same(run, reference)
+    assert_same(run, reference, STEPS)

@@ -1,0 +1,86 @@
+"""One of four hosts is killed at any point, and the run started again: it ends as if nothing had happened.
+
+Hosts have one device each, so that twenty starts of four processes take minutes; sixteen devices are for
+``e2e/test_pod_training.py``. Two hosts share each of two copies of the weights.
+"""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fake_reward_server import Fake, serving
+from killed_run import HEARTBEAT_S, Point, Processes
+from same_run import assert_same, lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+HOSTS, STEPS, LOST = 4, 10, 4
+OPTIONS = ["--mesh=2x2x1", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
+OPTIONS += ["--rollout.group_size=2", "--rollout.max_response_tokens=48", "--train.checkpoint_every=2"]
+OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
+
+# Two chains of ten kills, and whom they hit: each start goes on where the one before was cut off. The first host alone
+# writes files and commits checkpoints. In brackets: what the kill comes into.
+TRAIN, METRICS = "segzero_jax.train", "segzero_jax.metrics"
+CHAINS = (
+    (
+        (1, Point("segzero_jax.evaluation:evaluate_split", "before", 1)),  # [evaluation before training]
+        (2, Point(f"{TRAIN}:sample", "after", 1)),  # [step 1, nothing saved yet]
+        (0, Point("segzero_jax.jsonl:append", "midway", 4, "*/metrics.jsonl")),  # [a line of metrics]
+        (3, Point(f"{TRAIN}:Scorer.send", "after", 2)),  # [scores on their way]
+        (0, Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2)),  # [written and uncommitted]
+        (1, Point("segzero_jax.reward_client:PendingScores.result", "before", 2)),  # [waiting for scores]
+        (2, Point(f"{TRAIN}:update", "before", 2)),  # [about to update: the others are in its collectives]
+        (3, Point("segzero_jax.checkpoint:Checkpoints.wait", "before", 2)),  # [waiting for its own part]
+        (1, Point("segzero_jax.manifest:ManifestHandler.save", "after", 1)),  # [its arrays on their way to the disk]
+        (0, Point(f"{METRICS}:MetricsWriter.write_evaluation", "before", 1)),  # [evaluation after training, unwritten]
+    ),
+    (
+        (3, Point(f"{TRAIN}:update", "after", 3)),  # [updated, not written]
+        (2, Point("segzero_jax.job:Job.share", "before", 3)),  # [agreeing on the batch]
+        (1, Point(f"{TRAIN}:reference_logps", "after", 2)),  # [the reference policy]
+        (0, Point("segzero_jax.jsonl:write", "midway", 1, "*/rollouts/*.jsonl")),  # [the rollouts of a step]
+        (2, Point("segzero_jax.keeper:Keeper.save", "after", 1)),  # [a save that has begun]
+        (1, Point("segzero_jax.checkpoint:Checkpoints.restore", "before", 1)),  # [a start]
+        (3, Point(f"{TRAIN}:sample", "before", 2)),  # [about to sample]
+        (0, Point("segzero_jax.manifest:ManifestHandler.finalize", "after", 1)),  # [a manifest, uncommitted]
+        (2, Point("segzero_jax.checkpoint:Checkpoints.save", "before", 1)),  # [about to save its part]
+        (3, Point("segzero_jax.evaluation:evaluate_split", "before", 1)),  # [evaluation after training]
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving(Fake()) as address:
+        yield address
+
+
+def test_twenty_kills_of_one_host_leave_no_trace(server: str, data_dir: str, tmp_path: Path) -> None:
+    processes = Processes(tmp_path / "compiled")
+    options = [*OPTIONS, f"--reward.server={server}", f"--data.dir={data_dir}"]
+    reference = tmp_path / "whole"
+    assert processes.exit_codes([*options, f"--run.dir={reference}"], tmp_path / "logs", HOSTS) == [0] * HOSTS
+
+    def chain(number: int) -> Path:
+        run, logs = tmp_path / str(number), tmp_path / f"logs{number}"
+        for killed, point in CHAINS[number]:
+            codes = processes.exit_codes([*options, f"--run.dir={run}"], logs, HOSTS, point, killed)
+            # With the first host JAX's coordination service is gone, and JAX ends the others.
+            others = -signal.SIGABRT if killed == 0 else LOST
+            expected = [-signal.SIGKILL if host == killed else others for host in range(HOSTS)]
+            assert codes == expected, f"{point}: {(logs / '0').read_text()[-2000:]}"
+            if killed:
+                assert f"host {killed} (" in (logs / "0").read_text().splitlines()[-1]
+                assert f"died (no sign of life for {HEARTBEAT_S} s)" in (logs / "0").read_text().splitlines()[-1]
+            written = lines(run / "metrics.jsonl")
+            assert written == lines(reference / "metrics.jsonl")[: len(written)], point
+        codes = processes.exit_codes([*options, f"--run.dir={run}"], logs, HOSTS)
+        assert codes == [0] * HOSTS, (logs / "0").read_text()[-2000:]
+        return run
+
+    with ThreadPoolExecutor(len(CHAINS)) as pool:
+        for run in pool.map(chain, range(len(CHAINS))):
+            assert_same(run, reference, STEPS)
+    assert len({row["loss"] for row in lines(reference / "metrics.jsonl")}) == STEPS
