@@ -90,10 +90,19 @@ def prepare_cpu(mesh: str, hosts: int = 1) -> None:
     count = math.prod(parse_mesh(mesh))
     if count % hosts:
         raise MeshError(f"--mesh={mesh}: {count} devices do not divide among {hosts} processes")
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets it where it sees no TPU.
+        answer_libtpu()
     # The CPU client can lock up behind a queue of dependent programs: one at a time.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", count // hosts)
+
+
+def answer_libtpu() -> None:
+    """Tells libtpu, on a machine without a TPU, what it would ask the machine; else it complains in lines of errors."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:

@@ -13,11 +13,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402  (after the environment)
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Programs run one after another: on two cores, sixteen devices behind a queue of dependent programs can lock up.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Fewer optimizations, for the same reason; how programs are partitioned stays the same.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Machines that run tests are shared: how long one example takes says nothing.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")

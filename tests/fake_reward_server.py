@@ -21,6 +21,7 @@ from reward_server import reward_pb2, reward_pb2_grpc
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
 AREA = 255
+OPTIONS = (("grpc.max_receive_message_length", 2**25), ("grpc.so_reuseport", 0))
 
 
 def digest(candidate: reward_pb2.Candidate) -> int:
@@ -80,9 +81,10 @@ def serving(
     port: int = 0,
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Sequence[grpc.ServerInterceptor] = (),
+    options: Sequence[tuple[str, int]] = OPTIONS,
 ) -> Iterator[str]:
     """Serves on this machine; gives the address."""
-    with running(fake, status, port, credentials, interceptors) as (address, _, _):
+    with running(fake, status, port, credentials, interceptors, options) as (address, _, _):
         yield address
 
 
@@ -93,9 +95,9 @@ def running(
     port: int = 0,
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Sequence[grpc.ServerInterceptor] = (),
+    options: Sequence[tuple[str, int]] = OPTIONS,
 ) -> Iterator[tuple[str, grpc.Server, health.HealthServicer]]:
     """Like ``serving``, with the server and its health in the caller's hands."""
-    options = [("grpc.max_receive_message_length", 2**25), ("grpc.so_reuseport", 0)]
     server = grpc.server(ThreadPoolExecutor(16), interceptors=interceptors, options=options)
     reward_pb2_grpc.add_RewardServiceServicer_to_server(fake, server)
     healthy = health.HealthServicer()

@@ -1,7 +1,7 @@
 """Coordinates survive the way to another frame and back."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from segzero_jax.frames import rescale_box, rescale_object, rescale_point
@@ -21,7 +21,6 @@ def test_each_axis_has_its_own_factor() -> None:
     assert rescale_object(target, photo, POLICY) == expected
 
 
-@settings(deadline=None)
 @given(frames, frames, st.integers(-100_000, 100_000), st.integers(-100_000, 100_000))
 def test_integer_pixels_come_back_exactly(src: Frame, dst: Frame, x: int, y: int) -> None:
     assert rescale_point(rescale_point((x, y), src, dst), dst, src) == (float(x), float(y))
@@ -33,14 +32,12 @@ def test_an_integer_that_plain_division_loses_comes_back() -> None:
     assert rescale_point(rescale_point((1, 1), src, dst), dst, src) == (1.0, 1.0)
 
 
-@settings(deadline=None)
 @given(frames, frames, st.floats(0, 20_000), st.floats(0, 20_000))
 def test_any_coordinate_comes_back_closely(src: Frame, dst: Frame, x: float, y: float) -> None:
     there = rescale_point((x, y), src, dst)
     assert rescale_point(there, dst, src) == pytest.approx((x, y), abs=3e-5)
 
 
-@settings(deadline=None)
 @given(
     frames, frames, st.tuples(*[st.floats(0, 5000)] * 4), st.lists(st.tuples(st.floats(0, 5000), st.floats(0, 5000)))
 )
@@ -50,13 +47,11 @@ def test_an_object_is_its_box_and_its_points(src: Frame, dst: Frame, box: tuple,
     assert moved.points == tuple(rescale_point(point, src, dst) for point in points)
 
 
-@settings(deadline=None)
 @given(frames, st.floats(0, 5000), st.floats(0, 5000))
 def test_the_same_frame_changes_nothing(frame: Frame, x: float, y: float) -> None:
     assert rescale_point((x, y), frame, frame) == (x, y)
 
 
-@settings(deadline=None)
 @given(frames, frames)
 def test_a_picture_fills_its_frame(src: Frame, dst: Frame) -> None:
     assert rescale_box((0, 0, src.width, src.height), src, dst) == (0.0, 0.0, dst.width, dst.height)

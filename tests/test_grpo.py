@@ -207,7 +207,7 @@ def numpy_adamw(values, gradients, config):
     return values
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from([0.01, 0.9, 50.0]))
 def test_adamw_with_clipping(seed, max_grad_norm):
     config = TrainConfig(lr=0.1, weight_decay=0.05, beta1=0.8, beta2=0.95, max_grad_norm=max_grad_norm)

@@ -1,6 +1,8 @@
 import dataclasses
+import os
 import subprocess
 import sys
+from glob import glob
 from types import SimpleNamespace
 
 import jax
@@ -145,3 +147,13 @@ def test_the_vision_tower_must_fit_too(change, message):
     dims = dataclasses.replace(DIMS, vision=dataclasses.replace(DIMS.vision, **change))
     with pytest.raises(MeshError, match=message):
         check_fits(abstract("8x16" if "heads" in change else "8x4"), dataclasses.replace(dims, heads=16), 16, 16)
+
+
+@pytest.mark.skipif(bool(glob("/dev/accel*") + glob("/dev/vfio/*")), reason="a TPU may be here")
+def test_a_machine_without_a_tpu_hears_nothing_of_libtpu() -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS" and not name.startswith("TPU_")
+    }
+    code = "from segzero_jax.mesh import make_mesh, prepare_cpu; prepare_cpu('1x2'); make_mesh('1x2')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "tpu" not in done.stderr.lower()

@@ -61,7 +61,7 @@ def test_no_step_is_written_twice(tmp_path):
     assert [row["step"] for row in jsonl.read(tmp_path / "metrics.jsonl")] == [5]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_run_cut_off_anywhere_and_resumed_ends_as_if_it_never_was(tmp_path_factory, data):
     """Killed after any byte of metrics.jsonl, resumed from any checkpoint that was before it."""
@@ -118,7 +118,7 @@ def test_what_lies_past_the_restored_step_is_forgotten_and_the_rest_kept(tmp_pat
     assert found == [(step, mode) for step in (0, 2) for mode in modes]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_lines_that_a_copy_does_not_hold_yet_come_from_the_checkpoint(tmp_path_factory, data):
     """A machine vanishes; what is left is a copy of its files from some moment, and a checkpoint from a later one."""

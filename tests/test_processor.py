@@ -129,7 +129,7 @@ def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Pr
     window=st.sampled_from([2, 4, 8]),
     merge=st.sampled_from([1, 2]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_are_those_of_transformers_and_share_runs(rows: int, columns: int, window: int, merge: int) -> None:
     h, w = rows * merge, columns * merge
     slots, units = window_order(h, w, merge, window)
@@ -173,7 +173,7 @@ def test_ids_equal_auto_tokenizer_and_its_chat_template(processor: Processor, to
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_has_the_ids_of_auto_tokenizer_and_comes_back(processor: Processor, tokenizer, text: str) -> None:
     assert processor.encode_text(text) == tokenizer(text).input_ids
     ids = processor.encode_text(text)
@@ -184,7 +184,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=3)
 
 
 @given(GRIDS, st.sampled_from(["Find.", 'Find "the red circle".', "x"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_positions_equal_transformers(model: Qwen2_5_VLModel, processor: Processor, tokenizer, grids, text) -> None:
     tokens = np.array(tokenizer(hub_prompt(text, grids)).input_ids, np.int32)
     positions, following = mrope_positions(tokens, processor.image_id, grids)
@@ -297,7 +297,7 @@ def test_unreadable_pictures_name_the_example() -> None:
     st.sampled_from(["PNG", "JPEG", "WEBP"]),
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=8),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damaged_pictures_decode_or_raise_image_error(format: str, damage: list[tuple[int, int]]) -> None:
     data = bytearray(png(picture(16, 12), format))
     for at, value in damage:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from segzero_jax.prompt import (
@@ -107,19 +107,16 @@ def test_seg_zero_solution_text_refuses_what_its_form_cannot_say(target: ObjectP
         seg_zero_solution_text(target)
 
 
-@settings(deadline=None)
 @given(st.lists(objects_with(1), max_size=5))
 def test_a_list_solution_reads_back(objects: list[ObjectPrompt]) -> None:
     assert parse_solution(solution_text(objects)) == tuple(objects)
 
 
-@settings(deadline=None)
 @given(objects_with(2))
 def test_a_seg_zero_solution_reads_back(target: ObjectPrompt) -> None:
     assert parse_solution(seg_zero_solution_text(target)) == (target,)
 
 
-@settings(deadline=None)
 @given(st.lists(objects_with(1), max_size=5))
 def test_a_response_with_a_solution_in_it_asks_for_its_objects(objects: list[ObjectPrompt]) -> None:
     text = f"<think>\nlook</think>\n<answer>\n{solution_text(objects)} </answer>"
@@ -218,7 +215,6 @@ def test_thinking_is_what_a_closed_block_holds(text: str, thinking: str | None) 
     assert parse_answer(text).thinking == thinking
 
 
-@settings(deadline=None)
 @given(st.text() | st.builds(lambda v: f"<answer>{json.dumps(v)}</answer>", json_values))
 def test_any_text_gives_finite_objects(text: str) -> None:
     parsed = parse_answer(text)

@@ -137,7 +137,7 @@ def test_closing_wakes_every_waiting_thread() -> None:
     assert taken == [[], [], []]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     max_batch=st.integers(1, 5),
     devices=st.integers(1, 3),

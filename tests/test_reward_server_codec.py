@@ -23,7 +23,6 @@ class TestCodec:
         with pytest.raises(CodecError, match=r"11 x 10 pixels, expected at most 100"):
             decode_image(encoded(np.zeros((10, 11, 3), np.uint8)))
 
-    @settings(deadline=None)
     @given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**32 - 1))
     def test_masks_come_back(self, height: int, width: int, share: float, seed: int) -> None:
         mask = np.random.default_rng(seed).random((height, width)) < share
@@ -37,7 +36,6 @@ class TestCodec:
             assert (decode_mask(rle, 840, 700) == expected).all()
             assert (expected == mask).all()
 
-    @settings(deadline=None)
     @given(st.one_of(st.text(max_size=30), st.text([chr(c) for c in range(48, 112)], max_size=12)))
     def test_only_whole_masks_are_read(self, counts: str) -> None:
         try:
@@ -74,7 +72,7 @@ class TestCodec:
             with pytest.raises(CodecError):
                 decode_mask(reward_pb2.Rle(height=9, width=6, counts=whole.counts[:end]), 9, 6)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
     def test_damaged_pictures_are_read_or_refused(self, kind: str, data: st.DataObject) -> None:
         damaged = bytearray(encoded(scene().image[:40, :50], kind))

@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from segzero_jax import answers, rewards
@@ -601,7 +601,6 @@ texts = st.text() | fragments | st.builds(respond, json_values | near_objects | 
 
 
 @pytest.mark.parametrize("recipe", list(rewards.RECIPES))
-@settings(deadline=None)
 @given(text=texts, iou=st.floats(0, 1), weight=st.floats(0, 10), mode=st.sampled_from(["raw", "threshold", "tiered"]))
 def test_any_text_scores_between_zero_and_the_maximum(
     recipe: str, text: str, iou: float, weight: float, mode: str
@@ -633,7 +632,6 @@ def test_what_json_refuses_or_barely_takes_does_not_raise(recipe: str, text: str
 
 
 @pytest.mark.parametrize("recipe", SEG_ZERO)
-@settings(deadline=None)
 @given(target=perfect_objects(points=2))
 def test_a_perfect_seg_zero_answer_scores_the_maximum(recipe: str, target: ObjectPrompt) -> None:
     answer = {"bbox": target.box, "points_1": target.points[1], "points_2": target.points[0]}
@@ -641,7 +639,6 @@ def test_a_perfect_seg_zero_answer_scores_the_maximum(recipe: str, target: Objec
 
 
 @pytest.mark.parametrize("recipe", ["vision_reasoner", "sam_r1"])
-@settings(deadline=None)
 @given(targets=st.lists(perfect_objects(points=1), min_size=1, max_size=8), order=st.randoms(use_true_random=False))
 def test_a_perfect_list_answer_scores_the_maximum(
     recipe: str, targets: list[ObjectPrompt], order: random.Random
@@ -672,7 +669,6 @@ small_objects = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(predicted=small_objects, targets=small_objects, order=st.randoms(use_true_random=False))
 def test_accuracy_is_the_best_of_all_pairings_in_any_order(
     predicted: list[dict], targets: list[dict], order: random.Random
@@ -688,7 +684,6 @@ def test_accuracy_is_the_best_of_all_pairings_in_any_order(
     assert components("vision_reasoner", shuffled[0], json.dumps(shuffled[1]))["accuracy"] == found
 
 
-@settings(deadline=None)
 @given(answer=near_seg_zero)
 def test_seg_zero_does_not_mind_the_order_of_the_two_points(answer: dict) -> None:
     swapped = answer | {"points_1": answer["points_2"], "points_2": answer["points_1"]}

@@ -92,14 +92,14 @@ def answers(scene: Scene, question: Question) -> list[SceneObject]:
 
 
 @given(SCENE)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_words_mean_exactly_the_answer(which: tuple[str, int]) -> None:
     scene, question = make_example_scene(*which)
     assert [id(o) for o in answers(scene, question)] == [id(scene.objects[question.answer])]
 
 
 @given(SCENE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_superlatives_and_relations_are_clear(which: tuple[str, int]) -> None:
     scene, question = make_example_scene(*which)
     answer = scene.objects[question.answer]
@@ -120,7 +120,7 @@ def test_superlatives_and_relations_are_clear(which: tuple[str, int]) -> None:
 
 
 @given(SCENE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_geometry(which: tuple[str, int]) -> None:
     scene, _ = make_example_scene(*which)
     height, width, channels = scene.image.shape
@@ -142,7 +142,7 @@ def test_geometry(which: tuple[str, int]) -> None:
 
 
 @given(SCENE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_point_is_the_centre_of_the_largest_inscribed_circle(which: tuple[str, int]) -> None:
     scene, _ = make_example_scene(*which)
     for obj in scene.objects:
@@ -151,7 +151,7 @@ def test_point_is_the_centre_of_the_largest_inscribed_circle(which: tuple[str, i
 
 
 @given(SCENE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_reasoning_is_true_short_and_ends_with_the_answer(which: tuple[str, int]) -> None:
     scene, question = make_example_scene(*which)
     height, width = scene.image.shape[:2]

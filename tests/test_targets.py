@@ -64,7 +64,7 @@ def square_with_a_hole(row: int, column: int) -> np.ndarray:
     return mask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
 @example(square_with_a_hole(6, 5))  # pixels at exactly the first circle's radius, the root of 18
 def test_any_mask(mask: np.ndarray) -> None:

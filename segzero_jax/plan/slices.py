@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-from segzero_jax.mesh import MeshError, arrange, parse_mesh
+from segzero_jax.mesh import MeshError, answer_libtpu, arrange, parse_mesh
 
 
 class PlanError(ValueError):
@@ -64,10 +64,7 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
         raise MeshError(
             f"--mesh={mesh}: {math.prod(sizes)} chips, --topology={topology} has {math.prod(shape)}; make them equal"
         )
-    # What libtpu asks of a machine that has no TPU.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    answer_libtpu()
     # The compiler takes no chip: it may run beside another process that has libtpu loaded.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # A host has 2 x 2 chips, or is smaller than that.

@@ -135,7 +135,7 @@ def test_prompts_are_equal(
     st.lists(st.tuples(st.integers(10, 150), st.integers(10, 150)), max_size=3),
     st.text(st.characters(exclude_characters="<", exclude_categories=("Cs",)), min_size=1, max_size=40),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_prompt_is_equal(
     ours: Processor, theirs: Qwen2_5_VLProcessor, model: Qwen2_5_VLModel, sizes: list[tuple[int, int]], text: str
 ) -> None:
