@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from benchmarks.peer_group import machine
 from segzero_jax import train
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
@@ -116,7 +117,7 @@ def main() -> None:
             f"{toy[f'{clock}_without_s']:.2f} without: {toy[clock]:+.1%}"
         )
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps({**found, **machine("orbax-checkpoint")}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

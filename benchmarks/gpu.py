@@ -21,8 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.peer_group import (
     LARGE_TEXT,
     LARGE_VISION,
@@ -34,9 +32,14 @@ from benchmarks.peer_group import (
     side,
     write_question,
 )
-from benchmarks.reward_server import random_checkpoint
-from reward_server.segmenter import Segmenter
 from segzero_jax.model.dims import Dims, from_hf
+
+need("reward,dev", "torch", "sam2", "transformers")
+
+import torch  # noqa: E402  (after what says how to get it)
+
+from benchmarks.reward_server import random_checkpoint  # noqa: E402
+from reward_server.segmenter import Segmenter  # noqa: E402
 
 PARTS = ("ours", "peer", "sam2")
 TOKENS = 128
@@ -81,12 +84,13 @@ def decode_bytes(dims: Dims, shape: Shape, tokens: int) -> float:
 
 
 def shares(row: dict[str, float], dims: Dims, shape: Shape, peaks: tuple[float, float]) -> dict[str, float]:
-    """MFU of update and prefill, tokens per second, and the share of the memory's bound, from seconds of our side."""
+    """MFU of each phase, tokens per second, and the share of the memory's bound, from seconds of our side."""
     flops, bandwidth = peaks
     rate = shape.group * (TOKENS - 1) / (row["whole"] - row["first"])
     bound = shape.group * bandwidth / decode_bytes(dims, shape, TOKENS)
     return {
         "update MFU": 3 * forward_flops(dims, shape) / row["update"] / flops,
+        "reference MFU": forward_flops(dims, shape) / row["reference"] / flops,
         "prefill MFU": forward_flops(dims, shape, responses=False) / (row["first"] - row["layout"]) / flops,
         "decode tokens/s": rate,
         "decode share of bound": rate / bound,
@@ -127,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: expected one that PyTorch and JAX see")
-    need("jax_plugins", "cuda")
+    need("cuda", "jax_plugins")
     name = torch.cuda.get_device_name()
     peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     if peaks is None:

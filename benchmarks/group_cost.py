@@ -2,16 +2,17 @@
 
     python -m benchmarks.group_cost [--plot docs/group_cost.png] [--output FILE]
 
-Both layouts are this code: the repeated one has a row for every response, each with its own prompt and picture, as the
-prompt's peers train. The policy of ``benchmarks/learning_phase.py`` and a picture of 280 x 280 (100 tokens), float32.
-Time is the median of three; memory is what the compiled programs hold at their peak. One size varies, the others stay
-at G = 8, prompts of 300 and responses of 64 tokens. Plots with ``--plot``, which needs ``pip install -e '.[bench]'``.
-Takes about a quarter of an hour on two cores.
+Both layouts are this code: the repeated one has a row for every response, each with its own prompt and picture, as
+peers train; where their losses or KL differ it ends with a line. The policy of ``benchmarks/learning_phase.py`` and a
+picture of 280 x 280 (100 tokens), float32. Time is the median of three; memory is what the compiled programs hold at
+their peak. One size varies, the others stay at G = 8, prompts of 300 and responses of 64 tokens. Plots with ``--plot``,
+which needs ``pip install -e '.[bench]'``. Takes about a quarter of an hour on two cores.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from benchmarks.jax_side import read_prompt
-from benchmarks.peer_group import SPECIAL, TEXT, VISION, Shape, machine, make_group, need
+from benchmarks.peer_group import SPECIAL, TEXT, VISION, Shape, Unequal, machine, make_group, need
 from segzero_jax.config import GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
     LossSettings,
@@ -42,6 +43,8 @@ from segzero_jax.types import Rollout
 BASE = Shape(prompt=300, response=64, group=8, image=280)
 SWEEPS = {"group": (1, 2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
 LAYOUTS = ("shared", "repeated")
+# Loss and KL of the two, relatively, at most.
+APART = 1e-4
 
 
 def place(tree: Any) -> Any:
@@ -72,13 +75,14 @@ def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, flo
     second = update.lower(
         state, batch, optimizer=optimizer, setup=setup, settings=loss, micro_batches=1
     ).compile()  # fmt: skip
-    seconds = []
+    seconds, numbers = [], {}
     for _ in range(rounds + 1):
         start = time.perf_counter()
         first(reference, prompt, rollout.tokens_bgr).block_until_ready()
-        state = jax.block_until_ready(second(state, batch))[0]
+        state, metrics = jax.block_until_ready(second(state, batch))
         seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:]), "gib": max(held(first), held(second)) / 2**30}
+        numbers = numbers or {name: float(metrics[name]) for name in ("loss", "kl")}
+    return {**numbers, "seconds": statistics.median(seconds[1:]), "gib": max(held(first), held(second)) / 2**30}
 
 
 def held(program: jax.stages.Compiled) -> int:
@@ -90,7 +94,7 @@ def held(program: jax.stages.Compiled) -> int:
 
 
 def measure(dims: Dims) -> list[dict[str, Any]]:
-    """Every sweep in both layouts; prints as it goes."""
+    """Every sweep in both layouts; prints as it goes. Raises Unequal where they do not compute the same thing."""
     rows = []
     for name, values in SWEEPS.items():
         for value in values:
@@ -99,6 +103,10 @@ def measure(dims: Dims) -> list[dict[str, Any]]:
             for layout in LAYOUTS:
                 row[layout] = run(shape, layout, dims)
                 jax.clear_caches()
+            for number in ("loss", "kl"):
+                a, b = (row[layout][number] for layout in LAYOUTS)
+                if not abs(a - b) <= APART * abs(b):
+                    raise Unequal(f"{name} {value}: {number} {a:g} shared, {b:g} repeated")
             rows.append(row)
             seconds, gib = ([row[layout][key] for layout in LAYOUTS] for key in ("seconds", "gib"))
             print(
@@ -141,12 +149,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     if args.plot:
-        need("matplotlib", "bench")
+        need("bench", "matplotlib")
     jax.config.update("jax_platforms", "cpu")
     dims = from_hf({"model_type": "qwen2_5_vl", **TEXT, **SPECIAL, "vision_config": VISION})
     print(f"{'':24}shared  repeated")
     with jax.set_mesh(make_mesh("1x1")):
-        rows = measure(dims)
+        try:
+            rows = measure(dims)
+        except Unequal as error:
+            sys.exit(f"the layouts differ: {error}")
     if args.output:
         args.output.write_text(json.dumps({"rows": rows, **machine()}, indent=1) + "\n")
     if args.plot:

@@ -1,9 +1,11 @@
 """One prompt group at Seg-Zero's shapes, for measuring beside PyTorch: checkpoints both sides load, and one question.
 
 The policy is a Qwen2.5-VL of 46 M parameters in float32, written by transformers with random weights; the reference is
-another of the same dimensions. The picture has 840 x 840 pixels, 900 of the prompt's tokens. Each side runs in a
-process of its own (``benchmarks/jax_side.py``, ``benchmarks/torch_side.py``) and does one thing at a time, when it is
-told to, so that rounds of both alternate and memory is counted apart.
+another of the same dimensions. Their decoders' matrices are twice as large as transformers draws them: what follows
+then depends on all that was before, where else the last token decides alone and is repeated for ever. The picture has
+840 x 840 pixels, 900 of the prompt's tokens. Each side runs in a process of its own (``benchmarks/jax_side.py``,
+``benchmarks/torch_side.py``) and does one thing at a time, when it is told to, so that rounds of both alternate and
+memory is counted apart.
 """
 
 import importlib.util
@@ -23,6 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 IMAGE, UNIT = 840, 28
+_LOUDER = 2.0
 # Ids below are special in one way or another.
 FIRST_TEXT_ID = 10
 TEXT = {
@@ -104,10 +107,19 @@ class Shape:
     image: int = IMAGE
 
 
-def need(module: str, extra: str) -> None:
-    """Ends the benchmark with one line where a peer is not installed."""
-    if importlib.util.find_spec(module) is None:
-        sys.exit(f"{module} is not installed: pip install -e '.[{extra}]'")
+def need(extra: str, *modules: str) -> None:
+    """Ends the benchmark with one line where something that it measures with is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            sys.exit(f"{module} is not installed: pip install -e '.[{extra}]' -c constraints.txt")
+
+
+def keep_to(cores: int) -> None:
+    """From here on this process and its children have so many cores: XLA and PyTorch then start as many threads."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < cores:
+        sys.exit(f"--cores {cores}: this process may use {len(allowed)}")
+    os.sched_setaffinity(0, allowed[:cores])
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ class Settings:
       prompts: groups of a step.
       together: of them, so many in a micro-batch, ours; PyTorch, which holds a group eight times over, takes one.
       drawn: each side draws weights of the same dimensions for itself, where no values are compared.
-      threads: of PyTorch on the CPU; JAX takes all cores of the process.
+      cores: of the CPU that each side has.
     """
 
     device: str = "cpu"
@@ -132,7 +144,7 @@ class Settings:
     prompts: int = 1
     together: int = 1
     drawn: bool = False
-    threads: int = 2
+    cores: int = 2
 
 
 def write(directory: Path, shape: Shape, seed: int = 0) -> None:
@@ -148,6 +160,10 @@ def write(directory: Path, shape: Shape, seed: int = 0) -> None:
         text = (where / "config.json").read_text()
         torch.manual_seed(seed + number)
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(where))
+        with torch.no_grad():
+            for weight in model.model.language_model.layers.parameters():
+                if weight.ndim == 2:
+                    weight *= _LOUDER
         model.save_pretrained(where)
         (where / "config.json").write_text(text)
 
@@ -185,7 +201,7 @@ class Side:
 
     def __init__(self, module: str, directory: Path, settings: Settings) -> None:
         platform = {"cpu": "cpu", "gpu": "cuda"}[settings.device]
-        environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "JAX_PLATFORMS": platform}
+        environment = os.environ | {"OMP_NUM_THREADS": str(settings.cores), "JAX_PLATFORMS": platform}
         if settings.device == "gpu":
             environment = GPU_ENVIRONMENT | environment
         command = [sys.executable, "-m", module, str(directory), json.dumps(asdict(settings))]
@@ -238,8 +254,8 @@ def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> di
     other side has given back all memory of the machine, which the first time then has to get, page by page.
     """
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for _ in range(rounds):
-        for name, side in (("ours", ours), ("peer", peer)):
+    for number in range(rounds):
+        for name, side in (("ours", ours), ("peer", peer))[:: -1 if number % 2 else 1]:
             side(what, **how)
             rows[name].append(side(what, **how))
     return rows
@@ -257,9 +273,14 @@ def peak_gib() -> float:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Where and with what something was measured."""
+    """Where, with what and by which command something was measured."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     versions = {name: version(name) for name in ("jax", "flax", *packages)}
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "versions": versions}
+    return {
+        "command": " ".join(sys.orig_argv[1:]),
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+    }

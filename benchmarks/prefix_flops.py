@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from benchmarks.peer_group import machine, need
 from segzero_jax import config as configs
 from segzero_jax.plan.cost import Program
 from segzero_jax.plan.phases import total_flops
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=8, help="answers a prompt [8]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
+    need("dev", "libtpu")
     jax.config.update("jax_platforms", "cpu")
     shared = measure(PROMPTS, args.answers, micro_batch=4)
     repeated = measure(PROMPTS * args.answers, 1, micro_batch=4 * args.answers)
@@ -56,7 +58,7 @@ def main() -> None:
     for name, flops in rows:
         print(f"{name:12}{flops / 1e15:10.2f}{repeated[name] / 1e15:10.2f}{repeated[name] / flops:8.2f}")
     if args.output:
-        result = {"answers": args.answers, "shared": dict(rows), "repeated": repeated, "jax": jax.__version__}
+        result = {"answers": args.answers, "shared": dict(rows), "repeated": repeated, **machine("libtpu")}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -16,17 +16,30 @@ from segzero_jax.data.scenes import Scene, make_example_scene
 PICTURES = 64
 
 
-@functools.lru_cache(PICTURES)
 def picture(index: int) -> Scene:
-    """A scene; cached, so that making it is not measured."""
-    return make_example_scene("val", index % PICTURES)[0]
+    """A scene, made once."""
+    return _picture(index % PICTURES)
 
 
-@functools.lru_cache(PICTURES)
 def prompts(index: int, size: int) -> tuple[Prompt, ...]:
     """So many boxes with a point, around the scene's objects in turn."""
+    return _prompts(index % PICTURES, size)
+
+
+def group_request(index: int, size: int) -> reward_pb2.ScoreRequest:
+    """Asks for scores of those prompts, each a candidate, against the scene's first object; made once."""
+    return _group_request(index % PICTURES, size)
+
+
+@functools.cache
+def _picture(index: int) -> Scene:
+    return make_example_scene("val", index)[0]
+
+
+@functools.cache
+def _prompts(index: int, size: int) -> tuple[Prompt, ...]:
     objects = picture(index).objects
-    draws = np.random.default_rng([index % PICTURES, size])
+    draws = np.random.default_rng([index, size])
     made = []
     for i in range(size):
         item = objects[i % len(objects)]
@@ -35,9 +48,8 @@ def prompts(index: int, size: int) -> tuple[Prompt, ...]:
     return tuple(made)
 
 
-@functools.lru_cache(PICTURES)
-def group_request(index: int, size: int) -> reward_pb2.ScoreRequest:
-    """Asks for scores of those prompts, each a candidate, against the scene's first object."""
+@functools.cache
+def _group_request(index: int, size: int) -> reward_pb2.ScoreRequest:
     scene = picture(index)
     file = io.BytesIO()
     Image.fromarray(scene.image).save(file, "PNG")

@@ -1,9 +1,10 @@
-"""The reward server beside the plain predictor and the bare model: python -m benchmarks.reward_server [--out FILE]
+"""The reward server beside the plain predictor and the bare model: python -m benchmarks.reward_server [--output FILE]
 
-A group is one picture and 8 candidates with a box and a point each. Four ways to answer groups take turns, so that
+A group is one picture and 8 candidates with a box and a point each. Five ways to answer groups take turns, so that
 whatever else the machine does meets all of them:
 
   plain loop   SAM2ImagePredictor: set_image and predict for every candidate
+  predictor    SAM2ImagePredictor: set_image once, predict for every candidate
   network      encoder and decoder alone, on prepared tensors, batched as the server batches; no masks of picture size
   model        the same with what belongs to a mask: the picture's transform, and the best mask at the picture's size
   server       calls to ``python -m reward_server`` in a process of its own: transport, PNG decoding, hashing, counting
@@ -13,7 +14,8 @@ on the machine hardly change.
 
 The server keeps no embeddings here: every group costs its encoding, and it is measured while calls are always waiting.
 Without a GPU the model is the toy one on one thread; with one it is hiera-large with random weights, whose speed is
-that of trained ones. ``--network tiny`` is hiera-tiny with random weights, on a CPU too.
+that of trained ones. ``--network tiny`` is hiera-tiny with random weights, on a CPU too. Where an answer of the server
+is not the plain predictor's there are no figures.
 """
 
 import argparse
@@ -28,14 +30,19 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
-import numpy as np
-import torch
-from omegaconf import OmegaConf
+from benchmarks.peer_group import Unequal, machine, need
 
-from benchmarks.reward_requests import group_request, picture, prompts
-from benchmarks.server_process import Server, server_process
-from reward_server.segmenter import Segmenter, build_model, published_config
+need("reward", "torch", "sam2", "omegaconf")
+
+import grpc  # noqa: E402  (after what says how to get them)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from benchmarks.reward_requests import PICTURES, group_request, picture, prompts  # noqa: E402
+from benchmarks.server_process import Server, server_process  # noqa: E402
+from reward_server import reward_pb2  # noqa: E402
+from reward_server.segmenter import Segmenter, build_model, published_config  # noqa: E402
 
 # Published names, by size: the configuration inside the sam2 package and the checkpoint file.
 PUBLISHED = {
@@ -43,20 +50,26 @@ PUBLISHED = {
     "large": ("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt"),
 }
 GROUP = 8
+# Answers of the first pictures are compared with the predictor's: pixels of a mask that may differ, and pictures.
+PIXELS_APART, COMPARED = 4, 8
 
 
-def plain_loop(segmenter: Segmenter, groups: int) -> None:
-    predictor = segmenter.predictor
+def plain_loop(segmenter: Segmenter, groups: int, once: bool) -> list[list[np.ndarray]]:
+    """The best mask of every candidate, by group; the picture is set for each of them, or ``once``."""
+    predictor, found = segmenter.predictor, []
     with torch.inference_mode(), segmenter._precision():
         for index in range(groups):
-            image = picture(index).image
-            for prompt in prompts(index, GROUP):
-                predictor.set_image(image)
+            image, best = picture(index).image, []
+            for number, prompt in enumerate(prompts(index, GROUP)):
+                if number == 0 or not once:
+                    predictor.set_image(image)
                 masks, scores, _ = predictor.predict(
                     point_coords=np.array(prompt.points), point_labels=np.ones(1), box=np.array(prompt.box)
                 )
-                _ = masks[scores.argmax()] > 0
+                best.append(masks[scores.argmax()] > 0)
+            found.append(best)
     predictor.reset_predictor()
+    return found
 
 
 def network(segmenter: Segmenter, groups: int, batch: int) -> None:
@@ -106,10 +119,14 @@ def model(segmenter: Segmenter, groups: int, batch: int) -> None:
 
 
 class Stream:
-    """Calls to the server, so many of them under way at any time."""
+    """Calls to the server, so many of them under way at any time, whose answers are looked at.
 
-    def __init__(self, server: Server, outstanding: int) -> None:
-        self._server, self._outstanding = server, outstanding
+    Args:
+      right: masks of the first pictures' groups.
+    """
+
+    def __init__(self, server: Server, outstanding: int, right: list[list[np.ndarray]]) -> None:
+        self._server, self._outstanding, self._right = server, outstanding, right
         self._waiting: deque[grpc.Future] = deque()
         self._sent = 0
 
@@ -122,12 +139,27 @@ class Stream:
     def answered(self, groups: int) -> None:
         """Waits for so many answers, each followed by the next call."""
         for _ in range(groups):
-            self._waiting.popleft().result()
+            self._check(self._waiting.popleft().result())
             self.fill()
 
     def drain(self) -> None:
         while self._waiting:
-            self._waiting.popleft().result()
+            self._check(self._waiting.popleft().result())
+
+    def _check(self, response: reward_pb2.ScoreResponse) -> None:
+        index = int(response.request_id)
+        if len(response.candidates) != GROUP or any(entry.status.code for entry in response.candidates):
+            raise Unequal(f"picture {index}: a candidate was not scored")
+        if index >= len(self._right):
+            return
+        target = picture(index).objects[0].mask
+        for number, (entry, mask) in enumerate(zip(response.candidates, self._right[index], strict=True)):
+            expected = int((mask & target).sum()), int((mask | target).sum())
+            if max(abs(entry.intersection - expected[0]), abs(entry.union - expected[1])) > PIXELS_APART:
+                raise Unequal(
+                    f"picture {index}, candidate {number}: {entry.intersection} of {entry.union} pixels, "
+                    f"the predictor {expected[0]} of {expected[1]}"
+                )
 
 
 def random_checkpoint(folder: Path, network: str) -> str:
@@ -139,7 +171,7 @@ def random_checkpoint(folder: Path, network: str) -> str:
     return str(path)
 
 
-def timed(work: Callable[[int], None], groups: int, pid: int) -> tuple[float, float]:
+def timed(work: Callable[[int], object], groups: int, pid: int) -> tuple[float, float]:
     """Groups a second, and processor milliseconds a group of the process that computes."""
     start, used = time.perf_counter(), _processor_seconds(pid)
     work(groups)
@@ -161,11 +193,16 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
     flags = ["--model", source, "--device", device, "--max-batch", str(batch), "--cache-mib", "0", *threads]
     if options.compile:
         flags.append("--compile")
+    for index in range(PICTURES):  # Made before the clock runs.
+        group_request(index, GROUP)
+    right = plain_loop(segmenter, COMPARED, once=True)
     with server_process(flags) as server:
         # A batch on the device and one that waits.
-        stream = Stream(server, 2 * batch)
-        ways = {
-            "plain loop": (lambda n: plain_loop(segmenter, n), max(1, options.groups // 4), os.getpid()),
+        stream = Stream(server, 2 * batch, right)
+        few = max(1, options.groups // 4)
+        ways: dict[str, tuple[Callable[[int], object], int, int]] = {
+            "plain loop": (lambda n: plain_loop(segmenter, n, once=False), few, os.getpid()),
+            "predictor": (lambda n: plain_loop(segmenter, n, once=True), few, os.getpid()),
             "network": (lambda n: network(segmenter, n, batch), options.groups, os.getpid()),
             "model": (lambda n: model(segmenter, n, batch), options.groups, os.getpid()),
             "server": (stream.answered, options.groups, server.pid),
@@ -208,6 +245,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         # Of neighbouring rounds, so that a machine that is busy for a while does not favour one side.
         "server_to_network": round(_ratio(rates["server"], rates["network"]), 3),
         "server_to_model": round(_ratio(rates["server"], rates["model"]), 3),
+        "server_to_predictor": round(_ratio(rates["server"], rates["predictor"]), 2),
         "server_to_plain_loop": round(_ratio(rates["server"], rates["plain loop"]), 2),
         "encodings_per_group": encoded / calls,
         "mean_batch": round(calls / batches, 2),
@@ -224,13 +262,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
     parser.add_argument("--batch", type=int, default=8, help="--max-batch of the server [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="--compile for the server, and for the model beside it")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     usual = "large" if torch.cuda.is_available() else "toy"
     parser.add_argument("--network", choices=["toy", *PUBLISHED], default=usual, help="[%(default)s here]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = "toy" if options.network == "toy" else random_checkpoint(Path(folder), options.network)
-        found = measure(options, source)
+        try:
+            found = measure(options, source)
+        except Unequal as error:
+            sys.exit(f"the server's answers differ, no figures: {error}")
     if found["encodings_per_group"] != 1:
         sys.exit(f"{found['encodings_per_group']:g} encodings a group, expected one for its picture")
     rates, costs = found["groups_per_second"], found["processor_ms_per_group"]
@@ -241,12 +282,12 @@ def main() -> None:
         print(f"  {name:<12} {value:8.2f} groups/s {costs[name]:8.1f} ms of processor time a group")
     print(
         f"server: {found['server_to_network']:.1%} of the network, {found['server_to_model']:.1%} of the model, "
-        f"{found['server_to_plain_loop']} times the plain loop; {found['encodings_per_group']:g} encodings a group, "
+        f"{found['server_to_predictor']} times the predictor, {found['server_to_plain_loop']} times the plain loop; "
+        f"{found['encodings_per_group']:g} encodings a group, "
         f"{found['mean_batch']} calls a batch"
     )
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"wrote {options.out}")
+    if options.output:
+        options.output.write_text(json.dumps({**found, **machine("torch", "grpcio")}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sampling one prompt group beside transformers' ``generate`` with a KV cache: tokens per second, greedy tokens equal.
 
-    python -m benchmarks.rollout_speed [--tokens 128] [--rounds 3] [--threads 2] [--output FILE]
+    python -m benchmarks.rollout_speed [--tokens 128] [--rounds 3] [--cores 2] [--output FILE]
 
 The policy, the picture and the prompt of ``benchmarks/learning_phase.py``; 8 responses. transformers prefills 8 copies
 of the prompt, ours one. Decoding is the whole less the time to the first token. Takes about five minutes on two cores.
@@ -13,16 +13,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.peer_group import Settings, Shape, Side, Unequal, machine, need, sides, take_turns, write
+from benchmarks.peer_group import Settings, Shape, Side, Unequal, keep_to, machine, need, sides, take_turns, write
 
 
 def compare(ours: Side, peer: Side, tokens: int) -> None:
-    """Samples once on both sides, which also warms them up. Raises Unequal where a token differs."""
+    """Samples once on both sides, which also warms them up. Raises Unequal where a token differs.
+
+    Also where the same few tokens come again and again: those would be equal though all that went before were lost.
+    """
     mine, theirs = (side("generate", tokens=tokens)["tokens"] for side in (ours, peer))
     for row, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         if a != b:
             at = next(i for i in range(tokens) if a[i] != b[i])
             raise Unequal(f"response {row} differs from token {at} on: {a[at]} and {b[at]}")
+        if len(set(a)) <= tokens // 2:
+            raise Unequal(f"response {row} repeats itself, {len(set(a))} distinct tokens of {tokens}: no comparison")
 
 
 def measure(ours: Side, peer: Side, tokens: int, rounds: int, group: int) -> dict[str, dict[str, float]]:
@@ -40,13 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each response [128]")
     parser.add_argument("--rounds", type=int, default=3, help="timed rollouts of each side [3]")
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [2]")
+    parser.add_argument("--cores", type=int, default=2, help="cores of each side [2]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
-    need("transformers", "dev")
+    need("reward,dev", "torch", "transformers")
+    keep_to(args.cores)
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), Shape())
-        with sides(Path(name), Settings(threads=args.threads)) as (ours, peer):
+        with sides(Path(name), Settings(cores=args.cores)) as (ours, peer):
             try:
                 compare(ours, peer, args.tokens)
             except Unequal as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.peer_group import need
 from segzero_jax import config as configs
 from segzero_jax.plan import make_plan
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="[all]")
     parser.add_argument("--output", type=Path, metavar="DIR", help="keep plans there, and read those that are there")
     args = parser.parse_args()
+    need("dev", "libtpu")
     jax.config.update("jax_platforms", "cpu")
     plans = {name: made(name, args.output) for name in args.case}
     for name, plan in plans.items():

@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 import torch
 
+from benchmarks.peer_group import machine
 from benchmarks.reward_requests import group_request, picture, prompts
 from benchmarks.server_process import server_process
 from reward_server import reward_pb2, reward_pb2_grpc
@@ -190,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="[%(default)s]")
     parser.add_argument("--clients", type=int, default=64, help="[%(default)s]")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     found = soak(options.seconds, options.clients)
     wrong = found["wrong"]
@@ -202,9 +203,8 @@ def main() -> int:
     )
     for line in wrong[:10]:
         print(f"  {line}")
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"wrote {options.out}")
+    if options.output:
+        options.output.write_text(json.dumps({**found, **machine("torch", "grpcio")}, indent=1) + "\n")
     grew = found["memory_mib_last_quarter"] / found["memory_mib_second_quarter"] - 1
     if grew > MEMORY_GROWTH:
         print(f"memory grew by {grew:.0%}, expected {MEMORY_GROWTH:.0%} at most")

@@ -141,7 +141,7 @@ def _hub_name(name: str) -> str:
 
 def main() -> None:
     settings = Settings(**json.loads(sys.argv[2]))
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.cores)
     side = TorchSide(Path(sys.argv[1]), settings)
     for line in sys.stdin:
         how = json.loads(line)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.peer_group import need
 from segzero_jax import config as configs
 from segzero_jax.plan.phases import make_plan
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=256, help="tokens of the longest response [256]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON, and go on with what it holds")
     args = parser.parse_args()
+    need("dev", "libtpu")
     jax.config.update("jax_platforms", "cpu")
     found = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     for model in MODELS:
@@ -52,7 +54,8 @@ def main() -> None:
                 if args.output:
                     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'':20}{'s a step':>10}{'samples/s/chip':>16}  seconds by phase (what bounds it)")
-    for name, plan in found.items():
+    wanted = {name: plan for name, plan in found.items() if name.endswith(f" {args.response}")}
+    for name, plan in wanted.items():
         phases = ", ".join(f"{p['phase']} {p['runs'] * p['seconds']:.2f} ({p['bound']})" for p in plan["phases"])
         fits = "" if plan["fits"] else "  DOES NOT FIT"
         print(f"{name:20}{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}  {phases}{fits}")

@@ -1,14 +1,15 @@
 """A whole training step beside TRL's ``GRPOTrainer``: seconds per step on the toy world, text rewards only.
 
-    python -m benchmarks.trl_step [--image-size 112] [--prompts 16] [--steps 6] [--rounds 2] [--threads 2]
+    python -m benchmarks.trl_step [--image-size 112] [--prompts 16] [--steps 6] [--rounds 2] [--cores 2]
                                   [--output FILE]
 
 The same toy policy, pictures and questions, 16 prompts with 8 responses of at most 64 tokens, temperature 1, KL to a
 reference, AdamW, float32. ``--image-size 840`` shows the pictures at Seg-Zero's size: 900 tokens of a prompt instead of
 16. TRL then learns from one group at a time, as the memory asks, and samples for all at once: with 16 prompts 24 GB may
 not hold that, with ``--prompts 4`` they do. Each round trains both anew; the first two steps of a run warm up and are
-left out. Needs ``pip install -e '.[bench]'``. Takes about five minutes on two cores, and sixteen with four prompts at
-840 and ``--steps 4``.
+left out. Where the sides' responses are of another length or reward, beyond what sampling explains, there are no times.
+Needs ``pip install -e '.[bench]'``. Takes about five minutes on two cores, and sixteen with four prompts at 840 and
+``--steps 4``.
 """
 
 import argparse
@@ -20,11 +21,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.peer_group import ROOT, machine, need
+from benchmarks.peer_group import ROOT, Unequal, keep_to, machine, need
 from segzero_jax import jsonl
 from segzero_jax.config import Config
 
 _WARM_UP = 2
+# Of medians over steps of some 32 to 128 sampled responses: relative for lengths, absolute for rewards, of 4 at most.
+_LENGTHS, _REWARDS = 0.1, 0.25
 
 
 def run_ours(steps: int, image_size: int, prompts: int) -> dict[str, list[float]]:
@@ -46,12 +49,19 @@ def run_ours(steps: int, image_size: int, prompts: int) -> dict[str, list[float]
     }
 
 
-def run_trl(steps: int, image_size: int, prompts: int, threads: int) -> dict[str, list[float]]:
+def run_trl(steps: int, image_size: int, prompts: int, cores: int) -> dict[str, list[float]]:
     """TRL's trainer in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.trl_side", *map(str, (steps, image_size, prompts, threads))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "benchmarks.trl_side", *map(str, (steps, image_size, prompts, cores))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    """Whether both did the same work, as far as sampling lets that be seen. Raises Unequal."""
+    for key, limit in (("lengths", _LENGTHS * theirs["lengths"]), ("rewards", _REWARDS)):
+        if not abs(ours[key] - theirs[key]) <= limit:
+            raise Unequal(f"{key}: {ours[key]:.2f}, TRL {theirs[key]:.2f}, expected at most {limit:.2f} apart")
 
 
 def main() -> None:
@@ -60,25 +70,36 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a step, 8 responses to each [16]")
     parser.add_argument("--steps", type=int, default=6, help="steps of each run [6]")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side [2]")
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [2]")
+    parser.add_argument("--cores", type=int, default=2, help="cores of each side [2]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
-    need("trl", "bench")
+    need("bench", "trl")
+    keep_to(args.cores)
     runs: dict[str, list[dict[str, list[float]]]] = {"TRL": [], "ours": []}
-    for _ in range(args.rounds):
-        runs["ours"].append(run_ours(args.steps, args.image_size, args.prompts))
-        runs["TRL"].append(run_trl(args.steps, args.image_size, args.prompts, args.threads))
+    sides = {
+        "ours": lambda: run_ours(args.steps, args.image_size, args.prompts),
+        "TRL": lambda: run_trl(args.steps, args.image_size, args.prompts, args.cores),
+    }
+    for number in range(args.rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            runs[name].append(sides[name]())
     found = {
         name: {key: statistics.median(x for run in made for x in run[key][_WARM_UP:]) for key in made[0]}
         for name, made in runs.items()
     }
+    try:
+        compare(found["ours"], found["TRL"])
+    except Unequal as error:
+        sys.exit(f"the sides differ, no times: {error}")
     print(f"{'':24}{'TRL':>8}{'ours':>8}{'ratio':>8}")
     theirs, mine = found["TRL"]["seconds"], found["ours"]["seconds"]
     print(f"{'seconds a step':24}{theirs:8.2f}{mine:8.2f}{theirs / mine:8.1f}")
     for key, label in (("lengths", "tokens a response"), ("rewards", "mean reward")):
         print(f"{label:24}{found['TRL'][key]:8.2f}{found['ours'][key]:8.2f}")
     if args.output:
-        args.output.write_text(json.dumps({**found, **machine("torch", "transformers", "trl")}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({**found, "runs": runs, **machine("torch", "transformers", "trl")}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
