@@ -1,7 +1,7 @@
 """One prompt group at Seg-Zero's shapes, for measuring beside PyTorch: checkpoints both sides load, and one question.
 
 The policy is a Qwen2.5-VL of 46 M parameters in float32, written by transformers with random weights; the reference is
-another of the same dimensions. Their decoders' matrices are three times as large as transformers draws them: what follows
+another of the same dimensions. Their decoders' matrices are thrice what transformers draws: what follows
 then depends on all that was before, where else the last token decides alone and is repeated for ever. The picture has
 840 x 840 pixels, 900 of the prompt's tokens. Each side runs in a process of its own (``benchmarks/jax_side.py``,
 ``benchmarks/torch_side.py``) and does one thing at a time, when it is told to, so that rounds of both alternate and
