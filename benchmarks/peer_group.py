@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 IMAGE, UNIT = 840, 28
 _LOUDER = 3.0
@@ -247,6 +248,12 @@ def sides(directory: Path, settings: Settings) -> Iterator[tuple[Side, Side]]:
         yield ours, peer
 
 
+def turns(rounds: int, sides: dict[str, T]) -> Iterator[tuple[str, T]]:
+    """Names and sides, so many times; who began a round ends the next."""
+    for number in range(rounds):
+        yield from list(sides.items())[:: -1 if number % 2 else 1]
+
+
 def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> dict[str, list[dict[str, Any]]]:
     """Both sides do something in turns; what they told, by "ours" and "peer".
 
@@ -254,10 +261,9 @@ def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> di
     other side has given back all memory of the machine, which the first time then has to get, page by page.
     """
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for number in range(rounds):
-        for name, side in (("ours", ours), ("peer", peer))[:: -1 if number % 2 else 1]:
-            side(what, **how)
-            rows[name].append(side(what, **how))
+    for name, side in turns(rounds, {"ours": ours, "peer": peer}):
+        side(what, **how)
+        rows[name].append(side(what, **how))
     return rows
 
 

@@ -45,17 +45,16 @@ def main() -> None:
     need("dev", "libtpu")
     jax.config.update("jax_platforms", "cpu")
     found = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
-    for model in MODELS:
-        for topology in SLICES:
-            name = f"{model} {topology} {args.response}"
-            if name not in found:
-                print(name, flush=True)
-                found[name] = estimate(model, topology, args.response)
-                if args.output:
-                    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    wanted = {f"{model} {topology} {args.response}": (model, topology) for model in MODELS for topology in SLICES}
+    for name, (model, topology) in wanted.items():
+        if name not in found:
+            print(name, flush=True)
+            found[name] = estimate(model, topology, args.response)
+            if args.output:
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'':20}{'s a step':>10}{'samples/s/chip':>16}  seconds by phase (what bounds it)")
-    wanted = {name: plan for name, plan in found.items() if name.endswith(f" {args.response}")}
-    for name, plan in wanted.items():
+    for name in wanted:
+        plan = found[name]
         phases = ", ".join(f"{p['phase']} {p['runs'] * p['seconds']:.2f} ({p['bound']})" for p in plan["phases"])
         fits = "" if plan["fits"] else "  DOES NOT FIT"
         print(f"{name:20}{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}  {phases}{fits}")

@@ -21,12 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.peer_group import ROOT, Unequal, keep_to, machine, need
+from benchmarks.peer_group import ROOT, Unequal, keep_to, machine, need, turns
 from segzero_jax import jsonl
 from segzero_jax.config import Config
 
 _WARM_UP = 2
-# Of medians over steps of some 32 to 128 sampled responses: relative for lengths, absolute for rewards, of 4 at most.
+# Of medians over steps of some 32 to 128 sampled responses: relative for lengths, absolute for rewards.
 _LENGTHS, _REWARDS = 0.1, 0.25
 
 
@@ -80,9 +80,8 @@ def main() -> None:
         "ours": lambda: run_ours(args.steps, args.image_size, args.prompts),
         "TRL": lambda: run_trl(args.steps, args.image_size, args.prompts, args.cores),
     }
-    for number in range(args.rounds):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
-            runs[name].append(sides[name]())
+    for name, run in turns(args.rounds, sides):
+        runs[name].append(run())
     found = {
         name: {key: statistics.median(x for run in made for x in run[key][_WARM_UP:]) for key in made[0]}
         for name, made in runs.items()

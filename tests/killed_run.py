@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from fake_reward_server import free_port
+from pod_host import write_own_cache
 
 from segzero_jax import pods, train
 
@@ -85,24 +86,10 @@ def arm(point: Point) -> None:
 
 def _join_as(host: Host) -> None:
     """Makes this process one of several."""
-    from jax._src import compiler
-
     for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), host, strict=True):
         os.environ[f"JAX_{name}"] = str(value)
     pods._HEARTBEAT_S = HEARTBEAT_S
-    # JAX lets only the first process of several write its cache. That suits TPUs, where all compile the same program; a
-    # program for CPU names the process that runs it.
-    real, first = compiler.distributed, SimpleNamespace(global_state=SimpleNamespace(process_id=0))
-    write = compiler._cache_write
-
-    def write_own(*arguments: Any) -> None:
-        compiler.distributed = first
-        try:
-            write(*arguments)
-        finally:
-            compiler.distributed = real
-
-    compiler._cache_write = write_own
+    write_own_cache()
 
 
 def run(arguments: list[str], cache: str, log: str, point: Point | None, host: Host | None) -> None:
@@ -152,9 +139,7 @@ class Processes:
         self, arguments: list[str], logs: Path, count: int, point: Point | None = None, killed: int = 0
     ) -> list[int | None]:
         """Of the hosts of a pod, one of which may come to a point. Their logs are ``logs/INDEX``."""
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         logs.mkdir(exist_ok=True)
         hosts = [
             self.start(arguments, logs / str(i), point if i == killed else None, Host(address, count, i))

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,33 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fake_reward_server import Fake, serving
+from fake_reward_server import Fake, free_port, serving
 from xla_flags import QUICK
 
 ROOT = Path(__file__).parents[2]
+HOST = ROOT / "tests/pod_host.py"
 HOSTS, STEPS, CALLS = 4, 4, 4
 pytestmark = pytest.mark.timeout(1800)  # Sixteen devices on two cores, up to four processes that compile.
 OPTIONS = ["--mesh=4x4", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4"]
 OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
-# JAX lets only the first process of several write its cache. That suits TPUs, where all compile the same program; a
-# program for CPU names the process that runs it.
-PROGRAM = """
-import sys
-from types import SimpleNamespace
-from jax._src import compiler
-real, first = compiler.distributed, SimpleNamespace(global_state=SimpleNamespace(process_id=0))
-write = compiler._cache_write
-def write_own(*arguments):
-    compiler.distributed = first
-    try:
-        write(*arguments)
-    finally:
-        compiler.distributed = real
-compiler._cache_write = write_own
-from segzero_jax.train import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +46,7 @@ def start(
     options = [*OPTIONS, f"--run.dir={run}", f"--data.dir={data_dir}", f"--reward.server={server}"]
     with (run.parent / f"{run.name}-{name}.err").open("a") as err:
         return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *options],
+            [sys.executable, str(HOST), *options],
             stdout=subprocess.DEVNULL,
             stderr=err,
             cwd=ROOT,
@@ -75,10 +57,7 @@ def start(
 
 @contextmanager
 def pod(run: Path, data_dir: str, server: str, environment: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(HOSTS)}
+    variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(HOSTS)}
     hosts = [
         start(run, data_dir, server, environment | variables | {"JAX_PROCESS_ID": str(index)}, str(index))
         for index in range(HOSTS)

@@ -17,7 +17,7 @@ from fake_reward_server import Fake, free_port, serving
 
 from reward_server import reward_pb2
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
-from segzero_jax.reward_client import RewardClient
+from segzero_jax.reward_client import PendingScores, RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -74,6 +74,18 @@ def process(port: int, delay_s: float) -> Iterator[subprocess.Popen[str]]:
         child.stdout.close()
 
 
+def score_until_called(
+    client: RewardClient, asked: list[ScoreRequest], child: subprocess.Popen[str]
+) -> list[PendingScores]:
+    """Sends the groups again and again, until one of the calls has come to the process."""
+    sent = [client.score(asked)]
+    assert child.stdout is not None
+    # At first all may go to the server whose connection stands first.
+    while not select.select([child.stdout], [], [], 0.2)[0]:
+        sent.append(client.score(asked))
+    return sent
+
+
 @pytest.mark.parametrize("patient", [False, True])
 def test_killed_in_the_middle_of_calls_and_restarted_on_the_same_port(patient: bool) -> None:
     asked, port = groups(6), free_port()
@@ -99,11 +111,7 @@ def test_one_of_two_killed_in_the_middle_of_calls() -> None:
         RewardClient(f"{here},127.0.0.1:{port}", 30) as client,
     ):
         assert len(client.wait_until_serving(10)) == 2
-        sent = [client.score(asked)]
-        assert child.stdout is not None
-        # At first all may go to the server whose connection stands first.
-        while not select.select([child.stdout], [], [], 0.2)[0]:
-            sent.append(client.score(asked))
+        sent = score_until_called(client, asked, child)
         os.kill(child.pid, signal.SIGKILL)
         expected = healthy_scores(asked)
         assert all(pending.result() == expected for pending in sent)

@@ -1,13 +1,12 @@
 """Connections whose other end has fallen silent are given up; those that are merely quiet are kept."""
 
 import os
-import select
 import signal
 import time
 
 import pytest
 from fake_reward_server import Fake, free_port, serving
-from test_client_faults import groups, healthy_scores, process
+from test_client_faults import groups, healthy_scores, process, score_until_called
 
 from reward_server import server
 from segzero_jax import reward_channel
@@ -38,10 +37,7 @@ def test_a_server_that_falls_silent_in_the_middle_of_calls_loses_them_to_another
         RewardClient(f"{here},127.0.0.1:{port}", 60) as client,
     ):
         assert len(client.wait_until_serving(10)) == 2
-        sent = [client.score(asked)]
-        assert child.stdout is not None
-        while not select.select([child.stdout], [], [], 0.2)[0]:
-            sent.append(client.score(asked))
+        sent = score_until_called(client, asked, child)
         os.kill(child.pid, signal.SIGSTOP)
         assert all(pending.result() == expected for pending in sent)
     assert len(fake.seen) == len(sent) * len(asked)
