@@ -149,11 +149,12 @@ def test_the_vision_tower_must_fit_too(change, message):
         check_fits(abstract("8x16" if "heads" in change else "8x4"), dataclasses.replace(dims, heads=16), 16, 16)
 
 
-@pytest.mark.skipif(bool(glob("/dev/accel*") + glob("/dev/vfio/*")), reason="a TPU may be here")
 def test_a_machine_without_a_tpu_hears_nothing_of_libtpu() -> None:
     environment = {
         name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS" and not name.startswith("TPU_")
     }
     code = "from segzero_jax.mesh import make_mesh, prepare_cpu; prepare_cpu('1x2'); make_mesh('1x2')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "tpu" not in done.stderr.lower()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    # Where there is a TPU, it may be busy or have more devices.
+    may_be_one = glob("/dev/accel*") + glob("/dev/vfio/*")
+    assert may_be_one or (done.returncode == 0 and "tpu" not in done.stderr.lower()), done.stderr
