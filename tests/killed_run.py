@@ -7,10 +7,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from fake_reward_server import free_port
 from pod_host import write_own_cache
 
@@ -121,7 +123,11 @@ class Processes:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["killed_run"])
+        self._context.set_forkserver_preload([__name__])
+        with pytest.MonkeyPatch.context() as environment:
+            # Python 3.11's fork server does not look where its starter does, and is silent about what it did not find.
+            environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+            forkserver.ensure_running()
 
     def start(
         self, arguments: list[str], log: Path, point: Point | None = None, host: Host | None = None

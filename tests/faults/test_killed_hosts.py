@@ -1,7 +1,7 @@
 """One of four hosts is killed at any point, and the run started again: it ends as if nothing had happened.
 
 Hosts have one device each, and the vision tower is frozen, so that twenty starts of four processes take minutes;
-sixteen devices are for ``e2e/test_pod_training.py``. Two hosts share each of two copies of the weights.
+sixteen devices and shared weights are for ``e2e/test_pod_training.py``. Every host writes a part of each checkpoint.
 """
 
 import signal
@@ -16,7 +16,7 @@ from same_run import assert_same, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 HOSTS, STEPS, LOST = 4, 10, 4
-OPTIONS = ["--mesh=2x2x1", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
+OPTIONS = ["--mesh=4x1x1", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--rollout.group_size=2", "--rollout.max_response_tokens=48", "--train.checkpoint_every=2"]
 OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]", "--model.freeze_vision=true"]
 
