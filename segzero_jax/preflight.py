@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from jax.sharding import NamedSharding, PartitionSpec
@@ -188,18 +189,21 @@ def check_data(config: Config, pod: Pod) -> str:
 
 
 def check_checkpoints(config: Config, pod: Pod) -> str:
-    """Every host can write where checkpoints go, delete there, and see what the first one writes."""
+    """Every host can write where checkpoints go, list them, delete there, and see what the first one writes."""
     directory = checkpoint_directory(config)
     missing = [] if "://" in str(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
     # A name that all hosts know and no other preflight has.
     name = pod.exchange("checkpoint probe", uuid.uuid4().hex if pod.first else "")[0]
     own, shared = directory / f"preflight-{name}-{pod.index}", directory / f"preflight-{name}-0"
+    doing, problem = "written to", ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         own.write_text(name)
-        problem = ""
+        doing = "listed"
+        # As a run will: first Orbax asks a bucket what kind it is, for which there is a permission apart.
+        list(ocp.path.step.standard_name_format().find_all(directory))
     except Exception as error:  # Every store has errors of its own; all mean the same here.
-        problem = f"{directory}: cannot be written to: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        problem = f"{directory}: cannot be {doing}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     pod.exchange("checkpoint probe written", "")
     if not problem and not shared.exists():
         problem = f"{directory}: not shared with {pod.host(0)}: run.checkpoint_dir must be, such as gs://bucket/folder"

@@ -1,5 +1,6 @@
 """A training run that sends itself a signal at a named point, in a process of its own."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -98,6 +99,7 @@ def run(arguments: list[str], cache: str, log: str, point: Point | None, host: H
     """The process: trains, and exits with the trainer's code or by a signal."""
     import jax
 
+    gc.disable()  # A tenth of the time until the first step; the process is short-lived.
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import question_sources as sources
 from fake_reward_server import Fake, free_port, serving
+from orbax.checkpoint._src.path import gcs_utils
 
 from segzero_jax import config as configs
 from segzero_jax import preflight
@@ -84,6 +85,19 @@ class TestCheckpoints:
         (tmp_path / "file").touch()
         said = failure("checkpoints", config(tmp_path, **{"run.checkpoint_dir": f"{tmp_path}/file/inside"}))
         assert said.startswith(f"{tmp_path}/file/inside: cannot be written to: ")
+
+    def test_in_a_bucket_that_may_not_be_asked_what_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: object) -> bool:
+            raise LookupError("403 GET b/BUCKET: no storage.buckets.get access")
+
+        monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", refuse)
+        said = failure("checkpoints", config(tmp_path))
+        assert said.endswith(
+            "checkpoints: cannot be listed: LookupError: 403 GET b/BUCKET: no storage.buckets.get access"
+        )
+        assert not list(tmp_path.rglob("preflight*"))
 
     def test_that_each_host_keeps_for_itself(self, tmp_path: Path) -> None:
         said = failure("checkpoints", config(tmp_path), Neighbour(checkpoint_probe="f00"))
