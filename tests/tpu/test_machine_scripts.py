@@ -194,16 +194,23 @@ class Pod:
 
     def __init__(self, folder: Path, trainer: str, **variables: str) -> None:
         self.run, self.store = folder / "run-files", folder / "bucket/n"
-        tool(folder / "bin", "python", f'echo "$*"\n{trainer}')
+        tool(folder / "bin", "python", trainer)
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
         made = {"PATH": path, "STORE": str(self.store), "RUN_DIR": str(self.run), "TPU_WORKER_ID": "0", **variables}
         self.child = subprocess.Popen(
-            [ROOT / "tpu/gke/train.sh", "--mesh=4x4"], stdout=subprocess.PIPE, text=True, env=os.environ | made
+            [ROOT / "tpu/gke/train.sh", "--mesh=4x4"], env=os.environ | made, start_new_session=True
         )
 
     def end(self) -> int:
-        self.child.communicate(timeout=30)
-        return self.child.returncode
+        self.child.wait(timeout=30)
+        try:
+            for _ in range(100):
+                os.killpg(self.child.pid, 0)
+                time.sleep(0.02)
+        except ProcessLookupError:
+            return self.child.returncode
+        os.killpg(self.child.pid, signal.SIGKILL)
+        pytest.fail("a part of it goes on")
 
     def wait_for(self, file: Path) -> None:
         deadline = time.monotonic() + 30
@@ -268,3 +275,15 @@ class TestPod:
         pod.wait_for(pod.store / "run/here")
         pod.child.send_signal(signal.SIGTERM)
         assert pod.end() == 75
+
+    def test_ends_in_the_middle_of_a_copy(self, tmp_path: Path) -> None:
+        tool(tmp_path / "bin", "cp", f'{shutil.which("cp")} "$@"; touch {tmp_path}/copied; sleep 0.5')
+        line = "mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl"
+        pod = Pod(tmp_path, f"{line}; while [[ ! -e {tmp_path}/copied ]]; do sleep 0.02; done", COPY_EVERY_S="0.1")
+        assert pod.end() == 0
+
+    def test_gives_copies_the_time_of_what_was_copied(self, tmp_path: Path) -> None:
+        pod = Pod(tmp_path, "mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl; sleep 0.1")
+        assert pod.end() == 0
+        times = [(place / "metrics.jsonl").stat().st_mtime_ns for place in (pod.run, pod.store / "run")]
+        assert times[0] == times[1]

@@ -12,7 +12,8 @@ first() { [[ ${MEGASCALE_SLICE_ID:-0}/${TPU_WORKER_ID:-0} == 0/0 ]]; }
 
 copy() {
   first && [[ -e $RUN_DIR ]] || return 0
-  mkdir -p "$STORE/run" && cp -ru "$RUN_DIR/." "$STORE/run/"
+  # A copy has the time of what was copied: a mounted bucket's own comes later, after lines that it does not have.
+  mkdir -p "$STORE/run" && cp -ru --preserve=timestamps "$RUN_DIR/." "$STORE/run/"
 }
 
 stopped='' copier=''
@@ -25,7 +26,7 @@ if first; then
     fi
   fi
   (
-    trap 'kill $! && exit' TERM
+    trap 'kill "${!-}" 2>/dev/null; exit' TERM
     while true; do
       sleep "${COPY_EVERY_S:-60}" &
       wait $!
@@ -45,7 +46,8 @@ while kill -0 "$trainer" 2>/dev/null; do
   wait "$trainer"
   code=$?
 done
-[[ ! $copier ]] || kill "$copier"
+# Two copies of a file at once could leave the earlier one.
+[[ ! $copier ]] || { kill "$copier" && wait "$copier"; }
 copy
 if [[ $stopped && $code == 0 ]]; then
   echo "tpu/gke/train.sh: stopped before the end; exit code 75" >&2
