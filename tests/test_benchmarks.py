@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, group_cost, learning_phase, rollout_speed, trl_step
-from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, sides, write
+from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, side, sides, write
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model.dims import Dims, from_hf
 
@@ -45,20 +45,17 @@ def test_greedy_tokens_and_then_loss_and_gradients_are_equal(two: tuple[Side, Si
     assert times["ours"]["old"] == 0 < times["peer"]["old"]
 
 
-def test_other_weights_are_noticed(group: Path, tmp_path: Path) -> None:
+def test_other_weights_are_noticed(two: tuple[Side, Side], group: Path, tmp_path: Path) -> None:
     """Each side on its own checkpoint: no times are to be had."""
     other = tmp_path / "other"
     write(other, SMALL, seed=1)
     (other / "group.npz").write_bytes((group / "group.npz").read_bytes())
-    mine, theirs = Side("benchmarks.jax_side", group, Settings()), Side("benchmarks.torch_side", other, Settings())
-    try:
+    mine, _ = two
+    with side("benchmarks.torch_side", other, Settings(cores=1)) as theirs:
         with pytest.raises(Unequal, match="response 0 differs"):
-            rollout_speed.compare(mine, theirs, tokens=4)
+            rollout_speed.compare(mine, theirs, tokens=8)
         with pytest.raises(Unequal, match=r"\w+ differ by"):
             learning_phase.compare(mine, theirs, tmp_path)
-    finally:
-        mine.close()
-        theirs.close()
 
 
 def test_a_missing_peer_is_named_with_its_extra() -> None:

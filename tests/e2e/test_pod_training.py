@@ -5,7 +5,6 @@ Each process is a host of its own: it reads its rows, sends its own reward calls
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from xla_flags import QUICK
 
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests/pod_host.py"
-HOSTS, STEPS, CALLS = 4, 4, 4
+HOSTS, STEPS, CALLS = 4, 3, 4
 pytestmark = pytest.mark.timeout(1800)  # Sixteen devices on two cores, up to four processes that compile.
 OPTIONS = ["--mesh=4x4", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
-OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4"]
+OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4", "--rollout.max_response_tokens=48"]
 OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
 
 
@@ -137,7 +136,7 @@ def test_four_hosts_train_as_one(
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_and_sigkill_of_one_and_nothing_is_lost(
+def test_sigterm_to_one_saves_all_at_one_step_and_nothing_is_lost(
     whole: tuple[Path, Fake], tmp_path: Path, data_dir: str, environment: dict[str, str]
 ) -> None:
     run = tmp_path / "run"
@@ -149,20 +148,6 @@ def test_sigterm_to_one_and_sigkill_of_one_and_nothing_is_lost(
         saved = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
         assert saved == lines(run / "metrics.jsonl")[-1]["step"] < STEPS
         assert said(run, 0) == ["segzero_jax.train: stopped by SIGTERM; the same command goes on"]
-
-        with pod(run, data_dir, server, environment) as hosts:
-            wait_for_step(run, saved + 1, hosts)
-            hosts[2].send_signal(signal.SIGKILL)
-            killed = time.monotonic()
-            codes = ends(hosts)
-            assert time.monotonic() - killed < 90
-        assert codes == [4, 4, -signal.SIGKILL, 4]
-        for host in (0, 1, 3):
-            assert re.fullmatch(
-                r"segzero_jax.train: host 2 \(.*\) died \(no sign of life for 30 s\); the same command goes on from "
-                rf"the last checkpoint in {run}/checkpoints",
-                said(run, host)[-1],
-            )
 
         with pod(run, data_dir, server, environment) as hosts:
             assert ends(hosts) == [0] * HOSTS

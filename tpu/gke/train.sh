@@ -20,7 +20,7 @@ stopped='' copier=''
 if first; then
   # All of them or none: what lies here is what is copied back.
   if [[ ! -e $RUN_DIR && -e $STORE/run ]]; then
-    if ! { rm -rf "$RUN_DIR.part" && cp -r "$STORE/run" "$RUN_DIR.part" && mv "$RUN_DIR.part" "$RUN_DIR"; }; then
+    if ! { rm -rf "$RUN_DIR.part" && cp -r --preserve=timestamps "$STORE/run" "$RUN_DIR.part" && mv "$RUN_DIR.part" "$RUN_DIR"; }; then
       echo "tpu/gke/train.sh: $STORE/run: could not be copied to $RUN_DIR; exit code 1" >&2
       exit 1
     fi
