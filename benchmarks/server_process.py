@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from reward_server import reward_pb2, reward_pb2_grpc
 
 _SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
-_STARTUP_S = 900
+_STARTUP_S, _LOOK_S = 900, 0.2
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,47 @@ class Server:
 
 @contextmanager
 def server_process(options: list[str]) -> Iterator[Server]:
-    """Runs ``python -m reward_server`` with these options until the end of the block; gives it once it serves."""
+    """Runs ``python -m reward_server`` with these options until the end of the block; gives it once it serves.
+
+    Raises RuntimeError where it ends before, with the last line that it logged.
+    """
     command = [sys.executable, "-m", "reward_server", "--port", "0", "--metrics-port", "0", *options]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert child.stdout is not None
-        listening = json.loads(child.stdout.readline())
-        with grpc.insecure_channel(listening["listening"]) as channel:
-            asked = health_pb2.HealthCheckRequest(service=_SERVICE)
-            for answer in health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=_STARTUP_S, wait_for_ready=True):
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    break
-            stub = reward_pb2_grpc.RewardServiceStub(channel)
-            yield Server(listening["listening"], child.pid, stub, f"http://{listening['metrics']}/metrics")
-    finally:
-        child.terminate()
-        child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child,
+    ):
+        try:
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            if not line:
+                raise _ended(child, log)
+            listening = json.loads(line)
+            with grpc.insecure_channel(listening["listening"]) as channel:
+                _await_serving(channel, child, log)
+                stub = reward_pb2_grpc.RewardServiceStub(channel)
+                yield Server(listening["listening"], child.pid, stub, f"http://{listening['metrics']}/metrics")
+        finally:
+            child.terminate()
+
+
+def _await_serving(channel: grpc.Channel, child: "subprocess.Popen[str]", log: IO[str]) -> None:
+    """Asks again and again: a call that waits for readiness would not see that the server has ended."""
+    health = health_pb2_grpc.HealthStub(channel)
+    asked = health_pb2.HealthCheckRequest(service=_SERVICE)
+    until = time.monotonic() + _STARTUP_S
+    while time.monotonic() < until:
+        try:
+            if health.Check(asked, timeout=60).status == health_pb2.HealthCheckResponse.SERVING:
+                return
+        except grpc.RpcError as error:
+            # It listened already, so that it is on its way out.
+            raise _ended(child, log) from error
+        time.sleep(_LOOK_S)
+    raise RuntimeError(f"the reward server does not serve after {_STARTUP_S} s")
+
+
+def _ended(child: "subprocess.Popen[str]", log: IO[str]) -> RuntimeError:
+    code = child.wait(timeout=60)
+    log.seek(0)
+    last = (log.read().strip().splitlines() or ["it logged nothing"])[-1]
+    return RuntimeError(f"the reward server ended with code {code}: {last}")
