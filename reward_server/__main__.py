@@ -50,6 +50,8 @@ def main() -> int:
     args = _parse()
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
+    # Whoever started this may hold signals back, and a process inherits that: it would never hear that it is to stop.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     if args.exit_with_parent is not None:
         threading.Thread(target=_watch_parent, args=(args.exit_with_parent,), daemon=True).start()
     # Here, not above: signals are handled by now. And before the model's libraries, which take seconds to import.

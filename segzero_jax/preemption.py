@@ -48,6 +48,8 @@ class Preemption:
         # Python lets only the main thread listen.
         if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # Whoever started the run may hold signals back, and a process inherits that: it would never hear of them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return self
 
     def __exit__(

@@ -67,6 +67,19 @@ def test_a_signal_within_a_writing_is_noted(capsys: pytest.CaptureFixture[str]) 
             preemption.check()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heard_where_whoever_started_the_run_holds_them_back(number: int) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        with Preemption() as preemption:
+            preemption.begin(lambda text: None)
+            os.kill(os.getpid(), number)
+            with pytest.raises(Stopped):
+                preemption.check()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_second_ctrl_c_stops_at_once() -> None:
     with Preemption() as preemption:
         preemption.begin(lambda text: None)

@@ -90,6 +90,17 @@ def test_killed_in_the_middle_of_calls_and_started_again(processes) -> None:
         assert [call.result() for call in calls] == expected
 
 
+def test_stops_where_whoever_started_it_holds_signals_back(processes) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        process = processes()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process.until_ready()
+    process.child.terminate()
+    assert process.child.wait(WAIT_S) == 0
+
+
 def test_stopped_under_load_finishes_what_it_has_and_others_take_the_rest(processes) -> None:
     leaves, stays = processes(), processes()
     for process in (leaves, stays):
