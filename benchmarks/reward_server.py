@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.peer_group import Unequal, machine, need
 
@@ -50,24 +51,64 @@ PUBLISHED = {
     "large": ("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt"),
 }
 GROUP = 8
-# Answers of the first pictures are compared with the predictor's: pixels of a mask that may differ, and pictures.
-PIXELS_APART, COMPARED = 4, 8
+# Answers for so many pictures are compared with the predictor's.
+COMPARED = 8
+# What rounding leaves open, since pictures are encoded together and the predictor's one by one: the sign of a logit
+# nearer to zero than this share of the mask's root mean square, and which mask is best among scores as close as this.
+# In bfloat16 random weights' logits are up to 5% of that apart from those in float32.
+OPEN = {"float32": (1e-3, 1e-5), "bfloat16": (0.1, 0.01)}
 
 
-def plain_loop(segmenter: Segmenter, groups: int, once: bool) -> list[list[np.ndarray]]:
-    """The best mask of every candidate, by group; the picture is set for each of them, or ``once``."""
-    predictor, found = segmenter.predictor, []
+class Right(NamedTuple):
+    """A mask that the predictor may give: pixels surely in it, and those and the open ones, bool [height, width]."""
+
+    surely: np.ndarray
+    perhaps: np.ndarray
+
+    def has(self, counted: reward_pb2.CandidateScore, target: np.ndarray) -> bool:
+        """The counts are those of such a mask and the target."""
+        least, most = (self.surely & target).sum(), (self.perhaps & target).sum()
+        if not least <= counted.intersection <= most:
+            return False
+        return bool((self.surely | target).sum() <= counted.union <= (self.perhaps | target).sum())
+
+
+def plain_loop(segmenter: Segmenter, groups: int, once: bool) -> None:
+    """The best mask of every candidate; the picture is set for each of them, or ``once`` a group."""
+    predictor = segmenter.predictor
     with torch.inference_mode(), segmenter._precision():
         for index in range(groups):
-            image, best = picture(index).image, []
             for number, prompt in enumerate(prompts(index, GROUP)):
                 if number == 0 or not once:
-                    predictor.set_image(image)
+                    predictor.set_image(picture(index).image)
                 masks, scores, _ = predictor.predict(
                     point_coords=np.array(prompt.points), point_labels=np.ones(1), box=np.array(prompt.box)
                 )
-                best.append(masks[scores.argmax()] > 0)
-            found.append(best)
+                masks[scores.argmax()] > 0  # noqa: B015  (what a caller does)
+    predictor.reset_predictor()
+
+
+def right_masks(segmenter: Segmenter, groups: int) -> list[list[list[Right]]]:
+    """By group and candidate, the masks that are right: more than one where their scores are as good as equal."""
+    predictor, found = segmenter.predictor, []
+    share, close = OPEN[segmenter.dtype]
+    with torch.inference_mode(), segmenter._precision():
+        for index in range(groups):
+            predictor.set_image(picture(index).image)
+            found.append([])
+            for prompt in prompts(index, GROUP):
+                logits, scores, _ = predictor.predict(
+                    point_coords=np.array(prompt.points),
+                    point_labels=np.ones(1),
+                    box=np.array(prompt.box),
+                    return_logits=True,
+                )
+                logits, scores = np.asarray(logits, np.float32), np.asarray(scores, np.float32)
+                near = share * np.sqrt((logits**2).mean((1, 2), keepdims=True))
+                best = scores >= scores.max() - close
+                found[-1].append(
+                    [Right(*pair) for pair in zip(logits[best] > near[best], logits[best] > -near[best], strict=True)]
+                )
     predictor.reset_predictor()
     return found
 
@@ -122,10 +163,10 @@ class Stream:
     """Calls to the server, so many of them under way at any time, whose answers are looked at.
 
     Args:
-      right: masks of the first pictures' groups.
+      right: what ``right_masks`` gave for the first pictures.
     """
 
-    def __init__(self, server: Server, outstanding: int, right: list[list[np.ndarray]]) -> None:
+    def __init__(self, server: Server, outstanding: int, right: list[list[list[Right]]]) -> None:
         self._server, self._outstanding, self._right = server, outstanding, right
         self._waiting: deque[grpc.Future] = deque()
         self._sent = 0
@@ -153,12 +194,12 @@ class Stream:
         if index >= len(self._right):
             return
         target = picture(index).objects[0].mask
-        for number, (entry, mask) in enumerate(zip(response.candidates, self._right[index], strict=True)):
-            expected = int((mask & target).sum()), int((mask | target).sum())
-            if max(abs(entry.intersection - expected[0]), abs(entry.union - expected[1])) > PIXELS_APART:
+        for number, (entry, masks) in enumerate(zip(response.candidates, self._right[index], strict=True)):
+            if not any(mask.has(entry, target) for mask in masks):
+                counted = (f"{(m.surely & target).sum()} of {(m.surely | target).sum()}" for m in masks)
                 raise Unequal(
                     f"picture {index}, candidate {number}: {entry.intersection} of {entry.union} pixels, "
-                    f"the predictor {expected[0]} of {expected[1]}"
+                    f"the predictor {' or '.join(counted)} and those that are open"
                 )
 
 
@@ -195,7 +236,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         flags.append("--compile")
     for index in range(PICTURES):  # Made before the clock runs.
         group_request(index, GROUP)
-    right = plain_loop(segmenter, COMPARED, once=True)
+    right = right_masks(segmenter, COMPARED)
     with server_process(flags) as server:
         # A batch on the device and one that waits.
         stream = Stream(server, 2 * batch, right)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import gpu, group_cost, learning_phase, rollout_speed, trl_step
+from benchmarks import gpu, group_cost, learning_phase, reward_server, rollout_speed, trl_step
 from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, side, sides, write
+from benchmarks.reward_requests import picture, prompts
+from reward_server import reward_pb2
+from reward_server.segmenter import Segmenter
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model.dims import Dims, from_hf
 
@@ -151,3 +155,24 @@ def test_a_decode_step_reads_weights_and_caches() -> None:
     assert gpu.language_weights(dims()) == weights - 8192 * 512
     cache = 2 * 8 * 2 * 64 * (1150 + 8 * 64)
     assert gpu.decode_bytes(dims(), Shape(), 128) == 2 * (weights + cache)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_answers_are_right_within_rounding_and_no_further(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model says in float32 is right beside the predictor in bfloat16 too; a wider mask is not."""
+    segmenter = Segmenter.load("toy", "cpu")
+    embedding = segmenter.embed([picture(0).image])[0]
+    decoded = segmenter.decode(embedding, prompts(0, reward_server.GROUP))
+    masks = segmenter.masks(decoded.logits, embedding.height, embedding.width).numpy()
+    if narrow:
+        monkeypatch.setattr(segmenter, "dtype", "bfloat16")
+        monkeypatch.setattr(segmenter, "_precision", lambda: torch.autocast("cpu", torch.bfloat16))
+    right = reward_server.right_masks(segmenter, groups=1)[0]
+    target = picture(0).objects[0].mask
+
+    def fits(number: int, mask: np.ndarray) -> bool:
+        counts = {"intersection": int((mask & target).sum()), "union": int((mask | target).sum())}
+        return any(one.has(reward_pb2.CandidateScore(**counts), target) for one in right[number])
+
+    assert all(fits(number, mask) for number, mask in enumerate(masks))
+    assert not any(fits(number, mask | np.roll(mask, 12, axis=1)) for number, mask in enumerate(masks))
