@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from reward_server.access import Access
 
-_PARENT_POLL_S = 0.5
+_PARENT_POLL_S = _SIGNAL_POLL_S = 0.5
 _SWITCH_S = 0.0005
 _EXAMPLES = """
 examples:
@@ -125,7 +125,10 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
             listening["metrics"] = server.metrics_address
         print(json.dumps(listening), flush=True)
         server.serve([Segmenter.load(args.model, device, args.config, args.compile) for device in devices])
-        threading.Event().wait()
+        # Python answers signals in this thread, and a system may hand them to another one (gVisor does): a wait without
+        # an end would then never hear of them.
+        while True:
+            time.sleep(_SIGNAL_POLL_S)
     finally:
         server.stop()
 

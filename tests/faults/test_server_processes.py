@@ -1,12 +1,15 @@
 """Servers as processes: killed in the middle of a call and started again, stopped under load, many clients at once."""
 
+import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -98,6 +101,21 @@ def test_stops_where_whoever_started_it_holds_signals_back(processes) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process.until_ready()
     process.child.terminate()
+    assert process.child.wait(WAIT_S) == 0
+
+
+def test_stops_where_the_system_hands_the_signal_to_another_thread(processes) -> None:
+    """As gVisor does, where Linux hands it to the main thread."""
+    process = processes()
+    process.until_ready()
+    pid = process.child.pid
+    blocks = lambda thread: int(re.search(r"SigBlk:\s*(\w+)", (thread / "status").read_text())[1], 16)  # noqa: E731
+    hears = [
+        int(thread.name)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        if int(thread.name) != pid and not blocks(thread) >> signal.SIGTERM - 1 & 1
+    ]
+    ctypes.CDLL(None).tgkill(pid, hears[0], signal.SIGTERM)
     assert process.child.wait(WAIT_S) == 0
 
 
