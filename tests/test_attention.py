@@ -5,6 +5,7 @@ to the largest number of each. Rows of padding are not compared: nothing reads t
 bfloat16 alone, and is within 1e-2 of XLA's in float32: ``JAX_PLATFORMS=cuda pytest tests/test_attention.py -k agrees``.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -95,35 +96,61 @@ def test_a_kernel_agrees_on_a_stream_and_its_gradients(name: str, dtype: str) ->
 
 
 @pytest.mark.parametrize("dtype", BESIDE)
-def test_a_kernel_agrees_on_an_image_with_invalid_slots(dtype: str) -> None:
+def test_a_kernel_agrees_on_images_with_invalid_slots_and_their_gradients(dtype: str) -> None:
+    """Of the third image all slots are invalid: it is the second picture of a prompt that has one."""
     rng = np.random.default_rng(0)
-    valid = rng.random((2, 192)) < 0.8
+    valid = rng.random((3, 192)) < np.array([[0.8], [0.8], [0]])
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
+        out = attend_image(q, KeyValue(k, v), valid, kernel, SPEC)
+        return (out * weights * valid[..., None, None]).astype(jnp.float32).sum(), out
+
     with jax.set_mesh(make_mesh("1x1")):
-        q, k, v = (normal(rng, (2, 192, 2, 80), dtype) for _ in range(3))
-        run = jax.jit(attend_image, static_argnums=(3, 4))
-        found = run(q, KeyValue(k, v), valid, KERNEL, SPEC)
-        q, k, v = (a.astype(BESIDE[dtype]) for a in (q, k, v))
-        expected = run(q, KeyValue(k, v), valid, "xla", SPEC)
-    found, expected = np.asarray(found, np.float32), np.asarray(expected, np.float32)
-    assert np.abs(found - expected)[valid].max() <= TOLERANCE[dtype] * np.abs(expected).max()
+        q, k, v, weights = (normal(rng, (3, 192, 2, 80), dtype) for _ in range(4))
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+        found = jax.device_get(run(q, k, v, KERNEL))
+        expected = jax.device_get(run(*(a.astype(BESIDE[dtype]) for a in (q, k, v)), "xla"))
+    (gradients, out), (expected_gradients, expected_out) = found, expected
+    for left, right in zip((*gradients, out[valid]), (*expected_gradients, expected_out[valid]), strict=True):
+        left, right = left.astype(np.float32), right.astype(np.float32)
+        assert np.abs(left - right).max() <= TOLERANCE[dtype] * np.abs(right).max()
 
 
 @pytest.mark.parametrize("dtype", BESIDE)
 def test_a_kernel_agrees_on_windows_with_every_patch_by_hand(dtype: str) -> None:
+    """In every run the last slots are empty, and no patch is of the window that they are said to be of."""
     rng = np.random.default_rng(0)
-    window = rng.integers(0, 3, (2, 5, 64))
-    seen = window[:, :, :, None] == window[:, :, None]
-    with jax.set_mesh(make_mesh("1x1")):
-        q, k, v = (normal(rng, (2, 320, 2, 80), dtype) for _ in range(3))
-        found = jax.jit(attend_windows, static_argnums=(3, 4))(q, KeyValue(k, v), seen, KERNEL, SPEC)
+    valid = np.tile(np.arange(64) < 60, (2, 5, 1))
+    window = np.where(valid, rng.integers(0, 3, (2, 5, 64)), 3)
+    seen = (window[:, :, :, None] == window[:, :, None]) & valid[:, :, None]
     everywhere = np.zeros((2, 320, 320), bool)
     for run in range(5):
         part = slice(64 * run, 64 * (run + 1))
         everywhere[:, part, part] = seen[:, run]
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    weights = np.exp(np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(80)) * everywhere[:, None]
-    expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
-    assert np.abs(np.asarray(found, np.float64) - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
+    real = valid.reshape(2, 320)
+
+    def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend_windows(q, KeyValue(k, v), jnp.asarray(seen), KERNEL, SPEC)
+
+    def by_hand(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") / np.sqrt(80)
+        every = jax.nn.softmax(jnp.where(everywhere[:, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bnts,bsnh->btnh", every, v, precision="highest")
+
+    def run(attend: Callable[..., jax.Array], *qkv: jax.Array) -> list[np.ndarray]:
+        def loss(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attend(*qkv)
+            return (out * weights * real[..., None, None]).astype(jnp.float32).sum(), out
+
+        gradients, out = jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv))
+        return [np.asarray(a, np.float32) for a in (*gradients, out[real])]
+
+    with jax.set_mesh(make_mesh("1x1")):
+        *qkv, weights = (normal(rng, (2, 320, 2, 80), dtype) for _ in range(4))
+        found = run(by_kernel, *qkv)
+        expected = run(by_hand, *(a.astype(jnp.float32) for a in qkv))
+    for left, right in zip(found, expected, strict=True):
+        assert np.abs(left - right).max() <= TOLERANCE[dtype] * np.abs(right).max()
 
 
 @settings(max_examples=50)

@@ -1,7 +1,8 @@
 """cuDNN's flash attention (``jax.nn.dot_product_attention``) over prefix groups and over images, on NVIDIA GPUs.
 
 For narrow types only: cuDNN has it for bfloat16 and float16. Its masks are arrays of scores to add, so that they cost
-memory; a plain causal mask costs none.
+memory; a plain causal mask costs none. A query that sees nothing has gradients that are not numbers, and its zeros in
+other sums do not save them: such queries, all of padding, see everything instead.
 """
 
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def _attend(
         fill = [(0, size % 2) for size in mask_bts.shape[1:]]
         q_btnh = jnp.pad(q_btnh, ((0, 0), fill[0], (0, 0), (0, 0)))
         k_bskh, v_bskh = (jnp.pad(a, ((0, 0), fill[1], (0, 0), (0, 0))) for a in (k_bskh, v_bskh))
-        mask_bts = jnp.pad(mask_bts, ((0, 0), *fill))[:, None]
+        mask_bts = jnp.pad(mask_bts, ((0, 0), *fill))
+        mask_bts = (mask_bts | ~mask_bts.any(-1, keepdims=True))[:, None]
     out = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts, is_causal=causal, implementation="cudnn")
     return out[:, :tokens]
