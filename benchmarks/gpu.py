@@ -13,6 +13,7 @@ and PyTorch with CUDA. Ends with a line where there is no GPU.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from benchmarks.peer_group import (
     SPECIAL,
     Settings,
     Shape,
+    Unequal,
     machine,
     need,
     side,
@@ -98,9 +100,16 @@ def shares(row: dict[str, float], dims: Dims, shape: Shape, peaks: tuple[float, 
 
 
 def measure(module: str, directory: Path, settings: Settings, rounds: int) -> dict[str, float]:
-    """Median seconds of one side, after a warm-up: of learning a group, of sampling for one; and its peak memory."""
+    """Median seconds of one side, after a warm-up: of learning a group, of sampling for one; and its peak memory.
+
+    Raises Unequal where a side did not learn.
+    """
     with side(module, directory, settings) as child:
         learnt = [child("learn") for _ in range(1 + rounds)][1:]
+        for row in learnt:
+            # Besides, products are faster where they multiply what is no number.
+            if not all(math.isfinite(row[number]) for number in ("loss", "kl", "grad_norm")):
+                raise Unequal(f"{module}: loss, KL or gradient is not finite: {row}")
         made = [child("generate", tokens=TOKENS) for _ in range(1 + rounds)][1:]
     median = lambda rows, key: statistics.median(row[key] for row in rows)  # noqa: E731
     found = {key: median(learnt, key) / settings.prompts for key in ("old", "reference", "update")}
@@ -145,7 +154,10 @@ def main() -> None:
         write_question(Path(directory), Shape(), LARGE_TEXT, LARGE_VISION)
         for part, module, settings in (("ours", "jax_side", ours), ("peer", "torch_side", peer)):
             if part in args.parts:
-                found[part] = measure(f"benchmarks.{module}", Path(directory), settings, args.rounds)
+                try:
+                    found[part] = measure(f"benchmarks.{module}", Path(directory), settings, args.rounds)
+                except Unequal as error:
+                    sys.exit(f"no times: {error}")
                 print(f"{part}: " + ", ".join(f"{key} {value:.3f}" for key, value in found[part].items()), flush=True)
     if "ours" in found and "peer" in found:
         print(f"{'':20}{'PyTorch':>10}{'ours':>10}{'ratio':>8}")

@@ -28,12 +28,12 @@ from segzero_jax.model.dims import Dims, from_hf
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import file_tensors
 from segzero_jax.processor import mrope_positions, window_order
-from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 
 
-def read_prompt(group: Any) -> PromptBatch:
-    """The question as the processor would hand it over, from patches in transformers' order."""
+def read_prompt(group: Any, multiple: int = 1) -> PromptBatch:
+    """The question as the processor would hand it over, padded to a multiple, from patches in transformers' order."""
     rows, columns = (int(n) for n in group["grid"])
     merge, window = VISION["spatial_merge_size"], VISION["window_size"] // VISION["patch_size"]
     raster_s, unit_k = window_order(rows, columns, merge, window)
@@ -45,12 +45,13 @@ def read_prompt(group: Any) -> PromptBatch:
     where = np.stack(np.divmod(np.maximum(raster_s, 0), columns), axis=1)
     image_index = np.full(len(tokens), -1, np.int32)
     image_index[tokens == SPECIAL["image_token_id"]] = unit_k
+    more = (0, -len(tokens) % multiple)
     return PromptBatch(
-        tokens_bp=tokens[None],
+        tokens_bp=np.pad(tokens, more, constant_values=SPECIAL["pad_token_id"])[None],
         length_b=np.array([len(tokens)], np.int32),
-        positions_b3p=positions[None],
+        positions_b3p=np.pad(positions, ((0, 0), more))[None],
         next_position_b=np.array([following], np.int32),
-        image_index_bp=image_index[None],
+        image_index_bp=np.pad(image_index, more, constant_values=-1)[None],
         patches_bisc=patches.reshape(1, 1, -1, width),
         patch_hw_bis2=where[None, None].astype(np.int32),
         patch_valid_bis=(raster_s >= 0)[None, None],
@@ -82,7 +83,8 @@ class JaxSide:
         train = TrainConfig(lr=1e-6, weight_decay=1e-2, max_grad_norm=1.0, moment_dtype=settings.moment_dtype)
         self.optimizer = make_optimizer(train, freeze_vision=False)
         self.state: TrainState = initial_state(policy, self.optimizer)
-        self.prompts = jax.device_put(jax.tree.map(repeat, read_prompt(group)))
+        prompt = read_prompt(group, padding_multiple(len(group["prompt"])))
+        self.prompts = jax.device_put(jax.tree.map(repeat, prompt))
         shape = responses.shape
         self.rollout = Rollout(
             jnp.asarray(responses),

@@ -125,8 +125,8 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
             listening["metrics"] = server.metrics_address
         print(json.dumps(listening), flush=True)
         server.serve([Segmenter.load(args.model, device, args.config, args.compile) for device in devices])
-        # Python answers signals in this thread, and a system may hand them to another one (gVisor does): a wait without
-        # an end would then never hear of them.
+        # Python answers signals in this thread alone, and one that another thread receives does not wake it, as where a
+        # library holds signals back here: a wait without an end would never hear of it.
         while True:
             time.sleep(_SIGNAL_POLL_S)
     finally:

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,25 @@ def test_without_a_gpu_it_says_so() -> None:
         [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, check=False, env={"PATH": ""}
     )
     assert (done.returncode, done.stderr) == (1, "no GPU here: expected one that PyTorch and JAX see\n")
+
+
+def test_a_side_on_a_gpu_that_does_not_learn_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextmanager
+    def side(module: str, directory: Path, settings: Settings) -> Iterator[Callable[..., dict[str, float]]]:
+        yield lambda what: {"loss": -0.3, "kl": 0.9, "grad_norm": float("nan"), "update": 0.1}
+
+    monkeypatch.setattr(gpu, "side", side)
+    with pytest.raises(Unequal, match=r"^ours: loss, KL or gradient is not finite: .*'grad_norm': nan"):
+        gpu.measure("ours", tmp_path, Settings(), rounds=1)
+
+
+def test_a_padded_question_is_the_same_question() -> None:
+    group = group_cost.make_group(Shape(prompt=60, response=12, group=3, image=112), np.random.default_rng(0))
+    alone, padded = group_cost.read_prompt(group), group_cost.read_prompt(group, 16)
+    assert padded.tokens_bp.shape == (1, 64)
+    assert padded.length_b.tolist() == alone.length_b.tolist() == [60]
+    assert (padded.tokens_bp[:, :60] == alone.tokens_bp).all()
+    assert (padded.image_index_bp[:, 60:] == -1).all()
 
 
 def test_flops_of_a_group_are_the_compilers() -> None:

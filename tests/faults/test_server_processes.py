@@ -105,7 +105,7 @@ def test_stops_where_whoever_started_it_holds_signals_back(processes) -> None:
 
 
 def test_stops_where_the_system_hands_the_signal_to_another_thread(processes) -> None:
-    """As gVisor does, where Linux hands it to the main thread."""
+    """As where a library holds signals back in the main thread, which gets them otherwise."""
     process = processes()
     process.until_ready()
     pid = process.child.pid
