@@ -112,6 +112,20 @@ def running(
         server.stop(None).wait()
 
 
+def assert_take_turns(fakes: Sequence[Fake], ask: Callable[[], object]) -> None:
+    """Each gets its share of the calls, once a client is connected to all: before, the first to be there takes more."""
+    deadline = time.monotonic() + 30
+    while not all(fake.seen for fake in fakes):
+        assert time.monotonic() < deadline, "one got no call"
+        ask()
+    before = [len(fake.seen) for fake in fakes]
+    for _ in range(5 * len(fakes)):
+        ask()
+    taken = [len(fake.seen) - count for fake, count in zip(fakes, before, strict=True)]
+    assert sum(taken) == 5 * len(fakes)
+    assert min(taken) >= 3
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
