@@ -1,6 +1,7 @@
-"""The ways of computing attention over a stream: a kernel and XLA. The kernel is splash attention, interpreted on CPU.
+"""The ways of computing attention over a stream: kernels and XLA.
 
-Contract: results and gradients of the kernel are within 2e-6 of XLA's in float32, and within 1e-2 in bfloat16, relative
+On CPU splash attention is interpreted, and what is laid out for cuDNN is computed by XLA in its place.
+Contract: results and gradients of a kernel are within 2e-6 of XLA's in float32, and within 1e-2 in bfloat16, relative
 to the largest number of each. Rows of padding are not compared: nothing reads them. On a GPU the kernel is cuDNN's, for
 bfloat16 alone, and is within 1e-2 of XLA's in float32: ``JAX_PLATFORMS=cuda pytest tests/test_attention.py -k agrees``.
 """
@@ -33,13 +34,22 @@ from segzero_jax.model.splash import PrefixGroupMask, live_scores, padded_length
 from segzero_jax.types import Rollout
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
-KERNEL: Kernel = "splash_interpreted"
+KERNELS: tuple[Kernel, ...] = ("splash_interpreted", "cudnn")
 # What XLA's attention computes in beside the kernel, which computes in the dtype in front.
 BESIDE = {dtype: dtype for dtype in TOLERANCE}
 if jax.default_backend() == "gpu":
-    KERNEL = "cudnn"
+    KERNELS = ("cudnn",)
     BESIDE = {"bfloat16": "float32"}
 SPEC = TRAIN.spec("batch", None, "heads", None)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Each kernel that this machine can compute, or have computed in its place."""
+    if request.param == "cudnn" and jax.default_backend() != "gpu":
+        whole = jax.nn.dot_product_attention
+        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: whole(*a, **k))
+    return request.param
 
 
 class Case(NamedTuple):
@@ -72,7 +82,7 @@ def real_tokens(case: Case) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", BESIDE)
 @pytest.mark.parametrize("name", CASES)
-def test_a_kernel_agrees_on_a_stream_and_its_gradients(name: str, dtype: str) -> None:
+def test_a_kernel_agrees_on_a_stream_and_its_gradients(name: str, dtype: str, kernel: Kernel) -> None:
     case, rng = CASES[name], np.random.default_rng(0)
     b, t = len(case.lengths), case.stream.tokens
     real = real_tokens(case)
@@ -87,7 +97,7 @@ def test_a_kernel_agrees_on_a_stream_and_its_gradients(name: str, dtype: str) ->
         k, v = (normal(rng, (b, t, case.kv_heads, case.width), dtype) for _ in range(2))
         weights = normal(rng, (b, t, case.heads, case.width), dtype)
         run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
-        found = jax.device_get(run(q, k, v, KERNEL))
+        found = jax.device_get(run(q, k, v, kernel))
         expected = jax.device_get(run(*(a.astype(BESIDE[dtype]) for a in (q, k, v)), "xla"))
     (gradients, out), (expected_gradients, expected_out) = found, expected
     for left, right in zip((*gradients, out[real]), (*expected_gradients, expected_out[real]), strict=True):
@@ -96,7 +106,7 @@ def test_a_kernel_agrees_on_a_stream_and_its_gradients(name: str, dtype: str) ->
 
 
 @pytest.mark.parametrize("dtype", BESIDE)
-def test_a_kernel_agrees_on_images_with_invalid_slots_and_their_gradients(dtype: str) -> None:
+def test_a_kernel_agrees_on_images_with_invalid_slots_and_their_gradients(dtype: str, kernel: Kernel) -> None:
     """Of the third image all slots are invalid: it is the second picture of a prompt that has one."""
     rng = np.random.default_rng(0)
     valid = rng.random((3, 192)) < np.array([[0.8], [0.8], [0]])
@@ -108,7 +118,7 @@ def test_a_kernel_agrees_on_images_with_invalid_slots_and_their_gradients(dtype:
     with jax.set_mesh(make_mesh("1x1")):
         q, k, v, weights = (normal(rng, (3, 192, 2, 80), dtype) for _ in range(4))
         run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
-        found = jax.device_get(run(q, k, v, KERNEL))
+        found = jax.device_get(run(q, k, v, kernel))
         expected = jax.device_get(run(*(a.astype(BESIDE[dtype]) for a in (q, k, v)), "xla"))
     (gradients, out), (expected_gradients, expected_out) = found, expected
     for left, right in zip((*gradients, out[valid]), (*expected_gradients, expected_out[valid]), strict=True):
@@ -117,7 +127,7 @@ def test_a_kernel_agrees_on_images_with_invalid_slots_and_their_gradients(dtype:
 
 
 @pytest.mark.parametrize("dtype", BESIDE)
-def test_a_kernel_agrees_on_windows_with_every_patch_by_hand(dtype: str) -> None:
+def test_a_kernel_agrees_on_windows_with_every_patch_by_hand(dtype: str, kernel: Kernel) -> None:
     """In every run the last slots are empty, and no patch is of the window that they are said to be of."""
     rng = np.random.default_rng(0)
     valid = np.tile(np.arange(64) < 60, (2, 5, 1))
@@ -130,7 +140,7 @@ def test_a_kernel_agrees_on_windows_with_every_patch_by_hand(dtype: str) -> None
     real = valid.reshape(2, 320)
 
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend_windows(q, KeyValue(k, v), jnp.asarray(seen), KERNEL, SPEC)
+        return attend_windows(q, KeyValue(k, v), jnp.asarray(seen), kernel, SPEC)
 
     def by_hand(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") / np.sqrt(80)
@@ -181,7 +191,7 @@ def test_a_mesh_of_cpus_uses_xla() -> None:
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "4x4"])
-def test_the_whole_policy_with_the_kernel(mesh: str) -> None:
+def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
     """Loss and gradients of prefix groups with pictures, each device with its own rows and heads."""
     processor, rng = load_processor(), np.random.default_rng(0)
     b, g, r = 4, 2, 8
@@ -200,8 +210,8 @@ def test_the_whole_policy_with_the_kernel(mesh: str) -> None:
     results = []
     with jax.set_mesh(make_mesh(mesh)):
         policy, placed = random_policy(), jax.tree.map(put, batch)
-        for kernel in ("splash_interpreted", "xla"):
-            setup = Pass(DIMS, TRAIN, jnp.dtype("float32"), remat=True, kernel=kernel)
+        for chosen in (kernel, "xla"):
+            setup = Pass(DIMS, TRAIN, jnp.dtype("float32"), remat=True, kernel=chosen)
             run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, placed, jnp.float32(9), s, losses)[0]))
             results.append(jax.device_get(run(policy)))
     (loss, gradients), (expected_loss, expected_gradients) = results
