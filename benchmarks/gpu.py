@@ -7,7 +7,7 @@ Weights of Qwen2.5-VL-3B's dimensions that each side draws for itself, Seg-Zero'
 default. Ours trains all prompts of a step at once and keeps its activations; its times are divided by their number. One
 prompt is sampled from. Model FLOPs are those of the matrix products that the mathematics asks for, without what is
 computed again in the backward pass. The bound of decoding is what one token of every response has to read: all language
-weights, and the keys and values of prompt and responses. Needs 105 GB of GPU memory, with ``--prompts 6`` 125, and JAX
+weights, and the keys and values of prompt and responses. Needs 105 GB of GPU memory, with ``--prompts 6`` 130, and JAX
 and PyTorch with CUDA. Ends with a line where there is no GPU.
 """
 

@@ -199,6 +199,8 @@ def update(
     """
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
     count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
+    setup = setup._replace(written_out=setup.kernel == "cudnn" and not setup.remat)
 
     def learn(part: UpdateBatch) -> Total:
         gradient_of = jax.value_and_grad(group_loss, has_aux=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, group_cost, learning_phase, reward_server, rollout_speed, trl_step
+from benchmarks import gpu, gpu_on_paper, group_cost, learning_phase, reward_server, rollout_speed, trl_step
 from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, side, sides, write
 from benchmarks.reward_requests import picture, prompts
 from reward_server import reward_pb2
@@ -88,6 +88,7 @@ runpy.run_module("benchmarks.{name}", run_name="__main__")
         ("trl_step", "trl", "bench"),
         ("reward_server", "omegaconf", "reward"),
         ("gpu", "torch", "reward,dev"),
+        ("gpu_on_paper", "jax_plugins", "cuda"),
         ("tpu_on_paper", "libtpu", "dev"),
         ("prefix_flops", "libtpu", "dev"),
         ("scaling", "libtpu", "dev"),
@@ -128,6 +129,30 @@ def test_without_a_gpu_it_says_so() -> None:
         [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, check=False, env={"PATH": ""}
     )
     assert (done.returncode, done.stderr) == (1, "no GPU here: expected one that PyTorch and JAX see\n")
+
+
+GPU_PROGRAM = """HloModule gpu
+
+%gate (a: bf16[8,4], b: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[8,4]{1,0} parameter(1)
+  ROOT %c = bf16[8,4]{1,0} multiply(%a, %b)
+}
+
+ENTRY %main (x: bf16[8,4], w: bf16[4,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %w = bf16[4,4]{1,0} parameter(1)
+  %y.1 = bf16[8,4]{1,0} custom-call(%x, %w), custom_call_target="__cublas$lt$matmul"
+  %z.2 = bf16[8,4]{1,0} custom-call(%y.1, %y.1, %y.1), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %loop_multiply_fusion.7 = bf16[8,4]{1,0} fusion(%y.1, %z.2), kind=kLoop, calls=%gate
+}
+"""
+
+
+def test_bytes_that_a_program_moves_are_told_by_what_they_are_moved_for() -> None:
+    one = 2 * 8 * 4
+    expected = {"products": 2 * one + 2 * 4 * 4, "attention": 4 * one, "loop multiply fusion": 3 * one}
+    assert gpu_on_paper.moved(GPU_PROGRAM) == expected
 
 
 def test_a_side_on_a_gpu_that_does_not_learn_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -38,6 +38,25 @@ def test_a_slice_is_read_not_the_array_it_is_taken_of():
     assert 20 * layer <= program.cost.bytes <= 20 * layer * 4
 
 
+GPU = """HloModule gpu
+
+%one_layer (stack: f32[36,8,4]) -> bf16[1,8,4] {
+  %stack = f32[36,8,4]{2,1,0} parameter(0)
+  %narrow = bf16[36,8,4]{2,1,0} convert(%stack)
+  ROOT %layer = bf16[1,8,4]{2,1,0} slice(%narrow), slice={[3:4], [0:8], [0:4]}
+}
+
+ENTRY %main (stack: f32[36,8,4]) -> bf16[1,8,4] {
+  %weights = f32[36,8,4]{2,1,0} parameter(0)
+  ROOT %out = bf16[1,8,4]{2,1,0} fusion(%weights), kind=kLoop, calls=%one_layer
+}
+"""
+
+
+def test_a_slice_of_what_is_made_narrower_is_read_as_wide_as_it_was() -> None:
+    assert Program(GPU).cost.bytes == 8 * 4 * 4 + 8 * 4 * 2
+
+
 def test_a_loop_may_count_in_steps():
     """How XLA writes a product that is computed beside the permutation of its pieces."""
     run = lambda x, w: jax.lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 2, c[1] @ w), (0, x))[1]  # noqa: E731

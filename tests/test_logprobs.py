@@ -6,7 +6,7 @@ from tiny import DIMS, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.logprobs import response_logps, sampling_logits
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.plan.cost import Program
 
 BANNED = (3, 500)
@@ -31,6 +31,39 @@ def test_log_probabilities_and_entropy_are_those_of_a_plain_softmax(length):
     np.testing.assert_allclose(logp, expected, rtol=1e-5, atol=1e-5)
     possible = np.delete(every, BANNED, axis=-1)
     np.testing.assert_allclose(entropy, -(np.exp(possible) * possible).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+@pytest.mark.parametrize("length", [5, 340])  # one chunk, and two that need filling
+def test_gradients_are_those_of_a_plain_softmax(mesh: str, length: int) -> None:
+    """Within 1e-5 of the largest, with what states and head have to say in one place and over devices."""
+    rng = np.random.default_rng(2)
+    hidden = rng.standard_normal((4, 3, length, DIMS.hidden)).astype(np.float32)
+    # Two are banned: nothing makes them more probable.
+    tokens = rng.integers(0, DIMS.vocab, (4, 3, length), dtype=np.int32)
+    tokens[0, 0, :2] = BANNED
+    weights = rng.standard_normal((2, 4, 3, length)).astype(np.float32)
+
+    def weighted(logp: jax.Array, entropy: jax.Array) -> jax.Array:
+        return (logp * weights[0] + entropy * weights[1]).sum()
+
+    def ours(policy: Policy, hidden: jax.Array) -> jax.Array:
+        return weighted(*response_logps(policy, hidden, tokens, SETUP, 0.7, BANNED))
+
+    def plain(head: jax.Array, hidden: jax.Array) -> jax.Array:
+        raw = jnp.einsum("bgrd,vd->bgrv", hidden, head, precision="highest") / 0.7
+        every = jax.nn.log_softmax(raw.at[..., np.array(BANNED)].set(-1e30))
+        logp = jnp.take_along_axis(every, tokens[..., None], -1)[..., 0]
+        return weighted(logp, -(jnp.exp(every) * every).sum(-1))
+
+    with jax.set_mesh(make_mesh(mesh)):
+        policy = random_policy()
+        placed = jax.device_put(hidden, TRAIN.spec("batch", None, None, None))
+        by_policy, by_hidden = jax.device_get(jax.jit(jax.grad(ours, argnums=(0, 1)))(policy, placed))
+    head = np.asarray(jax.device_get(policy.embed_vd[...]))
+    expected = jax.device_get(jax.jit(jax.grad(plain, argnums=(0, 1)))(head, hidden))
+    for found, right in zip((by_policy.embed_vd[...], by_hidden), expected, strict=True):
+        assert np.abs(found - right).max() <= 1e-5 * np.abs(right).max()
 
 
 def test_a_banned_token_has_no_probability_and_none_banned_changes_nothing():

@@ -1,8 +1,8 @@
 """cuDNN's flash attention (``jax.nn.dot_product_attention``) over prefix groups and over images, on NVIDIA GPUs.
 
 For narrow types only: cuDNN has it for bfloat16 and float16. Its masks are arrays of scores to add, so that they cost
-memory; a plain causal mask costs none. A query that sees nothing has gradients that are not numbers, and its zeros in
-other sums do not save them: such queries, all of padding, see everything instead.
+memory and time; a plain causal mask costs none. A query that sees nothing has gradients that are not numbers, and its
+zeros in other sums do not save them: such queries, all of padding, see everything instead.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+# Widths of heads are multiples of this. By how much less a key that nobody may see scores.
+_WIDTHS, _UNSEEN = 8, -3e3
 
 
 def flash_group(
@@ -49,11 +52,19 @@ def flash_group(
 def flash_image(
     q_bsnh: jax.Array, k_bsnh: jax.Array, v_bsnh: jax.Array, valid_bs: jax.Array, spec: PartitionSpec
 ) -> jax.Array:
-    """Attention among all valid patches of an image, ``[b, s, n, h]``; arguments as in ``flash_group``."""
+    """Attention among all valid patches of an image, ``[b, s, n, h]``; arguments as in ``flash_group``.
+
+    Instead of a mask, heads are wider: what a key has there says how much less it scores with every query.
+    """
+    width = q_bsnh.shape[-1]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, valid_bs: jax.Array) -> jax.Array:
-        b, s = valid_bs.shape
-        return _attend(q, k, v, mask_bts=jnp.broadcast_to(valid_bs[:, None], (b, s, s)))
+        def widen(a: jax.Array, more: jax.Array | float) -> jax.Array:
+            more = jnp.broadcast_to(more, (*a.shape[:3], _WIDTHS))
+            return jnp.concatenate([a, more.astype(a.dtype)], axis=-1)
+
+        less = jnp.where(valid_bs, 0, _UNSEEN * width**0.5 / _WIDTHS)[..., None, None]
+        return _attend(widen(q, 1), widen(k, less), widen(v, 0), scale=width**-0.5)[..., :width]
 
     return _on_each(local, spec, q_bsnh, k_bsnh, v_bsnh, valid_bs)
 
@@ -81,7 +92,12 @@ def _on_each(
 
 
 def _attend(
-    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array | None = None, causal: bool = False
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    mask_bts: jax.Array | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> jax.Array:
     tokens = q_btnh.shape[1]
     if mask_bts is not None:
@@ -91,5 +107,7 @@ def _attend(
         k_bskh, v_bskh = (jnp.pad(a, ((0, 0), fill[1], (0, 0), (0, 0))) for a in (k_bskh, v_bskh))
         mask_bts = jnp.pad(mask_bts, ((0, 0), *fill))
         mask_bts = (mask_bts | ~mask_bts.any(-1, keepdims=True))[:, None]
-    out = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts, is_causal=causal, implementation="cudnn")
+    out = jax.nn.dot_product_attention(
+        q_btnh, k_bskh, v_bskh, mask=mask_bts, is_causal=causal, scale=scale, implementation="cudnn"
+    )
     return out[:, :tokens]

@@ -4,17 +4,19 @@ Logits are divided by the sampling temperature, and the visual special tokens ar
 ``<|image_pad|>`` is not an image. Full logits of a batch never exist: the vocabulary is walked in chunks of tokens.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from segzero_jax.model.layers import linear
 from segzero_jax.model.policy import Pass, Policy, head_weights
 from segzero_jax.types import Array
 
 _IMPOSSIBLE = -1e30
-# A chunk has this many tokens on each device, in whole positions and at least _POSITIONS of them: its logits are what a
-# device has to hold.
+# A chunk has at most this many tokens on each device, or as many as the responses have in so many positions: its logits
+# are what a device has to hold.
 _TOKENS, _POSITIONS = 1024, 32
 
 
@@ -53,7 +55,7 @@ def response_logps(
       tokens_bgr: int32.
 
     Returns:
-      float32 ``[b, g, r]`` each, in nats. Chunks are recomputed in the backward pass: memory is one chunk of logits.
+      float32 ``[b, g, r]`` each, in nats. The backward pass computes the logits of a chunk again: memory is one chunk.
     """
     layout = setup.layout
     rows, parts = layout.over("batch"), layout.over("vocab")
@@ -64,26 +66,15 @@ def response_logps(
         # Where differentiation sums over devices: the head's gradient over rows, the states' over the vocabulary.
         head_vd = jax.lax.pcast(head_vd, rows, to="varying")
         hidden_bgrd = jax.lax.pcast(hidden_bgrd, parts, to="varying")
-        first_id = jax.lax.axis_index(parts) * head_vd.shape[0]
-
-        @jax.checkpoint
-        def one(hidden: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            raw = linear("bgrd,vd->bgrv", hidden, head_vd, None, PartitionSpec(), jnp.float32)
-            scaled = sampling_logits(raw, temperature, banned_ids, first_id)
-            top = jax.lax.pmax(jax.lax.stop_gradient(scaled.max(-1)), parts)
-            total = top + jnp.log(jax.lax.psum(jnp.exp(scaled - top[..., None]).sum(-1), parts))
-            logp = jax.lax.psum(pick(scaled, tokens - first_id), parts) - total
-            # Not total - sum(p * scaled): where one token is nearly certain, that is a difference of large numbers.
-            every = scaled - total[..., None]
-            entropy = -jnp.where(scaled > _IMPOSSIBLE, jnp.exp(every) * every, 0).sum(-1)
-            return logp, jax.lax.psum(entropy, parts)
-
         b, g, r = tokens_bgr.shape
-        limit = min(r, max(_POSITIONS, _TOKENS // (b * g)))
-        chunk = next(size for size in range(limit, 0, -1) if r % size == 0)
-        chunks = lambda a: jnp.moveaxis(a.reshape(b, g, r // chunk, chunk, *a.shape[3:]), 2, 0)  # noqa: E731
-        _, found = jax.lax.scan(lambda _, part: (None, one(*part)), None, (chunks(hidden_bgrd), chunks(tokens_bgr)))
-        logp, entropy = (jnp.moveaxis(part, 0, 2).reshape(b, g, r) for part in found)
+        count = b * g * r
+        chunks = -(-count // max(_TOKENS, _POSITIONS * b * g))
+        size = -(-count // chunks)
+        fill = (0, chunks * size - count)
+        hidden = jnp.pad(hidden_bgrd.reshape(count, -1), (fill, (0, 0))).reshape(chunks, size, -1)
+        tokens = jnp.pad(tokens_bgr.reshape(count), fill).reshape(chunks, size)
+        found = _logps(_Distribution(temperature, banned_ids, parts), hidden, head_vd, tokens)
+        logp, entropy = (part.reshape(-1)[:count].reshape(b, g, r) for part in found)
         return logp, entropy
 
     hidden_spec = layout.spec("batch", None, None, None)
@@ -91,3 +82,81 @@ def response_logps(
     tokens = jax.sharding.reshard(jnp.asarray(tokens_bgr), row_spec)
     specs = (layout.spec("vocab", None), hidden_spec, row_spec)
     return jax.shard_map(local, in_specs=specs, out_specs=(row_spec, row_spec))(head_vd, hidden_bgrd, tokens)
+
+
+class _Distribution(NamedTuple):
+    """What makes logits a distribution, and the mesh axes that the vocabulary is divided over (static)."""
+
+    temperature: float
+    banned_ids: tuple[int, ...]
+    parts: tuple[str, ...]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logps(
+    how: _Distribution, hidden_nmd: jax.Array, head_vd: jax.Array, tokens_nm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies ``[n, m]``, of ``n`` chunks of tokens one after another, on one device.
+
+    Plain differentiation would keep, or compute once more, what a softmax is made of, and read the logits of a chunk
+    a dozen times. Here they are read twice forward and once backward.
+    """
+    return _logps_forward(how, hidden_nmd, head_vd, tokens_nm)[0]
+
+
+_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _logps_forward(
+    how: _Distribution, hidden_nmd: jax.Array, head_vd: jax.Array, tokens_nm: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], _Kept]:
+    narrow_vd = head_vd.astype(hidden_nmd.dtype)
+
+    def one(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
+        scaled, own = _own_logits(how, *chunk, narrow_vd)
+        top = jax.lax.pmax(scaled.max(-1), how.parts)
+        below = scaled - top[:, None]
+        weights = jnp.exp(below)
+        sums = (weights.sum(-1), (weights * below).sum(-1), pick(below, own))
+        total, spread, picked = jax.lax.psum(sums, how.parts)
+        log_total = jnp.log(total)
+        # Counted from the top: where one token is nearly certain, both terms of the entropy are small.
+        return None, (picked - log_total, log_total - spread / total, top + log_total)
+
+    _, (logp, entropy, normalizer) = jax.lax.scan(one, None, (hidden_nmd, tokens_nm))
+    return (logp, entropy), (hidden_nmd, head_vd, tokens_nm, entropy, normalizer)
+
+
+def _own_logits(
+    how: _Distribution, hidden_md: jax.Array, tokens_m: jax.Array, narrow_vd: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Float32 logits ``[m, v]`` of a device's part of the vocabulary, and tokens as places in it, if they are there."""
+    first_id = jax.lax.axis_index(how.parts) * narrow_vd.shape[0]
+    raw = jnp.einsum("md,vd->mv", hidden_md, narrow_vd, preferred_element_type=jnp.float32)
+    return sampling_logits(raw, how.temperature, how.banned_ids, first_id), tokens_m - first_id
+
+
+def _logps_backward(
+    how: _Distribution, kept: _Kept, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden_nmd, head_vd, tokens_nm, entropy_nm, normalizer_nm = kept
+    narrow_vd = head_vd.astype(hidden_nmd.dtype)
+
+    def one(dhead_vd: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden, tokens, entropy, normalizer, of_logp, of_entropy = chunk
+        scaled, own = _own_logits(how, hidden, tokens, narrow_vd)
+        logps = scaled - normalizer[:, None]
+        # d logp / d logit = [chosen] - p;  d entropy / d logit = -p (log p + entropy).
+        slope = of_logp[:, None] + of_entropy[:, None] * (logps + entropy[:, None])
+        chosen = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1) == own[:, None]
+        draw = jnp.where(chosen, of_logp[:, None], 0) - jnp.exp(logps) * slope
+        draw = jnp.where(scaled > _IMPOSSIBLE, draw / how.temperature, 0).astype(hidden.dtype)
+        dhead_vd += jnp.einsum("mv,md->vd", draw, hidden, preferred_element_type=jnp.float32)
+        return dhead_vd, jnp.einsum("mv,vd->md", draw, narrow_vd, preferred_element_type=hidden.dtype)
+
+    zeros = jnp.zeros_like(head_vd, jnp.float32)
+    dhead_vd, dhidden_nmd = jax.lax.scan(one, zeros, (hidden_nmd, tokens_nm, entropy_nm, normalizer_nm, *gradients))
+    return dhidden_nmd, dhead_vd.astype(head_vd.dtype), None
+
+
+_logps.defvjp(_logps_forward, _logps_backward)

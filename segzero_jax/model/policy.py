@@ -17,6 +17,7 @@ from flax import nnx
 
 from segzero_jax.mesh import Layout, kv_copies
 from segzero_jax.model.attention import Kernel, KeyValue, Stream, attend, attend_stream
+from segzero_jax.model.blocks import run_blocks
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.layers import (
     constant_param,
@@ -77,6 +78,7 @@ class Pass(NamedTuple):
       dtype: of activations.
       remat: recompute blocks in the backward pass.
       kernel: what computes attention over whole streams.
+      written_out: the program holds every block by itself instead of a loop over them (``run_blocks``).
     """
 
     dims: Dims
@@ -84,6 +86,7 @@ class Pass(NamedTuple):
     dtype: jnp.dtype
     remat: bool = False
     kernel: Kernel = "xla"
+    written_out: bool = False
 
 
 def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
@@ -149,6 +152,7 @@ def _encode_images(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array
         dtype=setup.dtype,
         kernel=setup.kernel,
         remat=setup.remat,
+        written_out=setup.written_out,
     )
     units = images * slots // setup.dims.vision.merge**2
     rows = setup.layout.spec("batch", None, None)
@@ -304,12 +308,13 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: P
     prompt_mask = _prompt_mask(batch)
     heads = setup.layout.spec("batch", None, "heads", None)
 
-    def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, block: DecoderBlock) -> jax.Array:
         q, kv = _project(block, x, angles, setup)
         out = attend_stream(q, kv, Stream(p, g, r), prompt_mask, setup.kernel, heads)
-        return _finish(block, x, out, setup), None
+        return _finish(block, x, out, setup)
 
-    x, _ = jax.lax.scan(jax.checkpoint(body) if setup.remat else body, x, policy.blocks)
+    body = jax.checkpoint(body) if setup.remat else body
+    x = run_blocks(body, x, policy.blocks, setup.written_out)
     first = jnp.broadcast_to(_last_prompt(x[:, :p], batch)[:, None, None], (b, g, 1, d))
     states = jnp.reshape(x[:, p:], (b, g, r, d), out_sharding=setup.layout.spec("batch", None, None, None))
     predicting = jnp.concatenate([first, states[:, :, :-1]], axis=2)

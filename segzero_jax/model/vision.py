@@ -14,11 +14,15 @@ from jax.sharding import PartitionSpec
 
 from segzero_jax.mesh import Layout
 from segzero_jax.model.attention import Kernel, KeyValue, attend_image, attend_windows
+from segzero_jax.model.blocks import run_blocks
 from segzero_jax.model.dims import VisionDims
 from segzero_jax.model.layers import axial_angles, constant_param, linear, normal_param, recomputed, rms_norm, rotate
 from segzero_jax.types import Array
 
 _EPS = 1e-6
+# cuBLAS wants rows of 16 bytes, on each of up to four devices that a matrix is divided over. The MLP of the released
+# towers has 3,420 units: XLA would pad activations, at every product.
+_UNITS = 32
 
 
 class VisionBlock(nnx.Module):
@@ -71,6 +75,7 @@ def _block(
     spec = layout.spec
     rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
     heads = spec("batch", None, "heads", None)
+    more = (0, -block.down_fd.shape[0] % _UNITS if kernel == "cudnn" else 0)  # Units of zeros, whose results are zeros.
 
     @recomputed
     def project(x_bsd: jax.Array, block: VisionBlock) -> jax.Array:
@@ -81,13 +86,16 @@ def _block(
     @recomputed
     def widen(x_bsd: jax.Array, block: VisionBlock) -> tuple[jax.Array, jax.Array]:
         y = rms_norm(x_bsd, block.norm2_d[...], _EPS)
-        gate = linear("bsd,df->bsf", y, block.gate_df[...], block.gate_bias_f[...], hidden)
-        return gate, linear("bsd,df->bsf", y, block.up_df[...], block.up_bias_f[...], hidden)
+        gate_df, up_df = (jnp.pad(weight[...], ((0, 0), more)) for weight in (block.gate_df, block.up_df))
+        gate_bias_f, up_bias_f = (jnp.pad(bias[...], more) for bias in (block.gate_bias_f, block.up_bias_f))
+        gate = linear("bsd,df->bsf", y, gate_df, gate_bias_f, hidden)
+        return gate, linear("bsd,df->bsf", y, up_df, up_bias_f, hidden)
 
     @recomputed
     def narrow(gate_bsf: jax.Array, up_bsf: jax.Array, block: VisionBlock) -> jax.Array:
         gated = jax.nn.silu(gate_bsf) * up_bsf
-        return linear("bsf,fd->bsd", gated, block.down_fd[...], block.down_bias_d[...], rows)
+        down_fd = jnp.pad(block.down_fd[...], (more, (0, 0)))
+        return linear("bsf,fd->bsd", gated, down_fd, block.down_bias_d[...], rows)
 
     qkv = project(x_bsd, block)
     q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
@@ -118,6 +126,7 @@ def encode_images(
     dtype: jnp.dtype,
     kernel: Kernel,
     remat: bool,
+    written_out: bool,
 ) -> jax.Array:
     """Images to embeddings of merged units, in window order.
 
@@ -138,16 +147,16 @@ def encode_images(
     # Every stride-th block sees the whole image.
     stride = dims.full_attention[0] + 1
 
-    def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlock], tuple[jax.Array, None]]:
-        body = lambda x, block: (_block(block, x, angles, valid_bs, seen, layout, kernel), None)  # noqa: E731
+    def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlock], jax.Array]:
+        body = lambda x, block: _block(block, x, angles, valid_bs, seen, layout, kernel)  # noqa: E731
         return jax.checkpoint(body) if remat else body
 
     # No loop of loops: what the inner ones keep for the backward pass would be copied into what the outer keeps.
     for first in range(0, dims.depth, stride):
         whole = first + stride - 1
         windows = jax.tree.map(lambda a, at=slice(first, whole): a[at], tower.blocks)
-        x_bsd, _ = jax.lax.scan(step(seen_bwss), x_bsd, windows)
-        x_bsd, _ = step(None)(x_bsd, jax.tree.map(lambda a, at=whole: a[at], tower.blocks))
+        x_bsd = run_blocks(step(seen_bwss), x_bsd, windows, written_out)
+        x_bsd = step(None)(x_bsd, jax.tree.map(lambda a, at=whole: a[at], tower.blocks))
 
     y = rms_norm(x_bsd, tower.merger_norm_d[...], _EPS)
     b, s, d = y.shape

@@ -102,21 +102,30 @@ class Program:
                     yield kind, instruction
 
     def _of(self, name: str, without: Instruction | None = None) -> Cost:
-        body, cost = self.computations[name], Cost()
+        cost = Cost()
+        for _, part, times in self.parts(name, without):
+            cost.add(part, times)
+        return cost
+
+    def parts(self, name: str, without: Instruction | None = None) -> Iterator[tuple[Instruction, Cost, int]]:
+        """The instructions of a computation and of those that it runs: what each costs once, and how often it runs."""
         beside: set[tuple[str | None, tuple[Array, ...]]] = set()
-        for instruction in body.values():
+        for instruction in self.computations[name].values():
             if instruction is without:
                 continue
             if instruction.opcode == "while":
-                cost.add(self._of(instruction.named("body")), self.trip_count(instruction))
+                turns = self.trip_count(instruction)
+                for part, cost, times in self.parts(instruction.named("body")):
+                    yield part, cost, turns * times
             elif instruction.opcode in ("call", "async-start"):
                 for called in instruction.called():
-                    cost.add(self._of(called))
+                    yield from self.parts(called)
             elif instruction.opcode == "conditional":
                 raise HloError(f"{name}: {instruction.name} is a conditional, whose branches cannot be counted")
             else:
+                cost = Cost()
                 self._add(instruction, name, cost, beside)
-        return cost
+                yield instruction, cost, 1
 
     def _add(
         self, instruction: Instruction, name: str, cost: Cost, beside: set[tuple[str | None, tuple[Array, ...]]]
@@ -241,8 +250,9 @@ class Program:
                 total += sum(array.bytes for array in user.arrays)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter:
                 continue
-            elif user.opcode == "bitcast":
-                total += self._read(name, user.name)
+            elif user.opcode in ("bitcast", "convert"):
+                narrower = body[parameter].arrays[0].bytes / max(user.arrays[0].bytes, 1)
+                total += narrower * self._read(name, user.name)
             elif user.opcode == "fusion":
                 (called,) = user.called()
                 inner = [part for part in self.computations[called].values() if part.opcode == "parameter"]

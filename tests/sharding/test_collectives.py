@@ -92,7 +92,7 @@ def test_what_is_summed(program: Program) -> None:
         (BATCH, PROMPT, d // FSDP),  # looked up: each device has some of the vocabulary
         (BATCH, GROUP, LENGTH, d // FSDP),
     }
-    per_token = {(ROWS, GROUP, LENGTH), (ROWS, GROUP, LENGTH, 1), ()}
+    per_token = {(ROWS * GROUP * LENGTH,), ()}
     # A gradient that is cut after its sum shows as the whole or as the part.
     parts = {squeezed(tuple(size // 4 if i == axis else size for i, size in enumerate(shape)))
              for shape in gathered for axis in range(len(shape))}  # fmt: skip

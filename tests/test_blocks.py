@@ -1,0 +1,56 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.blocks import run_blocks
+
+BLOCKS, ROWS, WIDTH = 5, 8, 16
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+def test_written_out_or_not_a_block_follows_the_other(mesh: str) -> None:
+    """Values and gradients, of what goes in and of every block, are those of a loop in Python."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, WIDTH), np.float32)
+    stacks = {
+        "w": rng.standard_normal((BLOCKS, WIDTH, WIDTH), np.float32) / 4,
+        "b": np.ones((BLOCKS, WIDTH), np.float32),
+    }
+
+    def body(x: jax.Array, block: dict[str, jax.Array]) -> jax.Array:
+        rows = TRAIN.spec("batch", None)
+        return jnp.tanh(jnp.einsum("bd,df->bf", x, block["w"], out_sharding=rows) + block["b"])
+
+    def loss(x: jax.Array, stacks: dict[str, jax.Array], written_out: bool) -> jax.Array:
+        return (run_blocks(body, x, stacks, written_out) ** 2).sum()
+
+    def by_hand(x: jax.Array, stacks: dict[str, jax.Array]) -> jax.Array:
+        for i in range(BLOCKS):
+            x = jnp.tanh(x @ stacks["w"][i] + stacks["b"][i])
+        return (x**2).sum()
+
+    expected = jax.value_and_grad(by_hand, argnums=(0, 1))(x, stacks)
+    with jax.set_mesh(make_mesh(mesh)):
+        placed_x = jax.device_put(x, TRAIN.spec("batch", None))
+        specs = {"w": TRAIN.spec(None, "embed", "mlp"), "b": TRAIN.spec(None, None)}
+        placed = {name: jax.device_put(stack, specs[name]) for name, stack in stacks.items()}
+        for written_out in (False, True):
+            run = jax.jit(jax.value_and_grad(partial(loss, written_out=written_out), argnums=(0, 1)))
+            found = run(placed_x, placed)
+            assert {name: a.sharding.spec for name, a in found[1][1].items()} == specs
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), jax.device_get(found), expected)
+
+
+def test_blocks_written_out_are_no_loop_and_their_gradients_are_not_added_up() -> None:
+    def loss(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return run_blocks(lambda x, w: x @ w, x, stack, True).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(jnp.ones((ROWS, WIDTH)), jnp.ones((BLOCKS, WIDTH, WIDTH))))
+    assert "scan" not in program
+    assert "while" not in program
+    assert f"f32[{BLOCKS},{WIDTH},{WIDTH}] = add" not in program
+    assert "pad" not in program
