@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import DIMS, load_processor, prompts, random_policy
 
-from segzero_jax.config import GrpoConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, group_loss
+from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.grpo import LossSettings, UpdateBatch, group_loss, initial_state, make_optimizer, update
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.attention import (
     Kernel,
@@ -44,13 +44,19 @@ if jax.default_backend() == "gpu":
 SPEC = TRAIN.spec("batch", None, "heads", None)
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """Each kernel that this machine can compute, or have computed in its place."""
-    if request.param == "cudnn" and jax.default_backend() != "gpu":
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """That kernel, computed by XLA where there is no GPU."""
+    if jax.default_backend() != "gpu":
         whole = jax.nn.dot_product_attention
         monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: whole(*a, **k))
-    return request.param
+    return "cudnn"
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Each kernel that this machine can compute, or have computed in its place."""
+    return request.getfixturevalue("cudnn") if request.param == "cudnn" else request.param
 
 
 class Case(NamedTuple):
@@ -191,11 +197,12 @@ def test_a_mesh_of_cpus_uses_xla() -> None:
     assert choose_kernel(make_mesh("1x1"), jnp.dtype("bfloat16")) == "xla"
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
-def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
-    """Loss and gradients of prefix groups with pictures, each device with its own rows and heads."""
-    # cuDNN's kernels come with cuBLAS's products, for which the vision tower's MLP is widened.
-    dims = replace(DIMS, vision=replace(DIMS.vision, mlp=60))
+# cuDNN's kernels come with cuBLAS's products, for which the vision tower's MLP is widened.
+UNEVEN = replace(DIMS, vision=replace(DIMS.vision, mlp=60))
+
+
+def learning() -> tuple[UpdateBatch, LossSettings]:
+    """Four prompt groups, with pictures, and a loss of all its parts."""
     processor, rng = load_processor(), np.random.default_rng(0)
     b, g, r = 4, 2, 8
     losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, freeze_vision=False)
@@ -210,14 +217,34 @@ def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
         -rng.random((b, g, r), np.float32),
     )  # fmt: skip
     put = lambda x: jax.device_put(x, TRAIN.spec("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    return jax.tree.map(put, batch), losses
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
+    """Loss and gradients of prefix groups with pictures, each device with its own rows and heads."""
     results = []
     with jax.set_mesh(make_mesh(mesh)):
-        policy, placed = random_policy(dims), jax.tree.map(put, batch)
+        policy, (batch, losses) = random_policy(UNEVEN), learning()
         for chosen in (kernel, "xla"):
-            setup = Pass(dims, TRAIN, jnp.dtype("float32"), True, chosen, written_out=chosen == "cudnn")
-            run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, placed, jnp.float32(9), s, losses)[0]))
+            setup = Pass(UNEVEN, TRAIN, jnp.dtype("float32"), True, chosen, written_out=chosen == "cudnn")
+            run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, batch, jnp.float32(9), s, losses)[0]))
             results.append(jax.device_get(run(policy)))
     (loss, gradients), (expected_loss, expected_gradients) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for left, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         assert np.abs(left - right).max() <= 1e-5 * max(np.abs(right).max(), 1e-3)
+
+
+def test_an_update_on_a_gpu_loops_over_blocks_only_to_save_memory(cudnn: Kernel) -> None:
+    optimizer = make_optimizer(TrainConfig(), freeze_vision=False)
+    with jax.set_mesh(make_mesh("1x1")):
+        state, (batch, losses) = initial_state(random_policy(), optimizer), learning()
+
+        def loops(remat: bool) -> int:
+            setup = Pass(DIMS, TRAIN, jnp.dtype("float32"), remat, cudnn)
+            options = {"optimizer": optimizer, "setup": setup, "settings": losses, "micro_batches": 1}
+            return str(update.trace(state, batch, **options).jaxpr).count("scan[")
+
+        assert loops(remat=False) == 2  # over chunks of log-probabilities, forward and backward
+        assert loops(remat=True) > 2

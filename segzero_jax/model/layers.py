@@ -138,7 +138,8 @@ def recomputed(f: Callable[..., T]) -> Callable[..., T]:
     block keeps, and a pass over it is all it costs to have it again. The products themselves are not repeated, since no
     gradient reads their results.
     """
-    return jax.checkpoint(f, prevent_cse=False)  # Blocks are bodies of loops: there is nothing to share.
+    # In a loop over blocks there is nothing to share; where they are written out, XLA may keep what it likes.
+    return jax.checkpoint(f, prevent_cse=False)
 
 
 def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
