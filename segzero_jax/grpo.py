@@ -95,7 +95,8 @@ def k3_kl(logp: jax.Array, ref_logp: Array) -> jax.Array:
     """
     # Beyond ±20 the estimate is past its own clamp; bounding d keeps exp finite, and with it the gradient.
     d = jnp.clip(ref_logp - logp, -20.0, 20.0)
-    return jnp.clip(jnp.exp(d) - d - 1, -_KL_CLAMP, _KL_CLAMP)
+    # exp(d) - 1 as one function: a small d would be lost beside the 1, and the estimate not even be positive.
+    return jnp.clip(jnp.expm1(d) - d, -_KL_CLAMP, _KL_CLAMP)
 
 
 def policy_loss(

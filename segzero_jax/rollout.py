@@ -11,7 +11,7 @@ import numpy as np
 from segzero_jax.mesh import ROLLOUT
 from segzero_jax.model.attention import KeyValue
 from segzero_jax.model.dims import Dims
-from segzero_jax.model.logprobs import pick, sampling_logits
+from segzero_jax.model.logprobs import log_probability, sampling_logits
 from segzero_jax.model.policy import DecodeCache, Pass, Policy, decode, empty_cache, logits, prefill
 from segzero_jax.model.weights import abstract_policy
 from segzero_jax.types import PromptBatch, Rollout
@@ -123,7 +123,7 @@ def _decode_step(
     rows = setup.layout.spec("batch", None)
     scaled = sampling_logits(logits(policy, progress.hidden_bgd, setup), sampling.temperature, sampling.banned_ids)
     chosen = _choose(scaled, jax.random.fold_in(key, step), sampling, setup)
-    logp = pick(scaled, chosen) - jax.nn.logsumexp(scaled, axis=-1)
+    logp = log_probability(scaled, chosen)
     token = jnp.where(done, sampling.pad_id, jax.sharding.reshard(chosen, rows))
     logp = jnp.where(done, 0.0, jax.sharding.reshard(logp, rows))
     hidden, cache = decode(policy, batch, token, step, progress.cache, setup)

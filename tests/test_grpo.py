@@ -81,6 +81,15 @@ def test_kl_estimate_and_its_clamp():
     np.testing.assert_allclose(k3_kl(-d, jnp.zeros(6)), [0, 0.306853, 0.367879, 4.389056, 10, 10], atol=1e-6)
 
 
+def test_kl_of_policies_that_hardly_part_is_small_and_not_negative() -> None:
+    """d²/2, of a d that is lost beside 1 in float32."""
+    d = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    for scale in (1e-6, 1e-4, 1e-2):
+        found = np.asarray(k3_kl(jnp.zeros(d.size), jnp.asarray(d * scale)))
+        assert (found >= 0).all()
+        assert found.mean() == pytest.approx(np.mean((d * scale).astype(np.float64) ** 2) / 2, rel=1e-2)
+
+
 def test_kl_has_a_finite_gradient_wherever_the_policies_part():
     gradient = jax.vmap(jax.grad(lambda logp: k3_kl(logp, jnp.zeros(()))))
     # 1 - exp(d) inside the clamp, 0 outside.

@@ -37,6 +37,15 @@ def pick(values_v: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.where(iota == tokens[..., None], values_v, 0).sum(-1)
 
 
+def log_probability(scaled_v: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of one token each, from logits of the whole vocabulary, in nats.
+
+    Counted from the most probable token, as in ``response_logps``: both are rounded alike.
+    """
+    below = scaled_v - scaled_v.max(-1, keepdims=True)
+    return pick(below, tokens) - jnp.log(jnp.exp(below).sum(-1))
+
+
 def response_logps(
     policy: Policy,
     hidden_bgrd: jax.Array,
@@ -73,7 +82,8 @@ def response_logps(
         fill = (0, chunks * size - count)
         hidden = jnp.pad(hidden_bgrd.reshape(count, -1), (fill, (0, 0))).reshape(chunks, size, -1)
         tokens = jnp.pad(tokens_bgr.reshape(count), fill).reshape(chunks, size)
-        found = _logps(_Distribution(temperature, banned_ids, parts), hidden, head_vd, tokens)
+        how = _Distribution(temperature, banned_ids, parts, head_vd.dtype)
+        found = _logps(how, hidden, head_vd, tokens)
         logp, entropy = (part.reshape(-1)[:count].reshape(b, g, r) for part in found)
         return logp, entropy
 
@@ -85,11 +95,12 @@ def response_logps(
 
 
 class _Distribution(NamedTuple):
-    """What makes logits a distribution, and the mesh axes that the vocabulary is divided over (static)."""
+    """What makes logits a distribution, mesh axes that divide the vocabulary, and the head's dtype (static)."""
 
     temperature: float
     banned_ids: tuple[int, ...]
     parts: tuple[str, ...]
+    head_dtype: jnp.dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,7 +135,7 @@ def _logps_forward(
         return None, (picked - log_total, log_total - spread / total, top + log_total)
 
     _, (logp, entropy, normalizer) = jax.lax.scan(one, None, (hidden_nmd, tokens_nm))
-    return (logp, entropy), (hidden_nmd, head_vd, tokens_nm, entropy, normalizer)
+    return (logp, entropy), (hidden_nmd, narrow_vd, tokens_nm, entropy, normalizer)
 
 
 def _own_logits(
@@ -139,8 +150,7 @@ def _own_logits(
 def _logps_backward(
     how: _Distribution, kept: _Kept, gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
-    hidden_nmd, head_vd, tokens_nm, entropy_nm, normalizer_nm = kept
-    narrow_vd = head_vd.astype(hidden_nmd.dtype)
+    hidden_nmd, narrow_vd, tokens_nm, entropy_nm, normalizer_nm = kept
 
     def one(dhead_vd: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, tokens, entropy, normalizer, of_logp, of_entropy = chunk
@@ -154,9 +164,9 @@ def _logps_backward(
         dhead_vd += jnp.einsum("mv,md->vd", draw, hidden, preferred_element_type=jnp.float32)
         return dhead_vd, jnp.einsum("mv,vd->md", draw, narrow_vd, preferred_element_type=hidden.dtype)
 
-    zeros = jnp.zeros_like(head_vd, jnp.float32)
+    zeros = jnp.zeros_like(narrow_vd, jnp.float32)
     dhead_vd, dhidden_nmd = jax.lax.scan(one, zeros, (hidden_nmd, tokens_nm, entropy_nm, normalizer_nm, *gradients))
-    return dhidden_nmd, dhead_vd.astype(head_vd.dtype), None
+    return dhidden_nmd, dhead_vd.astype(how.head_dtype), None
 
 
 _logps.defvjp(_logps_forward, _logps_backward)
