@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +21,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 from benchmarks.peer_group import GPU_ENVIRONMENT, LARGE_TEXT, LARGE_VISION, SPECIAL, Shape, need
-from segzero_jax.config import Config
+from segzero_jax import config as configs
 from segzero_jax.mesh import arrange
 from segzero_jax.model.dims import from_hf
 from segzero_jax.plan import step as steps
@@ -60,20 +59,19 @@ class ForCuda:
 def compile_update(prompts: int) -> Any:
     """The train loop's own update of so many groups, compiled for the card."""
     card = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh, shape, config = arrange("1x1", card.devices), Shape(), Config()
-    config = replace(
-        config,
-        mesh="1x1",
-        data=replace(config.data, image_size=shape.image),
-        model=replace(config.model, compute_dtype="bfloat16"),
-        rollout=replace(
-            config.rollout,
-            max_prompt_tokens=shape.prompt,
-            max_response_tokens=shape.response,
-            group_size=shape.group,
-        ),
-        train=replace(config.train, batch_size=prompts, micro_batch_size=prompts, moment_dtype="bfloat16"),
-    )
+    mesh, shape = arrange("1x1", card.devices), Shape()
+    changes = {
+        "mesh": "1x1",
+        "data.image_size": shape.image,
+        "model.compute_dtype": "bfloat16",
+        "rollout.max_prompt_tokens": shape.prompt,
+        "rollout.max_response_tokens": shape.response,
+        "rollout.group_size": shape.group,
+        "train.batch_size": prompts,
+        "train.micro_batch_size": prompts,
+        "train.moment_dtype": "bfloat16",
+    }
+    config = configs.replace(configs.Config(), **changes)
     dims = from_hf({"model_type": "qwen2_5_vl", **LARGE_TEXT, **SPECIAL, "vision_config": LARGE_VISION})
     asked = {  # Of the card, before attention is left to cuDNN.
         "check_cudnn_version": lambda: CUDNN,
