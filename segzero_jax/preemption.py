@@ -6,6 +6,7 @@ begins there is nothing to save, and a signal ends the run wherever it is.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -33,8 +34,8 @@ class Stopped(BaseException):
 class Preemption:
     """Listens for signals while it is entered, and is asked between phases once the training has begun.
 
-    Where several processes work together, JAX's preemption service listens, from the moment they have joined: a signal
-    to any of them makes all of them stop at the same call of ``check``.
+    Where processes work together, or could, JAX's preemption service listens for SIGTERM from the moment they have
+    joined: one to any of them makes all of them stop at the same call of ``check``. Ctrl-C is passed on to it as that.
     """
 
     def __init__(self) -> None:
@@ -46,8 +47,9 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         # Python lets only the main thread listen.
-        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            own = (signal.SIGINT,) if jax.distributed.is_initialized() else _SIGNALS
+            self._before = {number: signal.signal(number, self._note) for number in own}
         # Whoever started the run may hold signals back, and a process inherits that: it would never hear of them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return self
@@ -69,9 +71,11 @@ class Preemption:
     def check(self) -> None:
         """Between phases, by every process alike. Raises Stopped when any of them was told to stop."""
         self._calls += 1
-        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(self._calls):
-            raise Stopped(interrupted=False)
-        if self._received is not None:
+        if jax.distributed.is_initialized():
+            stops = multihost_utils.reached_preemption_sync_point(self._calls)
+        else:
+            stops = self._received is not None
+        if stops:
             raise Stopped(self._received == signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -81,6 +85,8 @@ class Preemption:
             self._received = number
             if self._say is None:
                 raise Stopped(interrupted=False)
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)
             again = "; again stops at once" if number == signal.SIGINT else ""
             # Python refuses to write where the signal has interrupted a writing; the note counts, not its line.
             with contextlib.suppress(RuntimeError):

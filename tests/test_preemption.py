@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fake_reward_server import free_port
 
 from segzero_jax.preemption import Preemption, Stopped
 
@@ -52,6 +53,38 @@ def test_a_signal_that_ended_the_reader_of_the_log_too_is_obeyed(number: int) ->
         child.send_signal(number)
         assert child.stdout.read() == "saved\n"
     assert child.returncode == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_to_one_process_stops_all_that_have_joined(count: int) -> None:
+    """As on a TPU VM, alone or of a pod: whoever got it knows that it was Ctrl-C."""
+    code = (
+        "import sys, time, jax\n"
+        "from segzero_jax.preemption import Preemption, Stopped\n"
+        f"jax.distributed.initialize(sys.argv[1], {count}, int(sys.argv[2]))\n"
+        "with Preemption() as preemption:\n"
+        "    preemption.begin(lambda text: None)\n"
+        "    print('ready', flush=True)\n"
+        "    try:\n"
+        "        while True: time.sleep(0.01); preemption.check()\n"
+        "    except Stopped as stopped:\n"
+        "        print(stopped, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, f"localhost:{free_port()}"]
+    children = [
+        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for index in range(count)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        children[0].send_signal(signal.SIGINT)
+        said = [child.communicate(timeout=120) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [out for out, _ in said] == ["Ctrl-C\n", "SIGTERM\n"][:count], said
 
 
 def test_a_signal_within_a_writing_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
