@@ -43,9 +43,21 @@ class Sampling(NamedTuple):
     greedy: bool = False
 
 
+# Most responses end within so many tokens.
+_FIRST_ROOM = 256
+
+
 def padding_multiple(limit: int) -> int:
     """Lengths up to ``limit`` are padded to multiples of this: few programs to compile, few padding tokens to run."""
     return 16 if limit <= 256 else 128
+
+
+def cache_lengths(limit: int) -> tuple[int, ...]:
+    """How many tokens of a response the cache has room for, one length after the other, up to ``limit``.
+
+    A decode step reads all the room there is: while responses are short, it should be little.
+    """
+    return (*(room for room in (_FIRST_ROOM << n for n in range(limit.bit_length())) if 3 * room <= 2 * limit), limit)
 
 
 def rollout_layout(dims: Dims, dtype: jnp.dtype) -> jax.stages.Wrapped:
@@ -93,8 +105,8 @@ def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, setup: Pa
     spec = setup.layout.spec("mlp_batch", None, "vocab")
     noise = jax.random.gumbel(key, scaled_bgv.shape, jnp.float32, out_sharding=spec)
     if sampling.top_p < 1 or sampling.top_k:
-        # A sort needs the whole vocabulary in one place; only these options pay for it.
-        whole = jax.sharding.reshard(scaled_bgv, setup.layout.spec("mlp_batch", None, None))
+        # A sort needs a row's whole vocabulary in one place; only these options pay for it.
+        whole = jax.sharding.reshard(scaled_bgv, setup.layout.spec("batch", None, None))
         scaled_bgv = jax.sharding.reshard(truncate(whole, sampling.top_p, sampling.top_k), spec)
     return (scaled_bgv + noise).argmax(-1).astype(jnp.int32)
 
@@ -106,12 +118,19 @@ def _start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Sampli
     return _Progress(
         step=jnp.int32(0),
         hidden_bgd=jnp.broadcast_to(hidden_bd[:, None], (b, g, hidden_bd.shape[-1])),
-        cache=empty_cache(prompt, g, length, setup.layout),
+        cache=empty_cache(prompt, g, cache_lengths(length)[0], setup.layout),
         tokens_bgr=jnp.full((b, g, length), sampling.pad_id, jnp.int32, out_sharding=tokens),
         logps_bgr=jnp.zeros((b, g, length), jnp.float32, out_sharding=tokens),
         length_bg=jnp.zeros((b, g), jnp.int32, out_sharding=rows),
         done_bg=jnp.zeros((b, g), bool, out_sharding=rows),
     )
+
+
+def _with_room(progress: _Progress, length: int) -> _Progress:
+    """The same state, with room for ``length`` tokens of each response in its cache."""
+    own = progress.cache.response
+    more = [(0, 0)] * 3 + [(0, length - own.k.shape[3])] + [(0, 0)] * 2
+    return progress._replace(cache=progress.cache._replace(response=KeyValue(*(jnp.pad(x, more) for x in own))))
 
 
 @jax.named_scope("decode_step")
@@ -152,8 +171,10 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, s
       Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
       temperature, before top-p and top-k.
     """
-    end = _run(policy, batch, key, _begin(policy, batch, setup, sampling), setup, sampling, sampling.max_tokens)
-    return _rollout(end)
+    progress = _begin(policy, batch, setup, sampling)
+    for length in cache_lengths(sampling.max_tokens):
+        progress = _run(policy, batch, key, _with_room(progress, length), setup, sampling, length)
+    return _rollout(progress)
 
 
 def sample_in_parts(
@@ -167,6 +188,7 @@ def sample_in_parts(
     limit, ended = 0, False
     while limit < sampling.max_tokens and not ended:
         limit = min(limit + tokens, sampling.max_tokens)
+        progress = _grow_alone(progress, next(room for room in cache_lengths(sampling.max_tokens) if room >= limit))
         progress = _run_alone(policy, batch, key, progress, setup=setup, sampling=sampling, limit=limit)
         # Copied: the next part takes the buffers over.
         seen = jax.tree.map(np.array, jax.device_get(_rollout(progress)))
@@ -195,6 +217,7 @@ def _run(
     )
 
 
+_grow_alone = partial(jax.jit, static_argnums=1)(_with_room)
 _begin_alone = partial(jax.jit, static_argnames=("setup", "sampling"))(_begin)
 _run_alone = partial(jax.jit, static_argnames=("setup", "sampling"), donate_argnames=("progress",))(_run)
 

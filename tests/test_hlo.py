@@ -90,6 +90,25 @@ def test_a_program_splits_at_the_loop_whose_body_is_a_scope():
     assert (around.flops, each.flops, turns) == (3 * 3 * product, 3 * product, 7)
 
 
+def test_loops_that_go_on_where_the_one_before_ended_are_one():
+    """Nine turns of which the last four work on twice as much: a turn costs 13 / 9 of the first ones'."""
+
+    def turns(end):
+        def turn(carry):
+            with jax.named_scope("turn"):
+                return carry[0] + 1, jnp.tanh(carry[1] @ carry[2] @ carry[2] @ carry[2]), carry[2]
+
+        return lambda carry: jax.lax.while_loop(lambda carry: carry[0] < end, turn, carry)
+
+    def run(x, w):
+        step, x, w = turns(5)((0, x, w))
+        return turns(9)((step, jnp.concatenate([x, x]), w))[1]
+
+    around, each, number = compiled(run, (8, 32), (32, 32)).split("turn")
+    assert (around.flops, number) == (0, 9)
+    assert each.flops == pytest.approx(3 * 2 * 8 * 32 * 32 * 13 / 9)
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(HloError, match="ENTRY"):
         Program("HloModule empty")

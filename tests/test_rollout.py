@@ -18,7 +18,7 @@ from segzero_jax.grpo import LossSettings, reference_logps
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.policy import Pass, Policy
-from segzero_jax.rollout import Sampling, rollout_layout, sample, truncate
+from segzero_jax.rollout import Sampling, cache_lengths, rollout_layout, sample, truncate
 from segzero_jax.types import PromptBatch, Rollout
 
 PROCESSOR = load_processor()
@@ -228,6 +228,32 @@ def test_the_loop_ends_when_all_have_ended(directory, monkeypatch):
     assert found.finished_bg.all()
     assert sorted(steps) == list(range(int(found.length_bg.max())))
     assert len(steps) < 50
+
+
+def test_room_grows_with_the_responses(draw, monkeypatch):
+    """Caches that are made longer on the way, once and again, hold what one of full length does."""
+    assert [cache_lengths(limit) for limit in (64, 256, 300, 384, 1300, 2000)] == [
+        *((64,), (256,), (300,), (256, 384)),
+        *((256, 512, 1300), (256, 512, 1024, 2000)),
+    ]
+    whole = draw(sampling=DRAWN._replace(max_tokens=23))
+    assert whole.length_bg.max() == 23, "all of the room should be needed"
+    rooms = []
+
+    def seeing(policy, batch, tokens, step, cache, setup):
+        rooms.append(cache.response.k.shape[3])
+        return decode(policy, batch, tokens, step, cache, setup)
+
+    decode = rollout_module.decode
+    monkeypatch.setattr(rollout_module, "decode", seeing)
+    monkeypatch.setattr(rollout_module, "_FIRST_ROOM", 4)
+    sample.clear_cache()
+    for mesh in ("1x1", "4x4"):
+        found = draw(sampling=DRAWN._replace(max_tokens=23), mesh=mesh)
+        np.testing.assert_array_equal(found.tokens_bgr, whole.tokens_bgr)
+        np.testing.assert_allclose(found.logps_bgr, whole.logps_bgr, atol=1e-5)
+    assert sorted(set(rooms)) == [4, 8, 23]
+    sample.clear_cache()
 
 
 # Truncation.

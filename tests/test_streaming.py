@@ -12,7 +12,7 @@ import tiny
 from box_server import BoxServer, serving
 from PIL import Image
 
-from segzero_jax import asking, infer
+from segzero_jax import asking, infer, rollout
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.policy import Pass
@@ -22,9 +22,12 @@ from segzero_jax.rollout import Sampling, sample, sample_in_parts
 SIDE = 840
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_a_response_in_parts_is_the_response(greedy: bool) -> None:
-    """Token for token, whatever the parts; each part begins with the one before."""
+@pytest.mark.parametrize(("greedy", "room"), [(True, 256), (False, 256), (False, 3)])
+def test_a_response_in_parts_is_the_response(greedy: bool, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token for token, whatever the parts and the cache's room; each part begins with the one before."""
+    monkeypatch.setattr(rollout, "_FIRST_ROOM", room)
+    for program in (sample, rollout._begin_alone):
+        program.clear_cache()
     processor = tiny.load_processor()
     sampling = Sampling(2, 11, (7,), processor.pad_id, processor.visual_ids, greedy=greedy)
     with jax.set_mesh(make_mesh("1x1")):

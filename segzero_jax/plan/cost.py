@@ -8,7 +8,7 @@ a fusion that uses a slice of an array reads that slice.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
     """A Pallas kernel's calls: how many, and the shapes of its array operands."""
 
     name: str
-    calls: int
+    calls: float
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -47,7 +47,7 @@ class Cost:
     collectives: dict[str, float] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
 
-    def add(self, other: "Cost", times: int = 1) -> None:
+    def add(self, other: "Cost", times: float = 1) -> None:
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for kind, size in other.collectives.items():
@@ -68,21 +68,27 @@ class Program:
         return self._of(self.entry)
 
     def split(self, scope: str) -> tuple[Cost, Cost, int]:
-        """The program around the one loop whose body is a ``jax.named_scope``: cost around it, of one turn, and turns.
+        """The program around the loops whose bodies are a ``jax.named_scope``, each going on where the one before ends.
+
+        Returns:
+          What is around them costs, what a turn costs on average, and how many turns there are.
 
         Raises:
-          HloError: there is not one such loop at the top of the program.
+          HloError: there is no such loop at the top of the program.
         """
         loops = [
             loop
             for loop in self.computations[self.entry].values()
             if loop.opcode == "while" and self._is_of(loop.named("body"), f"/{scope}/")
         ]
-        if len(loops) != 1:
-            raise HloError(f"expected one loop over {scope} in the program, found {len(loops)}")
-        (loop,) = loops
-        turn = self._of(loop.named("body"))
-        return self._of(self.entry, without=loop), turn, self.trip_count(loop)
+        if not loops:
+            raise HloError(f"expected a loop over {scope} in the program")
+        loops.sort(key=self.trip_count)
+        ends = [self.trip_count(loop) for loop in loops]
+        turn = Cost()
+        for loop, begin, end in zip(loops, [0, *ends], ends, strict=False):
+            turn.add(self._of(loop.named("body")), (end - begin) / ends[-1])
+        return self._of(self.entry, without=loops), turn, ends[-1]
 
     def _is_of(self, name: str, scope: str) -> bool:
         """Whether most of a computation is of a scope: what two loops have in common may bear the name of either."""
@@ -101,17 +107,17 @@ class Program:
                     seen.add(key)
                     yield kind, instruction
 
-    def _of(self, name: str, without: Instruction | None = None) -> Cost:
+    def _of(self, name: str, without: Sequence[Instruction] = ()) -> Cost:
         cost = Cost()
         for _, part, times in self.parts(name, without):
             cost.add(part, times)
         return cost
 
-    def parts(self, name: str, without: Instruction | None = None) -> Iterator[tuple[Instruction, Cost, int]]:
+    def parts(self, name: str, without: Sequence[Instruction] = ()) -> Iterator[tuple[Instruction, Cost, int]]:
         """The instructions of a computation and of those that it runs: what each costs once, and how often it runs."""
         beside: set[tuple[str | None, tuple[Array, ...]]] = set()
         for instruction in self.computations[name].values():
-            if instruction is without:
+            if instruction in without:
                 continue
             if instruction.opcode == "while":
                 turns = self.trip_count(instruction)
