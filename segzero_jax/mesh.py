@@ -135,7 +135,9 @@ def arrange(text: str, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
     axis_types = (AxisType.Explicit,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
+        # A mesh axis may take a part of a physical one, and the next axis the rest.
+        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, AXES, axis_types=axis_types)
     if data % slices:
         each = len(devices) // slices
         raise MeshError(
