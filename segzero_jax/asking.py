@@ -12,12 +12,14 @@ from etils import epath
 
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import load_policy, locate
+from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import TRAIN
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
 from segzero_jax.rollout import Sampling, padding_multiple, sample_in_parts
@@ -96,6 +98,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
       CheckpointError: there is no such policy, or it is damaged.
       ConfigError: the picture size or the wording is none.
     """
+    keep_compiled()
     released = name != "toy" and is_checkpoint(name)
     try:
         # Released weights are read in the precision they come in; a run's is known only once it is read.
@@ -109,7 +112,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
     if config is None:
         config = configs.replace(Config(), **_RELEASED, **{"model.path": name}) if released else Config()
     else:
-        dtype = jnp.dtype(config.model.compute_dtype)
+        dtype = compute_dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
     config = _asked_differently(config, image_size, prompt)
     return Loaded(name, policy, dims, load_processor(config, name), config)
@@ -182,7 +185,7 @@ def respond(
         group=1, temperature=temperature or rollout.temperature, greedy=seed is None
     )
     batch = processor.batch([processor.encode(example)], multiple=padding_multiple(rollout.max_prompt_tokens))
-    dtype = jnp.dtype(loaded.config.model.compute_dtype)
+    dtype = compute_dtype(loaded.config.model.compute_dtype)
     kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
     setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel)
     parts = sample_in_parts(

@@ -59,14 +59,14 @@ class UpdateBatch(NamedTuple):
       rollout: their responses.
       advantages_bg: float32.
       keep_bg: bool, False for a response whose score is missing: it is no part of the loss.
-      ref_logps_bgr: float32, under the reference policy.
+      ref_logps_bgr: float32, under the reference policy; None where nothing is to stay near one.
     """
 
     prompts: PromptBatch
     rollout: Rollout
     advantages_bg: Array
     keep_bg: Array
-    ref_logps_bgr: Array
+    ref_logps_bgr: Array | None
 
 
 def advantages(rewards_bg: np.ndarray) -> np.ndarray:
@@ -127,8 +127,9 @@ def group_loss(
     Summed over micro-batches this is the token mean over the whole batch, whatever the micro-batch size.
 
     Returns:
-      The share of the loss, and shares of means over tokens: ``kl``, ``entropy``, ``clip_fraction``, ``sampler_gap``
-      (mean absolute difference between the sampler's and this pass's log-probabilities).
+      The share of the loss, and shares of means over tokens: ``entropy``, ``clip_fraction``, ``sampler_gap`` (mean
+      absolute difference between the sampler's and this pass's log-probabilities), and ``kl`` where there is a
+      reference.
     """
     config = settings.grpo
     if settings.freeze_vision:
@@ -144,22 +145,23 @@ def group_loss(
     if config.importance_cap:
         # Truncated importance sampling: the tokens came from the sampler's distribution, not from this pass's.
         surrogate = surrogate * jnp.minimum(jnp.exp(gap), config.importance_cap)
-    kl = k3_kl(logp, batch.ref_logps_bgr)
-    loss = mean(surrogate + config.kl_coef * kl - config.entropy_coef * entropy)
-    metrics = {
-        "loss": loss,
-        "kl": mean(kl),
-        "entropy": mean(entropy),
-        "clip_fraction": mean(clipped),
-        "sampler_gap": mean(jnp.abs(gap)),
-    }
-    return loss, metrics
+    loss = surrogate - config.entropy_coef * entropy
+    metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "sampler_gap": mean(jnp.abs(gap))}
+    if batch.ref_logps_bgr is not None:
+        kl = k3_kl(logp, batch.ref_logps_bgr)
+        loss = loss + config.kl_coef * kl
+        metrics["kl"] = mean(kl)
+    metrics["loss"] = mean(loss)
+    return metrics["loss"], metrics
 
 
 def make_optimizer(config: TrainConfig, freeze_vision: bool) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; a frozen vision tower gets neither moments nor decay."""
+    lr: float | optax.Schedule = config.lr
+    if config.warmup_steps:
+        lr = lambda done: config.lr * jnp.minimum(1.0, (done + 1) / config.warmup_steps)  # noqa: E731
     adamw = optax.adamw(
-        config.lr, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype
+        lr, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype
     )
     if freeze_vision:
         adamw = optax.partition({"train": adamw, "freeze": optax.set_to_zero()}, _label_frozen)
@@ -195,8 +197,8 @@ def update(
       micro_batches: how many parts the batch is worked through in; the result does not depend on it.
 
     Returns:
-      The new state and float32 scalars: ``loss``, ``kl``, ``entropy``, ``clip_fraction``, ``sampler_gap``,
-      ``grad_norm`` before clipping, and ``update/skipped``, 1 where the state was kept.
+      The new state and float32 scalars: ``loss`` and the means of ``group_loss``, ``grad_norm`` before clipping, and
+      ``update/skipped``, 1 where the state was kept.
     """
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
     count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)

@@ -1,6 +1,7 @@
-"""What a run's numbers depend on besides its configuration: the reference policy's weights, and SAM 2's."""
+"""What a run's numbers depend on besides its configuration: the weights that it starts from, and SAM 2's."""
 
 import hashlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ class Identity(NamedTuple):
     """Saved with every checkpoint; a resumed run must have the same, wherever its files lie by then.
 
     Attributes:
-      reference: fingerprint of the frozen reference policy, see ``fingerprint``.
+      reference: fingerprint of the policy that the run starts from, which is its reference too, see ``fingerprint``.
       sam2: SHA-256 of the SAM 2 checkpoint that scores, as its server tells; None without a server.
     """
 
@@ -23,22 +24,22 @@ class Identity(NamedTuple):
     sam2: str | None
 
 
-def fingerprint(policy: Policy) -> str:
-    """Sixteen hexadecimal digits that depend on every bit of every weight, its name and its dtype.
+def fingerprint(policy: Policy, dtype: jnp.dtype) -> str:
+    """Sixteen hexadecimal digits that depend on every bit of every weight as ``dtype``, its name, and the dtype.
 
     Computed where the weights lie, in one pass without a copy, and the same on every mesh.
     """
-    sums = jax.device_get(_sums(policy))
+    sums = jax.device_get(_sums(policy, dtype))
     leaves, _ = jax.tree_util.tree_flatten_with_path(policy)
     digest = hashlib.sha256()
     for (path, leaf), total in zip(leaves, jax.tree.leaves(sums), strict=True):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {int(total)}\n".encode())
+        digest.update(f"{jax.tree_util.keystr(path)} {dtype} {leaf.shape} {int(total)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-@jax.jit
-def _sums(tree: Any) -> Any:
-    return jax.tree.map(_weighted_sum, tree)
+@partial(jax.jit, static_argnames="dtype")
+def _sums(tree: Any, dtype: jnp.dtype) -> Any:
+    return jax.tree.map(lambda x: _weighted_sum(x.astype(dtype)), tree)
 
 
 def _weighted_sum(x: jax.Array) -> jax.Array:

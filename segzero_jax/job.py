@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from pydantic import ConfigDict, TypeAdapter
 
 from segzero_jax.asking import load_processor, make_sampling
+from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config
 from segzero_jax.grpo import LossSettings, TrainState, initial_state, make_optimizer
 from segzero_jax.mesh import ROLLOUT, TRAIN, Rows, batch_rows
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import check_fits, load_hf, read_dims
 from segzero_jax.pods import Pod
 from segzero_jax.processor import Processor
@@ -109,16 +110,20 @@ def _encoded(examples: Sequence[Example], processor: Processor, multiple: int) -
     return list(examples), processor.batch([processor.encode(example) for example in examples], multiple)
 
 
-def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, TrainState, Policy]:
-    """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits."""
+def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, TrainState, Policy | None]:
+    """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits.
+
+    Without ``grpo.kl_coef`` there is no reference.
+    """
+    keep_compiled()
     dims = read_dims(config.model.path)
     processor = load_processor(config, f"model.path={config.model.path}")
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
-    dtype = jnp.dtype(config.model.compute_dtype)
+    dtype = compute_dtype(config.model.compute_dtype)
     kernel = choose_kernel(mesh, dtype)
     policy, _ = load_hf(config.model.path)
     # A second reading rather than a copy: the state's buffers are donated to the update.
-    reference, _ = load_hf(config.model.path, dtype=dtype)
+    reference = load_hf(config.model.path, dtype=dtype)[0] if config.grpo.kl_coef else None
     job = Job(
         config=config,
         mesh=mesh,

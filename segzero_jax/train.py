@@ -100,7 +100,7 @@ def _crop(rollout: Rollout, longest: int) -> Rollout:
 def train(
     job: Job,
     state: TrainState,
-    reference: Policy,
+    reference: Policy | None,
     batches: Batches[tuple[list[Example], PromptBatch]],
     scorer: Scorer,
     keeper: Keeper,
@@ -133,9 +133,11 @@ def train(
         pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS, rows=job.rows.own)
         with watch.phase("reference"):
             rollout = _crop(rollout, int(said.length_bg.max()))
-            setup = job.train_pass._replace(remat=False)
-            ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
-            ref_logps.block_until_ready()
+            ref_logps = None
+            if reference is not None:
+                setup = job.train_pass._replace(remat=False)
+                ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
+                ref_logps.block_until_ready()
         with (
             watch.phase("reward_wait"),
             Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
@@ -302,7 +304,8 @@ def _continue(
         # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
-        identity = Identity(fingerprint(reference), client.checkpoint_sha256 if client else None)
+        start = fingerprint(state.policy, job.train_pass.dtype)
+        identity = Identity(start, client.checkpoint_sha256 if client else None)
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
         best = partial(score, config, run_dir)

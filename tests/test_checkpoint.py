@@ -380,21 +380,24 @@ def test_the_fingerprint_sees_every_bit_and_no_mesh() -> None:
     found = set()
     for mesh in ("1x1", "2x2", "4x4"):
         with jax.set_mesh(make_mesh(mesh)):
-            found.add(fingerprint(random_policy(seed=1)))
+            found.add(fingerprint(random_policy(seed=1), jnp.dtype("float32")))
     assert len(found) == 1
     with jax.set_mesh(make_mesh("2x2")):
         policy = random_policy(seed=1)
-        found.add(fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)))
+        narrow = fingerprint(policy, jnp.dtype("bfloat16"))
+        assert narrow == fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy), jnp.dtype("bfloat16"))
+        found.add(narrow)
         paths, structure = jax.tree.flatten(policy)
+        of = lambda leaves: fingerprint(jax.tree.unflatten(structure, leaves), jnp.dtype("float32"))  # noqa: E731
         largest = max(range(len(paths)), key=lambda i: paths[i].size)
         bits = np.asarray(paths[largest]).view(np.uint32)
         for place, bit in ((0, 0), (-1, 31), (bits.size // 3, 7)):
             flipped = bits.copy()
             flipped.flat[place] ^= np.uint32(1 << bit)
             changed = jax.device_put(flipped.view(np.float32), paths[largest].sharding)
-            found.add(fingerprint(jax.tree.unflatten(structure, [*paths[:largest], changed, *paths[largest + 1 :]])))
+            found.add(of([*paths[:largest], changed, *paths[largest + 1 :]]))
         swapped = np.array(paths[largest])
         swapped.flat[0], swapped.flat[1] = swapped.flat[1], swapped.flat[0]
         changed = jax.device_put(swapped, paths[largest].sharding)
-        found.add(fingerprint(jax.tree.unflatten(structure, [*paths[:largest], changed, *paths[largest + 1 :]])))
+        found.add(of([*paths[:largest], changed, *paths[largest + 1 :]]))
     assert len(found) == 6

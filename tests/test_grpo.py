@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -212,14 +213,16 @@ def numpy_adamw(values, gradients, config):
             mu[name] = config.beta1 * mu[name] + (1 - config.beta1) * g * scale
             nu[name] = config.beta2 * nu[name] + (1 - config.beta2) * (g * scale) ** 2
             step = mu[name] / (1 - config.beta1**count) / (np.sqrt(nu[name] / (1 - config.beta2**count)) + 1e-8)
-            values = values | {name: values[name] - config.lr * (step + config.weight_decay * values[name])}
+            lr = config.lr * min(1, count / max(1, config.warmup_steps))
+            values = values | {name: values[name] - lr * (step + config.weight_decay * values[name])}
     return values
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 1000), st.sampled_from([0.01, 0.9, 50.0]))
-def test_adamw_with_clipping(seed, max_grad_norm):
+@given(st.integers(0, 1000), st.sampled_from([0.01, 0.9, 50.0]), st.sampled_from([0, 2]))
+def test_adamw_with_clipping_and_warm_up(seed, max_grad_norm, warmup):
     config = TrainConfig(lr=0.1, weight_decay=0.05, beta1=0.8, beta2=0.95, max_grad_norm=max_grad_norm)
+    config = replace(config, warmup_steps=warmup)
     rng = np.random.default_rng(seed)
     draw = lambda: {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal(4)}  # noqa: E731
     values, gradients = draw(), [draw() for _ in range(3)]
@@ -291,6 +294,28 @@ def test_the_update_does_not_depend_on_micro_batches(batch):
         for name, value in metrics.items():
             assert float(numbers[name]) == pytest.approx(float(value), rel=1e-4), name
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max()), gradients, whole)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_without_a_reference_the_rest_is_learnt_alike(batch):
+    """No KL in the loss is no reference at all: the same update, bit for bit, and no number of it."""
+    results = []
+    for learnt in (batch, batch._replace(ref_logps_bgr=None)):
+        optimizer = optax.sgd(1.0)
+        settings = LossSettings(GrpoConfig(kl_coef=0, entropy_coef=0.01), 0.8, load_processor().visual_ids, False)
+        state, metrics = update(
+            initial_state(random_policy(), optimizer),
+            learnt,
+            optimizer=optimizer,
+            setup=SETUP,
+            settings=settings,
+            micro_batches=2,
+        )
+        results.append((jax.device_get(state.policy), metrics))
+    (with_one, metrics), (without, fewer) = results
+    jax.tree.map(np.testing.assert_array_equal, with_one, without)
+    assert metrics.keys() - fewer.keys() == {"kl"}
+    assert {name: float(value) for name, value in fewer.items()} == {name: float(metrics[name]) for name in fewer}
 
 
 @pytest.mark.usefixtures("mesh")

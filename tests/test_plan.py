@@ -111,6 +111,30 @@ with jax.set_mesh(mesh):
 """
 
 
+ROUNDED = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from segzero_jax.config import Config
+from segzero_jax.model.layers import mrope_angles
+from segzero_jax.plan.slices import make_topology_mesh
+from segzero_jax.plan.step import Step, find_dims
+jax.config.update("jax_platforms", "cpu")
+mesh = make_topology_mesh("2x2", "v5e:2x2")
+with jax.set_mesh(mesh):
+    positions = jax.ShapeDtypeStruct((4, 3, 1152), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    angles = jax.jit(lambda positions: mrope_angles(positions, (16, 24, 24), 1e6)).lower(positions)
+    reference = Step(Config(), find_dims("toy"), mesh).lower_reference()
+    print([lowered.compile().as_text().count("bf16[") for lowered in (angles, reference)])
+"""
+
+
+@pytest.mark.slow
+def test_a_tpu_rounds_neither_positions_nor_what_is_to_be_float32():
+    """It multiplies in bfloat16 unless told otherwise, where 257 is 256."""
+    found = run_python("-c", ROUNDED)
+    assert found.stdout == "[0, 0]\n", found.stderr
+
+
 def plan_of_the_7b(program: str) -> dict[str, dict]:
     """The preset as it is: 16 prompts with 8 answers of up to 1,300 tokens, all parameters trained, on a v5e-16."""
     found = run_python("-c", THE_7B, program)
@@ -182,6 +206,10 @@ def test_every_chip_has_a_slice():
         ("v6e", "2x4", "2x4"),
         ("v5p", "2x2x4", "4x4"),
         ("v5e", "1x1", "1x1"),
+        # Mesh axes that each take a part of one side of the slice.
+        ("v6e", "8x8", "16x4"),
+        ("v6e", "4x4", "2x8"),
+        ("v5p", "4x4x4", "8x8"),
     ):
         found = make_topology_mesh(mesh, f"{name}:{shape}")
         assert found.size == math.prod(map(int, shape.split("x")))

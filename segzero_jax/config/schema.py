@@ -124,8 +124,9 @@ class GrpoConfig:
     """The loss. Defaults are the paper's but for the toy run's KL.
 
     Attributes:
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      kl_coef: weight of the k3 estimate of KL(policy, reference).
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. With one update a rollout it is 1, and
+        nothing is clipped.
+      kl_coef: weight of the k3 estimate of KL(policy, reference); with 0 there is no reference policy.
       entropy_coef: weight of the entropy bonus.
       importance_cap: truncate the sampler-to-trainer importance weight here; 0 leaves it out.
     """
@@ -145,6 +146,8 @@ class TrainConfig:
       steps: updates in all.
       batch_size: prompts a step.
       micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
+      lr: AdamW's learning rate, from the end of the warm-up on.
+      warmup_steps: the first updates take a part of it, one N-th, two N-ths and so on.
       moment_dtype: of AdamW's first moment; the second stays float32: with beta2 near 1 a bfloat16 one would stall.
       checkpoint_every: steps between checkpoints; one is always written at the end.
       keep_checkpoints: older ones are deleted; two at least, so that a damaged one leaves another.
@@ -156,6 +159,7 @@ class TrainConfig:
     batch_size: Positive = 16
     micro_batch_size: Positive = 16
     lr: NonNegative = 1e-4
+    warmup_steps: Count = 0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     weight_decay: NonNegative = 1e-2

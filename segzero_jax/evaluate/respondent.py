@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from segzero_jax.asking import Loaded, make_sampling
 from segzero_jax.mesh import ROLLOUT
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass
+from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import check_fits
 from segzero_jax.processor import EncodedPrompt, ImageError, PromptTooLong
 from segzero_jax.rollout import padding_multiple, rollout_layout, sample
@@ -44,7 +44,7 @@ class Respondent:
         """
         mesh = jax.sharding.get_mesh()
         check_fits(mesh, loaded.dims, batch, batch)
-        dtype = jnp.dtype(loaded.config.model.compute_dtype)
+        dtype = compute_dtype(loaded.config.model.compute_dtype)
         self._batch = batch
         self._processor = loaded.processor
         self._mesh = mesh

@@ -159,11 +159,10 @@ def mrope_angles(positions_b3t: Array, sections: tuple[int, int, int], theta: fl
     """
     half = sum(sections)
     frequencies = theta ** -(np.arange(half, dtype=np.float32) / np.float32(half))
-    axis_of_frequency = np.repeat(np.arange(3), sections)
-    positions_bt3 = jnp.moveaxis(jnp.asarray(positions_b3t), 1, 2).astype(jnp.float32)
-    # A one-hot product rather than a gather: it keeps the sharding of the batch without a word.
-    picked_btf = positions_bt3 @ jnp.asarray(np.eye(3, dtype=np.float32)[:, axis_of_frequency])
-    return picked_btf * frequencies
+    runs = np.split(frequencies, np.cumsum(sections)[:-1])
+    positions = jnp.asarray(positions_b3t).astype(jnp.float32)
+    # No product of matrices: a TPU would round positions from 256 on to bfloat16.
+    return jnp.concatenate([positions[:, axis, :, None] * run for axis, run in enumerate(runs)], axis=-1)
 
 
 def axial_angles(patch_hw_bs2: Array, head_width: int, theta: float = 10000.0) -> jax.Array:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -148,6 +148,9 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
       PlanError, MeshError, CheckpointError: the slice, the mesh or the model is not one, or they do not go together.
     """
     chip, _, _ = read_topology(topology)
+    if config.model.compute_dtype == "float32":
+        # A product of float32 numbers is six of their bfloat16 parts.
+        chip = replace(chip, flops=chip.flops / 6)
     mesh = make_topology_mesh(config.mesh, topology)
     dims = find_dims(config.model.path)
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)

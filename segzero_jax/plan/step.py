@@ -16,6 +16,7 @@ from segzero_jax.mesh import ROLLOUT, TRAIN, Layout
 from segzero_jax.model.attention import Stream, choose_kernel
 from segzero_jax.model.dims import RELEASED, Dims
 from segzero_jax.model.policy import Pass, Policy, embed_images
+from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.splash import live_scores, padded_length
 from segzero_jax.model.weights import abstract_policy, read_dims
 from segzero_jax.processor import window_order
@@ -59,14 +60,14 @@ class Step:
         self.response_tokens = limits.max_response_tokens
         vision, side = dims.vision, config.data.image_size // dims.vision.patch
         self.patch_slots = len(window_order(side, side, vision.merge, vision.window_side)[0])
-        dtype = jnp.dtype(config.model.compute_dtype)
+        dtype = compute_dtype(config.model.compute_dtype)
         kernel = choose_kernel(mesh, dtype)
         self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
         self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
         self.loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
         self.master = self._policy(TRAIN, jnp.float32)
-        self.reference_policy = self._policy(TRAIN, dtype)
+        self.reference_policy = self._policy(TRAIN, dtype) if config.grpo.kl_coef else None
         self.rollout_policy = self._policy(ROLLOUT, dtype)
         self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), self.master))
         self.patches = self._patches()
@@ -91,7 +92,8 @@ class Step:
             yield "vision", self.lower_vision, (self.state.optimizer, self.reference_policy)
         yield "reshard", self.lower_reshard, (self.state.optimizer, self.reference_policy)
         yield "rollout", self.lower_rollout, (self.state, self.reference_policy)
-        yield "reference", self.lower_reference, (self.state,)
+        if self.reference_policy is not None:
+            yield "reference", self.lower_reference, (self.state,)
         yield "update", self.lower_update, (self.reference_policy,)
 
     def lower_vision(self) -> Any:
@@ -119,7 +121,7 @@ class Step:
             self.responses,
             advantages_bg=self._rows((b, g), jnp.float32),
             keep_bg=self._rows((b, g), jnp.bool_),
-            ref_logps_bgr=self._rows((b, g, r), jnp.float32),
+            ref_logps_bgr=self._rows((b, g, r), jnp.float32) if self.reference_policy is not None else None,
         )
         parts = self.batch // self.config.train.micro_batch_size
         settings = {"optimizer": self.optimizer, "setup": self.train_pass, "settings": self.loss}

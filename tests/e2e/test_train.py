@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from segzero_jax import train
+from segzero_jax import job, train
 from segzero_jax.checkpoint import SaveError
 from segzero_jax.grpo import update
 from segzero_jax.hub import model_directory
+from segzero_jax.model.weights import load_hf
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]
@@ -66,6 +67,21 @@ def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: 
         timeless(row) for row in lines(whole / "metrics.jsonl")
     ]
     assert lines(parts / "rollouts" / "4.jsonl") == lines(whole / "rollouts" / "4.jsonl")
+
+
+@pytest.mark.slow
+def test_without_kl_no_reference_is_read_and_the_page_is_written(
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(job, "load_hf", lambda *where, **how: read.append(how) or load_hf(*where, **how))
+    arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
+    assert train.main([*arguments, "--train.steps=2", "--grpo.kl_coef=0"]) == 0
+    assert read == [{}]
+    rows = lines(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all("kl" not in row and row["grad_norm"] > 0 for row in rows)
+    assert "KL to the reference" not in (tmp_path / "run/report.html").read_text()
 
 
 BAD = {
