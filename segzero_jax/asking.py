@@ -1,5 +1,6 @@
 """A policy that can be asked: any checkpoint, with all that its weights do not say of themselves, and one response."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from segzero_jax import config as configs
 from segzero_jax.checkpoint import load_policy, locate
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, RolloutConfig
-from segzero_jax.hub import is_checkpoint
+from segzero_jax.hub import is_checkpoint, model_directory
 from segzero_jax.mesh import TRAIN
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims
@@ -27,7 +28,13 @@ from segzero_jax.types import Example
 
 _DEFAULT_RUN = Path("runs/toy")
 _LARGE_SAM = "facebook/sam2.1-hiera-large"
-# What a Hugging Face directory does not say of itself: how VisionReasoner's released checkpoints were trained.
+# By this file an export of a run is known as one; it says of which run, and with what its policy is to be asked.
+ORIGIN = "segzero_jax.json"
+ASKED = (
+    *("data.image_size", "data.prompt", "rollout.max_prompt_tokens", "rollout.max_response_tokens"),
+    *("reward.recipe", "reward.local_model"),
+)
+# What other Hugging Face directories do not say of themselves: how VisionReasoner's released checkpoints were trained.
 _RELEASED = {
     "model.compute_dtype": "bfloat16",
     "data.image_size": 840,
@@ -110,12 +117,26 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         mesh = "x".join(map(str, jax.sharding.get_mesh().axis_sizes))
         raise CheckpointError(f"{name}: the checkpoint cannot be read onto mesh {mesh}: {error}") from None
     if config is None:
-        config = configs.replace(Config(), **_RELEASED, **{"model.path": name}) if released else Config()
+        config = _as_released(name) if released else Config()
     else:
         dtype = compute_dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
     config = _asked_differently(config, image_size, prompt)
     return Loaded(name, policy, dims, load_processor(config, name), config)
+
+
+def _as_released(name: str) -> Config:
+    """How a Hugging Face checkpoint was trained: as its export says, else as the released ones of its name were."""
+    settings: dict[str, Any] = {**_RELEASED, "model.path": name}
+    if "seg-zero" in Path(name).name.lower():
+        settings["data.prompt"] = "seg_zero"
+    origin = model_directory(name) / ORIGIN
+    if origin.is_file():
+        try:
+            settings |= json.loads(origin.read_text()).get("asked", {})
+        except (ValueError, AttributeError, TypeError):
+            raise CheckpointError(f"{origin}: not what segzero_jax.export writes; export again, or delete it") from None
+    return configs.replace(Config(), **settings)
 
 
 def load_processor(config: Config, name: str) -> Processor:

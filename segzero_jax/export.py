@@ -11,21 +11,19 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from segzero_jax import __version__
-from segzero_jax.asking import find_checkpoint
+from segzero_jax.asking import ASKED, ORIGIN, find_checkpoint
 from segzero_jax.checkpoint import load_policy, locate
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.weights import CheckpointError
-
-# By this file an export is known as one, and it says what it is an export of.
-_ORIGIN = "segzero_jax.json"
 
 
 class ExportError(ValueError):
@@ -67,12 +65,13 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
         "base_model": config.model.path,
         "dtype": dtype,
         "segzero_jax": __version__,
+        "asked": {key: attrgetter(key)(config) for key in ASKED},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
-        files.append(new / _ORIGIN)
+        files.append(new / ORIGIN)
         files[-1].write_text(json.dumps(origin, indent=2) + "\n")
         if out.exists():
             os.rename(out, old)
@@ -83,7 +82,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
 def _refuse_to_mix(out: Path) -> None:
     if out.is_dir():
         other = next((entry.name for entry in sorted(out.iterdir())), None)
-        if other is None or (out / _ORIGIN).is_file():
+        if other is None or (out / ORIGIN).is_file():
             return
         raise ExportError(f"--out={out}: holds {other}; expected a new directory or an earlier export")
     if out.exists():

@@ -20,11 +20,16 @@ _ACCESS = {
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
     """``--image-size`` and ``--prompt``: what takes the place of a run's own."""
     add = parser.add_argument
-    add("--image-size", type=int, metavar="N", help="side of the picture for the policy [the run's; toy 112; 840]")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the picture for the policy [as in training; 840 for Hugging Face checkpoints]",
+    )
     add(
         "--prompt",
         choices=tuple(WORDINGS),
-        help="wording of the question [the run's own; toy for toy; vision_reasoner]",
+        help="wording of the question [as in training; seg_zero or vision_reasoner by a checkpoint's name]",
     )
 
 

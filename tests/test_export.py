@@ -18,8 +18,8 @@ from tiny import DIMS, encode, hf_config, load_processor, random_policy
 from torch_policy import torch_inputs
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from segzero_jax import asking, export
 from segzero_jax import config as configs
-from segzero_jax import export
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
@@ -29,6 +29,7 @@ from segzero_jax.manifest import ManifestHandler
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf, save_hf
 from segzero_jax.model.policy import Pass, prompt_logits
+from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
 
 RELATIVE = 1e-4
@@ -113,6 +114,25 @@ def test_everything_beside_the_weights_comes_along(run: Path, tmp_path: Path) ->
     with jax.set_mesh(make_mesh("1x1")):
         wanted = np.asarray(random_policy(seed=9).final_norm_d[...]).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(written, wanted)
+
+
+def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert export.main(["--run", str(run), "--out", str(out)]) == 0
+    changed = {"data.image_size": 56, "data.prompt": "seg_zero", "reward.recipe": "seg_zero_strict"}
+    origin = json.loads((out / "segzero_jax.json").read_text())
+    assert origin["asked"].items() >= {"data.image_size": 112, "data.prompt": "toy"}.items()
+    with jax.set_mesh(make_mesh("1x1")):
+        config = asking.load(str(out)).config
+        assert (config.data, config.rollout.max_prompt_tokens) == (Config().data, Config().rollout.max_prompt_tokens)
+        origin["asked"] |= changed
+        (out / "segzero_jax.json").write_text(json.dumps(origin))
+        config = asking.load(str(out)).config
+        assert (config.data.image_size, config.data.prompt, config.reward.recipe) == tuple(changed.values())
+        for broken in ("[]", "{", '{"asked": 3}'):
+            (out / "segzero_jax.json").write_text(broken)
+            with pytest.raises(CheckpointError, match=r"segzero_jax\.json: not what segzero_jax\.export writes"):
+                asking.load(str(out))
 
 
 def test_an_earlier_export_is_replaced_whole(run: Path, tmp_path: Path) -> None:

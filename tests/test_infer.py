@@ -276,12 +276,15 @@ def test_the_newest_checkpoint_of_the_toy_run_is_the_default(
     )
 
 
-def test_a_hugging_face_directory_is_asked_as_told(babbler: str) -> None:
+def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh("1x1")):
         loaded = asking.load(babbler)
         config = loaded.config
         other = asking.load(babbler, image_size=112, prompt="seg_zero")
         larger = asking.load("toy", image_size=140).config
+        named = tmp_path / "Seg-Zero-3B"
+        named.symlink_to(babbler)
+        assert asking.load(str(named)).config.data.prompt == "seg_zero"
     assert (config.data.image_size, config.data.prompt) == (840, "vision_reasoner")
     assert (config.rollout.max_prompt_tokens, config.model.compute_dtype) == (1300, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.policy)} == {jnp.dtype("bfloat16")}
