@@ -45,8 +45,7 @@ class Lines:
     def _parts(self, path: Path) -> list[Part]:
         located = _rows(path)
         for where, row in located:
-            field(row, "image", where)
-            field(row, "question", where)
+            _check_types(row, where)
             if sum(key in row for key in _TARGETS) != 1:
                 raise SourceError(f"{where}: expected one of {', '.join(_TARGETS)}, found {', '.join(row)}")
         rows = [row for _, row in located]
@@ -107,7 +106,31 @@ def _objects(row: dict[str, Any]) -> tuple[ObjectPrompt, ...]:
     return tuple(ObjectPrompt(box=box, points=points) for box, points in located)
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _check_types(row: Any, where: str) -> None:
+    """Raises SourceError, which names the place, for a line that lacks something or has another type than it should."""
+    for name in ("image", "question"):
+        if not _is_text(field(row, name, where)):
+            raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
+    for name in ("mask", "ignore"):
+        if row.get(name) is not None and not _is_text(row[name]):
+            raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
+    masks = row.get("masks", [])
+    if not isinstance(masks, list) or not all(map(_is_text, masks)):
+        raise SourceError(f"{where}: masks {_shown(masks)}, expected a list of text")
+    if not isinstance(row.get("objects", []), list):
+        raise SourceError(f"{where}: objects {_shown(row['objects'])}, expected a list")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text that can be stored: JSON can spell halves of characters, which UTF-8 has not."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:80]
+
+
+def _rows(path: Path) -> list[tuple[str, Any]]:
     """Where a line stands and what it says; empty lines are none."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):

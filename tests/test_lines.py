@@ -1,0 +1,55 @@
+"""One's own folder: what a line may hold, and that a mistake in one costs no other line its place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import question_sources as sources
+
+from segzero_jax.data import build
+
+
+def run(tmp_path: Path, source: Path, *options: str) -> int:
+    return build.main(["mine", f"--source={source}", f"--data-dir={tmp_path / 'built'}", "--workers=1", *options])
+
+
+def write(folder: Path, rows: list[Any], split: str = "train") -> None:
+    (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def line(**changed: Any) -> dict[str, Any]:
+    """A line as it should be, but for what is changed; a value of None is JSON's null."""
+    return {"image": "images/0.jpg", "question": "mug", "mask": "masks/one.png"} | changed
+
+
+def without_mask(**changed: Any) -> dict[str, Any]:
+    return {"image": "images/0.jpg", "question": "mug"} | changed
+
+
+BAD_VALUES = {
+    "question null": (line(question=None), "question null, expected text"),
+    "question a number": (line(question=7), "question 7, expected text"),
+    "question half a character": (line(question="\ud83d"), 'question "\\ud83d", expected text'),
+    "image null": (line(image=None), "image null, expected text"),
+    "image a list": (line(image=["a.jpg"]), 'image ["a.jpg"], expected text'),
+    "mask a number": (line(mask=5), "mask 5, expected text"),
+    "mask a list": (line(mask=["masks/one.png"]), 'mask ["masks/one.png"], expected text'),
+    "masks text": (without_mask(masks="masks/one.png"), 'masks "masks/one.png", expected a list of text'),
+    "masks with null": (without_mask(masks=[None]), "masks [null], expected a list of text"),
+    "ignore a number": (line(ignore=True), "ignore true, expected text"),
+    "objects text": (without_mask(objects="<box>(1,2)</box>"), 'objects "<box>(1,2)</box>", expected a list'),
+    "no object": (["a", "b"], "no 'image', found list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_a_value_of_another_type_is_named_with_its_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, expected = BAD_VALUES[case]
+    folder = sources.lines(tmp_path / "s")
+    write(folder, [line(), row])
+    assert run(tmp_path, folder) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert complaint == f"segzero_jax.data.build: {folder}/train.jsonl:2: {expected}"
