@@ -8,6 +8,7 @@ import pytest
 import question_sources as sources
 
 from segzero_jax.data import build
+from segzero_jax.data.pipeline import Source, open_split
 
 
 def run(tmp_path: Path, source: Path, *options: str) -> int:
@@ -16,6 +17,10 @@ def run(tmp_path: Path, source: Path, *options: str) -> int:
 
 def write(folder: Path, rows: list[Any], split: str = "train") -> None:
     (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def opened(tmp_path: Path, split: str = "train") -> Source:
+    return open_split("mine", split, tmp_path / "built")
 
 
 def line(**changed: Any) -> dict[str, Any]:
@@ -53,3 +58,23 @@ def test_a_value_of_another_type_is_named_with_its_line(
     assert run(tmp_path, folder) == 2
     complaint = capsys.readouterr().err.strip()
     assert complaint == f"segzero_jax.data.build: {folder}/train.jsonl:2: {expected}"
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_a_line_ends_at_a_newline_alone(tmp_path: Path, character: str) -> None:
+    folder = sources.lines(tmp_path / "s")
+    rows = [line(question=f"the red{character}mug"), line(question="the mug")]
+    text = json.dumps(rows[0], ensure_ascii=False)
+    (folder / "train.jsonl").write_bytes(f"\ufeff{text}\r\n{json.dumps(rows[1])}\r\n".encode())
+    assert run(tmp_path, folder) == 0
+    assert [example.question for example in opened(tmp_path)] == [row["question"] for row in rows]
+
+
+def test_a_file_in_another_encoding_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sources.lines(tmp_path / "s")
+    text = f"{json.dumps(line())}\n{json.dumps(line(question='the café'), ensure_ascii=False)}"
+    (folder / "train.jsonl").write_bytes(text.encode("cp1252"))
+    assert run(tmp_path, folder) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert f"{folder}/train.jsonl:2: not JSON" in complaint
+    assert len(complaint.splitlines()) == 1

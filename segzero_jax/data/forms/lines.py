@@ -133,11 +133,11 @@ def _shown(value: Any) -> str:
 def _rows(path: Path) -> list[tuple[str, Any]]:
     """Where a line stands and what it says; empty lines are none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path}:{number}"
         if line.strip():
             try:
                 rows.append((where, json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SourceError(f"{where}: not JSON: {error}") from None
     return rows
