@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import question_sources as sources
+from PIL import Image
+from question_sources import HEIGHT, WIDTH, encoded, picture, rectangle
 
 from segzero_jax.data import build
 from segzero_jax.data.pipeline import Source, open_split
+from segzero_jax.data.records import built_directory
+from segzero_jax.types import Frame
 
 
 def run(tmp_path: Path, source: Path, *options: str) -> int:
@@ -21,6 +25,11 @@ def write(folder: Path, rows: list[Any], split: str = "train") -> None:
 
 def opened(tmp_path: Path, split: str = "train") -> Source:
     return open_split("mine", split, tmp_path / "built")
+
+
+def left_out(tmp_path: Path) -> dict[str, str]:
+    rows = (built_directory("mine", tmp_path / "built") / "left_out.jsonl").read_text().splitlines()
+    return {row["id"]: row["reason"] for row in map(json.loads, rows)}
 
 
 def line(**changed: Any) -> dict[str, Any]:
@@ -78,3 +87,56 @@ def test_a_file_in_another_encoding_is_one_line(tmp_path: Path, capsys: pytest.C
     complaint = capsys.readouterr().err.strip()
     assert f"{folder}/train.jsonl:2: not JSON" in complaint
     assert len(complaint.splitlines()) == 1
+
+
+WRONG = f"a mask of 50x50 pixels, expected the picture's {WIDTH}x{HEIGHT}"
+
+
+@pytest.mark.parametrize("key", ["mask", "ignore"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_mask_of_another_size_costs_its_own_question_alone(tmp_path: Path, key: str, place: int) -> None:
+    folder = sources.lines(tmp_path / "s")
+    Image.fromarray(rectangle(1, 1, 9, 9, 50, 50)).save(folder / "masks/small.png")
+    rows = [line(id=f"q{n}") for n in range(3)]
+    rows[place][key] = "masks/small.png"
+    write(folder, rows)
+    assert run(tmp_path, folder) == 0
+    assert left_out(tmp_path) == {f"q{place}": WRONG}
+    assert [example.id for example in opened(tmp_path)] == [f"q{n}" for n in range(3) if n != place]
+
+
+def test_masks_of_a_turned_picture_may_be_of_its_size_before_or_after(tmp_path: Path) -> None:
+    """EXIF says that the picture lies on its side: without masks of its unturned pixels it is turned upright."""
+    folder = sources.lines(tmp_path / "s")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for n in range(3):
+        (folder / f"images/{n}.jpg").write_bytes(encoded(picture(n), exif=turned))
+    Image.fromarray(rectangle(10, 20, 30, 40, HEIGHT, WIDTH)).save(folder / "masks/upright.png")
+    Image.fromarray(rectangle(1, 1, 9, 9, 50, 50)).save(folder / "masks/small.png")
+    unturned, upright, small = ({"mask": f"masks/{name}.png"} for name in ("one", "upright", "small"))
+    write(folder, [line(id="a", **small), line(id="b", **unturned)])
+    image = {"image": "images/1.jpg"}
+    write(folder, [line(id="c", **upright, **image), line(id="d", **unturned, **image)], "val")
+    write(folder, [line(id="e", image="images/2.jpg", **unturned)], "test")
+    assert run(tmp_path, folder) == 0
+    (b,), (c,), (e,) = (opened(tmp_path, split) for split in ("train", "val", "test"))
+    assert [(one.id, one.frame) for one in (b, c, e)] == [
+        ("b", Frame(WIDTH, HEIGHT)),
+        ("c", Frame(HEIGHT, WIDTH)),
+        ("e", Frame(WIDTH, HEIGHT)),
+    ]
+    assert c.objects[0].box == (10, 20, 30, 40)
+    assert left_out(tmp_path) == {
+        "a": WRONG,
+        "d": f"a mask of {WIDTH}x{HEIGHT} pixels, expected the picture's {HEIGHT}x{WIDTH}",
+    }
+
+
+def test_a_mask_that_no_decoder_takes_costs_its_own_question_alone(tmp_path: Path) -> None:
+    folder = sources.lines(tmp_path / "s")
+    Image.new("1", (14_000, 13_000)).save(folder / "masks/huge.png")  # More than Pillow decodes unasked.
+    write(folder, [line(id="a"), line(id="b", mask="masks/huge.png"), line(id="c")])
+    assert run(tmp_path, folder) == 0
+    assert left_out(tmp_path)["b"].startswith("Image size (182000000 pixels) exceeds limit")
+    assert [example.id for example in opened(tmp_path)] == ["a", "c"]

@@ -12,9 +12,10 @@ Optional: ``id``, ``instance`` (the same for several questions about the same th
 do not count).
 """
 
+import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from PIL import Image
 
 from segzero_jax import answers
 from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, field, unique
+from segzero_jax.data.pictures import upright_size
 from segzero_jax.types import Frame, ObjectPrompt
 
 _TARGETS = ("mask", "masks", "objects")
+# What a mask may raise: that of Pillow's format plugins too, and of files that are far too large.
+_UNREADABLE = (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,13 @@ class Lines:
         (file,) = part.pictures
         name = coco_id(file) or f"{self.name}:{file}"
         asked = []
-        frame = None
         for own, row in zip(part.ids, part.content, strict=True):
             try:
-                question = self._question(own, row, name)
-            except (ValueError, OSError) as error:
-                yield Unreadable((own,), str(error))
-                continue
-            for mask in (*(question.masks or ()), *([] if question.ignore is None else [question.ignore])):
-                frame = Frame(mask.shape[1], mask.shape[0])
-            asked.append(question)
-        yield Shown((self.root / file).read_bytes(), name, file, frame, tuple(asked))
+                asked.append(self._question(own, row, name))
+            except _UNREADABLE as error:
+                yield Unreadable((own,), " ".join(str(error).split()))
+        data = (self.root / file).read_bytes()
+        yield Shown(data, name, file, _annotated(data, asked), tuple(asked))
 
     def _question(self, own: str, row: dict[str, Any], picture: str) -> Asked:
         instance = f"{picture}:{row.get('instance', own)}"
@@ -99,6 +99,22 @@ def read_mask(path: Path) -> np.ndarray:
         return pixels > 0
     seen = (pixels[..., :3] > 0).max(axis=-1)
     return seen & (pixels[..., 3] > 0) if pixels.shape[-1] == 4 else seen
+
+
+def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:
+    """The size of the unturned picture where masks have that one and none has the upright picture's; else None.
+
+    A mask of neither size is a mistake of its own question, and says nothing about the others.
+    """
+    sizes = {mask.shape for one in asked for mask in (*(one.masks or ()), one.ignore) if mask is not None}
+    try:
+        upright = upright_size(data)
+        with Image.open(io.BytesIO(data)) as image:
+            unturned = Frame(image.width, image.height)
+    except _UNREADABLE:
+        return None  # Whoever decodes it says why.
+    found = (unturned.height, unturned.width) in sizes and (upright.height, upright.width) not in sizes
+    return unturned if found else None
 
 
 def _objects(row: dict[str, Any]) -> tuple[ObjectPrompt, ...]:
