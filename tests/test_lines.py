@@ -12,7 +12,9 @@ from question_sources import HEIGHT, WIDTH, encoded, picture, rectangle
 from segzero_jax.data import build
 from segzero_jax.data.pipeline import Source, open_split
 from segzero_jax.data.records import built_directory
-from segzero_jax.types import Frame
+from segzero_jax.types import Frame, ObjectPrompt
+
+BOX = [{"bbox_2d": [10, 20, 90, 80], "point_2d": [50, 60]}]
 
 
 def run(tmp_path: Path, source: Path, *options: str) -> int:
@@ -140,3 +142,22 @@ def test_a_mask_that_no_decoder_takes_costs_its_own_question_alone(tmp_path: Pat
     assert run(tmp_path, folder) == 0
     assert left_out(tmp_path)["b"].startswith("Image size (182000000 pixels) exceeds limit")
     assert [example.id for example in opened(tmp_path)] == ["a", "c"]
+
+
+def test_masks_and_boxes_of_one_picture(tmp_path: Path) -> None:
+    """A mask has two points, a box one: both kinds are kept, in whatever order the lines are."""
+    folder = sources.lines(tmp_path / "s")
+    boxed = [without_mask(id=f"box{n}", objects=BOX) for n in range(2)]
+    masked = [line(id=f"mask{n}") for n in range(2)]
+    write(folder, [masked[0], boxed[0], masked[1], boxed[1], without_mask(id="nothing", masks=[])])
+    assert run(tmp_path, folder) == 0
+    assert left_out(tmp_path) == {}
+    found = {example.id: example for example in opened(tmp_path)}
+    assert found.keys() == {"mask0", "box0", "mask1", "box1", "nothing"}
+    for n in range(2):
+        assert found[f"box{n}"].objects == (ObjectPrompt((10, 20, 90, 80), ((50, 60),)),)
+        assert found[f"box{n}"].mask is None
+        (target,) = found[f"mask{n}"].objects
+        assert (target.box, len(target.points)) == ((10, 10, 40, 40), 2)
+    assert found["nothing"].objects == ()
+    assert len({example.image for example in found.values()}) == 1

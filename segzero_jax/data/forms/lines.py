@@ -64,14 +64,21 @@ class Lines:
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
         (file,) = part.pictures
         name = coco_id(file) or f"{self.name}:{file}"
-        asked = []
+        masked: list[Asked] = []
+        boxed: list[Asked] = []
         for own, row in zip(part.ids, part.content, strict=True):
             try:
-                asked.append(self._question(own, row, name))
+                question = self._question(own, row, name)
             except _UNREADABLE as error:
                 yield Unreadable((own,), " ".join(str(error).split()))
+                continue
+            (boxed if question.masks is None else masked).append(question)
         data = (self.root / file).read_bytes()
-        yield Shown(data, name, file, _annotated(data, asked), tuple(asked))
+        # Two records: a mask has two points, a box one, and in a record all objects have as many.
+        if masked:
+            yield Shown(data, name, file, _annotated(data, masked), tuple(masked))
+        if boxed:
+            yield Shown(data, name, file, None, tuple(boxed))
 
     def _question(self, own: str, row: dict[str, Any], picture: str) -> Asked:
         instance = f"{picture}:{row.get('instance', own)}"
