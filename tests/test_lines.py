@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import question_sources as sources
 from PIL import Image
@@ -161,3 +162,37 @@ def test_masks_and_boxes_of_one_picture(tmp_path: Path) -> None:
         assert (target.box, len(target.points)) == ((10, 10, 40, 40), 2)
     assert found["nothing"].objects == ()
     assert len({example.image for example in found.values()}) == 1
+
+
+@pytest.mark.parametrize("changed", ["masks/one.png", "masks/right.png", "masks/blurred.png"])
+def test_a_mask_that_has_changed_is_another_source(
+    tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of ``mask``, ``masks`` and ``ignore``: by content, for a corrected mask may have as many bytes as before."""
+    folder = sources.lines(tmp_path / "s")
+    mask = Image.open(folder / changed)
+    mask.save(folder / changed, compress_level=0)
+    size = (folder / changed).stat().st_size
+    assert run(tmp_path, folder) == 0
+    assert run(tmp_path, folder) == 0
+    assert "built already, from the same source" in capsys.readouterr().out
+    Image.fromarray(~np.asarray(mask)).save(folder / changed, compress_level=0)
+    assert (folder / changed).stat().st_size == size
+    assert run(tmp_path, folder) == 2
+    assert "built already, from another source; --rebuild replaces it" in capsys.readouterr().err
+    old = list(opened(tmp_path))
+    assert run(tmp_path, folder, "--rebuild") == 0
+    new = list(opened(tmp_path))
+    assert [(one.mask, one.ignore) for one in old] != [(one.mask, one.ignore) for one in new]
+
+
+def test_a_mask_that_comes_later_is_another_source(tmp_path: Path) -> None:
+    """One that is not there costs its question; once it is, the set is not the same any more."""
+    folder = sources.lines(tmp_path / "s")
+    write(folder, [line(id="a"), line(id="b", mask="masks/late.png")])
+    assert run(tmp_path, folder) == 0
+    assert "No such file" in left_out(tmp_path)["b"]
+    Image.fromarray(rectangle(1, 2, 30, 40)).save(folder / "masks/late.png")
+    assert run(tmp_path, folder) == 2
+    assert run(tmp_path, folder, "--rebuild") == 0
+    assert left_out(tmp_path) == {}

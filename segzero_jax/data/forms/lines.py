@@ -41,18 +41,19 @@ class Lines:
     root: Path
 
     def files(self) -> list[Path]:
-        return sorted(self.root.glob("*.jsonl"))
+        """The lines, and the masks that they name, as far as those are there."""
+        tables = self._tables()
+        named = {file for path in tables for row in _rows(path) for file in _mask_files(row)}
+        return [*tables, *(path for file in sorted(named) if (path := self.root / file).is_file())]
 
     def splits(self) -> dict[str, list[Part]]:
-        return {path.stem: self._parts(path) for path in self.files()}
+        return {path.stem: self._parts(path) for path in self._tables()}
+
+    def _tables(self) -> list[Path]:
+        return sorted(self.root.glob("*.jsonl"))
 
     def _parts(self, path: Path) -> list[Part]:
-        located = _rows(path)
-        for where, row in located:
-            _check_types(row, where)
-            if sum(key in row for key in _TARGETS) != 1:
-                raise SourceError(f"{where}: expected one of {', '.join(_TARGETS)}, found {', '.join(row)}")
-        rows = [row for _, row in located]
+        rows = _rows(path)
         ids = iter(unique([str(row.get("id", f"{path.stem}-{n:06d}")) for n, row in enumerate(rows)]))
         parts = []
         # Lines about the same picture that follow one another share it.
@@ -129,11 +130,13 @@ def _objects(row: dict[str, Any]) -> tuple[ObjectPrompt, ...]:
     return tuple(ObjectPrompt(box=box, points=points) for box, points in located)
 
 
-def _check_types(row: Any, where: str) -> None:
-    """Raises SourceError, which names the place, for a line that lacks something or has another type than it should."""
+def _check(row: Any, where: str) -> None:
+    """Raises SourceError, which names the place, for a line that is not as it should be."""
     for name in ("image", "question"):
         if not _is_text(field(row, name, where)):
             raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
+    if sum(key in row for key in _TARGETS) != 1:
+        raise SourceError(f"{where}: expected one of {', '.join(_TARGETS)}, found {', '.join(row)}")
     for name in ("mask", "ignore"):
         if row.get(name) is not None and not _is_text(row[name]):
             raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
@@ -153,14 +156,20 @@ def _shown(value: Any) -> str:
     return json.dumps(value)[:80]
 
 
-def _rows(path: Path) -> list[tuple[str, Any]]:
-    """Where a line stands and what it says; empty lines are none."""
-    rows = []
+def _mask_files(row: dict[str, Any]) -> list[str]:
+    return [file for file in (row.get("mask"), *row.get("masks", ()), row.get("ignore")) if file]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """What the lines say; empty ones are none. Raises SourceError for one that is not as it should be."""
+    located = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path}:{number}"
         if line.strip():
             try:
-                rows.append((where, json.loads(line)))
+                located.append((where, json.loads(line)))
             except (ValueError, RecursionError) as error:
                 raise SourceError(f"{where}: not JSON: {error}") from None
-    return rows
+    for where, row in located:
+        _check(row, where)
+    return [row for _, row in located]
