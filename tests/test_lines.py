@@ -196,3 +196,25 @@ def test_a_mask_that_comes_later_is_another_source(tmp_path: Path) -> None:
     assert run(tmp_path, folder) == 2
     assert run(tmp_path, folder, "--rebuild") == 0
     assert left_out(tmp_path) == {}
+
+
+def test_pictures_may_lie_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--images`` is where; lines and masks stay in the source."""
+    folder = sources.lines(tmp_path / "s")
+    assert run(tmp_path, folder) == 0
+    beside = [list(opened(tmp_path, split)) for split in ("train", "val")]
+    (tmp_path / "photos").mkdir()
+    (folder / "images").rename(tmp_path / "photos/images")
+    assert run(tmp_path, folder, "--rebuild") == 2
+    assert f"4 of 4 pictures are missing, the first is {folder}/images/0.jpg" in capsys.readouterr().err
+    assert run(tmp_path, folder, "--rebuild", f"--images={tmp_path / 'photos'}") == 0
+    assert [list(opened(tmp_path, split)) for split in ("train", "val")] == beside
+
+
+@pytest.mark.parametrize(("make", "what"), [(sources.mask_parquet, "parquet files"), (sources.reason_seg, "ReasonSeg")])
+def test_where_pictures_have_their_place_another_is_refused(
+    make: Any, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, make(tmp_path / "s"), f"--images={tmp_path}") == 2
+    assert f"--images {tmp_path}: " in (complaint := capsys.readouterr().err)
+    assert what in complaint

@@ -42,23 +42,27 @@ def find_form(name: str, sources: Sequence[Path], images: Path | None) -> Form:
 
     Args:
       sources: folders; more than one only of parquet files.
-      images: where REFER's pictures lie, when not beside the references.
+      images: where the pictures lie, when not below the source.
 
     Raises:
-      SourceError: no such folder, or nothing in it that is known.
+      SourceError: no such folder, nothing in it that is known, or ``images`` for a form that has its own.
     """
     for source in sources:
         if not source.is_dir():
             raise SourceError(f"--source {source}: no such directory")
     tables = hub_parquet.find(name, list(sources))
     if tables is not None:
+        if images is not None:
+            raise SourceError(f"--images {images}: parquet files hold their pictures, leave it out")
         return tables
     if len(sources) > 1:
         raise SourceError(f"--source: {len(sources)} directories, expected one unless they hold parquet files")
     (source,) = sources
     form: Form | None = Refer.find(name, source, images) or ReasonSeg.find(name, source)
+    if images is not None and isinstance(form, ReasonSeg):
+        raise SourceError(f"--images {images}: ReasonSeg's pictures lie beside their JSON files, leave it out")
     if form is None and next(source.glob("*.jsonl"), None) is not None:
-        form = Lines(name, source)
+        form = Lines(name, source, images)
     if form is None:
         annotations = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
         if not annotations:

@@ -35,22 +35,31 @@ _UNREADABLE = (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBo
 
 @dataclass(frozen=True)
 class Lines:
-    """A folder with ``SPLIT.jsonl`` files."""
+    """A folder with ``SPLIT.jsonl`` files, from which masks have their paths.
+
+    Attributes:
+      images: the folder that pictures have theirs from, where that is another one.
+    """
 
     name: str
-    root: Path
+    folder: Path
+    images: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.images or self.folder
 
     def files(self) -> list[Path]:
         """The lines, and the masks that they name, as far as those are there."""
         tables = self._tables()
         named = {file for path in tables for row in _rows(path) for file in _mask_files(row)}
-        return [*tables, *(path for file in sorted(named) if (path := self.root / file).is_file())]
+        return [*tables, *(path for file in sorted(named) if (path := self.folder / file).is_file())]
 
     def splits(self) -> dict[str, list[Part]]:
         return {path.stem: self._parts(path) for path in self._tables()}
 
     def _tables(self) -> list[Path]:
-        return sorted(self.root.glob("*.jsonl"))
+        return sorted(self.folder.glob("*.jsonl"))
 
     def _parts(self, path: Path) -> list[Part]:
         rows = _rows(path)
@@ -91,7 +100,7 @@ class Lines:
         return Asked(own, row["question"], instance, masks, ignore=ignore)
 
     def _mask(self, file: str) -> np.ndarray:
-        return read_mask(self.root / file)
+        return read_mask(self.folder / file)
 
 
 def read_mask(path: Path) -> np.ndarray:
