@@ -46,11 +46,13 @@ class Recipe:
       maxima: the components in order, and the most each gives.
       measure: the components of a text against target objects.
       tiers: SAM-R1's tiered mask IoU is one of its components.
+      single: it compares with exactly one object.
     """
 
     maxima: Mapping[str, float]
     measure: Callable[[str, Sequence[Located]], dict[str, float]]
     tiers: bool = False
+    single: bool = False
 
 
 def score(
@@ -103,6 +105,11 @@ def component_names(recipe: str, with_mask_iou: bool = False) -> tuple[str, ...]
     """
     row, weight, _ = _lookup(recipe, float(with_mask_iou), "raw")
     return (*row.maxima, "mask_iou") if weight else tuple(row.maxima)
+
+
+def can_compare(recipe: str, objects: int) -> bool:
+    """Whether ``score`` can compare with a solution of so many objects. Raises ValueError for an unknown recipe."""
+    return not _lookup(recipe, 0.0, "raw")[0].single or objects == 1
 
 
 def mask_component(mask_iou: float, mode: str) -> float:
@@ -336,8 +343,8 @@ def _single(targets: Sequence[Located]) -> Located:
 
 _SEG_ZERO_MAXIMA = {"thinking_format": 1.0, "segmentation_format": 1.0, "box_iou": 1.0, "box_l1": 1.0, "point_l1": 1.0}
 RECIPES = {
-    "seg_zero_soft": Recipe(_SEG_ZERO_MAXIMA, partial(_measure_seg_zero, strict=False)),
-    "seg_zero_strict": Recipe(_SEG_ZERO_MAXIMA, partial(_measure_seg_zero, strict=True)),
+    "seg_zero_soft": Recipe(_SEG_ZERO_MAXIMA, partial(_measure_seg_zero, strict=False), single=True),
+    "seg_zero_strict": Recipe(_SEG_ZERO_MAXIMA, partial(_measure_seg_zero, strict=True), single=True),
     "vision_reasoner": Recipe(
         {"thinking_format": 1.0, "segmentation_format": 2.0, "accuracy": 3.0, "non_repeat": 1.0},
         _measure_vision_reasoner,

@@ -23,8 +23,8 @@ class Scored:
     """The scores of a batch, ``[b][g]``.
 
     Attributes:
-      rewards_bg: float64 totals, NaN where a mask score is missing.
-      components: raw components of each response, by name; empty where the score is missing.
+      rewards_bg: float64 totals, NaN where a mask score is missing, or the recipe cannot compare with the target.
+      components: raw components of each response, by name; empty where the reward is missing.
       masks: what SAM 2 said, None without a server.
     """
 
@@ -98,7 +98,11 @@ class Scorer:
                 for example, group in zip(examples, texts, strict=True)
             ]
             pending = self._client.score(requests, masks)
-        solutions = [solution(example, self._frame, self._config.recipe) for example in examples]
+        recipe = self._config.recipe
+        solutions = [
+            solution(example, self._frame, recipe) if rewards.can_compare(recipe, len(example.objects)) else None
+            for example in examples
+        ]
         return PendingRewards(self._config, own, texts, solutions, pending, self._pod)
 
 
@@ -108,12 +112,13 @@ class PendingRewards:
 
     Attributes:
       rows: of the whole batch, what ``texts``, ``solutions`` and ``pending`` are for.
+      solutions: None for a target that the recipe cannot compare with.
     """
 
     config: RewardConfig
     rows: Sequence[int]
     texts: Sequence[Sequence[str]]
-    solutions: Sequence[str]
+    solutions: Sequence[str | None]
     pending: PendingScores | None
     pod: Pod
 
@@ -145,7 +150,7 @@ class PendingRewards:
             row: list[dict[str, float]] = []
             for g, text in enumerate(group):
                 iou = masks[b][g].iou if masks is not None else None
-                if needs_mask and iou is None:
+                if target is None or (needs_mask and iou is None):
                     # A missing score is never a zero: the response is left out of the loss and counted.
                     row.append({})
                     continue

@@ -42,6 +42,7 @@ from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
 from segzero_jax.processor import ImageError, Processor, PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
+from segzero_jax.recipe_check import check_targets
 from segzero_jax.record import (
     DRAWN_PROMPTS,
     Step,
@@ -189,6 +190,7 @@ def open_training_split(config: Config, processor: Processor) -> Source:
     held_out = [open_split(*split_name(name, config.data.name), config.data.dir) for name in config.data.eval_splits]
     for split in (source, *held_out):
         check_prompts(split, processor, config.data.dir)
+    check_targets(source, config.reward.recipe, config.data.dir)
     check_held_out(source, held_out)
     return source
 

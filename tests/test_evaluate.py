@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from box_server import BoxServer, encoded, serving
 from PIL import Image
 from pycocotools import mask as coco
 
+from segzero_jax import config as configs
 from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.evaluate import __main__ as command
 from segzero_jax.evaluate import evaluator, respondent
@@ -147,6 +149,25 @@ def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: 
     other = tmp_path / "other"
     run(other, address, "--samples=3", "--seed=6")
     assert [row["text"] for row in lines(other / "toy-val/toy/samples.jsonl")] != [row["text"] for row in rows]
+
+
+def test_a_question_that_the_runs_recipe_cannot_compare_with_has_no_reward(
+    source: Source, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seg-Zero's recipes know exactly one object; every other number is as under another recipe."""
+    del source[3:]  # The third has no target.
+    (other,) = run(tmp_path / "other", address)["evaluations"]
+    load = evaluator.load
+
+    def with_recipe(*given: Any) -> Any:
+        loaded = load(*given)
+        return replace(loaded, config=configs.replace(loaded.config, **{"reward.recipe": "seg_zero_strict"}))
+
+    monkeypatch.setattr(evaluator, "load", with_recipe)
+    (policy,) = run(tmp_path, address)["evaluations"]
+    assert policy["expression"] == other["expression"]
+    rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
+    assert [(row["reward"] is None, len(row["components"])) for row in rows] == [(False, 6), (False, 6), (True, 0)]
 
 
 def evaluated(checkpoint: str, split: str, giou: float | None, box: float = 0.0) -> dict[str, Any]:

@@ -144,3 +144,17 @@ def test_hosts_score_their_shares_and_see_the_whole(rows: list[list[int]] | None
     shares = rows or [[0, 3], [1, 4], [2]]
     assert asked == [[f"row-{n}" for n in share] for share in shares]
     assert [client.drawn for client in clients] == [["row-0"], ["row-1"], []]
+
+
+@pytest.mark.parametrize("recipe", ["seg_zero_soft", "seg_zero_strict"])
+def test_a_target_that_the_recipe_cannot_compare_with_has_no_reward(recipe: str) -> None:
+    """Evaluation meets such targets: their masks are scored, and the rest of the batch is as without them."""
+    config = RewardConfig(recipe=recipe)
+    targets = [(), (TARGET,), (TARGET, TARGET)]
+    rows = [replace(example(*objects), id=f"row-{n}") for n, objects in enumerate(targets)]
+    result = Scorer(config, FRAME, Answered([scored(0.5)])).send(rows, [[GOOD]] * 3).result()
+    alone = Scorer(config, FRAME, Answered([scored(0.5)])).send(rows[1:2], [[GOOD]]).result()
+    assert np.isnan(result.rewards_bg[[0, 2]]).all()
+    assert [group[0] for group in result.components] == [{}, alone.components[0][0], {}]
+    assert result.rewards_bg[1, 0] == alone.rewards_bg[0, 0] > 0
+    assert result.masks == [[scored(0.5)]] * 3

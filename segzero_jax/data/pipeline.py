@@ -72,6 +72,17 @@ class Source(Sequence[Example]):
             return [(example.id, example.question) for example in self]
         return list(zip(index["id"].to_pylist(), index["text"].to_pylist(), strict=True))
 
+    def object_counts(self) -> np.ndarray:
+        """How many objects every example has, int32 in order; reads each record once where one follows the other."""
+        counts = np.zeros(len(self), np.int32)
+        read, row = -1, {}
+        for index in range(len(self)):
+            record, place = (index, 0) if self._places is None else map(int, self._places[index])
+            if record != read:
+                read, row = record, self._rows[record]
+            counts[index] = len(self._decode(row, place).objects)
+        return counts
+
 
 def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     """Opens a split of "toy" or of a data set that ``python -m segzero_jax.data.build`` has made.

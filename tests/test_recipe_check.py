@@ -1,0 +1,91 @@
+"""Before the first step: targets that the recipe cannot compare with are named."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import question_sources as sources
+from PIL import Image
+
+from segzero_jax import config as configs
+from segzero_jax import train
+from segzero_jax.config import Config
+from segzero_jax.data import build
+from segzero_jax.data.pipeline import DataError, Source, open_split
+from segzero_jax.processor import Processor
+from segzero_jax.recipe_check import check_targets
+
+MASKS = [["one"], [], ["one"], ["left", "right"], ["one"], ["one", "left", "right"], ["right"]]
+
+
+def split(folder: Path, name: str = "own", masks: Sequence[list[str]] = MASKS, first: int = 0) -> Source:
+    """A built set of one's own, a question for each list of masks, three about a picture, from the ``first`` one."""
+    source = sources.lines(folder / f"{name}-source")
+    left = Image.fromarray(sources.rectangle(4, 20, 30, 70))
+    left.save(source / "masks/left.png")
+    rows = [
+        {"image": f"images/{first + n // 3}.jpg", "question": "mug", "id": f"q{n}"}
+        | {"masks": [f"masks/{mask}.png" for mask in found]}
+        for n, found in enumerate(masks)
+    ]
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (source / "val.jsonl").unlink()
+    assert build.main([name, f"--source={source}", f"--data-dir={folder}", "--workers=1"]) == 0
+    return open_split(name, "train", folder)
+
+
+@pytest.mark.parametrize("recipe", ["seg_zero_soft", "seg_zero_strict"])
+def test_questions_that_a_recipe_cannot_compare_with_are_named_before_the_first_step(
+    recipe: str, tmp_path: Path
+) -> None:
+    source = split(tmp_path)
+    with pytest.raises(DataError) as caught:
+        check_targets(source, recipe, tmp_path)
+    assert str(caught.value) == (
+        f"own/train: 3 of 7 questions have not exactly one object, which reward.recipe={recipe} compares with: "
+        "q1 with 0, q3 with 2, q5 with 3; reward.recipe=vision_reasoner or sam_r1 takes any number of objects"
+    )
+    check_targets(split(tmp_path, "single", [["one"], ["left"]]), recipe, tmp_path)
+
+
+def test_other_recipes_take_any_number_of_objects_and_read_no_record(tmp_path: Path) -> None:
+    source = split(tmp_path)
+    assert source.object_counts().tolist() == [len(example.objects) for example in source] == [1, 0, 1, 2, 1, 3, 1]
+    source._rows = []
+    for recipe in ("vision_reasoner", "sam_r1"):
+        check_targets(source, recipe, tmp_path)
+
+
+def test_objects_are_counted_once(tmp_path: Path) -> None:
+    source = split(tmp_path)
+    read: list[int] = []
+
+    class Watched(list):
+        def __getitem__(self, index: int) -> dict:  # type: ignore[override]
+            read.append(index)
+            return list.__getitem__(self, index)
+
+    source._rows = Watched(source._rows[n] for n in range(3))
+    for _ in range(2):
+        with pytest.raises(DataError, match="q1 with 0"):
+            check_targets(source, "seg_zero_soft", tmp_path)
+    assert read == [0, 1, 2], "each record once for its questions, and not at all the second time"
+
+
+def test_training_refuses_what_its_recipe_cannot_compare_with(tmp_path: Path) -> None:
+    """But not in splits that are only evaluated."""
+    split(tmp_path)
+    split(tmp_path, "single", [["left"]], first=3)
+    processor = Processor.load("toy", 56, "toy", 1000)
+
+    def opened(**changes: Any) -> Source:
+        config = configs.replace(Config(), **{"data.dir": str(tmp_path), "data.eval_splits": [], **changes})
+        return train.open_training_split(config, processor)
+
+    strict = {"reward.recipe": "seg_zero_strict"}
+    assert len(opened(**{"data.name": "own"})) == len(MASKS)
+    with pytest.raises(DataError, match="q1 with 0"):
+        opened(**{"data.name": "own", **strict})
+    assert len(opened(**{"data.name": "single", "data.eval_splits": ["own/train"], **strict})) == 1
