@@ -8,6 +8,7 @@ A line is one question, its paths relative to the folder:
     {"image": "images/b.jpg", "question": "the mug", "masks": []}
 
 A mask is a picture of the same size, 0 where the object is not. No masks mean that nothing answers the question.
+Objects are in pixels of the upright picture, both corners of a box inclusive.
 Optional: ``id``, ``instance`` (the same for several questions about the same thing), ``ignore`` (a mask of pixels that
 do not count).
 """
