@@ -113,7 +113,7 @@ with jax.set_mesh(mesh):
 
 
 ROUNDED = """
-import jax, jax.numpy as jnp
+import re, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from segzero_jax.config import Config
 from segzero_jax.model.layers import mrope_angles
@@ -125,7 +125,11 @@ with jax.set_mesh(mesh):
     positions = jax.ShapeDtypeStruct((4, 3, 1152), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     angles = jax.jit(lambda positions: mrope_angles(positions, (16, 24, 24), 1e6)).lower(positions)
     rollout = Step(Config(), find_dims("toy"), mesh).lower_rollout()
-    print([lowered.compile().as_text().count("bf16[") for lowered in (angles, rollout)])
+    for lowered in (angles, rollout):
+        text = lowered.compile().as_text()
+        products = [line for line in text.splitlines() if " convolution(" in line]
+        exact = sum("operand_precision={highest,highest}" in line for line in products)
+        print(len(re.findall("bf16.* convert[(]", text)), len(products) - exact, exact > 0)
 """
 
 
@@ -133,7 +137,7 @@ with jax.set_mesh(mesh):
 def test_a_tpu_rounds_neither_positions_nor_what_is_to_be_float32():
     """It multiplies in bfloat16 unless told otherwise, where 257 is 256."""
     found = run_python("-c", ROUNDED)
-    assert found.stdout == "[0, 0]\n", found.stderr
+    assert found.stdout.splitlines() == ["0 0 False", "0 0 True"], found.stderr
 
 
 def plan_of_the_7b(program: str) -> dict[str, dict]:
