@@ -289,15 +289,18 @@ def test_a_bad_command_is_one_line(
     assert len(complaint.splitlines()) == 1
 
 
-def test_the_hubs_sets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {
-        "Ricky06662/ReasonSeg_val": sources.mask_parquet(tmp_path / "val", split="val"),
-        "Ricky06662/ReasonSeg_test": sources.mask_parquet(
-            tmp_path / "test",
-            image=[{"bytes": encoded(picture(n)), "path": None} for n in range(4)],
-            image_id=list("abcd"),
-        ),
+def reason_seg_of_the_hub(folder: Path) -> dict[str, Path]:
+    """Its two repositories; the files of both say that they are "test"."""
+    pictures = [{"bytes": encoded(picture(n)), "path": None} for n in range(3)]
+    rows = {name: [f"{name}{n}" for n in range(3)] for name in ("image_id", "ann_id", "text")}
+    return {
+        "Ricky06662/ReasonSeg_val": sources.mask_parquet(folder / "ReasonSeg_val"),
+        "Ricky06662/ReasonSeg_test": sources.mask_parquet(folder / "ReasonSeg_test", rows=3, image=pictures, **rows),
     }
+
+
+def test_the_hubs_sets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = reason_seg_of_the_hub(tmp_path)
     asked = []
 
     def download(repo: str, **options: object) -> str:
@@ -306,5 +309,28 @@ def test_the_hubs_sets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("segzero_jax.hub.snapshot_download", download)
     assert build.main(["ReasonSeg", "--data-dir", str(tmp_path / "built"), "--workers=1"]) == 0
-    assert {len(open_split("ReasonSeg", split, tmp_path / "built")) for split in ("val", "test")} == {4}
+    val, test = (open_split("ReasonSeg", split, tmp_path / "built") for split in ("val", "test"))
+    assert [example.id for example in val] == [f"val-picture_{n}-{n}" for n in range(4)]
+    assert [example.id for example in test] == [f"test-image_id{n}-ann_id{n}" for n in range(3)]
     assert all(options["repo_type"] == "dataset" and options["allow_patterns"] == ["*.parquet"] for options in asked)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_repository_of_the_hub_is_its_split_in_a_local_copy_too(tmp_path: Path, first: int) -> None:
+    copies = list(reason_seg_of_the_hub(tmp_path).values())
+    both = [str(copies[first]), str(copies[1 - first])]
+    assert build.main(["r", "--source", *both, "--data-dir", str(tmp_path / "built"), "--workers=1"]) == 0
+    assert [len(open_split("r", split, tmp_path / "built")) for split in ("val", "test")] == [4, 3]
+    assert run(tmp_path, "one", copies[0]) == 0
+    assert len(open_split("one", "val", tmp_path / "built")) == 4
+
+
+def test_one_evaluation_split_of_two_sources_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [sources.mask_parquet(tmp_path / name) for name in ("a", "b")]
+    assert run(tmp_path, "r", made[0], "--source", *map(str, made)) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert f"split test: in {made[0]} and in {made[1]}; build two data sets of them" in complaint
+    assert len(complaint.splitlines()) == 1
+    training = [sources.solution_parquet(tmp_path / name) for name in ("c", "d")]
+    assert run(tmp_path, "t", training[0], "--source", *map(str, training)) == 0
+    assert len(open_split("t", "train", tmp_path / "built")) == 12

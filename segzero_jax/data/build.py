@@ -8,8 +8,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,22 +28,26 @@ from segzero_jax.data.forms.refer import Refer
 from segzero_jax.data.records import built_directory, index_path
 from segzero_jax.hub import HubError, data_directory
 
-# Where the papers' data sets are on the hub.
-HUB = {
-    "refCOCOg_9k_840": ("Ricky06662/refCOCOg_9k_840",),
-    "VisionReasoner_multi_object_1k_840": ("Ricky06662/VisionReasoner_multi_object_1k_840",),
-    "VisionReasoner_multi_object_7k_840": ("Ricky06662/VisionReasoner_multi_object_7k_840",),
-    "ReasonSeg": ("Ricky06662/ReasonSeg_val", "Ricky06662/ReasonSeg_test"),
+# Where the papers' data sets are on the hub, and which split a repository is; None where the names of its files say it.
+# The files of ReasonSeg_val say "test".
+HUB: dict[str, dict[str, str | None]] = {
+    "refCOCOg_9k_840": {"Ricky06662/refCOCOg_9k_840": None},
+    "VisionReasoner_multi_object_1k_840": {"Ricky06662/VisionReasoner_multi_object_1k_840": None},
+    "VisionReasoner_multi_object_7k_840": {"Ricky06662/VisionReasoner_multi_object_7k_840": None},
+    "ReasonSeg": {"Ricky06662/ReasonSeg_val": "val", "Ricky06662/ReasonSeg_test": "test"},
 }
 _FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
 
 
-def find_form(name: str, sources: Sequence[Path], images: Path | None) -> Form:
+def find_form(
+    name: str, sources: Sequence[Path], images: Path | None, splits: Mapping[Path, str] = MappingProxyType({})
+) -> Form:
     """The form that a source is in.
 
     Args:
       sources: folders; more than one only of parquet files.
       images: where the pictures lie, when not below the source.
+      splits: of folders whose parquet files are one split, whatever it is in their names.
 
     Raises:
       SourceError: no such folder, nothing in it that is known, or ``images`` for a form that has its own.
@@ -50,7 +55,7 @@ def find_form(name: str, sources: Sequence[Path], images: Path | None) -> Form:
     for source in sources:
         if not source.is_dir():
             raise SourceError(f"--source {source}: no such directory")
-    tables = hub_parquet.find(name, list(sources))
+    tables = hub_parquet.find(name, list(sources), splits)
     if tables is not None:
         if images is not None:
             raise SourceError(f"--images {images}: parquet files hold their pictures, leave it out")
@@ -132,14 +137,16 @@ def _check(name: str, data_dir: Path) -> int:
 
 
 def _build(args: argparse.Namespace, data_dir: Path) -> int:
-    name, sources = args.name, args.source or HUB.get(args.name)
+    name, sources = args.name, args.source or list(HUB.get(args.name, ()))
     if not sources:
         raise SourceError(f"{name}: expected --source DIR; only {', '.join(HUB)} are known to the hub")
     for other in args.against:
         data_set, _, split = other.rpartition("/")
         if not index_path(built_directory(data_set, data_dir), split).is_file():
             raise SourceError(f"--against {other}: expected NAME/SPLIT of a built set in {data_dir}")
-    form = find_form(name, [data_directory(source) for source in sources], args.images)
+    folders = {source: data_directory(source) for source in sources}
+    named = {folder: split for source, folder in folders.items() if (split := _split_of(source))}
+    form = find_form(name, list(folders.values()), args.images, named)
     plan = builder.make_plan(form)
     before = builder.built_from(name, data_dir)
     if before == plan.digest and not args.rebuild:
@@ -155,6 +162,13 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
     if outcome.left_out:
         print(f"which ones: {outcome.directory / 'left_out.jsonl'}")
     return 0
+
+
+def _split_of(source: str) -> str | None:
+    """The split that a repository of the hub is, or a local copy in a folder of its name."""
+    name = Path(source.partition("@")[0]).name
+    splits = {Path(repo).name: split for repos in HUB.values() for repo, split in repos.items()}
+    return splits.get(name)
 
 
 def _with_bar(args: argparse.Namespace, form: Form, plan: Plan, data_dir: Path) -> builder.Outcome:

@@ -8,7 +8,7 @@ height and width are those it had before. Evaluation sets (ReasonSeg_val, refcoc
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,25 +33,23 @@ class HubParquet:
     """Parquet files; each row is a picture with one question.
 
     Attributes:
-      root: a folder that all files lie in.
-      tables: the files.
+      root: the folder of the first ones.
+      tables: the split and the path of each file.
     """
 
     name: str
     root: Path
-    tables: tuple[Path, ...]
+    tables: tuple[tuple[str, Path], ...]
 
     def files(self) -> list[Path]:
-        return list(self.tables)
+        return [path for _, path in self.tables]
 
     def splits(self) -> dict[str, list[Part]]:
         groups: dict[str, list[tuple[Path, int, int]]] = defaultdict(list)
         names: dict[str, list[str]] = defaultdict(list)
-        for path in self.tables:
+        for split, path in self.tables:
             with _open(path) as file:
                 columns = _columns(path, file.schema_arrow.names)
-                match = _SHARD.fullmatch(path.stem)
-                split = match["split"] if match else path.stem
                 for group in range(file.num_row_groups):
                     rows = file.read_row_group(group, columns=columns)
                     groups[split].append((path, group, rows.num_rows))
@@ -104,15 +102,34 @@ class HubParquet:
         return f"{self.name}:{name if given is None else given}"
 
 
-def find(name: str, sources: list[Path]) -> HubParquet | None:
-    """The parquet files under the sources; None where there are none. Raises SourceError for another schema."""
-    tables = sorted({path for source in sources for path in source.rglob("*.parquet")})
-    if not tables:
-        return None
+def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParquet | None:
+    """The parquet files under the sources; None where there are none.
+
+    Args:
+      splits: of sources that are one split, whatever it is in the names of their files.
+
+    Raises:
+      SourceError: another schema, or one evaluation split in two sources.
+    """
+    tables: dict[Path, str] = {}
+    held: dict[str, Path] = {}
+    for source in sources:
+        found = {path: _split(path) for path in source.rglob("*.parquet")}
+        if source in splits and len(set(found.values())) == 1:
+            found = dict.fromkeys(found, splits[source])
+        for split in set(found.values()) - {"train"}:
+            if held.setdefault(split, source) != source:
+                raise SourceError(f"split {split}: in {held[split]} and in {source}; build two data sets of them")
+        tables |= found
     for path in tables:
         with _open(path) as file:
             _columns(path, file.schema_arrow.names)
-    return HubParquet(name, sources[0], tuple(tables))
+    return HubParquet(name, sources[0], tuple((tables[path], path) for path in sorted(tables))) if tables else None
+
+
+def _split(path: Path) -> str:
+    match = _SHARD.fullmatch(path.stem)
+    return match["split"] if match else path.stem
 
 
 def _open(path: Path) -> pq.ParquetFile:
