@@ -193,7 +193,8 @@ def coco_json(folder: Path, questions: bool = True) -> Path:
         for n in range(2):
             file = f"{first + n:012d}.jpg"
             (folder / f"{split}2017" / file).write_bytes(encoded(picture(6000 + first + n)))
-            images.append({"id": first + n, "file_name": file, "width": WIDTH, "height": HEIGHT})
+            url = f"http://images.cocodataset.org/{split}2017/{file}"
+            images.append({"id": first + n, "file_name": file, "width": WIDTH, "height": HEIGHT, "coco_url": url})
         runs = np.flatnonzero(np.diff(rectangle(100, 50, 120, 90).T.reshape(-1).astype(int), prepend=0, append=0))
         counts = np.diff([0, *runs.tolist(), WIDTH * HEIGHT]).tolist()
         annotations = [

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import question_sources as sources
 from PIL import Image
@@ -107,7 +109,7 @@ def test_a_built_set_is_not_replaced_unasked(tmp_path: Path, changed: str, capsy
     else:
         (source / "images/0.jpg").write_bytes(encoded(picture(77), quality=60))
     assert run(tmp_path, "mine", source) == 2
-    assert "built already, from another source; --rebuild replaces it" in capsys.readouterr().err
+    assert "built already, from another source or by an older version; --rebuild replaces it" in capsys.readouterr().err
     before = open_split("mine", "train", tmp_path / "built")[0]
     assert run(tmp_path, "mine", source, "--rebuild") == 0
     after = open_split("mine", "train", tmp_path / "built")[0]
@@ -218,6 +220,100 @@ def test_a_picture_in_two_splits_of_one_set_is_refused_by_its_name(
     assert run(tmp_path, "mine", folder, "--drop-leaks") == 0
     assert len(open_split("mine", "train", tmp_path / "built")) == 2
     assert len(open_split("mine", "val", tmp_path / "built")) == 2
+
+
+def own_coco(folder: Path, seeds: tuple[int, int], file_name: str) -> Path:
+    """train.json and val.json, in each of which the first picture has the id 1 and the same file name."""
+    for split, seed in zip(("train", "val"), seeds, strict=True):
+        (folder / split).mkdir(parents=True)
+        (folder / split / file_name).write_bytes(encoded(picture(seed)))
+        outline = sources.polygon(8, 8, 40, 40)
+        content = {
+            "images": [{"id": 1, "file_name": file_name, "width": sources.WIDTH, "height": sources.HEIGHT}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [outline]}],
+            "categories": [{"id": 1, "name": "mug"}],
+        }
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def own_lines(folder: Path, seeds: tuple[int, int], file_name: str) -> Path:
+    """train.jsonl and val.jsonl with a picture of the same file name each."""
+    for split, seed in zip(("train", "val"), seeds, strict=True):
+        (folder / split).mkdir(parents=True)
+        (folder / split / file_name).write_bytes(encoded(picture(seed)))
+        row = {"image": f"{split}/{file_name}", "question": "the mug", "masks": []}
+        (folder / f"{split}.jsonl").write_text(json.dumps(row))
+    return folder
+
+
+def own_parquet(folder: Path, seeds: tuple[int, int], image_id: str, **named: list[str]) -> Path:
+    """train and val in parquet with the same ids."""
+    for split, seed in zip(("train", "val"), seeds, strict=True):
+        image = [{"bytes": encoded(picture(seed)), "path": image_id}]
+        sources.mask_parquet(folder, rows=1, split=split, image=image, image_id=[image_id], **named)
+    return folder
+
+
+def numbered_parquet(folder: Path, seeds: tuple[int, int], first: str) -> Path:
+    """train and val in parquet whose rows are counted from 0 in each, without a name for the picture."""
+    for split, seed in zip(("train", "val"), seeds, strict=True):
+        columns = {
+            "id": [first],
+            "problem": ["the mug"],
+            "solution": ["<box>(4,10),(40,60)</box><points>(20,30),(30,44)</points>"],
+            "image": [{"bytes": encoded(picture(seed)), "path": None}],
+        }
+        folder.mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "000000000001.jpg"])
+@pytest.mark.parametrize("make", [own_coco, own_lines, own_parquet, numbered_parquet])
+def test_a_name_in_two_splits_is_two_pictures(
+    tmp_path: Path, make: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids from 1 and file names by number in each split; the pictures are others."""
+    assert run(tmp_path, "r", make(tmp_path / "two", (1, 2), name)) == 0
+    train, val = (open_split("r", split, tmp_path / "built") for split in ("train", "val"))
+    assert (len(train), len(val)) == (1, 1)
+    assert train[0].image_id != val[0].image_id
+    assert not train[0].image_id.startswith("coco:")
+    assert run(tmp_path, "s", make(tmp_path / "one", (1, 1), name)) == 2
+    assert "1 of 1 training questions are about pictures of s/val" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [own_coco, own_lines, own_parquet])
+def test_a_picture_that_is_named_as_cocos_is_known_by_it(
+    tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make(tmp_path / "s", (1, 2), "COCO_train2014_000000390002.jpg")
+    assert run(tmp_path, "r", source) == 2
+    assert "(same name, coco:390002)" in capsys.readouterr().err
+
+
+def test_cocos_own_pictures_are_known_by_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """COCO 2017 beside RefCOCO, made of COCO 2014: other names of files, the same numbers."""
+    assert run(tmp_path, "refcoco", sources.refer(tmp_path / "refer")) == 0
+    source = own_coco(tmp_path / "s", (1, 2), "000000390002.jpg")
+    (source / "val.json").unlink()
+    assert run(tmp_path, "own", source, "--against", "refcoco/val") == 0
+    content = json.loads((source / "train.json").read_text())
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/train2017/000000390002.jpg"
+    (source / "train.json").write_text(json.dumps(content))
+    assert run(tmp_path, "coco", source, "--against", "refcoco/val") == 2
+    assert "(same name, coco:390002)" in capsys.readouterr().err
+
+
+def test_a_set_of_an_older_version_is_built_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sources.lines(tmp_path / "s")
+    monkeypatch.setattr(builder, "_READING", builder._READING - 1)
+    assert run(tmp_path, "mine", source) == 0
+    monkeypatch.undo()
+    assert run(tmp_path, "mine", source) == 2
+    assert run(tmp_path, "mine", source, "--rebuild") == 0
+    assert run(tmp_path, "mine", source) == 0
 
 
 def index(rows: list[tuple[str, str, bytes]]) -> pa.Table:

@@ -81,7 +81,7 @@ def test_the_hubs_evaluation_sets(tmp_path: Path) -> None:
         np.testing.assert_array_equal(pixels(example.mask), expected)
         assert box(example) == (10 + n, 20, 70, 60)
         assert len(example.objects[0].points) == 2
-        assert (example.id, example.image_id) == (f"test-picture_{n}-{n}", f"ReasonSeg:picture_{n}")
+        assert (example.id, example.image_id) == (f"test-picture_{n}-{n}", f"ReasonSeg:test/picture_{n}")
     # Of sets made from RefCOCO, a number is COCO's.
     made = sources.mask_parquet(
         tmp_path / "t", split="testA", image_id=["391895", "42", "COCO_train2014_000000000009", "7"]
@@ -311,9 +311,10 @@ def test_ids_stay_unique(tmp_path: Path) -> None:
 
 def test_names_of_cocos_pictures() -> None:
     assert coco_id("train2014/COCO_train2014_000000391895.jpg") == "coco:391895"
-    assert coco_id("000000000009.jpg") == "coco:9"
+    assert coco_id("000000000009.jpg") is None, "anybody numbers pictures"
+    assert coco_id("000000000009.jpg", from_coco=True) == "coco:9"
     assert coco_id("COCO_train2014_000000581857_16.jpg") == "coco:581857"
-    assert [coco_id(name) for name in ("391895.jpg", "photo.jpg", "")] == [None] * 3
+    assert [coco_id(name, from_coco=True) for name in ("391895.jpg", "photo.jpg", "")] == [None] * 3
 
 
 def remove(*names: str) -> Any:

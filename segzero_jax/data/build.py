@@ -153,7 +153,7 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
         print(f"{name}: built already, from the same source, in {built_directory(name, data_dir)}")
         return 0
     if before is not None and not args.rebuild:
-        raise SourceError(f"{name}: built already, from another source; --rebuild replaces it")
+        raise SourceError(f"{name}: built already, from another source or by an older version; --rebuild replaces it")
     outcome = _with_bar(args, form, plan, data_dir)
     for split, rows in outcome.rows.items():
         print(f"{name}/{split}: {rows} questions")

@@ -33,6 +33,8 @@ from segzero_jax.data.toy import turn
 # A source of which more than this share cannot be used is not what it is taken for.
 _MOST_LEFT_OUT = 0.1
 _TRAIN = "train"
+# One more whenever the same source is read into other rows: names, instances, targets.
+_READING = 2
 
 Progress = Callable[[int], None]
 
@@ -55,8 +57,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Stands for the source and for how it is cut."""
-        told = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION]
+        """Stands for the source, for how it is read and for how it is cut."""
+        told = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION, _READING]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

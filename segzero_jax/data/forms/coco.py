@@ -99,7 +99,9 @@ class CocoJson:
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
         image, rows = part.content
         frame = Frame(int(image["width"]), int(image["height"]))
-        name = coco_id(image["file_name"]) or f"{self.name}:{image['id']}"
+        # COCO's own files say where each picture is on its site. Ids are another picture's in another file.
+        known = coco_id(image["file_name"], from_coco=bool(image.get("coco_url")))
+        name = known or f"{self.name}:{part.pictures[0]}"
         asked = []
         for own, (text, meant, ignored, instance) in zip(part.ids, rows, strict=True):
             try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from segzero_jax.types import Frame, ObjectPrompt
 
-_COCO_FILE = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?(?:\.\w+)?")
+_COCO_FILE = re.compile(r"(COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?(?:\.\w+)?")
 
 
 class SourceError(ValueError):
@@ -44,7 +44,7 @@ class Shown:
 
     Attributes:
       image: the encoded picture.
-      image_id: its name in the source; "coco:391895" for a picture of COCO.
+      image_id: its name, in no other split that of another picture; "coco:391895" for a picture of COCO.
       source: its file in the source, and the row where that holds several.
       annotated: the size that masks and objects speak of; None where they are in pixels of the upright picture.
     """
@@ -96,10 +96,15 @@ class Form(Protocol):
         """The pictures of a part. What is wrong with one of them is yielded; it does not raise."""
 
 
-def coco_id(name: str) -> str | None:
-    """ "coco:391895" for a file name of COCO's, such as ``COCO_train2014_000000391895.jpg``, else None."""
+def coco_id(name: str, from_coco: bool = False) -> str | None:
+    """ "coco:391895" for a file name of COCO's, such as ``COCO_train2014_000000391895.jpg``, else None.
+
+    Args:
+      from_coco: whether the set is known to have COCO's pictures. Then ``000000391895.jpg`` is one too; elsewhere it
+        may be anybody's, and another picture in each split.
+    """
     match = _COCO_FILE.fullmatch(Path(name).name)
-    return f"coco:{int(match[1])}" if match else None
+    return f"coco:{int(match[2])}" if match and (match[1] or from_coco) else None
 
 
 def unique(ids: Sequence[str]) -> list[str]:

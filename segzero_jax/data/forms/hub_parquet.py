@@ -58,19 +58,19 @@ class HubParquet:
         for split, found in groups.items():
             ids = iter(unique(names[split]))
             parts[split] = [
-                Part(tuple(next(ids) for _ in range(count)), (), (path, group)) for path, group, count in found
+                Part(tuple(next(ids) for _ in range(count)), (), (split, path, group)) for path, group, count in found
             ]
         return parts
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
-        path, group = part.content
+        split, path, group = part.content
         with _open(path) as file:
             ids = iter(part.ids)
             for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group]):
                 for row in range(batch.num_rows):
-                    yield self._row(path, batch, row, next(ids))
+                    yield self._row(split, path, batch, row, next(ids))
 
-    def _row(self, path: Path, batch: pa.RecordBatch, row: int, name: str) -> Shown | Unreadable:
+    def _row(self, split: str, path: Path, batch: pa.RecordBatch, row: int, name: str) -> Shown | Unreadable:
         at = f"{path.name}: {name}"
         image = batch["image"][row].as_py()
         data = image.get("bytes") if isinstance(image, dict) else image
@@ -80,26 +80,27 @@ class HubParquet:
             if "solution" in batch.schema.names:
                 objects = parse_solution(batch["solution"][row].as_py())
                 asked = Asked(name, _text(batch["problem"][row].as_py()), f"{self.name}:{name}", objects=objects)
-                return Shown(data, self._picture(batch, row, image, name), at, None, (asked,))
+                return Shown(data, self._picture(split, batch, row, image, name), at, None, (asked,))
             mask = _nested_mask(batch["mask"][row])
         except ValueError as error:
             return Unreadable((name,), str(error))
-        picture = self._picture(batch, row, image, name)
+        picture = self._picture(split, batch, row, image, name)
         instance = f"{picture}:{_value(batch, 'ann_id', row)}"
         masks = (mask,) if mask.any() else ()
         asked = Asked(name, _text(batch["text"][row].as_py()), instance, masks)
         return Shown(data, picture, at, Frame(mask.shape[1], mask.shape[0]), (asked,))
 
-    def _picture(self, batch: pa.RecordBatch, row: int, image: Any, name: str) -> str:
+    def _picture(self, split: str, batch: pa.RecordBatch, row: int, image: Any, name: str) -> str:
         """The picture's name; in sets made of RefCOCO a plain number is COCO's."""
         given = _value(batch, "image_id", row)
         path = image.get("path") if isinstance(image, dict) else None
-        named = [coco for text in (given, path) if text and (coco := coco_id(str(text)))]
+        from_coco = self.name.lower().startswith("refcoco")
+        named = [coco for text in (given, path) if text and (coco := coco_id(str(text), from_coco))]
         if named:
             return named[0]
-        if given is not None and str(given).isdigit() and self.name.lower().startswith("refcoco"):
+        if given is not None and str(given).isdigit() and from_coco:
             return f"coco:{int(given)}"
-        return f"{self.name}:{name if given is None else given}"
+        return f"{self.name}:{split}/{name if given is None else given}"
 
 
 def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParquet | None:
