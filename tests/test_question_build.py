@@ -207,6 +207,28 @@ def test_a_training_picture_that_is_held_out_elsewhere_is_refused(
     assert [json.loads(line)["id"] for line in lines] == ["refcocog_16002", "refcocog_16003"]
 
 
+@pytest.mark.parametrize("options", [[], ["--drop-leaks"]])
+def test_a_set_that_is_built_already_is_held_against_others_too(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "refcoco", sources.refer(tmp_path / "refer")) == 0
+    images = [squashed(seed) for seed in (0, 1, 2, 3, 4, 5)]
+    source = sources.solution_parquet(tmp_path / "s", image=images)
+    assert run(tmp_path, "r", source) == 0
+    before = files(tmp_path, "r")
+    capsys.readouterr()
+    assert run(tmp_path, "r", source, *options, "--against", "refcoco/val") == 2
+    said = capsys.readouterr()
+    (complaint,) = said.err.strip().splitlines()
+    assert "2 of 6 training questions are about pictures of refcoco/val, the first is refcocog_16002" in complaint
+    assert complaint.endswith("; r is built already, so --drop-leaks needs --rebuild to leave them out")
+    assert "built already, from the same source" not in said.out
+    assert files(tmp_path, "r") == before
+    assert run(tmp_path, "r", source, "--drop-leaks", "--rebuild", "--against", "refcoco/val") == 0
+    assert len(open_split("r", "train", tmp_path / "built")) == 4
+    assert run(tmp_path, "r", source, *options, "--against", "refcoco/val") == 0, "no leak is left"
+
+
 def test_a_picture_in_two_splits_of_one_set_is_refused_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

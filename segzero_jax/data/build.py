@@ -150,6 +150,7 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
     plan = builder.make_plan(form)
     before = builder.built_from(name, data_dir)
     if before == plan.digest and not args.rebuild:
+        builder.check_leaks(name, data_dir, args.against)
         print(f"{name}: built already, from the same source, in {built_directory(name, data_dir)}")
         return 0
     if before is not None and not args.rebuild:

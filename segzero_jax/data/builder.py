@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -204,6 +204,18 @@ def built_from(name: str, data_dir: Path) -> str | None:
     return json.loads(path.read_text())["digest"] if path.is_file() else None
 
 
+def check_leaks(name: str, data_dir: Path, against: Sequence[str] = ()) -> None:
+    """Raises LeakError where training pictures of a built set are in an evaluation split of its own or ``against``."""
+    directory = built_directory(name, data_dir)
+    splits = [path.stem.removeprefix("index-") for path in sorted(directory.glob(index_path(directory, "*").name))]
+    indices = {split: read_index(directory, split) for split in splits}
+    for other, found in _leaks(indices, data_dir, name, against):
+        raise LeakError(
+            f"{_first(found, len(indices[_TRAIN]), other)}; {name} is built already, "
+            "so --drop-leaks needs --rebuild to leave them out"
+        )
+
+
 def damaged_files(name: str, data_dir: Path) -> list[str]:
     """Files of a built set that are not as they were written, or not there."""
     directory = built_directory(name, data_dir)
@@ -315,26 +327,38 @@ def _drop_leaks(
     indices: dict[str, pa.Table], data_dir: Path, name: str, against: Sequence[str], drop: bool
 ) -> list[Leak]:
     """Leaves leaks out of ``indices`` where that is wanted, and returns them. Raises LeakError otherwise."""
-    if _TRAIN not in indices:
-        return []
-    held_out = {f"{name}/{split}": index for split, index in indices.items() if split != _TRAIN}
-    for other in against:
-        data_set, _, split = other.rpartition("/")
-        held_out[other] = read_index(built_directory(data_set, data_dir), split)
     leaks: dict[int, Leak] = {}
-    for other, index in held_out.items():
-        found = find_leaks(indices[_TRAIN], index)
-        if found and not drop:
-            first = found[0]
-            raise LeakError(
-                f"{len(found)} of {len(indices[_TRAIN])} training questions are about pictures of {other}, "
-                f"the first is {first.id}: {first.held_out} ({first.why}); --drop-leaks leaves them out"
-            )
+    for other, found in _leaks(indices, data_dir, name, against):
+        if not drop:
+            raise LeakError(f"{_first(found, len(indices[_TRAIN]), other)}; --drop-leaks leaves them out")
         leaks |= {leak.row: leak for leak in found}
     if leaks:
         kept = np.setdiff1d(np.arange(len(indices[_TRAIN])), list(leaks))
         indices[_TRAIN] = indices[_TRAIN].take(pa.array(kept))
     return list(leaks.values())
+
+
+def _leaks(
+    indices: Mapping[str, pa.Table], data_dir: Path, name: str, against: Sequence[str]
+) -> Iterator[tuple[str, list[Leak]]]:
+    """The training questions about pictures of each split that is held out, where there are any."""
+    if _TRAIN not in indices:
+        return
+    held_out = {f"{name}/{split}": index for split, index in indices.items() if split != _TRAIN}
+    for other in against:
+        data_set, _, split = other.rpartition("/")
+        held_out[other] = read_index(built_directory(data_set, data_dir), split)
+    for other, index in held_out.items():
+        if found := find_leaks(indices[_TRAIN], index):
+            yield other, found
+
+
+def _first(found: Sequence[Leak], rows: int, other: str) -> str:
+    first = found[0]
+    return (
+        f"{len(found)} of {rows} training questions are about pictures of {other}, "
+        f"the first is {first.id}: {first.held_out} ({first.why})"
+    )
 
 
 def _pieces(
