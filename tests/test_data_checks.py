@@ -1,5 +1,6 @@
 """Before the first step: the count of every prompt is the encoder's, and what does not fit or is held out is named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,30 @@ def test_a_count_is_remembered_by_what_it_depends_on(
 def test_data_where_nobody_may_write_is_counted_each_time(built: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file stands where the folder would be")
     assert check_prompts(open_split("r", "train", built), processor(), tmp_path / "file") > 0
+
+
+def test_pictures_of_one_camera_are_trained_on_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Splits of one set whose pictures look the same; two sets of them are a leak."""
+    view = sources.picture(1)
+    for name in ("camera", "other"):
+        for split, moved in (("train", 10), ("val", 60)):
+            scene = view.copy()
+            scene.paste((250, 250, 250), (moved, 40, moved + 6, 46))
+            row = {"image": f"{split}.png", "question": "the mug", "masks": []}
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{split}.png").write_bytes(sources.encoded(scene, "PNG"))
+            (tmp_path / name / f"{split}.jsonl").write_text(json.dumps(row))
+        arguments = [name, f"--source={tmp_path / name}", f"--data-dir={tmp_path}", "--workers=1"]
+        assert build.main(arguments) == 0
+        assert build.main(arguments) == 0
+    train, val = (open_split("camera", split, tmp_path) for split in ("train", "val"))
+    check_held_out(train, [val])
+    with pytest.raises(DataError, match="looks the same"):
+        check_held_out(train, [open_split("other", "val", tmp_path)])
+    assert build.main([*arguments, "--rebuild", "--against", "camera/val"]) == 2
+    assert "looks the same" in capsys.readouterr().err
 
 
 def test_a_held_out_picture_is_refused_before_training(built: Path, tmp_path: Path) -> None:

@@ -344,13 +344,15 @@ def _leaks(
     """The training questions about pictures of each split that is held out, where there are any."""
     if _TRAIN not in indices:
         return
-    held_out = {f"{name}/{split}": index for split, index in indices.items() if split != _TRAIN}
+    for split, index in indices.items():
+        if split != _TRAIN and (found := find_leaks(indices[_TRAIN], index, one_set=True)):
+            yield f"{name}/{split}", found
     for other in against:
         data_set, _, split = other.rpartition("/")
-        held_out[other] = read_index(built_directory(data_set, data_dir), split)
-    for other, index in held_out.items():
-        if found := find_leaks(indices[_TRAIN], index):
-            yield other, found
+        if data_set != name:
+            index = read_index(built_directory(data_set, data_dir), split)
+            if found := find_leaks(indices[_TRAIN], index, one_set=False):
+                yield other, found
 
 
 def _first(found: Sequence[Leak], rows: int, other: str) -> str:
