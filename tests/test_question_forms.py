@@ -207,6 +207,24 @@ def test_cocos_json_without_questions_asks_for_categories(tmp_path: Path) -> Non
     np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
 
 
+def test_of_cocos_archive_the_instances_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sources.coco_json(tmp_path / "s", questions=False)
+    for split in ("train", "val"):
+        instances = json.loads((folder / f"annotations/instances_{split}2017.json").read_text())
+        for task, annotation in {
+            "captions": {"id": 1, "image_id": instances["images"][0]["id"], "caption": "two dogs"},
+            "person_keypoints": instances["annotations"][0] | {"category_id": 1, "keypoints": [0] * 51},
+            "stuff": instances["annotations"][3] | {"category_id": 100},
+        }.items():
+            content = instances | {"annotations": [annotation]}
+            (folder / f"annotations/{task}_{split}2017.json").write_text(json.dumps(content))
+    (folder / "annotations/image_info_test2017.json").write_text(json.dumps({"images": instances["images"]}))
+    out = built(tmp_path, "c", folder)
+    assert [one.question for one in open_split("c", "train", out)] == ["dog", "sofa"]
+    assert [one.question for one in open_split("c", "val", out)] == ["dog", "sofa"]
+    assert "c/test" not in capsys.readouterr().out
+
+
 def test_annotations_in_any_form() -> None:
     mask = rectangle(10, 20, 30, 40)
     frame = Frame(WIDTH, HEIGHT)
@@ -349,13 +367,18 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
     "not parquet": (sources.mask_parquet, write("data/test-1.parquet", "PAR"), "test-1.parquet: not a parquet file"),
     "annotation missing": (
         sources.coco_json,
-        write("annotations/val.json", '{"images": [{"id": 1, "file_name": "f"}], "annotations": [], "questions": '
+        write("annotations/a.json", '{"images": [{"id": 1, "file_name": "f"}], "annotations": [], "questions": '
               '[{"image_id": 1, "text": "t", "annotation_ids": [5]}]}'),
-        "val.json: a question means annotation 5",
+        "a.json: a question means annotation 5",
+    ),
+    "two files for a split": (
+        sources.coco_json,
+        write("annotations/instances_train2014.json", "{}"),
+        "instances_train2017.json: split train, which",
     ),
     "picture unknown": (
         sources.coco_json,
-        write("annotations/val.json", '{"images": [], "annotations": [], "questions": [{"image_id": 1, "text": "t"}]}'),
+        write("annotations/a.json", '{"images": [], "annotations": [], "questions": [{"image_id": 1, "text": "t"}]}'),
         "questions about image_id 1, which is not among its images",
     ),
     "nothing known": (lambda folder: folder.mkdir() or folder, lambda folder: None, "found none of parquet files"),

@@ -68,11 +68,9 @@ def find_form(
         raise SourceError(f"--images {images}: ReasonSeg's pictures lie beside their JSON files, leave it out")
     if form is None and next(source.glob("*.jsonl"), None) is not None:
         form = Lines(name, source, images)
+    form = form or CocoJson.find(name, source, images)
     if form is None:
-        annotations = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
-        if not annotations:
-            raise SourceError(f"--source {source}: found none of {_FORMS}")
-        form = CocoJson(name, images or source, tuple(annotations))
+        raise SourceError(f"--source {source}: found none of {_FORMS}")
     return form
 
 

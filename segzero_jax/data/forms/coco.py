@@ -13,6 +13,8 @@ from pycocotools import mask as coco
 from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, field, read_json, unique
 from segzero_jax.types import Frame
 
+# Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
+_OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 _SPLIT = re.compile(r"(?:\w+_)?(train|val|test)\d{4}")
 
 
@@ -54,15 +56,26 @@ class CocoJson:
     root: Path
     annotations: tuple[Path, ...]
 
+    @staticmethod
+    def find(name: str, source: Path, images: Path | None) -> "CocoJson | None":
+        """The JSON files in ``source`` and in its folder ``annotations``; None where there are none."""
+        found = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
+        if any(path.name.startswith("instances_") for path in found):
+            found = [path for path in found if not path.name.startswith(_OTHER_TASKS)]
+        return CocoJson(name, images or source, tuple(found)) if found else None
+
     def files(self) -> list[Path]:
         return list(self.annotations)
 
     def splits(self) -> dict[str, list[Part]]:
-        found = {}
+        of_split: dict[str, Path] = {}
         for path in self.annotations:
             match = _SPLIT.fullmatch(path.stem)
-            found[match[1] if match else path.stem] = self._parts(path, read_json(path))
-        return found
+            split = match[1] if match else path.stem
+            if split in of_split:
+                raise SourceError(f"{path}: split {split}, which {of_split[split]} is too; expected one file a split")
+            of_split[split] = path
+        return {split: self._parts(path, read_json(path)) for split, path in of_split.items()}
 
     def _parts(self, path: Path, content: Any) -> list[Part]:
         images = {field(image, "id", f"{path}: images"): image for image in field(content, "images", str(path))}
