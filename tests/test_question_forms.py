@@ -230,12 +230,58 @@ def test_annotations_in_any_form() -> None:
     frame = Frame(WIDTH, HEIGHT)
     compressed = coco.encode(np.asfortranarray(mask, np.uint8))
     text = {"size": compressed["size"], "counts": compressed["counts"].decode()}
-    for segmentation in ([polygon(10, 20, 30, 40)], compressed, text, [polygon(10, 20, 30, 40), [1, 1, 2, 2]]):
+    flat = polygon(10, 20, 30, 40)
+    for segmentation in ([flat], compressed, text, [flat, [1, 1, 2, 2]], flat):
         np.testing.assert_array_equal(annotation_mask(segmentation, frame), mask)
     assert not annotation_mask([[1, 1, 2, 2]], frame).any()
-    for bad in ({"size": [5, 5], "counts": "a"}, {"size": [HEIGHT, WIDTH], "counts": [3]}, None):
-        with pytest.raises(ValueError, match="expected"):
-            annotation_mask(bad, frame)
+    assert not annotation_mask([], frame).any()
+
+
+SIZE = [HEIGHT, WIDTH]
+BAD_SEGMENTATIONS = {
+    "another size": {"size": [5, 5], "counts": "a"},
+    "no size": {"counts": "a"},
+    "size is a number": {"size": 5, "counts": "a"},
+    "too few": {"size": SIZE, "counts": [3]},
+    "below 0": {"size": SIZE, "counts": [-3, HEIGHT * WIDTH + 3]},
+    "no counts": {"size": SIZE},
+    "fractions": {"size": SIZE, "counts": [0.5, HEIGHT * WIDTH - 0.5]},
+    "no text": {"size": SIZE, "counts": ""},
+    "text for too few": {"size": SIZE, "counts": "00"},
+    "text without an end": {"size": SIZE, "counts": "P"},
+    "text of another kind": {"size": SIZE, "counts": "\u00e9 "},
+    "nothing": None,
+    "a number and a polygon": [5, polygon(1, 1, 5, 5)],
+    "odd": [[1, 1, 5, 5, 9, 9, 3]],
+    "flat and odd": [1, 1, 5, 5, 9, 9, 3],
+    "text in a polygon": [[1, 1, 5, "5", 9, 9]],
+    "no polygon": [None],
+    "not finite": [[1, 1, 5, float("nan"), 9, 9]],
+    "far away": [[1, 1, 5, 1e12, 9, 9]],
+}
+
+
+@pytest.mark.parametrize("case", BAD_SEGMENTATIONS)
+def test_an_annotation_in_no_form_is_told(case: str) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        annotation_mask(BAD_SEGMENTATIONS[case], Frame(WIDTH, HEIGHT))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_compressed_run_lengths_are_read_as_they_were_written() -> None:
+    rng = np.random.default_rng(0)
+    for share in (0.01, 0.5, 0.999):
+        mask = rng.random((HEIGHT, WIDTH)) < share
+        runs = coco.encode(np.asfortranarray(mask, np.uint8))
+        np.testing.assert_array_equal(annotation_mask(runs, Frame(WIDTH, HEIGHT)), mask)
+
+
+def test_a_segmentation_in_no_form_leaves_its_question_out(tmp_path: Path) -> None:
+    folder = sources.coco_json(tmp_path / "s", questions=False)
+    change(folder, lambda content: content["annotations"][3].update(segmentation=[1, 1, 5]))
+    out = built(tmp_path, "c", folder)
+    assert left_out(out, "c") == {"601-9": "polygon [1, 1, 5]: expected [x, y, x, y, ...]"}
+    assert [one.question for one in open_split("c", "train", out)] == ["dog"]
 
 
 # What is done to a column of twelve rows, the id of the row that is left out, and why.
@@ -348,6 +394,30 @@ def write(name: str, content: str) -> Any:
     return lambda folder: (folder / name).write_text(content)
 
 
+def change(folder: Path, how: Any) -> None:
+    """Changes COCO's train file."""
+    path = folder / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    how(content)
+    path.write_text(json.dumps(content))
+
+
+def instances(spoil: Any, questions: bool = True) -> tuple[Any, Any]:
+    """COCO's JSON and what spoils it."""
+    return lambda folder: sources.coco_json(folder, questions), lambda folder: change(folder, spoil)
+
+
+def pickled(spoil: Any) -> Any:
+    def spoilt(folder: Path) -> None:
+        path = folder / "refcoco/refs(unc).p"
+        with path.open("rb") as file:
+            references = pickle.load(file)
+        spoil(references)
+        path.write_bytes(pickle.dumps(references, protocol=0))
+
+    return spoilt
+
+
 BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
     "picture missing": (sources.lines, remove("2.jpg"), "1 of 4 pictures are missing, the first is"),
     "no pictures": (
@@ -380,6 +450,89 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
         sources.coco_json,
         write("annotations/a.json", '{"images": [], "annotations": [], "questions": [{"image_id": 1, "text": "t"}]}'),
         "questions about image_id 1, which is not among its images",
+    ),
+    "no segmentation": (
+        *instances(lambda content: content["annotations"][0].pop("segmentation")),
+        "annotation 1: no 'segmentation', found id, image_id",
+    ),
+    "no segmentation of a category": (
+        *instances(lambda content: content["annotations"][0].pop("segmentation"), questions=False),
+        "annotation 1: no 'segmentation', found id, image_id",
+    ),
+    "no width": (
+        *instances(lambda content: content["images"][0].pop("width")),
+        "image 600: no 'width', found id, file_name",
+    ),
+    "width in words": (
+        *instances(lambda content: content["images"][0].update(width="wide")),
+        "image 600: size wide x 96, expected whole numbers from 1",
+    ),
+    "width without end": (
+        *instances(lambda content: content["images"][0].update(width=float("inf"))),
+        "image 600: size inf x 96, expected whole numbers from 1",
+    ),
+    "no file name": (
+        *instances(lambda content: content["images"][0].pop("file_name")),
+        "image 600: no 'file_name', found id, width",
+    ),
+    "no id of an annotation": (
+        *instances(lambda content: content["annotations"][0].pop("id")),
+        "annotations: no 'id', found image_id",
+    ),
+    "an id that is a list": (
+        *instances(lambda content: content["images"][0].update(id=[1])),
+        "images: id: expected a number or text, found [1]",
+    ),
+    "annotations that are no list": (
+        *instances(lambda content: content.update(annotations=None)),
+        "annotations: expected a list, found None",
+    ),
+    "an annotation that is a number": (
+        *instances(lambda content: content["annotations"].append(5)),
+        "annotations: no 'id', found int",
+    ),
+    "no category": (
+        *instances(lambda content: content["annotations"][0].pop("category_id"), questions=False),
+        "annotation 1: no 'category_id', found id, image_id",
+    ),
+    "a category without a name": (
+        *instances(lambda content: content["categories"][0].pop("name"), questions=False),
+        "categories: no 'name', found id",
+    ),
+    "a question that is a number": (
+        *instances(lambda content: content["questions"][0].update(text=5)),
+        "questions: text: expected text, found 5",
+    ),
+    "annotation ids that are no list": (
+        *instances(lambda content: content["questions"][0].update(annotation_ids=1)),
+        "annotation_ids: expected a list, found 1",
+    ),
+    "an annotation id that is a list": (
+        *instances(lambda content: content["questions"][0].update(annotation_ids=[[1]])),
+        "a question means annotation [1], which is not there",
+    ),
+    "a file that is a list": (sources.coco_json, write("annotations/a.json", "[]"), "a.json: no 'images', found list"),
+    "a reference without an object": (
+        sources.refer,
+        pickled(lambda references: references[0].pop("ann_id")),
+        "reference 3900000: no 'ann_id', found ref_id",
+    ),
+    "a reference that is a number": (
+        sources.refer,
+        pickled(lambda references: references.append(5)),
+        "refs(unc).p: no 'ref_id', found int",
+    ),
+    "a sentence without an id": (
+        sources.refer,
+        pickled(lambda references: references[0]["sentences"][0].pop("sent_id")),
+        "sentences: no 'sent_id', found sent",
+    ),
+    "a picture of REFER without a size": (
+        sources.refer,
+        lambda folder: write(
+            "refcoco/instances.json", (folder / "refcoco/instances.json").read_text().replace("height", "tall")
+        )(folder),
+        "instances.json: image 390000: no 'height', found id",
     ),
     "nothing known": (lambda folder: folder.mkdir() or folder, lambda folder: None, "found none of parquet files"),
     "no questions": (

@@ -10,37 +10,99 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, field, read_json, unique
+from segzero_jax.data.forms.form import (
+    Asked,
+    Part,
+    Shown,
+    SourceError,
+    Unreadable,
+    coco_id,
+    field,
+    key,
+    read_json,
+    rows,
+    text,
+    unique,
+)
 from segzero_jax.types import Frame
 
 # Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
 _OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
+# No corner is so far from its picture, in pixels: the library takes memory for each pixel between two corners.
+_FAR = 1e5
 _SPLIT = re.compile(r"(?:\w+_)?(train|val|test)\d{4}")
 
 
 def annotation_mask(segmentation: Any, frame: Frame) -> np.ndarray:
-    """The bool [H, W] mask of an annotation: polygons, run lengths as a list, or compressed ones.
+    """The bool [H, W] mask of an annotation: polygons or a single one, run lengths as a list, or compressed ones.
 
     Raises ValueError for another form, or run lengths of another size.
     """
     if isinstance(segmentation, Mapping):
-        size = list(segmentation.get("size", []))
-        if size != [frame.height, frame.width]:
-            raise ValueError(f"mask of size {size}, expected [{frame.height}, {frame.width}]")
-        if isinstance(segmentation.get("counts"), list):
-            if sum(segmentation["counts"]) != frame.height * frame.width:
-                raise ValueError(f"run lengths for {sum(segmentation['counts'])} pixels, expected the picture's")
-            runs = coco.frPyObjects(dict(segmentation), frame.height, frame.width)
-        else:
-            counts = segmentation["counts"]
-            runs = {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
-        return coco.decode(runs).astype(bool)
+        return coco.decode(_run_lengths(segmentation, frame)).astype(bool)
     if not isinstance(segmentation, list):
         raise ValueError(f"segmentation {str(segmentation)[:80]}: expected polygons or run lengths")
-    polygons = [[float(v) for v in polygon] for polygon in segmentation if len(polygon) >= 6]
-    if not polygons:
+    flat = any(isinstance(value, int | float) for value in segmentation)
+    polygons = [_corners(polygon) for polygon in ([segmentation] if flat else segmentation)]
+    drawn = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not drawn:
         return np.zeros((frame.height, frame.width), bool)
-    return coco.decode(coco.merge(coco.frPyObjects(polygons, frame.height, frame.width))).astype(bool)
+    return coco.decode(coco.merge(coco.frPyObjects(drawn, frame.height, frame.width))).astype(bool)
+
+
+def _corners(polygon: Any) -> list[float]:
+    """A polygon whose numbers are such that drawing it ends."""
+    fine = isinstance(polygon, list) and all(isinstance(v, int | float) and abs(v) < _FAR for v in polygon)
+    if not fine or len(polygon) % 2:
+        raise ValueError(f"polygon {str(polygon)[:80]}: expected [x, y, x, y, ...]")
+    return [float(v) for v in polygon]
+
+
+def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
+    """Compressed run lengths as the library takes them, for every pixel: others it would make up."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [frame.height, frame.width]:
+        raise ValueError(f"mask of size {size}, expected [{frame.height}, {frame.width}]")
+    if isinstance(counts, list):
+        if not all(isinstance(run, int) and run >= 0 for run in counts):
+            raise ValueError(f"run lengths {str(counts)[:80]}: expected whole numbers from 0")
+        total = sum(counts)
+        compressed = {"size": size, "counts": counts}
+    elif isinstance(counts, str | bytes):
+        encoded = counts.encode() if isinstance(counts, str) else counts
+        total = sum(_decompressed(encoded))
+        compressed = {"size": size, "counts": encoded}
+    else:
+        raise ValueError(f"counts {str(counts)[:80]}: expected run lengths")
+    if total != frame.height * frame.width:
+        raise ValueError(f"run lengths for {total} pixels, expected the picture's {frame.height * frame.width}")
+    return coco.frPyObjects(compressed, frame.height, frame.width) if isinstance(counts, list) else compressed
+
+
+def _decompressed(counts: bytes) -> list[int]:
+    """Run lengths from COCO's text: base 32 from 48 on, low digits first, from the third on less the last but one.
+
+    Source: cocodataset/cocoapi, ``common/maskApi.c``, rleFrString.
+    """
+    runs: list[int] = []
+    value = digits = 0
+    for character in counts:
+        digit = character - 48
+        if not 0 <= digit < 64:
+            raise ValueError(f"run lengths {counts[:80]!r}: expected characters from 0 to o")
+        value |= (digit & 31) << 5 * digits
+        digits += 1
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << 5 * digits
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            raise ValueError(f"run lengths {counts[:80]!r}: expected none below 0")
+        value = digits = 0
+    if digits:
+        raise ValueError(f"run lengths {counts[:80]!r}: expected an end")
+    return runs
 
 
 @dataclass(frozen=True)
@@ -78,31 +140,36 @@ class CocoJson:
         return {split: self._parts(path, read_json(path)) for split, path in of_split.items()}
 
     def _parts(self, path: Path, content: Any) -> list[Part]:
-        images = {field(image, "id", f"{path}: images"): image for image in field(content, "images", str(path))}
-        annotations = {a["id"]: a for a in field(content, "annotations", str(path))}
-        asked = content["questions"] if "questions" in content else _by_category(content)
+        images = by_id(content, "images", path)
+        annotations = by_id(content, "annotations", path)
+        where = f"{path}: questions"
+        asked = rows(content, "questions", str(path)) if "questions" in content else _by_category(content, path)
         by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         for question in asked:
-            by_image[field(question, "image_id", f"{path}: questions")].append(question)
+            by_image[key(question, "image_id", where)].append(question)
         unknown = [image for image in by_image if image not in images]
         if unknown:
             raise SourceError(f"{path}: questions about image_id {unknown[0]!r}, which is not among its images")
         ids = iter(unique([str(q.get("id", f"{path.stem}-{i}")) for i in by_image for q in by_image[i]]))
         parts = []
         for image_id, questions in by_image.items():
-            rows = [
+            read = [
                 (
-                    field(question, "text", f"{path}: questions"),
-                    [_annotation(annotations, a, path) for a in question.get("annotation_ids", [])],
-                    [_annotation(annotations, a, path) for a in question.get("ignored_ids", [])],
+                    text(question, "text", where),
+                    *(_meant(question, name, annotations, path) for name in ("annotation_ids", "ignored_ids")),
                     str(question.get("annotation_ids", [])),
                 )
                 for question in questions
             ]
-            file = self._picture(images[image_id]["file_name"], path)
+            image, about = images[image_id], f"{path}: image {image_id}"
+            file = self._picture(text(image, "file_name", about), path)
             own = tuple(next(ids) for _ in questions)
-            parts.append(Part(own, (file,), (images[image_id], rows)))
+            parts.append(Part(own, (file,), (self._name(image, file), annotated_size(image, about), read)))
         return parts
+
+    def _name(self, image: Mapping[str, Any], file: str) -> str:
+        # COCO's own files say where each picture is on its site. Ids are another picture's in another file.
+        return coco_id(image["file_name"], from_coco=bool(image.get("coco_url"))) or f"{self.name}:{file}"
 
     def _picture(self, file_name: str, path: Path) -> str:
         """Relative to ``root``; where it is nowhere, the first place that was looked at."""
@@ -110,13 +177,9 @@ class CocoJson:
         return next((place for place in places if (self.root / place).is_file()), places[0])
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
-        image, rows = part.content
-        frame = Frame(int(image["width"]), int(image["height"]))
-        # COCO's own files say where each picture is on its site. Ids are another picture's in another file.
-        known = coco_id(image["file_name"], from_coco=bool(image.get("coco_url")))
-        name = known or f"{self.name}:{part.pictures[0]}"
+        name, frame, questions = part.content
         asked = []
-        for own, (text, meant, ignored, instance) in zip(part.ids, rows, strict=True):
+        for own, (question, meant, ignored, instance) in zip(part.ids, questions, strict=True):
             try:
                 masks = tuple(annotation_mask(segmentation, frame) for segmentation in meant)
                 crowd = [annotation_mask(segmentation, frame) for segmentation in ignored]
@@ -124,24 +187,44 @@ class CocoJson:
                 yield Unreadable((own,), str(error))
                 continue
             ignore = np.logical_or.reduce(crowd) if crowd else None
-            asked.append(Asked(own, text, f"{name}:{instance}", masks, ignore=ignore))
+            asked.append(Asked(own, question, f"{name}:{instance}", masks, ignore=ignore))
         data = (self.root / part.pictures[0]).read_bytes()
         yield Shown(data, name, part.pictures[0], frame, tuple(asked))
 
 
-def _annotation(annotations: Mapping[Any, Any], wanted: Any, path: Path) -> Any:
-    if wanted not in annotations:
-        raise SourceError(f"{path}: a question means annotation {wanted!r}, which is not there")
-    return annotations[wanted]["segmentation"]
+def by_id(content: Any, name: str, path: Path) -> dict[Any, Any]:
+    """The rows of a list in COCO's JSON by their ids. Raises SourceError."""
+    where = f"{path}: {name}"
+    return {key(row, "id", where): row for row in rows(content, name, str(path))}
 
 
-def _by_category(content: Any) -> list[dict[str, Any]]:
+def annotated_size(image: Any, where: str) -> Frame:
+    """The size that annotations speak of. Raises SourceError."""
+    width, height = (field(image, side, where) for side in ("width", "height"))
+    if not all(isinstance(side, int | float) and side >= 1 and side % 1 == 0 for side in (width, height)):
+        raise SourceError(f"{where}: size {width} x {height}, expected whole numbers from 1")
+    return Frame(int(width), int(height))
+
+
+def _meant(question: Mapping[str, Any], name: str, annotations: Mapping[Any, Any], path: Path) -> list[Any]:
+    """The segmentations of the annotations that a question names."""
+    found = []
+    for wanted in rows({name: [], **question}, name, str(path)):
+        if not isinstance(wanted, int | str) or wanted not in annotations:
+            raise SourceError(f"{path}: a question means annotation {wanted!r}, which is not there")
+        found.append(field(annotations[wanted], "segmentation", f"{path}: annotation {wanted}"))
+    return found
+
+
+def _by_category(content: Any, path: Path) -> list[dict[str, Any]]:
     """One question for every category in a picture."""
-    names = {category["id"]: category["name"] for category in content.get("categories", [])}
+    categories = by_id({"categories": [], **content}, "categories", path)
+    names = {number: field(category, "name", f"{path}: categories") for number, category in categories.items()}
     grouped: dict[tuple[Any, Any], dict[str, list[Any]]] = {}
     for annotation in content["annotations"]:
-        key = (annotation["image_id"], annotation["category_id"])
-        group = grouped.setdefault(key, {"annotation_ids": [], "ignored_ids": []})
+        where = f"{path}: annotation {annotation['id']}"
+        pair = (key(annotation, "image_id", where), key(annotation, "category_id", where))
+        group = grouped.setdefault(pair, {"annotation_ids": [], "ignored_ids": []})
         group["ignored_ids" if annotation.get("iscrowd") else "annotation_ids"].append(annotation["id"])
     return [
         {"id": f"{image}-{category}", "image_id": image, "text": str(names.get(category, category)), **group}

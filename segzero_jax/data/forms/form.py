@@ -147,3 +147,24 @@ def field(row: Mapping[str, Any], name: str, where: str) -> Any:
         has = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise SourceError(f"{where}: no {name!r}, found {has[:200]}")
     return row[name]
+
+
+def rows(content: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    """A list that must be there. Raises SourceError."""
+    return _of_kind(field(content, name, where), list, f"{where}: {name}: expected a list")
+
+
+def key(row: Mapping[str, Any], name: str, where: str) -> int | str:
+    """An id that must be there. Raises SourceError."""
+    return _of_kind(field(row, name, where), (int, str), f"{where}: {name}: expected a number or text")
+
+
+def text(row: Mapping[str, Any], name: str, where: str) -> str:
+    """Text that must be there. Raises SourceError."""
+    return _of_kind(field(row, name, where), str, f"{where}: {name}: expected text")
+
+
+def _of_kind(value: Any, kind: type | tuple[type, ...], expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise SourceError(f"{expected}, found {str(value)[:80]}")
+    return value

@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segzero_jax.data.forms.coco import annotation_mask
-from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, field, read_json, unique
-from segzero_jax.types import Frame
+from segzero_jax.data.forms.coco import annotated_size, annotation_mask, by_id
+from segzero_jax.data.forms.form import (
+    Asked,
+    Part,
+    Shown,
+    SourceError,
+    Unreadable,
+    key,
+    read_json,
+    rows,
+    text,
+    unique,
+)
 
 # The splits that papers report, before those by Google.
 _PREFERRED = ("refs(unc).p", "refs(umd).p", "refs(google).p")
@@ -60,15 +70,15 @@ class Refer:
 
     def splits(self) -> dict[str, list[Part]]:
         instances = read_json(self._instances)
-        images = {image["id"]: image for image in field(instances, "images", str(self._instances))}
-        annotations = {a["id"]: a["segmentation"] for a in field(instances, "annotations", str(self._instances))}
-        by_split: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        images = by_id(instances, "images", self._instances)
+        annotations = by_id(instances, "annotations", self._instances)
+        by_split: dict[str, dict[Any, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for reference in self._read_references():
-            where = f"{self.references}: reference {reference.get('ref_id')}"
-            image_id = field(reference, "image_id", where)
+            where = f"{self.references}: reference {key(reference, 'ref_id', str(self.references))}"
+            image_id = key(reference, "image_id", where)
             if image_id not in images:
                 raise SourceError(f"{where}: image {image_id} is not in {self._instances.name}")
-            by_split[field(reference, "split", where)][image_id].append(reference)
+            by_split[text(reference, "split", where)][image_id].append(reference)
         return {split: self._parts(by_image, images, annotations) for split, by_image in by_split.items()}
 
     def _read_references(self) -> list[dict[str, Any]]:
@@ -83,40 +93,44 @@ class Refer:
             raise SourceError(f"{self.references}: expected a list of references, got {type(references).__name__}")
         return references
 
-    def _parts(self, by_image: dict[int, list[dict[str, Any]]], images: Any, annotations: Any) -> list[Part]:
+    def _parts(self, by_image: dict[Any, list[dict[str, Any]]], images: Any, annotations: Any) -> list[Part]:
         asked = [
             (image_id, reference, sentence)
             for image_id, references in by_image.items()
             for reference in references
-            for sentence in field(reference, "sentences", f"{self.references}: reference {reference.get('ref_id')}")
+            for sentence in rows(reference, "sentences", f"{self.references}: reference {reference['ref_id']}")
         ]
-        ids = unique([f"{self.name}-{sentence['sent_id']}" for _, _, sentence in asked])
-        content: dict[int, list[Any]] = defaultdict(list)
-        own: dict[int, list[str]] = defaultdict(list)
+        where = f"{self.references}: sentences"
+        ids = unique([f"{self.name}-{key(sentence, 'sent_id', where)}" for _, _, sentence in asked])
+        content: dict[Any, list[Any]] = defaultdict(list)
+        own: dict[Any, list[str]] = defaultdict(list)
         for name, (image_id, reference, sentence) in zip(ids, asked, strict=True):
-            text = sentence.get("sent") or sentence.get("raw") or ""
-            content[image_id].append((text, reference["ref_id"], annotations.get(reference["ann_id"])))
+            question = str(sentence.get("sent") or sentence.get("raw") or "")
+            meant = key(reference, "ann_id", f"{self.references}: reference {reference['ref_id']}")
+            outline = annotations.get(meant, {}).get("segmentation")
+            content[image_id].append((question, reference["ref_id"], outline))
             own[image_id].append(name)
-        return [
-            Part(tuple(own[image_id]), (_file_name(images[image_id]),), (images[image_id], rows))
-            for image_id, rows in content.items()
-        ]
+        parts = []
+        for image_id, questions in content.items():
+            image, where = images[image_id], f"{self._instances}: image {image_id}"
+            read = f"coco:{image_id}", annotated_size(image, where), questions
+            parts.append(Part(tuple(own[image_id]), (_file_name(image),), read))
+        return parts
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
-        image, rows = part.content
-        frame = Frame(int(image["width"]), int(image["height"]))
+        name, frame, questions = part.content
         asked: list[Asked] = []
         masks: dict[int, Any] = {}
-        for own, (text, reference, segmentation) in zip(part.ids, rows, strict=True):
+        for own, (question, reference, segmentation) in zip(part.ids, questions, strict=True):
             try:
                 if reference not in masks:
                     masks[reference] = annotation_mask(segmentation, frame)
             except ValueError as error:
                 yield Unreadable((own,), f"reference {reference}: {error}")
                 continue
-            asked.append(Asked(own, text, f"{self.name}:ref-{reference}", (masks[reference],)))
+            asked.append(Asked(own, question, f"{self.name}:ref-{reference}", (masks[reference],)))
         file = part.pictures[0]
-        yield Shown((self.root / file).read_bytes(), f"coco:{image['id']}", file, frame, tuple(asked))
+        yield Shown((self.root / file).read_bytes(), name, file, frame, tuple(asked))
 
 
 def _find_pictures(folder: Path, source: Path) -> Path:
