@@ -130,16 +130,16 @@ class MetricsWriter:
         jsonl.write(folder / f"{step}.jsonl", rows)
 
     def write_image(self, example_id: str, image: bytes) -> str:
-        """Stores a picture once as JPEG and returns its path in the run directory, ``images/NAME.jpg``.
+        """Stores a picture once as JPEG and returns its path in the run directory, ``images/NAME-DIGEST.jpg``.
 
         Args:
-          example_id: any text; it names the file as far as file names allow.
-          image: an encoded picture of any kind that Pillow reads.
+          example_id: any text; it names the file as far as file names allow. Another split may have the same one.
+          image: an encoded picture of any kind that Pillow reads; the digest is of it.
 
         Raises:
           OSError: it is no such picture.
         """
-        relative = f"images/{safe_name(example_id)}.jpg"
+        relative = f"images/{safe_name(example_id)}-{hashlib.sha256(image).hexdigest()[:8]}.jpg"
         path = self.run_dir / relative
         if not path.exists():
             path.parent.mkdir(exist_ok=True)

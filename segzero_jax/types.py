@@ -58,7 +58,7 @@ class Example:
     """One row of a data set. Coordinates are pixels of the stored image.
 
     Attributes:
-      id: stable and unique within the data set; every log and error names it.
+      id: stable and unique within the split; every log and error names it.
       image: the encoded picture (PNG, JPEG or WebP), as stored: it travels to the reward server unchanged.
       frame: width and height of the stored picture.
       question: what to look for, as the data set has it.

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -219,10 +220,24 @@ def test_pictures_are_stored_once_as_jpeg(tmp_path):
         assert (picture.format, picture.size) == ("JPEG", (6, 4))
         assert np.abs(np.asarray(picture, int) - (10, 200, 30)).max() < 6
     jpeg = (tmp_path / relative).read_bytes()
-    assert metrics.write_image("toy/val/1", png((0, 0, 0))) == relative
-    assert (tmp_path / relative).read_bytes() == jpeg
+    (tmp_path / relative).write_bytes(b"written once")
+    assert metrics.write_image("toy/val/1", png()) == relative
+    assert (tmp_path / relative).read_bytes() == b"written once"
     as_it_is = metrics.write_image("photo", jpeg)
-    assert (as_it_is, (tmp_path / as_it_is).read_bytes()) == ("images/photo.jpg", jpeg)
+    assert re.fullmatch(r"images/photo-[0-9a-f]{8}\.jpg", as_it_is)
+    assert (tmp_path / as_it_is).read_bytes() == jpeg
+
+
+def test_one_id_in_two_splits_is_two_pictures(tmp_path):
+    metrics = writer(tmp_path)
+    earlier = tmp_path / "images/1.jpg"  # as runs were written before the digest
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"of an earlier version")
+    train, val = (metrics.write_image("1", png(colour)) for colour in ((200, 0, 0), (0, 0, 200)))
+    for path, colour in ((train, (200, 0, 0)), (val, (0, 0, 200))):
+        with Image.open(tmp_path / path) as picture:
+            assert np.abs(np.asarray(picture, int) - colour).max() < 6
+    assert earlier.read_bytes() == b"of an earlier version"
 
 
 @given(left=st.text(max_size=300), right=st.text(max_size=300))
