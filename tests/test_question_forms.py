@@ -207,6 +207,30 @@ def test_cocos_json_without_questions_asks_for_categories(tmp_path: Path) -> Non
     np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
 
 
+def test_questions_about_nothing_are_about_different_things(tmp_path: Path) -> None:
+    """By instance, each counts; two questions for the same annotations are one thing."""
+    folder = sources.coco_json(tmp_path / "s")
+    more = [
+        {"image_id": 601, "text": "the dragon", "annotation_ids": []},
+        {"image_id": 601, "text": "the griffin"},
+        {"image_id": 601, "text": "the sofa", "annotation_ids": [4]},
+        {"image_id": 601, "text": "the couch", "annotation_ids": [4]},
+    ]
+    change(folder, lambda content: content["questions"].extend(more))
+    _, unicorn, dragon, griffin, sofa, couch = open_split("c", "train", built(tmp_path, "c", folder))
+    assert len({one.instance_id for one in (unicorn, dragon, griffin, sofa)}) == 4
+    assert sofa.instance_id == couch.instance_id
+
+
+@pytest.mark.parametrize("ann_id", [None, [None, "7", None, "7"]])
+def test_rows_of_parquet_without_an_annotation_are_about_different_things(tmp_path: Path, ann_id: Any) -> None:
+    image = {"bytes": encoded(picture(1)), "path": None}
+    made = sources.mask_parquet(tmp_path / "s", image=[image] * 4, image_id=["a"] * 4, ann_id=ann_id or [None] * 4)
+    seats = [one.instance_id for one in open_split("r", "test", built(tmp_path, "r", made))]
+    assert len(set(seats)) == (4 if ann_id is None else 3)
+    assert ann_id is None or seats[1] == seats[3]
+
+
 def test_of_cocos_archive_the_instances_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = sources.coco_json(tmp_path / "s", questions=False)
     for split in ("train", "val"):

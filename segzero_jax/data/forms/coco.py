@@ -157,7 +157,8 @@ class CocoJson:
                 (
                     text(question, "text", where),
                     *(_meant(question, name, annotations, path) for name in ("annotation_ids", "ignored_ids")),
-                    str(question.get("annotation_ids", [])),
+                    # Nothing is no thing that two questions could both be about.
+                    str(question["annotation_ids"]) if question.get("annotation_ids") else None,
                 )
                 for question in questions
             ]
@@ -187,7 +188,7 @@ class CocoJson:
                 yield Unreadable((own,), str(error))
                 continue
             ignore = np.logical_or.reduce(crowd) if crowd else None
-            asked.append(Asked(own, question, f"{name}:{instance}", masks, ignore=ignore))
+            asked.append(Asked(own, question, f"{name}:{instance or own}", masks, ignore=ignore))
         data = (self.root / part.pictures[0]).read_bytes()
         yield Shown(data, name, part.pictures[0], frame, tuple(asked))
 

@@ -85,7 +85,8 @@ class HubParquet:
         except ValueError as error:
             return Unreadable((name,), str(error))
         picture = self._picture(split, batch, row, image, name)
-        instance = f"{picture}:{_value(batch, 'ann_id', row)}"
+        annotation = _value(batch, "ann_id", row)
+        instance = f"{picture}:{name if annotation is None else annotation}"
         masks = (mask,) if mask.any() else ()
         asked = Asked(name, _text(batch["text"][row].as_py()), instance, masks)
         return Shown(data, picture, at, Frame(mask.shape[1], mask.shape[0]), (asked,))
