@@ -147,7 +147,7 @@ def plan_of_the_7b(program: str) -> dict[str, dict]:
     return {phase["phase"]: phase for phase in json.loads(found.stdout)}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_7b_updates_on_sixteen_chips_of_16_gb():
     update = plan_of_the_7b("update")["update"]
@@ -161,7 +161,7 @@ def test_the_7b_updates_on_sixteen_chips_of_16_gb():
     assert 1.1 < update["flops"] * 16 / flops < 1.2
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_decode_step_of_the_7b_reads_weights_and_caches_once():
     phases = plan_of_the_7b("rollout")
