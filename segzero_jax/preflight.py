@@ -14,14 +14,12 @@ import platform
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from jax.sharding import NamedSharding, PartitionSpec
@@ -30,14 +28,15 @@ from PIL import Image
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import checkpoint_directory
 from segzero_jax.code_version import this_code
-from segzero_jax.config import Config
+from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.pipeline import DataError, open_split, split_name
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
-from segzero_jax.model.weights import CheckpointError, check_fits, read_dims
+from segzero_jax.model.weights import CheckpointError, StorageError, check_fits, read_dims
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.reward_channel import RewardServerError, read_access
 from segzero_jax.reward_client import RewardClient
+from segzero_jax.shared_storage import probe
 from segzero_jax.types import Frame, ObjectPrompt
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "grpcio", "tokenizers")
@@ -191,31 +190,10 @@ def check_data(config: Config, pod: Pod) -> str:
 def check_checkpoints(config: Config, pod: Pod) -> str:
     """Every host can write where checkpoints go, list them, delete there, and see what the first one writes."""
     directory = checkpoint_directory(config)
-    missing = [] if "://" in str(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
-    # A name that all hosts know and no other preflight has.
-    name = pod.exchange("checkpoint probe", uuid.uuid4().hex if pod.first else "")[0]
-    own, shared = directory / f"preflight-{name}-{pod.index}", directory / f"preflight-{name}-0"
-    doing, problem = "written to", ""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        own.write_text(name)
-        doing = "listed"
-        # As a run will: first Orbax asks a bucket what kind it is, for which there is a permission apart.
-        list(ocp.path.step.standard_name_format().find_all(directory))
-    except Exception as error:  # Every store has errors of its own; all mean the same here.
-        problem = f"{directory}: cannot be {doing}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    pod.exchange("checkpoint probe written", "")
-    if not problem and not shared.exists():
-        problem = f"{directory}: not shared with {pod.host(0)}: run.checkpoint_dir must be, such as gs://bucket/folder"
-    pod.exchange("checkpoint probe seen", "")
-    if own.exists():
-        own.unlink()
-    pod.exchange("checkpoint probe deleted", "")
-    for path in missing:
-        if pod.first and path.exists() and not any(path.iterdir()):
-            path.rmdir()
-    if problem:
-        raise CheckFailed(problem)
+        probe(directory, pod)
+    except (ConfigError, StorageError) as error:
+        raise CheckFailed(str(error)) from None
     return f"{directory}: written, read and deleted"
 
 

@@ -1,5 +1,6 @@
 """A run's directory: opened for one run only, what of it is done, and which of its steps was best."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,9 @@ from segzero_jax import config as configs
 from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
+from segzero_jax.pods import Pod
+from segzero_jax.shared_storage import check_shared
+from segzero_jax.terminal import write_line
 
 
 class Beginning(NamedTuple):
@@ -48,6 +52,32 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
         checkpoints.check_config(step, config)
     done = step >= config.train.steps and not missing_splits(config, run_dir, step)
     return Beginning(step, done), [f"{line}: going on from step {step}" for line in damaged]
+
+
+def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
+    """How a run begins on all its hosts, which share what they go on from and have one place for checkpoints.
+
+    Raises:
+      ConfigError: hosts see different checkpoints, or not what the first one writes there; or as ``look`` does.
+      CheckpointError: as ``look`` does.
+      StorageError: a host cannot write where checkpoints go.
+    """
+    beginning, passed_over = look(config, resume)
+    seen = pod.exchange("the newest checkpoint", str(beginning.step))
+    other = next((host for host, step in enumerate(seen) if step != seen[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"{checkpoint_directory(config)}: the newest checkpoint is {seen[0]} on {pod.host(0)}, {seen[other]} on "
+            f"{pod.host(other)}; run.checkpoint_dir has to be storage that all hosts share, such as gs://bucket/path"
+        )
+    if pod.first:
+        for line in passed_over:
+            write_line(sys.stderr, line)
+    done = pod.from_first("what is left to do", lambda: beginning.done)
+    if not done:
+        # At a first start none has a checkpoint, whatever they share.
+        check_shared(checkpoint_directory(config), pod)
+    return Beginning(beginning.step, done)
 
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:

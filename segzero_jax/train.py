@@ -57,17 +57,15 @@ from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceA
 from segzero_jax.reward_service import reward_service
 from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import (
-    Beginning,
+    begin,
     checkpoint_due,
     evaluation_due,
-    look,
     missing_splits,
     open_run,
     score,
     split_label,
 )
 from segzero_jax.scoring import Scorer
-from segzero_jax.terminal import write_line
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.types import Example, PromptBatch, Rollout
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
@@ -244,7 +242,7 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
     with Preemption() as preemption:
         mesh = make_mesh(config.mesh)
         access = read_access(config.reward)
-        beginning = _begin(config, resume, pod)
+        beginning = begin(config, resume, pod)
         if not beginning.done:
             _continue(config, mesh, access, beginning.step, pod, preemption, profile, timer)
         elif pod.first:
@@ -253,22 +251,6 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
             run_dir = Path(config.run.dir).expanduser()
             print_summary(run_dir)
             print(f"report: {write_report(run_dir)}")
-
-
-def _begin(config: Config, resume: bool, pod: Pod) -> Beginning:
-    """How the run begins. Raises as ``look`` does, and ConfigError where hosts see different checkpoints."""
-    beginning, passed_over = look(config, resume)
-    seen = pod.exchange("the newest checkpoint", str(beginning.step))
-    other = next((host for host, step in enumerate(seen) if step != seen[0]), None)
-    if other is not None:
-        raise ConfigError(
-            f"{checkpoint_directory(config)}: the newest checkpoint is {seen[0]} on {pod.host(0)}, {seen[other]} on "
-            f"{pod.host(other)}; run.checkpoint_dir has to be storage that all hosts share, such as gs://bucket/path"
-        )
-    if pod.first:
-        for line in passed_over:
-            write_line(sys.stderr, line)
-    return Beginning(beginning.step, pod.from_first("what is left to do", lambda: beginning.done))
 
 
 def _continue(

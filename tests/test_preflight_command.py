@@ -97,12 +97,12 @@ class TestCheckpoints:
         assert said.endswith(
             "checkpoints: cannot be listed: LookupError: 403 GET b/BUCKET: no storage.buckets.get access"
         )
-        assert not list(tmp_path.rglob("preflight*"))
+        assert not list(tmp_path.rglob("probe*"))
 
     def test_that_each_host_keeps_for_itself(self, tmp_path: Path) -> None:
         said = failure("checkpoints", config(tmp_path), Neighbour(checkpoint_probe="f00"))
-        assert "not shared with host 0 (a): run.checkpoint_dir must be, such as gs://bucket/folder" in said
-        assert not list(tmp_path.rglob("preflight*"))
+        assert "what host 0 (a) writes there is not seen here; run.checkpoint_dir has to be storage that all" in said
+        assert not list(tmp_path.rglob("probe*"))
 
     def test_of_a_run_that_is_going_on_stay(self, tmp_path: Path) -> None:
         kept = tmp_path / "runs/new/checkpoints/7"

@@ -42,8 +42,10 @@ def test_its_header_runs_it(path):
     words = shlex.split(command.group(1))
     assert words[:2] == ["--config", name(path)]
     loaded = config.load(path, [word.removeprefix("--") for word in words[2:]])
-    assert set(config.differing_keys(loaded, config.load(path))) <= {"reward.server"}
+    assert set(config.differing_keys(loaded, config.load(path))) <= {"reward.server", "run.checkpoint_dir"}
     assert "Hardware:" in header(path)
+    # Several hosts, each with a disk of its own.
+    assert loaded.run.checkpoint_dir.startswith("gs://") == ("v5e-16" in header(path))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=name)

@@ -152,3 +152,23 @@ def test_sigterm_to_one_saves_all_at_one_step_and_nothing_is_lost(
         with pod(run, data_dir, server, environment) as hosts:
             assert ends(hosts) == [0] * HOSTS
     assert outcome(run) == outcome(whole[0])
+
+
+def test_hosts_with_a_disk_each_stop_before_weights_are_loaded(
+    tmp_path: Path, data_dir: str, environment: dict[str, str]
+) -> None:
+    """Their first start: none has a checkpoint that another lacks."""
+    variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    runs = [tmp_path / f"disk{index}/run" for index in range(2)]
+    for run in runs:
+        run.parent.mkdir()
+    hosts = [
+        start(run, data_dir, "none", environment | variables | {"JAX_PROCESS_ID": str(index)}, str(index))
+        for index, run in enumerate(runs)
+    ]
+    assert ends(hosts) == [2, 2]
+    for index, run in enumerate(runs):
+        (line,) = said(run, index)
+        assert f"{runs[1]}/checkpoints: what host 0 (" in line
+        assert line.endswith("run.checkpoint_dir has to be storage that all hosts share, such as gs://bucket/path")
+        assert not run.exists(), "a run that did not begin leaves nothing"

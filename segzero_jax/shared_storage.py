@@ -1,0 +1,106 @@
+"""Whether all hosts of a run keep their checkpoints in one place: each writes there and looks for the first one's file.
+
+Every host writes a part of a checkpoint. Where each has a disk of its own, no part is a checkpoint, and nothing fails
+until one is to be read.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from segzero_jax.config import ConfigError
+from segzero_jax.model.weights import StorageError
+from segzero_jax.pods import Pod
+
+_REASON_LENGTH = 200
+
+
+def probe(directory: epath.Path, pod: Pod) -> None:
+    """Writes a file, lists, looks for the first host's file, and deletes its own. All hosts do so together.
+
+    Nothing is left behind, and no such file is ever taken for a checkpoint: its name is no step.
+
+    Raises:
+      ConfigError: this host does not see what the first one has written; one line.
+      StorageError: this host cannot do one of these things; one line.
+    """
+    missing = [] if "://" in str(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
+    # A name that all hosts know and no other probe has.
+    name = pod.exchange("checkpoint probe", uuid.uuid4().hex if pod.first else "")[0]
+    own, firsts = directory / f"probe-{name}-{pod.index}", directory / f"probe-{name}-0"
+    problem: ConfigError | StorageError | None = None
+    try:
+        try:
+            with _doing("written to", directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                own.write_text(name)
+            with _doing("listed", directory):
+                # As a run will: first Orbax asks a bucket what kind it is, for which there is a permission apart.
+                list(ocp.path.step.standard_name_format().find_all(directory))
+        except StorageError as error:
+            problem = error
+        written = pod.exchange("checkpoint probe written", str(problem or ""))
+        # Of a file that the first host could not write, that host tells.
+        if problem is None and not written[0]:
+            problem = _unseen(firsts, directory, pod)
+        pod.exchange("checkpoint probe seen", "")
+    finally:
+        try:
+            with _doing("deleted from", directory):
+                if own.exists():
+                    own.unlink()
+        except StorageError as error:
+            problem = problem or error
+    pod.exchange("checkpoint probe deleted", "")
+    for path in missing:
+        # Not epath's, which removes what has come to lie in it in the meantime, too.
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+    if problem is not None:
+        raise problem
+
+
+def check_shared(directory: epath.Path, pod: Pod) -> None:
+    """Raises as ``probe`` does, on all hosts where one of them has to; one host alone has nobody to share with."""
+    if pod.count == 1:
+        return
+    found = ["", ""]
+    try:
+        probe(directory, pod)
+    except ConfigError as error:
+        found[0] = str(error)
+    except StorageError as error:
+        found[1] = str(error)
+    said = [json.loads(text) for text in pod.exchange("checkpoint storage", json.dumps(found))]
+    for raised, told in ((ConfigError, [text for text, _ in said]), (StorageError, [text for _, text in said])):
+        hosts = [host for host in range(pod.count) if told[host]]
+        if hosts:
+            more = f" and {len(hosts) - 1} more" if len(hosts) > 1 else ""
+            raise raised(f"{pod.host(hosts[0])}{more}: {told[hosts[0]]}")
+
+
+def _unseen(firsts: epath.Path, directory: epath.Path, pod: Pod) -> ConfigError | StorageError | None:
+    try:
+        with _doing("read", directory):
+            if firsts.exists():
+                return None
+    except StorageError as error:
+        return error
+    return ConfigError(
+        f"{directory}: what {pod.host(0)} writes there is not seen here; run.checkpoint_dir has to be storage that all "
+        "hosts share, such as gs://bucket/path"
+    )
+
+
+@contextlib.contextmanager
+def _doing(what: str, directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Every store has errors of its own; all mean the same here.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON_LENGTH]}"
+        raise StorageError(f"{directory}: cannot be {what}: {reason}") from None

@@ -1,0 +1,80 @@
+"""Hosts with a disk each are found out before anything is trained; hosts that share one leave nothing there."""
+
+import os
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from etils import epath
+from thread_pod import on_hosts
+
+from segzero_jax import config as configs
+from segzero_jax.checkpoint import complete_steps
+from segzero_jax.config import Config, ConfigError
+from segzero_jax.model.weights import StorageError
+from segzero_jax.pods import HostLost, Pod
+from segzero_jax.run_dir import Beginning, begin
+from segzero_jax.shared_storage import check_shared, probe
+
+HOSTS = 4
+
+
+def started(folder: Path, place: str) -> list[Future[Beginning]]:
+    """How a run begins on each host; ``place`` is where its checkpoints go, as that host knows it."""
+
+    def start(pod: Pod) -> Beginning:
+        changes = {"run.dir": f"{folder}/run", "run.checkpoint_dir": f"{folder}/{place.format(host=pod.index)}"}
+        return begin(configs.replace(Config(), **changes), resume=False, pod=pod)
+
+    return on_hosts(HOSTS, start)
+
+
+def test_hosts_that_share_a_disk_begin_and_leave_nothing_there(tmp_path: Path) -> None:
+    assert [end.result() for end in started(tmp_path, "new/checkpoints")] == [Beginning(None, False)] * HOSTS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hosts_with_a_disk_each_all_stop_with_what_to_do(tmp_path: Path) -> None:
+    ends = started(tmp_path, "disk{host}/checkpoints")
+    for end in ends:
+        with pytest.raises(ConfigError) as error:
+            end.result()
+        assert str(error.value) == (
+            f"host 1 (w-1) and 2 more: {tmp_path}/disk1/checkpoints: what host 0 (w-0) writes there is not seen here; "
+            "run.checkpoint_dir has to be storage that all hosts share, such as gs://bucket/path"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_host_has_nobody_to_share_with(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_shared(epath.Path(tmp_path / "file/inside"), Pod())
+
+
+@pytest.mark.parametrize("host", [0, 2])
+def test_storage_that_a_host_cannot_write_is_none_of_the_user(tmp_path: Path, host: int) -> None:
+    """It may be written later: exit code 7, not 2. What the first one could not write, the others do not miss."""
+    (tmp_path / "file").touch()
+    places = {host: tmp_path / "file/inside"}
+    for end in on_hosts(HOSTS, lambda pod: check_shared(epath.Path(places.get(pod.index, tmp_path)), pod)):
+        with pytest.raises(StorageError) as error:
+            end.result()
+        assert str(error.value).startswith(f"host {host} (w-{host}): {tmp_path}/file/inside: cannot be written to: ")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_of_the_probe_is_no_checkpoint_and_goes_with_a_host_that_is_lost(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Lonely(Pod):
+        def exchange(self, what: str, said: str, deadline_s: float = 0.0) -> list[str]:
+            if what == "checkpoint probe written":
+                seen.extend(os.listdir(tmp_path))
+                assert complete_steps(epath.Path(tmp_path)) == []
+                raise HostLost("host 1 did not come")
+            return [said, said]
+
+    with pytest.raises(HostLost):
+        probe(epath.Path(tmp_path), Lonely())
+    assert [name.startswith("probe-") for name in seen] == [True]
+    assert os.listdir(tmp_path) == []
