@@ -291,6 +291,11 @@ class Checkpoints:
         """The configuration of the run when it wrote ``step``."""
         return configs.build(self._run(step)["config"], f"{self.directory}/{step}")
 
+    def lines(self, step: int) -> dict[str, Any]:
+        """The last lines that the run had written by then, see ``MetricsWriter.recent``."""
+        lines: dict[str, Any] = self._run(step)["lines"]
+        return lines
+
     def policy(self, step: int, like: Policy) -> Policy:
         """The weights alone, in the shardings of ``like``. Raises CheckpointError when they are another model's."""
         return self._tree(step, "policy", like)

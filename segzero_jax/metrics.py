@@ -155,10 +155,11 @@ class MetricsWriter:
         evaluations = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         return {"metrics": list(self._recent), "evaluations": evaluations[-_RECENT:]}
 
-    def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-        """Adds what ``recent`` gave and these files, a copy that is older, do not hold."""
+    def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:
+        """Adds what ``recent`` gave and these files, a copy that is older, do not hold. Returns whether that is any."""
         last = self._last_step or 0
-        jsonl.append_lines(self._metrics, [jsonl.dump(row) for row in recent.get("metrics", ()) if row["step"] > last])
+        lines = [jsonl.dump(row) for row in recent.get("metrics", ()) if row["step"] > last]
+        jsonl.append_lines(self._metrics, lines)
         there = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         named = lambda row: (row["step"], row["split"], row["mode"])  # noqa: E731
         known = set(map(named, there))
@@ -166,6 +167,7 @@ class MetricsWriter:
         if missing:
             jsonl.write(self._evaluations, [*there, *missing])
         self._last_step = self._repair()
+        return bool(lines or missing)
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets everything past ``step``, the step a run resumes from, so that no step appears twice.
@@ -277,8 +279,8 @@ class SilentWriter(MetricsWriter):
     def recent(self) -> dict[str, list[dict[str, Any]]]:
         return {}
 
-    def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-        pass
+    def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:
+        return False
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         return []

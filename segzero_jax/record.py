@@ -123,21 +123,19 @@ def rollout_rows(
 
 
 def print_summary(run_dir: Path) -> None:
-    """Prints the reward at both ends of a run and the held-out numbers before and after."""
+    """Prints the reward at both ends of a run and the held-out numbers at both, by the steps that have lines."""
     console = Console(highlight=False)
     metrics = jsonl.read(run_dir / "metrics.jsonl")
-    rewards = [row["reward/mean"] for row in metrics if row["reward/mean"] is not None]
-    if len(rewards) >= 2:
-        first, last = rewards[:_ENDS], rewards[-_ENDS:]
-        console.print(
-            f"mean reward: {_mean(first)} in the first {len(first)} steps, {_mean(last)} in the last {len(last)}"
-        )
+    scored = [row for row in metrics if row["reward/mean"] is not None]
+    if len(scored) >= 2:
+        console.print(f"mean reward: {_mean(scored[:_ENDS])}, {_mean(scored[-_ENDS:])}")
     evaluations = jsonl.read(run_dir / "evaluations.jsonl") if (run_dir / "evaluations.jsonl").exists() else []
     if not evaluations:
         return
     steps = sorted({row["step"] for row in evaluations})
-    table = Table(title=f"held-out gIoU [95% interval], before and after {steps[-1]} steps")
-    for heading in ("split", "answers", "before", "after"):
+    table = Table(title="held-out gIoU [95% interval]")
+    before = f"after {steps[0]} steps" if steps[0] else "before"
+    for heading in ("split", "answers", before, f"after {steps[-1]} steps"):
         table.add_column(heading)
     by_key = {(row["step"], row["split"], row["mode"]): row for row in evaluations}
     for split, mode in sorted({(row["split"], row["mode"]) for row in evaluations}):
@@ -145,9 +143,10 @@ def print_summary(run_dir: Path) -> None:
     console.print(table)
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(rows: Sequence[Mapping[str, Any]]) -> str:
+    values = [row["reward/mean"] for row in rows]
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return f"{float(np.mean(values)):.3f} ± {error:.3f}"
+    return f"{float(np.mean(values)):.3f} ± {error:.3f} in steps {rows[0]['step']} to {rows[-1]['step']}"
 
 
 def _giou(row: dict[str, Any] | None) -> str:

@@ -1,6 +1,7 @@
 """A run's directory: opened for one run only, what of it is done, and which of its steps was best."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from segzero_jax import config as configs
 from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
+from segzero_jax.metrics import MetricsWriter
 from segzero_jax.pods import Pod
 from segzero_jax.shared_storage import check_shared
 from segzero_jax.terminal import write_line
@@ -149,3 +151,33 @@ def open_run(config: Config) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     jsonl.replace(run_dir / "config.yaml", configs.to_yaml(config).encode())
     return run_dir
+
+
+def complete(config: Config, beginning: Beginning, pod: Pod, say: Callable[[str], None]) -> None:
+    """Of a run that is done: says so, and adds what its directory here lacks and the last checkpoint has.
+
+    On a machine that did not make the run, that is the configuration and the last lines.
+    """
+    step, directory = beginning.step, checkpoint_directory(config)
+    assert step is not None, "a run that is done has a checkpoint"
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        lines = checkpoints.lines(step)
+    if not pod.first:
+        return
+    steps = config.train.steps
+    say(f"{config.run.dir}: all {steps} steps are done, checkpoints are in {directory}; raise train.steps to go on")
+    run_dir = Path(config.run.dir).expanduser()
+    if not (run_dir / "config.yaml").exists():
+        open_run(config)
+    with MetricsWriter(run_dir, steps, show_progress=False) as writer:
+        if writer.add_missing(lines):
+            # For TensorBoard's files, which are made anew; there is nothing to forget.
+            writer.truncate_after(max(step, writer.last_step or 0))
+        say_missing(writer, step, say)
+
+
+def say_missing(writer: MetricsWriter, step: int, say: Callable[[str], None]) -> None:
+    """Says how many steps up to ``step`` have no line in ``metrics.jsonl``, if any: those that a lost disk had."""
+    missing = len(set(range(1, step + 1)) - {row["step"] for row in writer.steps()})
+    if missing:
+        say(f"metrics.jsonl lacks the lines of {missing} steps up to {step}")

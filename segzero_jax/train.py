@@ -59,9 +59,11 @@ from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import (
     begin,
     checkpoint_due,
+    complete,
     evaluation_due,
     missing_splits,
     open_run,
+    say_missing,
     score,
     split_label,
 )
@@ -243,10 +245,10 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
         mesh = make_mesh(config.mesh)
         access = read_access(config.reward)
         beginning = begin(config, resume, pod)
-        if not beginning.done:
+        if beginning.done:
+            complete(config, beginning, pod, print)
+        else:
             _continue(config, mesh, access, beginning.step, pod, preemption, profile, timer)
-        elif pod.first:
-            print(f"{config.run.dir}: all {config.train.steps} steps are done; raise train.steps to go on")
         if pod.first:
             run_dir = Path(config.run.dir).expanduser()
             print_summary(run_dir)
@@ -306,9 +308,7 @@ def _continue(
                 writer.message(f"the code was {restored.code} then, and is {this_code()}: numbers may differ")
             writer.add_missing(restored.lines)
         removed = writer.truncate_after(-1 if begun is None else begun)
-        lacking = len(set(range(1, (begun or 0) + 1)) - {row["step"] for row in writer.steps()})
-        if pod.first and lacking:
-            writer.message(f"metrics.jsonl lacks the lines of {lacking} steps up to {begun}")
+        say_missing(writer, begun or 0, writer.message)
         keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod)

@@ -1,13 +1,16 @@
 """Whether a directory is begun in, gone on with, or refused; and which of a run's steps is the best."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from segzero_jax import config as configs
+from segzero_jax import train
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
@@ -24,12 +27,12 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def save(config: Config, *steps: int) -> None:
+def save(config: Config, *steps: int, lines: Mapping[str, Any] | None = None) -> None:
     directory = Path(config.run.checkpoint_dir or f"{config.run.dir}/checkpoints")
     with jax.set_mesh(make_mesh("1x1")), Checkpoints(directory, keep=9) as checkpoints:
         for step in steps:
             state = TrainState({"w": jnp.ones(3)}, {}, jnp.int32(step))  # type: ignore[arg-type]
-            checkpoints.save(step, state, {}, config, Identity("", None))
+            checkpoints.save(step, state, {}, config, Identity("", None), lines)
         checkpoints.wait()
 
 
@@ -73,6 +76,37 @@ def test_all_steps_and_evaluations_are_the_end(config: Config) -> None:
     evaluated(config, (4, "val", "greedy", 0.5))
     assert look(config, resume=False)[0] == Beginning(4, True)
     assert look(configs.replace(config, **{"train.steps": 5}), resume=False)[0] == Beginning(4, False)
+
+
+@pytest.mark.parametrize("copied", ["nothing", "lines up to 3", "all"])
+def test_a_run_that_is_done_is_told_on_a_machine_that_did_not_make_it(
+    tmp_path: Path, copied: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, store = tmp_path / "run", tmp_path / "store"
+    options = [f"--run.dir={run}", f"--run.checkpoint_dir={store}", "--train.steps=4", "--data.eval_splits=[]"]
+    config = configs.load(overrides=[option.removeprefix("--") for option in options])
+    rows = [{"step": step, "reward/mean": float(step)} for step in (1, 2, 3, 4)]
+    evaluation = {"step": 2, "split": "val", "mode": "greedy", "giou": 0.5, "giou_low": 0.4, "giou_high": 0.6}
+    save(config, 2, 4, lines={"metrics": rows[1:], "evaluations": [evaluation]})
+    if copied != "nothing":
+        open_run(config)
+        (run / "config.yaml").write_text("seed: 0  # as it was\n")
+        lines = "".join(json.dumps(row) + "\n" for row in (rows if copied == "all" else rows[:3]))
+        (run / "metrics.jsonl").write_text(lines)
+    assert train.main(options) == 0
+    out = capsys.readouterr().out
+    assert f"{run}: all 4 steps are done, checkpoints are in {store}; raise train.steps to go on\n" in out
+    assert f"report: {run}/report.html" in out
+    assert (run / "report.html").is_file()
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lost = copied == "nothing"
+    assert written == (rows[1:] if lost else rows)
+    assert ("metrics.jsonl lacks the lines of 1 steps up to 4" in out) == lost
+    assert f"in steps {2 if lost else 1} to 4" in out
+    assert "after 2 steps" in out, "not 'before', which was lost"
+    assert [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()] == [evaluation]
+    assert configs.load(run / "config.yaml") == (config if lost else Config())
+    assert list((run / "tensorboard").iterdir())
 
 
 def test_another_run_is_refused_with_or_without_checkpoints(config: Config) -> None:
