@@ -266,7 +266,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: it comes from another configuration (the differing keys are named), another reference
-            policy or another SAM 2, or it holds another model.
+            policy, SAM 2 or data set, or it holds another model.
           StorageError: it cannot be read now.
         """
         self.check_config(step, config)
@@ -311,6 +311,14 @@ class Checkpoints:
                 f"{self.directory}/{step}: its rewards came from {_sam2(saved)}, reward.server={config.reward.server} "
                 f"means {_sam2(now)}; resume with the same, or choose another run.dir"
             )
+        for name, checksum in (saved.data or {}).items():
+            found = (now.data or {}).get(name, "none")
+            if found != checksum:
+                raise CheckpointError(
+                    f"{self.directory}/{step}: its {name} has checksum {checksum[:12]}, that in data.dir="
+                    f"{config.data.dir} has {found[:12]}; resume with the data that the run began with, built from the "
+                    "same source in the same way, or choose another run.dir"
+                )
 
     def _failed(self, error: Exception) -> SaveError:
         """Clears away what a failed save left, and says in one line why it failed. Raises what is no failed save."""

@@ -1,6 +1,7 @@
-"""What a run's numbers depend on besides its configuration: the weights that it starts from, and SAM 2's."""
+"""What a run's numbers depend on besides its configuration: the weights it starts from, SAM 2's, the questions."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +19,13 @@ class Identity(NamedTuple):
     Attributes:
       reference: fingerprint of the policy that the run starts from, which is its reference too, see ``fingerprint``.
       sam2: SHA-256 of the SAM 2 checkpoint that scores, as its server tells; None without a server.
+      data: checksum of each split that is trained on or evaluated, by its name; None in older checkpoints, which go on
+        with any.
     """
 
     reference: str
     sam2: str | None
+    data: Mapping[str, str] | None = None
 
 
 def fingerprint(policy: Policy, dtype: jnp.dtype) -> str:

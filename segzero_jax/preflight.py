@@ -29,7 +29,8 @@ from segzero_jax import config as configs
 from segzero_jax.checkpoint import checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.pipeline import DataError, open_split, split_name
+from segzero_jax.data.checks import check_same
+from segzero_jax.data.pipeline import DataError, checksums, open_split, split_name
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError, StorageError, check_fits, read_dims
@@ -176,14 +177,15 @@ def check_data(config: Config, pod: Pod) -> str:
     try:
         wanted = [(name, "train"), *(split_name(split, name) for split in config.data.eval_splits)]
         splits = [open_split(*split, config.data.dir) for split in wanted]
-        problem, found = "", {split.name: split.checksum for split in splits}
+        problem, found = "", checksums(splits)
     except (DataError, OSError) as error:
         problem, found = str(error), {}
-    others = [json.loads(said) for said in pod.exchange("data", json.dumps(found))]
+    try:
+        check_same(found, pod)
+    except DataError as error:
+        problem = problem or str(error)
     if problem:
         raise CheckFailed(problem)
-    if others[0] and others[0] != found:
-        raise CheckFailed(f"data set {name}: another one than on {pod.host(0)}: build it from the same source")
     return f"{name}: {len(splits[0])} questions to train on, {len(splits) - 1} splits to evaluate"
 
 

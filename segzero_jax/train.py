@@ -21,8 +21,8 @@ from segzero_jax import evaluation
 from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.checks import check_held_out, check_prompts
-from segzero_jax.data.pipeline import Batches, DataError, Source, open_split, split_name, training_batches
+from segzero_jax.data.checks import check_held_out, check_prompts, check_same
+from segzero_jax.data.pipeline import Batches, DataError, Source, checksums, open_split, split_name, training_batches
 from segzero_jax.grpo import (
     TrainState,
     UpdateBatch,
@@ -181,22 +181,30 @@ def train(
     return state
 
 
-def open_training_split(config: Config, processor: Processor) -> Source:
-    """The questions to train on, after a look at all of them and at those that are held out.
+def open_splits(config: Config, pod: Pod) -> list[Source]:
+    """The questions to train on, and behind them the splits that are evaluated. Raises DataError as ``check_same``."""
+    names = [(config.data.name, "train"), *(split_name(name, config.data.name) for name in config.data.eval_splits)]
+    splits = [open_split(*name, config.data.dir) for name in names]
+    check_same(checksums(splits), pod)
+    return splits
 
-    Raises DataError or PromptTooLong where something is wrong with them.
-    """
-    source = open_split(config.data.name, "train", config.data.dir)
-    held_out = [open_split(*split_name(name, config.data.name), config.data.dir) for name in config.data.eval_splits]
-    for split in (source, *held_out):
+
+def check_splits(splits: Sequence[Source], config: Config, processor: Processor) -> None:
+    """A look at all questions. Raises DataError or PromptTooLong where something is wrong with them."""
+    for split in splits:
         check_prompts(split, processor, config.data.dir)
-    check_targets(source, config.reward.recipe, config.data.dir)
-    check_held_out(source, held_out)
-    return source
+    check_targets(splits[0], config.reward.recipe, config.data.dir)
+    check_held_out(splits[0], splits[1:])
 
 
 def make_evaluation(
-    job: Job, scorer: Scorer, keeper: Keeper, writer: MetricsWriter, preemption: Preemption, timer: PhaseTimer
+    job: Job,
+    held_out: Sequence[Source],
+    scorer: Scorer,
+    keeper: Keeper,
+    writer: MetricsWriter,
+    preemption: Preemption,
+    timer: PhaseTimer,
 ) -> Evaluation:
     """A function ``(step, rollout weights)`` that evaluates the held-out splits that are missing and writes results.
 
@@ -204,10 +212,10 @@ def make_evaluation(
     """
     waiting = lambda seconds: timer.move(seconds, "reward_wait")  # noqa: E731
     config = job.config
-    splits = {}
-    for name in config.data.eval_splits:
-        source = open_split(*split_name(name, config.data.name), config.data.dir)
-        splits[split_label(name)] = [source[i] for i in range(min(config.eval.examples, len(source)))]
+    splits = {
+        split_label(name): [source[i] for i in range(min(config.eval.examples, len(source)))]
+        for name, source in zip(config.data.eval_splits, held_out, strict=True)
+    }
 
     def evaluate(step: int, weights: Policy) -> None:
         run_dir = Path(config.run.dir).expanduser()
@@ -270,12 +278,13 @@ def _continue(
     profiled = range(0) if profile is None else parse_steps(profile, first_step, config.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        splits = open_splits(config, pod)
         job, state, reference = prepare(config, mesh, pod)
-        train_split = open_training_split(config, job.processor)
+        check_splits(splits, config, job.processor)
         batches = stack.enter_context(
             contextlib.closing(
                 training_batches(
-                    train_split,
+                    splits[0],
                     config.train.batch_size,
                     config.seed,
                     job.rows.held,
@@ -290,8 +299,8 @@ def _continue(
         # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
-        start = fingerprint(state.policy, job.train_pass.dtype)
-        identity = Identity(start, client.checkpoint_sha256 if client else None)
+        start, sam2 = fingerprint(state.policy, job.train_pass.dtype), client.checkpoint_sha256 if client else None
+        identity = Identity(start, sam2, checksums(splits))
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
         best = partial(score, config, run_dir)
@@ -312,7 +321,7 @@ def _continue(
         keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod)
-        evaluate = make_evaluation(job, scorer, keeper, writer, preemption, timer)
+        evaluate = make_evaluation(job, splits[1:], scorer, keeper, writer, preemption, timer)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
         preemption.begin(writer.message)

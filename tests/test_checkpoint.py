@@ -309,6 +309,27 @@ def test_another_reference_or_sam_2_is_refused(config: Config) -> None:
                 checkpoints.restore(1, like, config, identity)
 
 
+def test_other_data_are_refused_by_the_split_and_older_checkpoints_go_on_with_any(config: Config) -> None:
+    data = {"mugs/train": "ab" * 32, "mugs/val": "cd" * 32}
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        state = make_state(config, seed=0)
+        for step, identity in ((1, IDENTITY), (2, IDENTITY._replace(data=data))):
+            checkpoints.save(step, state, DATA, config, identity)
+        checkpoints.wait()
+        run = json.loads((folder(config) / "1/run/metadata").read_text())
+        del run["identity"]["data"]
+        (folder(config) / "1/run/metadata").write_text(json.dumps(run))
+        assert checkpoints.restore(2, state, config, IDENTITY._replace(data=dict(reversed(data.items())))).step == 2
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(2, state, config, IDENTITY._replace(data=data | {"mugs/val": "ef" * 32}))
+        assert str(error.value) == (
+            f"{folder(config)}/2: its mugs/val has checksum cdcdcdcdcdcd, that in data.dir={config.data.dir} has "
+            "efefefefefef; resume with the data that the run began with, built from the same source in the same way, "
+            "or choose another run.dir"
+        )
+        assert checkpoints.restore(1, state, config, IDENTITY._replace(data=data)).step == 1
+
+
 def test_the_best_is_kept_beside_the_newest(config: Config) -> None:
     scores = {1: 0.1, 2: 0.7, 3: 0.2, 5: 0.7, 6: 0.3}
     with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config), 2, scores.get) as checkpoints:

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import question_sources as sources
 from PIL import Image
+from thread_pod import on_hosts
 
+from segzero_jax import config as configs
+from segzero_jax.config import Config
 from segzero_jax.data import build
-from segzero_jax.data.checks import check_held_out, check_prompts
+from segzero_jax.data.checks import check_held_out, check_prompts, check_same
 from segzero_jax.data.pipeline import DataError, Source, open_split
 from segzero_jax.processor import Processor, PromptTooLong
+from segzero_jax.train import open_splits
 
 TEXTS = ["mug", "the <|image_pad|> that looks most like a café", "A Thing. " * 20, "…", "<|im_end|> 漢字", "left" * 50]
 
@@ -116,3 +120,33 @@ def test_a_held_out_picture_is_refused_before_training(built: Path, tmp_path: Pa
         check_held_out(train, [open_split("held", "test", tmp_path)])
     assert "refcocog_16004: test-picture_1-1 (looks the same" in str(e.value)
     assert "--against held/test --drop-leaks" in str(e.value)
+
+
+def test_hosts_that_have_built_another_set_are_found_out_on_all() -> None:
+    """A host that has none says so itself; the others say nothing of it."""
+    for other in ({"r/train": "b" * 64, "r/val": "c" * 64}, {"r/train": "a" * 64, "r/val": "b" * 64}):
+        found = [{"r/train": "a" * 64, "r/val": "c" * 64}, {}, other]
+        (name,) = (name for name in other if other[name] != found[0][name])
+        for end in on_hosts(3, lambda pod, found=found: check_same(found[pod.index], pod)):
+            with pytest.raises(DataError) as caught:
+                end.result()
+            assert str(caught.value) == (
+                f"{name}: checksum {found[0][name][:12]} on host 0 (w-0), {other[name][:12]} on host 2 (w-2); "
+                "build it on all hosts from the same source, in the same way"
+            )
+    for end in on_hosts(3, lambda pod: check_same(found[0] if pod.index else {}, pod)):
+        end.result()
+
+
+def test_a_pod_whose_hosts_have_built_different_sets_does_not_train(built: Path, tmp_path: Path) -> None:
+    source = sources.solution_parquet(tmp_path / "s", problem=[*TEXTS[1:], TEXTS[0]])
+    assert build.main(["r", f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
+    given = [
+        configs.replace(Config(), **{"data.name": "r", "data.dir": str(place), "data.eval_splits": []})
+        for place in (built, tmp_path)
+    ]
+    for end in on_hosts(2, lambda pod: open_splits(given[pod.index], pod)):
+        with pytest.raises(DataError, match=r"^r/train: checksum \w{12} on host 0 \(w-0\), \w{12} on host 1 \(w-1\); "):
+            end.result()
+    for end in on_hosts(2, lambda pod: open_splits(given[0], pod)):
+        assert [split.name for split in end.result()] == ["r/train"]

@@ -129,7 +129,8 @@ class TestData:
         given = config(tmp_path, **{"data.name": "r", "data.dir": str(tmp_path), "data.eval_splits": []})
         assert CHECKS["data"](given, Pod()) == "r: 6 questions to train on, 0 splits to evaluate"
         said = failure("data", given, Neighbour(data='{"r/train": "other"}'))
-        assert said == "data set r: another one than on host 0 (a): build it from the same source"
+        assert said.startswith("r/train: checksum other on host 0 (a), ")
+        assert said.endswith(" on host 1 (b); build it on all hosts from the same source, in the same way")
 
     def test_that_is_not(self, tmp_path: Path) -> None:
         said = failure("data", config(tmp_path, **{"data.name": "refCOCOg_9k_840", "data.dir": str(tmp_path)}))

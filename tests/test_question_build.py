@@ -19,7 +19,7 @@ from question_sources import encoded, picture
 
 from segzero_jax.data import build, builder, leaks, shards
 from segzero_jax.data.pipeline import open_split
-from segzero_jax.data.records import INDEX, built_directory, index_path
+from segzero_jax.data.records import INDEX, built_directory, checksum, index_path, read_index
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,6 +146,32 @@ def test_several_processes_give_the_same_rows(tmp_path: Path, small_shards: None
         one, many = (open_split("one", split, tmp_path / place) for place in ("built", "many"))
         assert list(one) == list(many)
         assert one.checksum == many.checksum
+
+
+def test_the_checksum_sees_what_a_build_takes_from_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets too, which the index does not hold: that is the same where words and pictures are."""
+
+    def made(folder: str, **changed: object) -> str:
+        source = sources.lines(tmp_path / folder)
+        rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
+        rows[0] |= changed
+        (source / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        data_dir = tmp_path / f"{folder}-built"
+        assert build.main(["mine", f"--source={source}", f"--data-dir={data_dir}", "--workers=1"]) == 0
+        return open_split("mine", "train", data_dir).checksum
+
+    first = made("one")
+    with monkeypatch.context() as patch:
+        # As another version of the library may.
+        real = pq.write_table
+        patch.setattr(pq, "write_table", lambda table, path: real(table, path, compression="none", row_group_size=1))
+        assert made("again") == first
+    assert made("other target", mask="masks/left.png") != first
+    assert made("other words", question="another") != first
+    places = [built_directory("mine", tmp_path / f"{name}-built") for name in ("one", "other target")]
+    one, other = (read_index(place, "train") for place in places)
+    assert one.equals(other)
+    assert checksum(places[0], one) == first != checksum(places[0], one.slice(1)), "as --drop-leaks leaves it"
 
 
 def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(

@@ -14,6 +14,7 @@ from segzero_jax import train
 from segzero_jax.config import Config
 from segzero_jax.data import build
 from segzero_jax.data.pipeline import DataError, Source, open_split
+from segzero_jax.pods import ALONE
 from segzero_jax.processor import Processor
 from segzero_jax.recipe_check import check_targets
 
@@ -82,7 +83,9 @@ def test_training_refuses_what_its_recipe_cannot_compare_with(tmp_path: Path) ->
 
     def opened(**changes: Any) -> Source:
         config = configs.replace(Config(), **{"data.dir": str(tmp_path), "data.eval_splits": [], **changes})
-        return train.open_training_split(config, processor)
+        splits = train.open_splits(config, ALONE)
+        train.check_splits(splits, config, processor)
+        return splits[0]
 
     strict = {"reward.recipe": "seg_zero_strict"}
     assert len(opened(**{"data.name": "own"})) == len(MASKS)

@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from segzero_jax import jsonl
 from segzero_jax.data.leaks import find_leaks
 from segzero_jax.data.pipeline import DataError, Source
+from segzero_jax.pods import Pod
 from segzero_jax.processor import Processor, PromptTooLong
 
 _NAMED = 5
@@ -51,6 +53,22 @@ def check_held_out(train: Source, held_out: Iterable[Source]) -> None:
                 f"{len(found)} of {len(train)} questions of {train.name} are about pictures of {other.name}, the first "
                 f"is {first.id}: {first.held_out} ({first.why}); build the set again with --rebuild --against "
                 f"{other.name} --drop-leaks, or leave {other.name} out of data.eval_splits"
+            )
+
+
+def check_same(found: Mapping[str, str], pod: Pod) -> None:
+    """Raises DataError on all hosts where one has built another set than the first: batches are put together of both.
+
+    Args:
+      found: name and checksum of each split; nothing where this host has none, which it is to say itself.
+    """
+    said: list[dict[str, str]] = [json.loads(text) for text in pod.exchange("data", json.dumps(dict(found)))]
+    for host, theirs in enumerate(said):
+        other = next((name for name in theirs.keys() & said[0].keys() if theirs[name] != said[0][name]), None)
+        if other is not None:
+            raise DataError(
+                f"{other}: checksum {said[0][other][:12]} on {pod.host(0)}, {theirs[other][:12]} on {pod.host(host)}; "
+                "build it on all hosts from the same source, in the same way"
             )
 
 

@@ -5,7 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,15 +106,19 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     index = records.read_index(directory, split)
     places = np.stack([index["record"].to_numpy(), index["place"].to_numpy()], axis=1)
     rows = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    checksum = hashlib.sha256(records.index_path(directory, split).read_bytes()).hexdigest()
     return Source(
         f"{name}/{split}",
-        checksum,
+        records.checksum(directory, index),
         rows,
         records.to_example,
         places,
         functools.partial(records.read_index, directory, split),
     )
+
+
+def checksums(splits: Iterable[Source]) -> dict[str, str]:
+    """Of each split, by its name."""
+    return {split.name: split.checksum for split in splits}
 
 
 def split_name(text: str, data_set: str) -> tuple[str, str]:

@@ -7,7 +7,9 @@ can be known of it and of its picture without reading the record.
 Coordinates are whole pixels of the stored picture, boxes inclusive.
 """
 
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 # Of TFDS: the folder of all built sets, and the version of this form.
 BUILT = "question_set"
 VERSION = "1.0.0"
+_BLOCK = 4096
 
 FEATURES = tfds.features.FeaturesDict(
     {
@@ -144,6 +147,19 @@ def read_index(directory: Path, split: str) -> pa.Table:
 def index_path(directory: Path, split: str) -> Path:
     """Where the index of a split lies in the directory of a built set."""
     return directory / f"index-{split}.parquet"
+
+
+def checksum(directory: Path, index: pa.Table) -> str:
+    """Stands for what a split of a built set holds: the source, and which questions of it stand where.
+
+    Builds of one source have the same, by whatever versions of libraries: a record's bytes differ from build to build,
+    and are not read. What they hold follows from the source.
+    """
+    digest = hashlib.sha256(json.loads((directory / "build.json").read_text())["digest"].encode())
+    told = index.drop_columns(["fingerprint"])  # of the picture, which has its SHA-256
+    for start in range(0, len(told), _BLOCK):
+        digest.update(json.dumps(told.slice(start, _BLOCK).to_pydict()).encode())
+    return digest.hexdigest()
 
 
 def built_directory(name: str, data_dir: Path) -> Path:

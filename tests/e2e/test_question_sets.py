@@ -110,3 +110,26 @@ def test_built_trained_on_and_evaluated(name: str, policy: Path, server: str, tm
     assert policys["expression"]["giou"] == 0, "it has learnt nothing yet, and no answer is left out"
     assert oracles["expression"]["giou"] == pytest.approx(ceiling, abs=1e-9)
     assert oracles["expression"]["box_accuracy"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_data_that_it_began_with_wherever_they_lie(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other set has the same pictures and questions, and other boxes."""
+    boxes = "<box>(9,10),(40,60)</box><points>(20,30),(30,44)</points>"
+    given = {"one": {}, "other": {"solution": [boxes] * 6}, "elsewhere": {}}
+    for name, changed in given.items():
+        source = sources.solution_parquet(tmp_path / name, **changed)
+        assert build.main(["mugs", f"--source={source}", f"--data-dir={tmp_path}/{name}/built", "--workers=1"]) == 0
+    options = ["--data.name=mugs", "--data.eval_splits=[]", "--data.image_size=56", f"--model.path={policy}"]
+    options += ["--train.batch_size=2", "--train.micro_batch_size=2", "--rollout.group_size=2"]
+    options += ["--rollout.max_response_tokens=8", f"--run.dir={tmp_path}/run", "--reward.server=none"]
+    ends = [
+        train.main([*options, f"--train.steps={steps}", f"--data.dir={tmp_path}/{name}/built"])
+        for steps, name in enumerate(given, start=1)
+    ]
+    assert ends == [0, 2, 0]
+    assert "checkpoints/1: its mugs/train has checksum " in capsys.readouterr().err
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]

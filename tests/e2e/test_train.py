@@ -140,10 +140,12 @@ def test_storage_that_fails_is_no_mistake_of_the_user(
     assert capsys.readouterr().err == "segzero_jax.train: gs://bucket/run: 503 Service Unavailable\n"
 
 
-def test_a_checkpoint_without_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_tokenizer_is_named(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((model_directory("toy") / name).read_bytes())
-    assert train.main([f"--model.path={tmp_path}", f"--run.dir={tmp_path}/run"]) == 2
+    assert train.main([f"--model.path={tmp_path}", f"--run.dir={tmp_path}/run", f"--data.dir={data_dir}"]) == 2
     complaint = capsys.readouterr().err.strip()
     assert "tokenizer.json: no such file" in complaint
     assert len(complaint.splitlines()) == 1
