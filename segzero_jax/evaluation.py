@@ -24,6 +24,10 @@ from segzero_jax.types import Box, Example, Frame, ObjectPrompt, RleMask
 
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
+# How a split is answered, and what is measured of it; SAM 2 alone tells the first two.
+MODES = ("greedy", "sampled")
+_MASK_NUMBERS = ("giou", "ciou")
+_NUMBERS = (*_MASK_NUMBERS, "box_accuracy", "format_rate", "n_acc", "t_acc")
 
 Answers = Callable[[Sequence[Example], bool], list[list[str]]]
 
@@ -237,6 +241,12 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
     return numbers
 
 
+def summary_names(scored: bool) -> list[str]:
+    """Names of what ``summary`` measures, intervals included; of masks too where they are scored."""
+    names = [name for name in _NUMBERS if scored or name not in _MASK_NUMBERS]
+    return [f"{name}{end}" for end in ("", "_low", "_high") for name in names]
+
+
 def per_instance(judged: Judged, instances: Sequence[str]) -> Judged:
     """The same with one row an instance, the mean over its expressions; ``instances`` names each question's."""
     _, index = np.unique(np.array(instances), return_inverse=True)
@@ -340,7 +350,7 @@ def evaluate_split(
     targets = [has_target(example) for example in examples]
     summaries = {
         mode: summary(Judged.of([group[which] for group in measured], targets))
-        for mode, which in (("greedy", slice(0, 1)), ("sampled", slice(1, None)))
+        for mode, which in zip(MODES, (slice(0, 1), slice(1, None)), strict=True)
     }
     rows = [
         sample_row(example, *groups[q][0], solution(example, frame, recipe), store_image(example))

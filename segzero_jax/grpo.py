@@ -42,6 +42,10 @@ class TrainState(NamedTuple):
 Total = tuple[Policy, dict[str, jax.Array]]
 
 
+# What ``update`` measures.
+UPDATE_METRICS = ("loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped")
+
+
 class LossSettings(NamedTuple):
     """The static part of the loss."""
 

@@ -37,6 +37,7 @@ from segzero_jax.model.weights import CheckpointError, StorageError, check_fits,
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.reward_channel import RewardServerError, read_access
 from segzero_jax.reward_client import RewardClient
+from segzero_jax.run_dir import check_keep_best
 from segzero_jax.shared_storage import probe
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -190,9 +191,13 @@ def check_data(config: Config, pod: Pod) -> str:
 
 
 def check_checkpoints(config: Config, pod: Pod) -> str:
-    """Every host can write where checkpoints go, list them, delete there, and see what the first one writes."""
+    """Every host can write where checkpoints go, list them, delete there, and see what the first one writes.
+
+    What names the best of them will be measured.
+    """
     directory = checkpoint_directory(config)
     try:
+        check_keep_best(config)
         probe(directory, pod)
     except (ConfigError, StorageError) as error:
         raise CheckFailed(str(error)) from None

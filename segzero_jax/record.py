@@ -11,9 +11,14 @@ from rich.table import Table
 
 from segzero_jax import jsonl
 from segzero_jax.answers import thinking
+from segzero_jax.config import Config
 from segzero_jax.evaluation import mask_row, object_rows
+from segzero_jax.grpo import UPDATE_METRICS
+from segzero_jax.rewards import component_names
 from segzero_jax.scoring import Scored, answered_objects, solution
+from segzero_jax.time_account import STEP_TIMES
 from segzero_jax.types import Example, Frame, Rollout
+from segzero_jax.watch import ALARMS
 
 _ENDS = 10
 # So many prompts of a step are kept with picture and masks.
@@ -61,6 +66,19 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
         ious = [score.iou for group in made.scored.masks for score in group if score.iou is not None]
         metrics["mask_iou/mean"] = float(np.mean(ious)) if ious else None
     return metrics
+
+
+def metric_keys(config: Config) -> list[str]:
+    """The keys that every line of ``metrics.jsonl`` has, the step's number and times beside the steps apart."""
+    scored = config.reward.server != "none"
+    components = component_names(config.reward.recipe, scored and config.reward.mask_iou_weight > 0)
+    learnt = [name for name in UPDATE_METRICS if name != "kl" or config.grpo.kl_coef]
+    return [
+        *("reward/mean", "reward/std", *(f"reward/{name}" for name in components), "reward/zero_std_groups"),
+        *("missing_scores", *(("mask_iou/mean",) if scored else ())),
+        *("response_length/mean", "response_length/min", "response_length/max", "empty_thinking", "finished"),
+        *(*learnt, "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
+    ]
 
 
 def update_metrics(losses: Mapping[str, Any]) -> dict[str, float | None]:

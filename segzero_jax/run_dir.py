@@ -1,5 +1,6 @@
 """A run's directory: opened for one run only, what of it is done, and which of its steps was best."""
 
+import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from segzero_jax import config as configs
 from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
+from segzero_jax.evaluation import MODES, summary_names
 from segzero_jax.metrics import MetricsWriter
 from segzero_jax.pods import Pod
+from segzero_jax.record import metric_keys
 from segzero_jax.shared_storage import check_shared
 from segzero_jax.terminal import write_line
 
@@ -60,10 +63,12 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
     """How a run begins on all its hosts, which share what they go on from and have one place for checkpoints.
 
     Raises:
-      ConfigError: hosts see different checkpoints, or not what the first one writes there; or as ``look`` does.
+      ConfigError: hosts see different checkpoints, or not what the first one writes there; or as ``check_keep_best``
+        and ``look`` do.
       CheckpointError: as ``look`` does.
       StorageError: a host cannot write where checkpoints go.
     """
+    check_keep_best(config)
     beginning, passed_over = look(config, resume)
     seen = pod.exchange("the newest checkpoint", str(beginning.step))
     other = next((host for host, step in enumerate(seen) if step != seen[0]), None)
@@ -143,6 +148,32 @@ def _best_evaluation(config: Config) -> tuple[str, str, str] | None:
     parts = config.train.keep_best.rsplit("/", 2)
     label = split_label(parts[0])
     return (label, parts[1], parts[2]) if len(parts) == 3 and label in _labels(config) else None
+
+
+def check_keep_best(config: Config) -> None:
+    """Raises ConfigError where ``train.keep_best`` names nothing that the run will measure: nothing would be kept."""
+    name, known = config.train.keep_best, _scores(config)
+    if not name or name in known:
+        return
+    if name in _scores(configs.replace(config, **{"reward.server": "local"})):
+        raise ConfigError(
+            f"train.keep_best={name}: is measured by SAM 2, expected reward.server=local or host:port, got none"
+        )
+    same_end = [other for other in known if other.rpartition("/")[2] == name.rpartition("/")[2]]
+    close = difflib.get_close_matches(name, known, n=1) or same_end
+    raise ConfigError(
+        f"train.keep_best={name}: expected SPLIT/MODE/NUMBER of an evaluation, of data.eval_splits="
+        f"[{', '.join(config.data.eval_splits)}], or a key of metrics.jsonl, "
+        + (f"did you mean {close[0]!r}?" if close else f"such as {known[0]!r}")
+    )
+
+
+def _scores(config: Config) -> list[str]:
+    """All that ``train.keep_best`` can name; splits as ``data.eval_splits`` writes them and as files do."""
+    splits = dict.fromkeys([*config.data.eval_splits, *_labels(config)])
+    numbers = summary_names(scored=config.reward.server != "none")
+    evaluated = [f"{split}/{mode}/{number}" for split in splits for mode in MODES for number in numbers]
+    return evaluated + metric_keys(config)
 
 
 def open_run(config: Config) -> Path:

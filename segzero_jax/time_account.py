@@ -14,6 +14,8 @@ from segzero_jax import jsonl
 
 # What the accelerators do for the policy; goodput is their share of all time.
 PRODUCTIVE = ("rollout", "reference", "update")
+# What every line has the time of, as ``time/<name>``; the last four are computed of the others.
+STEP_TIMES = ("data", *PRODUCTIVE, "reward_wait", "other", "step", "total", "data_share", "goodput")
 # What a run spends beside its steps.
 BESIDE = ("startup", "compile", "checkpoint", "evaluation", "profile", "lost")
 _COMPILING = "/jax/core/compile/"

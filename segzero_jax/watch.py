@@ -132,6 +132,8 @@ _COLLAPSES: Mapping[str, tuple[str, Callable[[Row, WatchConfig], bool], str]] = 
     ),
 }
 
+ALARMS = tuple(f"alarm/{name}" for name in _COLLAPSES)
+
 
 class HangWatch:
     """A thread that says which phase hangs, while it hangs, and writes down where every thread is.

@@ -24,6 +24,7 @@ from segzero_jax.evaluation import (
     read_response,
     sample_row,
     summary,
+    summary_names,
 )
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scorer
@@ -255,3 +256,11 @@ def test_boxes_match_one_to_one() -> None:
     assert box_hits([one, one], [one, other]) == 0.5
     assert box_hits([one], []) == 0.0
     assert box_hits([], []) == 1.0
+
+
+@pytest.mark.parametrize("iou", [0.5, None])
+def test_the_names_of_a_summary_are_what_it_measures(iou: float | None) -> None:
+    """With and without a server, on questions with and without a target."""
+    numbers = summary(Judged.of([[Measured(iou, 1, 2, 1.0, True, True)]] * 2, [True, False]))
+    measured = {name for name, value in numbers.items() if value is not None} - {"count", "no_target"}
+    assert measured == set(summary_names(scored=iou is not None))

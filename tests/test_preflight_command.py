@@ -104,6 +104,10 @@ class TestCheckpoints:
         assert "what host 0 (a) writes there is not seen here; run.checkpoint_dir has to be storage that all" in said
         assert not list(tmp_path.rglob("probe*"))
 
+    def test_whose_best_is_misspelt(self, tmp_path: Path) -> None:
+        said = failure("checkpoints", config(tmp_path, **{"train.keep_best": "val/greedy/gIoU"}))
+        assert said.startswith("train.keep_best=val/greedy/gIoU: expected ")
+
     def test_of_a_run_that_is_going_on_stay(self, tmp_path: Path) -> None:
         kept = tmp_path / "runs/new/checkpoints/7"
         kept.mkdir(parents=True)

@@ -17,7 +17,8 @@ from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model.weights import CheckpointError
-from segzero_jax.run_dir import Beginning, checkpoint_due, look, missing_splits, open_run, score
+from segzero_jax.pods import ALONE
+from segzero_jax.run_dir import Beginning, begin, check_keep_best, checkpoint_due, look, missing_splits, open_run, score
 
 
 @pytest.fixture
@@ -152,3 +153,57 @@ def test_steps_that_may_prove_the_best_are_saved(config: Config) -> None:
     assert due(config) == [4, 8, 9]
     assert due(configs.replace(config, **{"train.keep_best": "reward/mean"})) == [4, 8, 9]
     assert due(configs.replace(config, **{"train.keep_best": "val/greedy/giou"})) == [3, 4, 6, 8, 9]
+
+
+SPLITS = {"data.eval_splits": ["val", "ReasonSeg/test"]}
+NAMES = (
+    "expected SPLIT/MODE/NUMBER of an evaluation, of data.eval_splits=[val, ReasonSeg/test], or a key of "
+    "metrics.jsonl, "
+)
+SAM2 = "is measured by SAM 2, expected reward.server=local or host:port, got none"
+MISTYPED = {
+    "eval/val/greedy/giou": (SPLITS, NAMES + "did you mean 'val/greedy/giou'?"),  # TensorBoard's name
+    "val/greedy/gIoU": (SPLITS, NAMES + "did you mean 'val/greedy/giou'?"),
+    "tset/sampled/box_accuracy": (SPLITS, NAMES + "did you mean 'val/sampled/box_accuracy'?"),
+    "giou": (SPLITS, NAMES + "did you mean 'val/greedy/giou'?"),
+    "best": (SPLITS, NAMES + "such as 'val/greedy/giou'"),
+    "the best": (SPLITS | {"data.eval_splits": []}, NAMES.replace("val, ReasonSeg/test", "") + "such as 'reward/mean'"),
+    "reward/acuracy": (SPLITS, NAMES + "did you mean 'reward/accuracy'?"),
+    # The recipe has no such component.
+    "reward/box_iou": (SPLITS, NAMES + "did you mean 'reward/mask_iou'?"),
+    "heldout_pairs/greedy/giou": (SPLITS, NAMES + "did you mean 'val/greedy/giou'?"),
+    "ReasonSeg/test/greedy/ciou": (SPLITS | {"reward.server": "none"}, SAM2),
+    "reward/mask_iou": (SPLITS | {"reward.server": "none"}, SAM2),
+}
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_a_best_that_would_never_be_measured_is_refused_at_the_start(config: Config, name: str) -> None:
+    changes, expected = MISTYPED[name]
+    config = configs.replace(config, **changes, **{"train.keep_best": name})
+    with pytest.raises(ConfigError) as error:
+        begin(config, resume=False, pod=ALONE)
+    assert str(error.value) == f"train.keep_best={name}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("", {}),
+        ("val/greedy/giou", {}),
+        ("val/sampled/ciou_low", {}),
+        ("ReasonSeg/test/greedy/n_acc", {}),
+        ("ReasonSeg-test/greedy/n_acc", {}),
+        ("val/greedy/box_accuracy", {"reward.server": "none"}),
+        ("reward/mean", {"data.eval_splits": []}),
+        ("reward/accuracy", {}),
+        ("reward/mask_iou", {}),
+        ("mask_iou/mean", {"reward.mask_iou_weight": 0.0}),
+        ("reward/mask_iou", {"reward.recipe": "sam_r1", "reward.mask_iou_weight": 0.0}),
+        ("reward/point_l1", {"reward.recipe": "seg_zero_soft", "reward.server": "none"}),
+        ("entropy", {}),
+        ("time/goodput", {}),
+    ],
+)
+def test_a_best_that_will_be_measured_is_taken(config: Config, name: str, changes: dict[str, Any]) -> None:
+    check_keep_best(configs.replace(config, **SPLITS | changes | {"train.keep_best": name}))

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from segzero_jax import config as configs
 from segzero_jax import job, train
 from segzero_jax.checkpoint import SaveError
+from segzero_jax.config import Config
 from segzero_jax.grpo import update
 from segzero_jax.hub import model_directory
 from segzero_jax.model.weights import load_hf
+from segzero_jax.record import metric_keys
+from segzero_jax.time_account import BESIDE
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]
@@ -21,6 +25,11 @@ SMALL += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def keys(row: dict) -> set[str]:
+    """Of a line, those that all lines have."""
+    return row.keys() - {"step", *(f"time/{name}" for name in BESIDE)}
 
 
 @pytest.mark.slow
@@ -35,6 +44,7 @@ def test_mesh_4x4_on_a_cpu_trains_against_sam_2(tmp_path: Path, data_dir: str) -
     metrics = lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]
     for row in metrics:
+        assert keys(row) == set(metric_keys(Config()))
         assert 0 <= row["reward/mask_iou"] <= 1
         assert row["missing_scores"] == 0
         assert row["kl"] >= 0
@@ -66,6 +76,8 @@ def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: 
     assert [timeless(row) for row in lines(parts / "metrics.jsonl")] == [
         timeless(row) for row in lines(whole / "metrics.jsonl")
     ]
+    alone = configs.replace(Config(), **{"reward.server": "none"})
+    assert [keys(row) for row in lines(parts / "metrics.jsonl")] == [set(metric_keys(alone))] * 4
     assert lines(parts / "rollouts" / "4.jsonl") == lines(whole / "rollouts" / "4.jsonl")
 
 
@@ -80,7 +92,9 @@ def test_without_kl_no_reference_is_read_and_the_page_is_written(
     assert read == [{}]
     rows = lines(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
-    assert all("kl" not in row and row["grad_norm"] > 0 for row in rows)
+    without = configs.replace(Config(), **{"reward.server": "none", "grpo.kl_coef": 0})
+    assert [keys(row) for row in rows] == [set(metric_keys(without))] * 2
+    assert all(row["grad_norm"] > 0 for row in rows)
     assert "KL to the reference" not in (tmp_path / "run/report.html").read_text()
 
 
