@@ -179,7 +179,7 @@ def test_a_mask_that_has_changed_is_another_source(
     Image.fromarray(~np.asarray(mask)).save(folder / changed, compress_level=0)
     assert (folder / changed).stat().st_size == size
     assert run(tmp_path, folder) == 2
-    assert "built already, from another source; --rebuild replaces it" in capsys.readouterr().err
+    assert "built already, from another source or by an older version; --rebuild" in capsys.readouterr().err
     old = list(opened(tmp_path))
     assert run(tmp_path, folder, "--rebuild") == 0
     new = list(opened(tmp_path))
