@@ -1,22 +1,33 @@
 """The evaluate command: every question counts, a run that was cut off goes on, checkpoints are chosen on validation."""
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from box_server import BoxServer, encoded, serving
 from PIL import Image
 from pycocotools import mask as coco
 
 from segzero_jax import config as configs
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.config import Config
 from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.evaluate import __main__ as command
 from segzero_jax.evaluate import evaluator, respondent
 from segzero_jax.evaluate.results import choose, is_validation
+from segzero_jax.grpo import TrainState
+from segzero_jax.identity import Identity
+from segzero_jax.mesh import make_mesh
+from segzero_jax.model import save_hf
 from segzero_jax.overlay import decode_mask
 from segzero_jax.report.gallery import choose_cases
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -168,6 +179,38 @@ def test_a_question_that_the_runs_recipe_cannot_compare_with_has_no_reward(
     assert policy["expression"] == other["expression"]
     rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
     assert [(row["reward"] is None, len(row["components"])) for row in rows] == [(False, 6), (False, 6), (True, 0)]
+
+
+def train_anew(run: Path, model: Path, seed: int) -> None:
+    """A run whose only step has weights of this seed; one that was there is gone."""
+    shutil.rmtree(run, ignore_errors=True)
+    with jax.set_mesh(make_mesh("1x1")):
+        policy = tiny.random_policy(seed=seed)
+        if not model.exists():
+            save_hf(policy, tiny.DIMS, model, carry_from="toy")
+            (model / "config.json").write_text(json.dumps(tiny.hf_config()))
+        config = configs.replace(Config(), **{"model.path": str(model), "rollout.max_response_tokens": 8})
+        with Checkpoints(run / "checkpoints") as checkpoints:
+            checkpoints.save(120, TrainState(policy, (), jnp.int32(120)), {}, config, Identity("", None))
+            checkpoints.wait()
+
+
+def test_other_weights_at_the_same_path_are_another_evaluation(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was deleted and trained again with another seed; and with the first one."""
+    del source[1:]
+    train_anew(tmp_path / "run", tmp_path / "model", 0)
+    arguments = ["--dataset=toy", f"--checkpoint={tmp_path}/run/checkpoints/120", f"--out={tmp_path}/out"]
+    assert command.main([*arguments, "--server=none", "--batch=1"]) == 0
+    answers = sorted((tmp_path / "out").rglob("samples.jsonl"))[0]
+    first = answers.read_bytes()
+    train_anew(tmp_path / "run", tmp_path / "model", 1)
+    assert command.main([*arguments, "--server=none", "--batch=1"]) == 2
+    assert re.search(r"holds another evaluation \(weights '\w{16}'; now '\w{16}'\)", capsys.readouterr().err)
+    assert answers.read_bytes() == first
+    train_anew(tmp_path / "run", tmp_path / "model", 0)
+    assert command.main([*arguments, "--server=none", "--batch=1"]) == 0
 
 
 def evaluated(checkpoint: str, split: str, giou: float | None, box: float = 0.0) -> dict[str, Any]:

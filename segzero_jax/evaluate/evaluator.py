@@ -13,6 +13,7 @@ from segzero_jax.evaluate.judging import Judge, OracleJudge, PolicyJudge
 from segzero_jax.evaluate.respondent import Respondent
 from segzero_jax.evaluate.results import result
 from segzero_jax.evaluate.work import ORACLE, EvaluateError, Task, work
+from segzero_jax.identity import fingerprint
 from segzero_jax.options import say
 from segzero_jax.reward_channel import Access
 from segzero_jax.reward_client import RewardClient
@@ -150,6 +151,8 @@ def _asked_how(loaded: Loaded) -> dict[str, Any]:
         "max_response_tokens": config.rollout.max_response_tokens,
         "compute_dtype": config.model.compute_dtype,
         "recipe": config.reward.recipe,
+        # A path is no policy: a run may be trained anew there, a directory exported anew, a hub id updated.
+        "weights": fingerprint(loaded.policy),
     }
 
 
