@@ -3,8 +3,10 @@
 import functools
 import json
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -12,6 +14,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _PREFIX = "segzero_reward"
+# A connection to the metrics page that says nothing for so long is closed.
+_SILENCE_S = 30.0
+# How long the page may take to end.
+_STOP_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -69,14 +76,28 @@ def expose(metrics: Metrics, host: str, port: int, tls: tuple[Path, Path] | None
     """
     certificate, key = (str(tls[0]), str(tls[1])) if tls else (None, None)
     address = host.strip("[]")
+    server: Any
     server, thread = start_http_server(port, address, metrics.registry, certfile=certificate, keyfile=key)
+    if tls:
+        # Else the one thread that takes connections shakes hands too, and whoever connects and is silent keeps it.
+        server.socket.do_handshake_on_connect = False
+    server.RequestHandlerClass = type("Handler", (server.RequestHandlerClass,), {"timeout": _SILENCE_S})
+    server.handle_error = _note_failed
 
     def stop() -> None:
-        server.shutdown()
+        # Waits until the thread that takes connections has looked up, which nothing here may wait for without end.
+        asking = threading.Thread(target=server.shutdown, daemon=True)
+        asking.start()
+        asking.join(_STOP_S)
         server.server_close()
-        thread.join()
+        thread.join(_STOP_S)
 
     return server.server_port, stop
+
+
+def _note_failed(request: object, peer: object) -> None:
+    """A connection that came to nothing, such as one in plain text to a page with TLS: nobody's fault here."""
+    _log.debug("metrics page: connection from %s", peer, exc_info=True)
 
 
 class JsonLines(logging.Formatter):

@@ -1,8 +1,13 @@
 """Who may call: TLS, client certificates, tokens, and addresses that are not listened on without them."""
 
 import re
+import socket
+import ssl
+import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -10,7 +15,7 @@ from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sam_calls import group_request
 
-from reward_server import reward_pb2, reward_pb2_grpc
+from reward_server import reward_pb2, reward_pb2_grpc, telemetry
 from reward_server.access import Access, AccessError, bracketed, read_token
 from reward_server.segmenter import Segmenter
 from reward_server.server import RewardServer, Settings
@@ -148,6 +153,43 @@ class TestMutualTls:
     ) -> None:
         assert refusal(secure(mutual_server, ours)) is grpc.StatusCode.UNAVAILABLE
         assert refusal(secure(mutual_server, ours, client=theirs)) is grpc.StatusCode.UNAVAILABLE
+
+
+class TestMetricsPage:
+    def test_a_silent_connection_keeps_neither_the_page_nor_the_server(
+        self, ours: Authority, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Somebody connects to a page with TLS and says nothing, somebody else speaks plain text."""
+        server = RewardServer(Settings(access=Access(tls_cert=ours.cert, tls_key=ours.key), metrics_port=0))
+        host, port = server.metrics_address.split(":")
+        trusts = ssl.create_default_context(cafile=str(ours.ca))
+        with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))) as plain:
+            plain.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            url = f"https://localhost:{port}/metrics"
+            with urllib.request.urlopen(url, timeout=PATIENCE_S, context=trusts) as page:
+                assert b"segzero_reward_requests_total" in page.read()
+            stopping = threading.Thread(target=server.stop, daemon=True)
+            stopping.start()
+            stopping.join(PATIENCE_S)
+            assert not stopping.is_alive()
+        assert capsys.readouterr().err == ""
+
+    def test_one_that_hangs_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        closed, forever = threading.Event(), threading.Event()
+        hangs = SimpleNamespace(
+            shutdown=forever.wait, server_close=closed.set, server_port=1, RequestHandlerClass=object, socket=None
+        )
+        thread = threading.Thread(target=forever.wait, daemon=True)
+        thread.start()
+        monkeypatch.setattr(telemetry, "start_http_server", lambda *_, **__: (hangs, thread))
+        monkeypatch.setattr(telemetry, "_STOP_S", 0.1)
+        _, stop = telemetry.expose(telemetry.Metrics(), "127.0.0.1", 0, None)
+        stopping = threading.Thread(target=stop, daemon=True)
+        stopping.start()
+        stopping.join(PATIENCE_S)
+        assert closed.is_set()
+        assert not stopping.is_alive()
+        forever.set()
 
 
 @pytest.mark.parametrize(
