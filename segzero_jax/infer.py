@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"policy: {name}" + ("" if args.checkpoint else " (the default: runs/toy once it has a checkpoint, else toy)"))
     with jax.set_mesh(make_mesh(args.mesh)):
         loaded = load(name, args.image_size, args.prompt)
-        with Segmenter(args.server, access, lambda: args.sam or default_sam(loaded.config)) as segmenter:
+        with Segmenter(args.server, access, lambda: args.sam or default_sam(loaded.config), say) as segmenter:
             if args.demo:
                 from segzero_jax.demo import serve  # Gradio is an extra
 

@@ -47,6 +47,7 @@ _HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
 _POLL_S = 0.2
 # For the question how a server is: long enough for a busy one, short enough to ask several.
 _PROBE_S = 5.0
+_INFO_S = 15.0
 # How often a wait without answers looks around, and the least pause before a call is sent again.
 _TICK_S = 1.0
 _PLAIN = Access()
@@ -180,6 +181,7 @@ class RewardClient:
         self._channel = open_channel(targets, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         self._model: tuple[str, str] | None = None
+        self._met = ""
         self._pinning = threading.Lock()
 
     def __enter__(self) -> "RewardClient":
@@ -202,12 +204,15 @@ class RewardClient:
         """Ends the connection; calls on their way are cancelled."""
         self._channel.close()
 
-    def wait_until_serving(self, timeout_s: float, say: Callable[[str], None] | None = None) -> list[ServerInfo]:
+    def wait_until_serving(
+        self, timeout_s: float, say: Callable[[str], None] | None = None, everyone: bool = True
+    ) -> list[ServerInfo]:
         """Waits until every server has loaded its model, or the time is over: one that serves is enough then.
 
         Args:
           timeout_s: patience.
           say: is told whom this waits for, and who is missing in the end.
+          everyone: one that serves is enough at once, without it.
 
         Returns:
           What those that serve say of themselves.
@@ -229,7 +234,7 @@ class RewardClient:
                         away[address] = str(error)
             _check_same_model(infos)
             waited_s = time.monotonic() - start
-            if not away or waited_s >= timeout_s:
+            if not away or waited_s >= timeout_s or (infos and not everyone):
                 break
             if say is not None and not told and waited_s >= _PROBE_S:
                 told = True
@@ -243,13 +248,16 @@ class RewardClient:
         self._check_model(served[0].checkpoint_sha256, served[0].dtype)
         return served
 
-    def info(self) -> ServerInfo:
-        """What the first server that is there says of itself, its model loaded or not. Raises RewardServerError."""
-        for address in self._addresses:
+    def info(self, loaded: bool = False) -> ServerInfo:
+        """What a server that is there says of itself; with ``loaded``, one that serves. Raises RewardServerError."""
+        for address in sorted(self._addresses, key=lambda one: one != self._met):  # the last one to answer first
             try:
-                return self._ask(address, self.timeout_s, loaded=False)
+                info = self._ask(address, min(self.timeout_s, _INFO_S), loaded)
             except RewardServiceAway as error:
                 last = error
+            else:
+                self._met = address
+                return info
         raise last
 
     def state(self, failures: Iterable[str] = ()) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from segzero_jax.local_server import local_server
-from segzero_jax.reward_channel import Access, RewardServerError
+from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.types import Frame, ObjectPrompt, RleMask
 
@@ -53,39 +53,43 @@ def connected(
     server: str,
     access: Access,
     sam: str,
+    say: Callable[[str], None],
     advice: str = "try again, a smaller --sam, or --server=none for an answer without a mask",
     threads: int = 0,
 ) -> Iterator[RewardClient]:
-    """A client of the server that ``--server`` means, "local" or addresses.
+    """A client of the server that ``--server`` means, "local" or addresses, once it, or one of several, serves.
 
     A local one is started and stopped; its log is kept if it fails.
 
     Args:
       sam: what a local server loads.
+      say: is told whom this waits for.
       advice: what the user can do if a local one dies.
       threads: CPU threads of a local one; 0 leaves it to PyTorch.
     """
+    local = server == "local"
     with contextlib.ExitStack() as stack:
-        if server != "local":
-            yield stack.enter_context(RewardClient(server, _ANSWER_S, access=access))
-            return
-        folder = Path(tempfile.mkdtemp(prefix="segzero_sam_"))
-        log = folder / "reward_server.log"
-        served = local_server(sam, log, threads=threads, startup_timeout_s=STARTUP_S, if_it_dies=advice)
-        address = stack.enter_context(served)
-        yield stack.enter_context(RewardClient(address, _ANSWER_S, wait_for_ready=False))
-    shutil.rmtree(folder)
+        if local:
+            folder = Path(tempfile.mkdtemp(prefix="segzero_sam_"))
+            log = folder / "reward_server.log"
+            served = local_server(sam, log, threads=threads, startup_timeout_s=STARTUP_S, if_it_dies=advice)
+            server, access = stack.enter_context(served), Access()
+        client = stack.enter_context(RewardClient(server, _ANSWER_S, wait_for_ready=not local, access=access))
+        client.wait_until_serving(_HELLO_S if local else STARTUP_S, say, everyone=False)
+        yield client
+    if local:
+        shutil.rmtree(folder)
 
 
 class Segmenter:
     """Asks the server that ``--server`` means, which is connected to, or started, when it is first needed.
 
-    Use it as a context manager.
+    A local one that has died is started again for the next answer. Use it as a context manager.
     """
 
-    def __init__(self, server: str, access: Access, sam: Callable[[], str]) -> None:
-        """Nothing is started yet; ``sam`` says what a local server loads. See ``connected``."""
-        self._server, self._access, self._sam = server, access, sam
+    def __init__(self, server: str, access: Access, sam: Callable[[], str], say: Callable[[str], None]) -> None:
+        """Nothing is started yet; ``sam`` says what a local server loads, ``say`` whom this waits for."""
+        self._server, self._access, self._sam, self._say = server, access, sam, say
         self._stack = contextlib.ExitStack()
         self._client: RewardClient | None = None
 
@@ -101,8 +105,14 @@ class Segmenter:
         if self._server == "none":
             return Found(None)
         if self._client is None:
-            self._client = self._stack.enter_context(connected(self._server, self._access, self._sam()))
-        return segment(self._client, name, as_seen(stored, upright), Frame(*upright.size), objects)
+            self._client = self._stack.enter_context(connected(self._server, self._access, self._sam(), self._say))
+        try:
+            return segment(self._client, name, as_seen(stored, upright), Frame(*upright.size), objects)
+        except RewardServiceAway as error:
+            if self._server == "local":
+                self._client = None
+                self._stack.__exit__(type(error), error, error.__traceback__)  # raises how it died
+            raise
 
 
 def as_seen(data: bytes, upright: Image.Image) -> bytes:
@@ -127,16 +137,17 @@ def segment(client: RewardClient, name: str, image: bytes, frame: Frame, objects
     """SAM 2's mask for an answer's objects.
 
     Args:
-      client: of a server, waited for until it serves.
+      client: of a server that serves, or of several.
       name: of the picture, for messages.
       image: as the server shall see it; ``frame`` is its size.
       objects: in pixels of ``frame``.
 
     Raises:
       PictureTooLarge: for this server.
-      RewardServerError: the server went away, speaks another version, or answers nonsense.
+      RewardServiceAway: no server serves now, or it took too long.
+      RewardServerError: it speaks another version, or answers nonsense.
     """
-    info = client.wait_until_serving(STARTUP_S)[0]
+    info = client.info(loaded=True)
     if len(image) > info.max_image_bytes or frame.width * frame.height > info.max_image_pixels:
         raise PictureTooLarge(
             f"{name}: {frame.width}x{frame.height} pixels in {len(image)} bytes, the reward server takes at most "

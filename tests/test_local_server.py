@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from segzero_jax import segmenting
 from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.local_server import local_server
-from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.reward_messages import ScoreRequest
 from segzero_jax.types import Frame, ObjectPrompt
@@ -164,3 +165,24 @@ def test_command_refuses_in_one_line(arguments: list[str], reason: str) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(reason)
     assert "Traceback" not in done.stderr
+
+
+def test_whoever_asks_for_masks_is_told_how_it_died_and_gets_another(
+    children: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not after the patience that a server has for its start."""
+    monkeypatch.setattr(segmenting, "STARTUP_S", STARTUP_S)
+    asked = request()
+    picture = Image.open(io.BytesIO(asked.image))
+    said: list[str] = []
+    with segmenting.Segmenter("local", Access(), lambda: "toy", said.append) as segmenter:
+        assert segmenter("it", asked.image, picture, asked.candidates[0]).mask
+        children[0].kill()
+        children[0].wait()
+        start = time.monotonic()
+        with pytest.raises(RewardServiceAway, match=r"local reward server died \(SIGKILL; .*--server=none"):
+            segmenter("it", asked.image, picture, asked.candidates[0])
+        assert time.monotonic() - start < 30
+        assert segmenter("it", asked.image, picture, asked.candidates[0]).mask
+    assert [child.returncode for child in children] == [-9, 0]
+    assert said == []

@@ -18,7 +18,7 @@ from segzero_jax.options import say
 from segzero_jax.reward_channel import Access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.scoring import Scorer
-from segzero_jax.segmenting import STARTUP_S, connected
+from segzero_jax.segmenting import connected
 from segzero_jax.types import Frame
 
 _SHOWN_NUMBERS = (("giou", "gIoU"), ("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("n_acc", "N-acc."))
@@ -136,9 +136,9 @@ class Evaluator:
             return None, "none"
         if self._sam is None:
             advice = "run the same command again, perhaps with a smaller --sam: it goes on where it was"
-            served = connected(how.server, how.access, how.sam or default_sam(config), advice, threads=1)
+            served = connected(how.server, how.access, how.sam or default_sam(config), say, advice, threads=1)
             client = self._stack.enter_context(served)
-            info = client.wait_until_serving(STARTUP_S)[0]
+            info = client.info(loaded=True)
             self._sam = client, f"{info.model} {info.checkpoint_sha256[:16]} {info.dtype}"
         return self._sam
 
