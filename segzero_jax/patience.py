@@ -59,6 +59,7 @@ class Patience:
         pod: Pod = ALONE,
         clock: Callable[[], float] = time.monotonic,
         count: Callable[[float], None] = lambda seconds: None,
+        advice: str = "--resume repeats this step once it is back",
     ) -> None:
         """Nothing is waited for yet.
 
@@ -70,6 +71,7 @@ class Patience:
           pod: the hosts that wait together.
           clock: seconds.
           count: is told of all seconds that passed in silence, as they pass.
+          advice: what the user can do after the end of all patience.
         """
         self._reward = reward
         self._say = say
@@ -78,6 +80,7 @@ class Patience:
         self._pod = pod
         self._clock = clock
         self._count = count
+        self._advice = advice
         self._counted_s = 0.0
         self._since: float | None = None
         self._spoke_s: float | None = None
@@ -121,9 +124,7 @@ class Patience:
         self._counted_s = silent_s
         line, gave_up = "", ""
         if silent_s >= self._reward.patience_s:
-            gave_up = (
-                f"no scores for {duration(silent_s)}: {why()}: gave up, --resume repeats this step once it is back"
-            )
+            gave_up = f"no scores for {duration(silent_s)}: {why()}: gave up, {self._advice}"
         elif self._word_due(silent_s):
             began = datetime.fromtimestamp(time.time() - silent_s).strftime("%H:%M:%S")
             line = f"waiting for scores since {began}: {why()}"

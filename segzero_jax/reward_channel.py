@@ -152,11 +152,16 @@ def open_probe(address: str, access: Access) -> grpc.Channel:
     return _channel(address, access, _ONE_TRY)
 
 
-def explained(targets: str, error: grpc.RpcError, timeout_s: float, access: Access) -> RewardServerError:
-    """A failed call in one line: RewardServiceAway where asking again may help."""
+def explained(targets: str, error: grpc.RpcError, late: str, access: Access) -> RewardServerError:
+    """A failed call in one line, ``late`` for one that took too long: RewardServiceAway where asking again may help."""
     code = error.code()
-    line = f"reward server {targets}: {_reason(code, _details(error), timeout_s, access)}"
+    line = f"reward server {targets}: {_reason(code, _details(error), late, access)}"
     return RewardServerError(line) if code in _FINAL else RewardServiceAway(line)
+
+
+def no_answer(timeout_s: float, advice: str) -> str:
+    """What is said of a call that took too long, with what the caller's user can do."""
+    return f"no answer within {timeout_s:g} s: is `python -m reward_server` running there? else {advice}"
 
 
 def misconfigured(error: grpc.RpcError) -> bool:
@@ -164,7 +169,7 @@ def misconfigured(error: grpc.RpcError) -> bool:
     return error.code() in _FINAL or _REFUSED in _details(error) or "Verification" in _details(error)
 
 
-def _reason(code: grpc.StatusCode, details: str, timeout_s: float, access: Access) -> str:
+def _reason(code: grpc.StatusCode, details: str, late: str, access: Access) -> str:
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return (
             f"does not speak {SERVICE.rpartition('.')[0]}, which this client does: run the same release on both sides"
@@ -175,9 +180,7 @@ def _reason(code: grpc.StatusCode, details: str, timeout_s: float, access: Acces
     if code == grpc.StatusCode.UNAVAILABLE:
         return f"unreachable ({details}): {_advice(details, access)}"
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return (
-            f"no answer within {timeout_s:g} s: is `python -m reward_server` running there? else raise reward.timeout_s"
-        )
+        return late
     return f"{code.name}: {details}: look at its log"
 
 

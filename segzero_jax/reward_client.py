@@ -7,43 +7,37 @@ they could not take and gives up at the deadline; whoever has patience then asks
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from reward_server import reward_pb2, reward_pb2_grpc
 from segzero_jax.reward_channel import (
     MESSAGE_BYTES,
-    SERVICE,
     Access,
     RewardServerError,
     RewardServiceAway,
     addresses,
     explained,
-    misconfigured,
+    no_answer,
     open_channel,
-    open_probe,
 )
 from segzero_jax.reward_messages import (
     CandidateScore,
     ScoreRequest,
     Segmentation,
     ServerInfo,
-    info_from,
     refusal,
     score_from,
     score_request,
     segment_request,
     segmentation_from,
 )
+from segzero_jax.reward_probe import check_same_model, probe
 from segzero_jax.types import Frame, ObjectPrompt
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_INFO = reward_pb2.GetInfoRequest()
-_HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
 _POLL_S = 0.2
 # For the question how a server is: long enough for a busy one, short enough to ask several.
 _PROBE_S = 5.0
@@ -160,7 +154,14 @@ class PendingScores:
 class RewardClient:
     """A connection to one or several reward servers, made when first needed. Thread-safe; use as a context manager."""
 
-    def __init__(self, targets: str, timeout_s: float, wait_for_ready: bool = True, access: Access = _PLAIN) -> None:
+    def __init__(
+        self,
+        targets: str,
+        timeout_s: float,
+        wait_for_ready: bool = True,
+        access: Access = _PLAIN,
+        if_late: str = "raise reward.timeout_s",
+    ) -> None:
         """Does not connect yet.
 
         Args:
@@ -169,6 +170,7 @@ class RewardClient:
           wait_for_ready: an unreachable server is waited for until the deadline (it may be restarting); without it,
             calls fail after a few seconds of retries, which is right for a child process that cannot come back.
           access: certificates and token.
+          if_late: what the user can do about a server that takes longer than ``timeout_s``.
 
         Raises:
           RewardServerError: a target is not host:port or, where several are given, its name does not resolve.
@@ -178,6 +180,7 @@ class RewardClient:
         self._addresses = addresses(targets)
         self._wait_for_ready = wait_for_ready
         self._access = access
+        self._if_late = if_late
         self._channel = open_channel(targets, access)
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         self._model: tuple[str, str] | None = None
@@ -229,10 +232,10 @@ class RewardClient:
             for address in self._addresses:
                 if address not in infos:
                     try:
-                        infos[address] = self._ask(address, _PROBE_S)
+                        infos[address] = probe(address, self._access, _PROBE_S)
                     except RewardServiceAway as error:
                         away[address] = str(error)
-            _check_same_model(infos)
+            check_same_model(infos)
             waited_s = time.monotonic() - start
             if not away or waited_s >= timeout_s or (infos and not everyone):
                 break
@@ -252,7 +255,7 @@ class RewardClient:
         """What a server that is there says of itself; with ``loaded``, one that serves. Raises RewardServerError."""
         for address in sorted(self._addresses, key=lambda one: one != self._met):  # the last one to answer first
             try:
-                info = self._ask(address, min(self.timeout_s, _INFO_S), loaded)
+                info = probe(address, self._access, min(self.timeout_s, _INFO_S), loaded)
             except RewardServiceAway as error:
                 last = error
             else:
@@ -269,7 +272,7 @@ class RewardClient:
         states, serves = [], False
         for address in self._addresses:
             try:
-                self._ask(address, _PROBE_S)
+                probe(address, self._access, _PROBE_S)
                 states.append(f"reward server {address}: serves")
                 serves = True
             except RewardServerError as error:
@@ -314,7 +317,7 @@ class RewardClient:
         return not self._wait_for_ready and call.code() == grpc.StatusCode.UNAVAILABLE
 
     def _explained(self, error: grpc.RpcError) -> RewardServerError:
-        return explained(self._targets, error, self.timeout_s, self._access)
+        return explained(self._targets, error, no_answer(self.timeout_s, self._if_late), self._access)
 
     def _check_answer(self, request: Any, response: Any) -> None:
         asked, answered = len(request.candidates), len(response.candidates)
@@ -340,27 +343,6 @@ class RewardClient:
                 f"came from {before}: serve that one again, or start a new run"
             )
 
-    def _ask(self, address: str, timeout_s: float, loaded: bool = True) -> ServerInfo:
-        """Asks one server what it is.
-
-        Raises:
-          RewardServiceAway: it is out of reach or, with ``loaded``, does not serve yet.
-          RewardServerError: it is another version, or its certificate or token does not match.
-        """
-        with open_probe(address, self._access) as channel:
-            try:
-                # The version first: a server of another one may well know no service of this name.
-                response = reward_pb2_grpc.RewardServiceStub(channel).GetInfo(_INFO, timeout=timeout_s)
-                info = _checked_info(address, response)
-                if loaded:
-                    status = health_pb2_grpc.HealthStub(channel).Check(_HEALTH, timeout=timeout_s).status
-            except grpc.RpcError as error:
-                problem = explained(address, error, timeout_s, self._access)
-                raise (RewardServerError(str(problem)) if misconfigured(error) else problem) from None
-        if loaded and status != _SERVING:
-            raise RewardServiceAway(f"reward server {address}: not serving, its model may be loading: look at its log")
-        return info
-
 
 def _too_large(request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest) -> str:
     size = request.ByteSize()
@@ -369,21 +351,3 @@ def _too_large(request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest) -> 
 
 def _short(sha256: str) -> str:
     return sha256[:12] or "(unnamed)"
-
-
-def _checked_info(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
-    if response.api_version != reward_pb2.API_VERSION_CURRENT:
-        raise RewardServerError(
-            f"reward server {address}: speaks API version {response.api_version}, this client speaks "
-            f"{reward_pb2.API_VERSION_CURRENT}: run the same release on both sides"
-        )
-    return info_from(address, response)
-
-
-def _check_same_model(infos: Mapping[str, ServerInfo]) -> None:
-    """Scores of different models must not meet in one group of advantages."""
-    models: dict[tuple[str, str], str] = {}
-    for address, info in infos.items():
-        models.setdefault((info.checkpoint_sha256, info.dtype), f"{info.model} in {info.dtype} at {address}")
-    if len(models) > 1:
-        raise RewardServerError(f"reward servers differ: {', '.join(models.values())}: expected one model")

@@ -74,7 +74,8 @@ def connected(
             log = folder / "reward_server.log"
             served = local_server(sam, log, threads=threads, startup_timeout_s=STARTUP_S, if_it_dies=advice)
             server, access = stack.enter_context(served), Access()
-        client = stack.enter_context(RewardClient(server, _ANSWER_S, wait_for_ready=not local, access=access))
+        late = "choose a smaller --sam" if local else "look at its log"
+        client = stack.enter_context(RewardClient(server, _ANSWER_S, not local, access, late))
         client.wait_until_serving(_HELLO_S if local else STARTUP_S, say, everyone=False)
         yield client
     if local:

@@ -1,13 +1,17 @@
 """The evaluate command: every question counts, a run that was cut off goes on, checkpoints are chosen on validation."""
 
+import contextlib
 import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +21,9 @@ from box_server import BoxServer, encoded, serving
 from PIL import Image
 from pycocotools import mask as coco
 
+from reward_server import reward_pb2
 from segzero_jax import config as configs
+from segzero_jax import segmenting
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
 from segzero_jax.data.scenes import make_example_scene
@@ -179,6 +185,74 @@ def test_a_question_that_the_runs_recipe_cannot_compare_with_has_no_reward(
     assert policy["expression"] == other["expression"]
     rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
     assert [(row["reward"] is None, len(row["components"])) for row in rows] == [(False, 6), (False, 6), (True, 0)]
+
+
+class Slow(BoxServer):
+    """Answers one call after another, with as many seconds for each as it is told; a call that ended it leaves."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.alone, self.late = seconds, threading.Lock(), 0
+
+    def Score(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> reward_pb2.ScoreResponse:
+        with self.alone:
+            if not context.is_active():
+                self.late += 1
+                context.abort(grpc.StatusCode.CANCELLED, "nobody waits")
+            time.sleep(self.seconds)
+            return super().Score(request, context)
+
+
+def test_a_sam_that_takes_longer_than_a_call_may_is_asked_again(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine without a GPU, where one batch takes longer than the time of a call."""
+    monkeypatch.setattr(segmenting, "_ANSWER_S", 1.0)
+    server, asked = Slow(0.4), Source(example(0) for _ in range(8))
+    monkeypatch.setattr(evaluator, "open_split", lambda *_: asked)
+    with serving(server) as address:
+        arguments = ["--dataset=toy", "--checkpoint=toy", f"--out={tmp_path}", f"--server={address}", "--oracle"]
+        assert command.main(arguments) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["evaluations"]
+    assert [one["expression"]["count"] for one in found] == [8, 8]
+    assert found[1]["expression"]["giou"] > 0.4
+    assert server.late > 0
+
+
+def test_a_sam_that_is_silent_is_given_up(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del source[1:]
+    monkeypatch.setattr(segmenting, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(evaluator, "_PATIENCE_S", 2.0)
+    with serving(Slow(5)) as address:
+        arguments = ["--dataset=toy", "--checkpoint=toy", f"--out={tmp_path}", f"--server={address}"]
+        assert command.main(arguments) == 3
+    printed = capsys.readouterr()
+    assert "waiting for scores since" in printed.out
+    assert printed.err.count("\n") == 1
+    assert re.search(
+        r"no scores for \d s: .*: serves; .*no answer within 0.5 s.* the same command goes on", printed.err
+    )
+    assert "reward.timeout_s" not in printed.err
+
+
+@pytest.mark.parametrize(("sam", "threads"), [("toy", 1), ("facebook/sam2.1-hiera-large", 0)])
+def test_only_the_toy_sam_is_held_to_one_thread(
+    sam: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    @contextlib.contextmanager
+    def local(model: str, log: Path, **options: Any) -> Iterator[str]:
+        told.append((model, options["threads"]))
+        with serving(BoxServer()) as found:
+            yield found
+
+    monkeypatch.setattr(segmenting, "local_server", local)
+    with evaluator.Evaluator(evaluator.How(sam=sam), tmp_path) as made:
+        made.oracle([])
+    assert told == [(sam, threads)]
 
 
 def train_anew(run: Path, model: Path, seed: int) -> None:

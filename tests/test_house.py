@@ -23,7 +23,8 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 ORDER = (
     *("config", "terminal"),
     *("hub", "mesh", "pods", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
-    *("rollout", "rewards", "reward_channel", "reward_messages", "reward_client", "local_server", "reward_service"),
+    *("rollout", "rewards", "reward_channel", "reward_messages", "reward_probe", "reward_client"),
+    *("local_server", "reward_service"),
     *("grpo", "identity", "manifest", "checkpoint", "keeper", "preemption", "tensorboard", "metrics", "time_account"),
     *("profiling", "watch", "patience", "overlay", "report", "scoring", "evaluation", "record", "asking"),
     *("segmenting", "options", "answering", "job", "run_dir", "train", "demo", "infer", "evaluate", "rescore"),

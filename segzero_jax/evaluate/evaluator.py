@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segzero_jax.asking import Loaded, default_sam, load
-from segzero_jax.config import Config
+from segzero_jax.config import Config, RewardConfig
 from segzero_jax.data.pipeline import Source, open_split
 from segzero_jax.evaluate.judging import Judge, OracleJudge, PolicyJudge
 from segzero_jax.evaluate.respondent import Respondent
@@ -15,12 +15,15 @@ from segzero_jax.evaluate.results import result
 from segzero_jax.evaluate.work import ORACLE, EvaluateError, Task, work
 from segzero_jax.identity import fingerprint
 from segzero_jax.options import say
+from segzero_jax.patience import Patience
 from segzero_jax.reward_channel import Access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.scoring import Scorer
 from segzero_jax.segmenting import connected
 from segzero_jax.types import Frame
 
+# SAM 2 may take minutes for a batch where it has no GPU; a silence of so long means that it does not come back.
+_PATIENCE_S = 1800.0
 _SHOWN_NUMBERS = (("giou", "gIoU"), ("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("n_acc", "N-acc."))
 
 
@@ -80,6 +83,8 @@ class Evaluator:
         self._how, self._out = how, out
         self._stack = contextlib.ExitStack()
         self._sam: tuple[RewardClient, str] | None = None
+        waits = RewardConfig(checkpoint_after_s=_PATIENCE_S, patience_s=_PATIENCE_S)
+        self._patience = Patience(waits, say, lambda: False, advice="the same command goes on once it is back")
         self.recipe = Config().reward.recipe
         self.results: list[dict[str, Any]] = []
         self.rows: list[list[dict[str, Any]]] = []
@@ -101,7 +106,9 @@ class Evaluator:
         client, sam = self._segmenter(config)
         respondent = Respondent(loaded, how.batch, how.samples, how.seed)
         frame = Frame(config.data.image_size, config.data.image_size)
-        judge = PolicyJudge(respondent, Scorer(config.reward, frame, client), frame, config.reward.recipe)
+        judge = PolicyJudge(
+            respondent, Scorer(config.reward, frame, client), frame, config.reward.recipe, self._patience
+        )
         options = self._options(sam) | _asked_how(loaded) | {"seed": how.seed if how.samples else 0}
         self.recipe = config.reward.recipe
         for questions in sets:
@@ -112,7 +119,7 @@ class Evaluator:
         client, sam = self._segmenter(Config())
         assert client is not None, "checked with the options"
         for questions in sets:
-            self._one(questions, ORACLE, 0, self._options(sam), OracleJudge(client))
+            self._one(questions, ORACLE, 0, self._options(sam), OracleJudge(client, self._patience))
 
     def _one(self, questions: Questions, checkpoint: str, samples: int, options: dict[str, Any], judge: Judge) -> None:
         dataset, split, source = questions.dataset, questions.split, questions.source
@@ -136,7 +143,9 @@ class Evaluator:
             return None, "none"
         if self._sam is None:
             advice = "run the same command again, perhaps with a smaller --sam: it goes on where it was"
-            served = connected(how.server, how.access, how.sam or default_sam(config), say, advice, threads=1)
+            sam = how.sam or default_sam(config)
+            # The toy is done sooner than threads have found each other; any other model needs all there are.
+            served = connected(how.server, how.access, sam, say, advice, threads=1 if sam == "toy" else 0)
             client = self._stack.enter_context(served)
             info = client.info(loaded=True)
             self._sam = client, f"{info.model} {info.checkpoint_sha256[:16]} {info.dtype}"

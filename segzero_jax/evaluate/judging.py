@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from segzero_jax.evaluate.respondent import Reply, Respondent
 from segzero_jax.evaluation import Response, read_response, rewarded, sample_row
+from segzero_jax.patience import Patience
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.reward_messages import ScoreRequest
 from segzero_jax.scoring import Scorer, solution
@@ -23,16 +24,17 @@ class Judge(Protocol):
 class PolicyJudge:
     """A policy's answers."""
 
-    def __init__(self, respondent: Respondent, scorer: Scorer, frame: Frame, recipe: str) -> None:
-        """``frame`` is what the policy answers in; ``recipe`` is that of the rewards."""
+    def __init__(self, respondent: Respondent, scorer: Scorer, frame: Frame, recipe: str, patience: Patience) -> None:
+        """``frame`` is what the policy answers in; ``recipe`` is that of the rewards; ``patience`` that with SAM 2."""
         self._respondent, self._scorer, self._frame, self._recipe = respondent, scorer, frame, recipe
+        self._patience = patience
 
     def __call__(self, examples: Sequence[Example], start: int) -> Pending:
         replies = self._respondent(examples, start)
         pending = self._scorer.send(examples, [reply.texts for reply in replies], masks=len(examples))
 
         def rows() -> list[dict[str, Any]]:
-            scored = pending.result()
+            scored = pending.result(self._patience)
             found = []
             for q, (example, reply) in enumerate(zip(examples, replies, strict=True)):
                 target = solution(example, self._frame, self._recipe)
@@ -54,8 +56,8 @@ class PolicyJudge:
 class OracleJudge:
     """The target boxes and points in place of an answer: what the same SAM 2 makes of a perfect policy."""
 
-    def __init__(self, client: RewardClient) -> None:
-        self._client = client
+    def __init__(self, client: RewardClient, patience: Patience) -> None:
+        self._client, self._patience = client, patience
 
     def __call__(self, examples: Sequence[Example], start: int) -> Pending:
         requests = [
@@ -71,7 +73,7 @@ class OracleJudge:
         pending = self._client.score(requests, len(requests))
 
         def rows() -> list[dict[str, Any]]:
-            groups = zip(examples, pending.result(), strict=True)
+            groups = zip(examples, pending.result(self._patience), strict=True)
             return [
                 {"index": start + q, "sample": 0} | sample_row(example, Response("", example.objects), score, "")
                 for q, (example, (score,)) in enumerate(groups)
