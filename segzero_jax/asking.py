@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import load_policy, locate
+from segzero_jax.checkpoint import complete_steps, load_policy, locate
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint, model_directory
@@ -67,8 +67,8 @@ def find_checkpoints(given: Sequence[str | None]) -> list[str]:
     """What several ``--checkpoint`` mean: as ``find_checkpoint``, and ``RUN/checkpoints`` stands for all its steps."""
     found: list[str] = []
     for text in given:
-        folder = Path(text or "").expanduser()
-        steps = _steps(folder) if folder.name == "checkpoints" else []
+        folder = epath.Path(text or "").expanduser()
+        steps = complete_steps(folder) if folder.name == "checkpoints" else []
         found += [str(folder / str(step)) for step in steps] or [find_checkpoint(text)]
     return list(dict.fromkeys(found))
 
@@ -85,13 +85,8 @@ def _newest(run: str | Path) -> str | None:
     if located is None or located[1] is not None:
         return None
     directory, _ = located
-    steps = _steps(directory)
+    steps = complete_steps(directory)
     return str(directory / str(steps[-1])) if steps else None
-
-
-def _steps(checkpoints: Path | epath.Path) -> list[int]:
-    # Orbax names a checkpoint by its step alone only once it is complete.
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
 def load(name: str, image_size: int | None = None, prompt: str | None = None) -> Loaded:

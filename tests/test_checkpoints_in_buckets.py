@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
-from segzero_jax import checkpoint, manifest
+from segzero_jax import asking, checkpoint, manifest
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints, SaveError, StorageError, complete_steps, locate
 from segzero_jax.config import Config
@@ -82,6 +82,26 @@ def test_a_later_one_that_was_not_committed_is_passed_over(config: Config, bucke
     with Checkpoints(bucket) as checkpoints:
         restored = checkpoints.restore(1, state(0), config, IDENTITY)
         np.testing.assert_array_equal(restored.state.policy["w"], np.ones(3))  # type: ignore[index]
+
+
+def test_whoever_asks_a_run_is_given_what_was_committed(
+    config: Config, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(config.run.dir)
+    run.mkdir()
+    (run / "config.yaml").write_text(configs.to_yaml(config))
+    with Checkpoints(bucket) as checkpoints:
+        save(checkpoints, 1, config)
+    killed_before_the_commit(config, 2)
+    assert asking.find_checkpoint(str(run)) == f"{bucket}/1"
+    named = tmp_path / "checkpoints"
+    bucket.rename(named)
+    assert asking.find_checkpoints([str(named)]) == [f"{named}/1"]
+    monkeypatch.setattr(asking, "complete_steps", {epath.Path("gs://bucket/run/checkpoints"): [1, 3]}.__getitem__)
+    assert asking.find_checkpoints(["gs://bucket/run/checkpoints"]) == [
+        "gs://bucket/run/checkpoints/1",
+        "gs://bucket/run/checkpoints/3",
+    ]
 
 
 @pytest.mark.parametrize("place", ["finalize", "save"])

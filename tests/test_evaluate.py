@@ -332,7 +332,7 @@ def test_only_the_chosen_checkpoint_sees_the_other_splits(
     monkeypatch.setattr(command, "_shown", lambda *_: [])
     (tmp_path / "out").mkdir()
     for step in (1, 2, 3):
-        (tmp_path / "run/checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / "run/checkpoints" / str(step) / "manifest").mkdir(parents=True)
     every = f"{tmp_path}/run/checkpoints"
     arguments = ["--dataset", "d/test", "d/val", "--checkpoint", every, f"--out={tmp_path}/out", "--server=none"]
     assert command.main(arguments) == 0

@@ -268,12 +268,11 @@ def test_the_newest_checkpoint_of_the_toy_run_is_the_default(
     assert asking.find_checkpoint("runs/toy/checkpoints/9") == "runs/toy/checkpoints/9"
 
     Path("runs/toy/checkpoints/11").mkdir()
-    refused(capsys, ["--image", "scene.png", "--query", "x", "--out", "new"], "runs/toy/checkpoints/11")
-    refused(
-        capsys,
-        ["--image", "scene.png", "--query", "x", "--out", "new", "--checkpoint", "runs/toy/checkpoints/8"],
-        "runs/toy/checkpoints/8: no complete checkpoint there",
-    )
+    assert asking.find_checkpoint(None) == "runs/toy/checkpoints/10", "nothing was saved as step 11"
+    for step, why in ((8, ": no complete checkpoint there"), (11, "")):
+        asked = f"runs/toy/checkpoints/{step}"
+        arguments = ["--image", "scene.png", "--query", "x", "--out", "new", "--checkpoint", asked]
+        refused(capsys, arguments, asked + why)
 
 
 def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path) -> None:
