@@ -1,7 +1,8 @@
 """The client of the SAM 2 reward service: calls leave at once, answers are collected later.
 
-One call carries one image and all its candidates. gRPC itself spreads calls over the servers that serve, retries what
-they could not take and gives up at the deadline; whoever has patience then asks again.
+One call carries one image and all its candidates, or as many as a server takes at once. gRPC itself spreads calls over
+the servers that serve, retries what they could not take and gives up at the deadline; whoever has patience then asks
+again.
 """
 
 import queue
@@ -34,6 +35,7 @@ from segzero_jax.reward_messages import (
     score_request,
     segment_request,
     segmentation_from,
+    split,
 )
 from segzero_jax.reward_probe import check_same_model, probe
 from segzero_jax.types import Frame, ObjectPrompt
@@ -62,7 +64,9 @@ class PendingScores:
 
     def __init__(self, client: "RewardClient", groups: Sequence[ScoreRequest], masks: int) -> None:
         self._client = client
-        self._requests = [score_request(group, i < masks) for i, group in enumerate(groups)]
+        parts = [split(group, i < masks, client.servers) for i, group in enumerate(groups)]
+        self._counts = [len(group) for group in parts]
+        self._requests = [score_request(part, i < masks) for i, group in enumerate(parts) for part in group]
         self._start = time.monotonic()
         self._calls: dict[int, Any] = {}
         self._answers: dict[int, list[CandidateScore]] = {}
@@ -133,7 +137,8 @@ class PendingScores:
         except RewardServerError:
             self.cancel()
             raise
-        return [self._answers[i] for i in range(len(self._requests))]
+        answers = (self._answers[i] for i in range(len(self._requests)))
+        return [[score for _ in range(count) for score in next(answers)] for count in self._counts]
 
     def _send(self, i: int) -> None:
         self._calls[i] = self._client._call(self._requests[i])
@@ -152,7 +157,12 @@ class PendingScores:
 
 
 class RewardClient:
-    """A connection to one or several reward servers, made when first needed. Thread-safe; use as a context manager."""
+    """A connection to one or several reward servers, made when first needed. Thread-safe; use as a context manager.
+
+    Attributes:
+      timeout_s: how long one call may take.
+      servers: what those say of themselves that ``wait_until_serving`` found.
+    """
 
     def __init__(
         self,
@@ -185,6 +195,7 @@ class RewardClient:
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         self._model: tuple[str, str] | None = None
         self._met = ""
+        self.servers: list[ServerInfo] = []
         self._pinning = threading.Lock()
 
     def __enter__(self) -> "RewardClient":
@@ -249,6 +260,7 @@ class RewardClient:
             say(f"going on without {'; '.join(away.values())}")
         served = [infos[address] for address in self._addresses if address in infos]
         self._check_model(served[0].checkpoint_sha256, served[0].dtype)
+        self.servers = served
         return served
 
     def info(self, loaded: bool = False) -> ServerInfo:
@@ -282,7 +294,9 @@ class RewardClient:
         return "; ".join([*states, *ends])
 
     def score(self, groups: Sequence[ScoreRequest], masks: int = 0) -> PendingScores:
-        """Sends every group to be scored, one call each, and returns at once.
+        """Sends every group to be scored and returns at once.
+
+        Each is one call, or several where it is more than the servers take that ``wait_until_serving`` found.
 
         Args:
           groups: see ScoreRequest. One that is larger than a message may be is not sent; its scores say so.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reward_server import reward_pb2
 from segzero_jax.types import Frame, ObjectPrompt, RleMask
@@ -28,6 +28,13 @@ class ServerInfo:
     max_candidates: int
     max_objects_per_candidate: int
     max_points_per_object: int
+    max_objects: int
+    max_mask_pixels: int
+
+    def takes(self, candidates: int, objects: int, masks: int, pixels: int) -> bool:
+        """Whether one request may have so many candidates, objects and masks, each of so many pixels."""
+        found = ((candidates, self.max_candidates), (objects, self.max_objects), (masks * pixels, self.max_mask_pixels))
+        return all(count <= most or not most for count, most in found)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,33 @@ def info_from(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
         max_candidates=response.limits.candidates,
         max_objects_per_candidate=response.limits.objects_per_candidate,
         max_points_per_object=response.limits.points_per_object,
+        max_objects=response.limits.objects,
+        max_mask_pixels=response.limits.mask_pixels,
     )
+
+
+def split(group: ScoreRequest, masks: bool, servers: Sequence[ServerInfo]) -> list[ScoreRequest]:
+    """A group in as few requests as the servers take, its candidates in order: a long answer spoils no other.
+
+    A candidate that is too much by itself has a request of its own, which says so.
+
+    Args:
+      masks: whether the candidates' masks are to come back.
+    """
+    if isinstance(group.target, RleMask):
+        own, pixels = 0, group.target.height * group.target.width
+    else:
+        own, pixels = len(group.target), group.frame.width * group.frame.height
+    parts: list[list[tuple[ObjectPrompt, ...]]] = [[]]
+    for candidate in group.candidates:
+        longer = [*parts[-1], candidate]
+        objects = own + sum(map(len, longer))
+        made = max(objects, len(longer)) if masks else objects
+        if len(longer) == 1 or all(server.takes(len(longer), objects, made, pixels) for server in servers):
+            parts[-1] = longer
+        else:
+            parts.append([candidate])
+    return [replace(group, candidates=tuple(part)) for part in parts]
 
 
 def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:

@@ -25,6 +25,9 @@ from reward_server import codec, reward_pb2, reward_pb2_grpc, validation
 from reward_server.codec import decode_mask, encode_mask
 from reward_server.segmenter import Decoded, Prompt, Segmenter
 from reward_server.server import RewardServer
+from segzero_jax.reward_client import RewardClient
+from segzero_jax.reward_messages import ScoreRequest
+from segzero_jax.types import Frame, ObjectPrompt, RleMask
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +264,54 @@ def assert_refused(stub: reward_pb2_grpc.RewardServiceStub, request: reward_pb2.
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert reason in refused.value.details()
     assert "\n" not in refused.value.details()
+
+
+class TestAGroupThatIsMoreThanACallMayBe:
+    """The trainer's client asks in parts: each candidate's score is what it is without the others."""
+
+    @pytest.mark.parametrize(
+        ("name", "limit", "masks"),
+        [("MAX_MASK_PIXELS", 3, False), ("MAX_MASK_PIXELS", 2, True), ("MAX_REQUEST_OBJECTS", 3, False)],
+    )
+    def test_is_scored_but_for_what_is_too_much_by_itself(
+        self, name: str, limit: int, masks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = (ObjectPrompt(prompt.box, prompt.points) for prompt in prompts_of(scene_with(2))[:2])
+        answers = ((first,), (first, second), (), (second,) * 5, (first,), (second,), (second, second))
+        with serving() as (server, _), RewardClient(server.address, 60) as client:
+            group = ask_for(answers)
+            client.wait_until_serving(60)
+            (expected,) = client.score([group], masks=masks).result()
+            height, width = scene_with(2).image.shape[:2]
+            pixels = height * width if name == "MAX_MASK_PIXELS" else 1
+            monkeypatch.setattr(validation, name, limit * pixels)
+            client.wait_until_serving(60)
+            (found,) = client.score([group], masks=masks).result()
+        assert [score.iou for score in expected].count(None) == 0
+        assert [score.iou is None for score in found] == [len(answer) > limit for answer in answers]
+        assert f"expected at most {limit}" in found[3].error
+        for mine, theirs, answer in zip(found, expected, answers, strict=True):
+            if len(answer) <= limit:
+                assert (mine.iou, mine.mask, mine.error) == (theirs.iou, theirs.mask, "")
+
+    def test_is_asked_in_parts_beyond_the_number_of_candidates(self) -> None:
+        with serving() as (server, _), RewardClient(server.address, 60) as client:
+            client.wait_until_serving(60)
+            (scores,) = client.score([ask_for(((),) * 300)]).result()
+        assert [score.iou for score in scores] == [0.0] * 300
+
+
+def ask_for(answers: tuple[tuple[ObjectPrompt, ...], ...]) -> ScoreRequest:
+    picture = scene_with(2)
+    height, width = picture.image.shape[:2]
+    target = encode_mask(picture.objects[0].mask)
+    return ScoreRequest(
+        "a group",
+        encoded(picture.image),
+        Frame(width, height),
+        RleMask(height, width, target.counts),
+        answers,
+    )
 
 
 class TestSegment:
