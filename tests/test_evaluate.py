@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,28 @@ def test_a_question_that_the_runs_recipe_cannot_compare_with_has_no_reward(
     assert policy["expression"] == other["expression"]
     rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
     assert [(row["reward"] is None, len(row["components"])) for row in rows] == [(False, 6), (False, 6), (True, 0)]
+
+
+def test_the_weights_lie_in_device_memory_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were read have gone when the first question is asked; the policy has them as it needs them."""
+    del source[1:]
+    read: list[weakref.ref[jax.Array]] = []
+    load, ask = evaluator.load, respondent.Respondent.__call__
+    alive = []
+
+    def watched_load(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        read.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(loaded.policy))
+        return loaded
+
+    def watched_ask(self: respondent.Respondent, examples: list[Example], start: int) -> list[respondent.Reply]:
+        alive.append(sum(leaf() is not None for leaf in read))
+        return ask(self, examples, start)
+
+    monkeypatch.setattr(evaluator, "load", watched_load)
+    monkeypatch.setattr(respondent.Respondent, "__call__", watched_ask)
+    assert command.main(["--dataset=toy", "--checkpoint=toy", f"--out={tmp_path}", "--server=none"]) == 0
+    assert (len(read) > 10, alive) == (True, [0])
 
 
 class Slow(BoxServer):

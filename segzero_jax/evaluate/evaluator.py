@@ -105,11 +105,13 @@ class Evaluator:
         config = loaded.config
         client, sam = self._segmenter(config)
         respondent = Respondent(loaded, how.batch, how.samples, how.seed)
+        asked_how = _asked_how(loaded)
+        del loaded  # The respondent has its own copy of the weights, and device memory is for one.
         frame = Frame(config.data.image_size, config.data.image_size)
         judge = PolicyJudge(
             respondent, Scorer(config.reward, frame, client), frame, config.reward.recipe, self._patience
         )
-        options = self._options(sam) | _asked_how(loaded) | {"seed": how.seed if how.samples else 0}
+        options = self._options(sam) | asked_how | {"seed": how.seed if how.samples else 0}
         self.recipe = config.reward.recipe
         for questions in sets:
             self._one(questions, checkpoint, how.samples, options, judge)
