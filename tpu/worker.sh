@@ -44,7 +44,8 @@ start() {
   shift 2
   [[ $(state) != new ]] || { echo "tpu/worker.sh: not set up: tpu/setup.sh" >&2 && exit 2; }
   [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
-  sudo systemctl stop "$UNIT" "$UNIT-copy.timer" 2>/dev/null || true
+  # The timer's service as well: a copy that still runs would have the name that the next one is to get.
+  sudo systemctl stop "$UNIT" "$UNIT-copy.timer" "$UNIT-copy.service" 2>/dev/null || true
   sudo systemctl reset-failed "$UNIT" "$UNIT-copy" 2>/dev/null || true
   printf 'STORE=%q RUN_DIR=%q\n' "${where[@]}" >.run
   if is_first; then

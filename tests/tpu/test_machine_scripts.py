@@ -122,6 +122,16 @@ class TestWorker:
         assert "--uid=me" in run
         assert "KillMode=mixed" in run
 
+    def test_ends_a_copy_that_still_runs_before_the_next_timer_gets_its_name(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        machine.worker(*START)
+        calls = machine.called()
+        (stop,) = [line for line in calls if line.startswith("systemctl stop")]
+        assert stop.split()[2:] == ["segzero", "segzero-copy.timer", "segzero-copy.service"]
+        timer = next(line for line in calls if "--unit=segzero-copy " in line)
+        assert calls.index(stop) < calls.index(timer)
+
     def test_keeps_the_runs_files_in_the_bucket(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
         machine.worker("install", "abc")
