@@ -12,4 +12,4 @@ if ((${#REST[@]})); then
   REST=("${REST[@]:1}")
 fi
 train_options ${REST[@]+"${REST[@]}"}
-on_workers "cd $REMOTE && .venv/bin/python -m segzero_jax.preflight$(printf ' %q' "${OPTIONS[@]}")"
+on_workers "$REMOTE/tpu/worker.sh run segzero_jax.preflight$(printf ' %q' "${OPTIONS[@]}")"

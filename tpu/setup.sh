@@ -31,5 +31,5 @@ if ((${#SECRETS[@]})); then
 fi
 on_workers "tar -xzf $REMOTE.tar.gz && $REMOTE/tpu/worker.sh install $revision"
 for set in ${DATA[@]+"${DATA[@]}"}; do
-  on_workers "cd $REMOTE && .venv/bin/python -m segzero_jax.data.build $set"
+  on_workers "$REMOTE/tpu/worker.sh run segzero_jax.data.build $set"
 done

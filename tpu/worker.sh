@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tpu/worker.sh install REVISION | start STORE RUN_DIR OPTION... | stop | state | fetch | copy: one machine's part.
+# tpu/worker.sh install REVISION | run MODULE OPTION... | start STORE RUN_DIR OPTION... | stop | state | fetch | copy: one
+# machine's part.
 #
 # The commands beside it call it on every machine. systemd keeps the training: it outlives the connection, is told to stop
 # when the machine is about to be taken away, and leaves its exit code behind.
@@ -37,6 +38,18 @@ state() {
     failed/*) echo "failed $code" ;;
     *) echo idle ;;
   esac
+}
+
+# Runs a module to its end with what the training gets: ~/segzero.env as systemd reads it, NAME=value a line, in quotes or not.
+run() {
+  local line value
+  while IFS= read -r line || [[ $line ]]; do
+    [[ $line =~ ^[[:space:]]*([A-Za-z_][A-Za-z0-9_]*)=[[:space:]]*(.*[^[:space:]]|)[[:space:]]*$ ]] || continue
+    line=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
+    if [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]]; then value=${BASH_REMATCH[1]}; fi
+    export "$line=$value"
+  done < <(cat "$HOME/segzero.env" 2>/dev/null)
+  exec .venv/bin/python -m "$@"
 }
 
 start() {
@@ -101,6 +114,7 @@ copy() {
 
 case ${1-} in
   install) install_packages "$2" ;;
+  run) run "${@:2}" ;;
   start) start "${@:2}" ;;
   stop) sudo systemctl stop "$UNIT" ;;
   state) echo "segzero $(state)" ;;

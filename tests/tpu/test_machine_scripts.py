@@ -113,6 +113,21 @@ class TestWorker:
         code, said = machine.worker(*START)
         assert (code, "runs already" in said) == ((2, True) if word == "running" else (0, False))
 
+    def test_checks_and_builds_with_the_variables_of_the_training(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        tool(machine.root / ".venv/bin", "python", 'echo "$HF_TOKEN|$WORDS|$PLAIN|$*"')
+        assert machine.worker("run", "segzero_jax.preflight", "--mesh=4x4", "two words") == (
+            0,
+            "|||-m segzero_jax.preflight --mesh=4x4 two words\n",
+        )
+        (tmp_path / "segzero.env").write_text("# of the hub\nHF_TOKEN=hf_$x\n\nWORDS=\"two words\"\n; x\nPLAIN= a 'b' ")
+        assert machine.worker("run", "segzero_jax.data.build", "set") == (
+            0,
+            "hf_$x|two words|a 'b'|-m segzero_jax.data.build set\n",
+        )
+        tool(machine.root / ".venv/bin", "python", "exit 3")
+        assert machine.worker("run", "segzero_jax.preflight")[0] == 3
+
     def test_starts_the_training_under_systemd(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path, number=3)
         machine.worker("install", "abc")
