@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from segzero_jax.asking import Loaded, default_sam, load
 from segzero_jax.config import Config, RewardConfig
 from segzero_jax.data.pipeline import Source, open_split
@@ -163,7 +165,7 @@ def _asked_how(loaded: Loaded) -> dict[str, Any]:
         "compute_dtype": config.model.compute_dtype,
         "recipe": config.reward.recipe,
         # A path is no policy: a run may be trained anew there, a directory exported anew, a hub id updated.
-        "weights": fingerprint(loaded.policy),
+        "weights": fingerprint(loaded.policy, jnp.dtype(config.model.compute_dtype)),
     }
 
 
