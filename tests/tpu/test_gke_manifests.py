@@ -69,6 +69,14 @@ def test_machines_chips_and_mesh_are_the_same_number() -> None:
     assert data * fsdp * tensor == width * height * JOBSET["spec"]["replicatedJobs"][0]["replicas"]
 
 
+def test_the_trainer_may_raise_the_limit_of_locked_memory() -> None:
+    """Of all capabilities it has that one more, and one program of its image may use it: it is not root."""
+    assert TRAIN["securityContext"] == {"capabilities": {"add": ["SYS_RESOURCE"]}}
+    image = (GKE.parent / "Dockerfile").read_text()
+    assert "USER trainer" in image
+    assert "setcap cap_sys_resource=ep /usr/bin/prlimit" in image
+
+
 def test_the_trainer_understands_its_options() -> None:
     options = [arg.removeprefix("--") for arg in TRAIN["args"]]
     preset = next(option.partition("=")[2] for option in options if option.startswith("config="))

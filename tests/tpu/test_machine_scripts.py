@@ -136,6 +136,7 @@ class TestWorker:
         assert run.endswith("/.venv/bin/python -m segzero_jax.train --mesh=4x4 --data.name=two words")
         assert "--uid=me" in run
         assert "KillMode=mixed" in run
+        assert "LimitMEMLOCK=infinity" in run
 
     def test_ends_a_copy_that_still_runs_before_the_next_timer_gets_its_name(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
@@ -217,14 +218,14 @@ class TestWorker:
 class Pod:
     """tpu/gke/train.sh beside a trainer that a line of bash stands for."""
 
-    def __init__(self, folder: Path, trainer: str, **variables: str) -> None:
+    def __init__(self, folder: Path, trainer: str, before: str = "", **variables: str) -> None:
+        """``before`` is done by the shell that becomes train.sh."""
         self.run, self.store = folder / "run-files", folder / "bucket/n"
         tool(folder / "bin", "python", trainer)
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
         made = {"PATH": path, "STORE": str(self.store), "RUN_DIR": str(self.run), "TPU_WORKER_ID": "0", **variables}
-        self.child = subprocess.Popen(
-            [ROOT / "tpu/gke/train.sh", "--mesh=4x4"], env=os.environ | made, start_new_session=True
-        )
+        command = f"{before}\nexec {ROOT}/tpu/gke/train.sh --mesh=4x4"
+        self.child = subprocess.Popen(["bash", "-c", command], env=os.environ | made, start_new_session=True)
 
     def end(self) -> int:
         self.child.wait(timeout=30)
@@ -254,6 +255,22 @@ while :; do sleep 0.05; done
 
 
 class TestPod:
+    @pytest.mark.parametrize("works", [True, False])
+    def test_may_lock_as_much_memory_as_tpus_ask_for(
+        self, works: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """The script's own shell cannot raise the limit, which prlimit can where the pod has the capability."""
+        change = '[[ $* == "--pid $PPID --memlock=unlimited:unlimited" ]] && touch $STORE.raised'
+        tool(tmp_path / "bin", "prlimit", change if works else "exit 1")
+        (tmp_path / "bucket").mkdir()
+        pod = Pod(tmp_path, "ulimit -l", before="ulimit() { [[ $# == 1 ]] && echo 64; }; export -f ulimit")
+        assert pod.end() == 0
+        assert (tmp_path / "bucket/n.raised").exists() == works
+        said = capfd.readouterr().err
+        assert (
+            "no more than 64 KiB of memory can be locked; if TPUs want more: capability SYS_RESOURCE" in said
+        ) != works
+
     @pytest.mark.parametrize("code", [0, 2, 3])
     def test_passes_the_trainers_exit_code_on(self, code: int, tmp_path: Path) -> None:
         pod = Pod(tmp_path, f"mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl; exit {code}")

@@ -8,6 +8,13 @@
 set -uo pipefail
 : "${STORE:?expected the folder of the run in the mounted bucket}" "${RUN_DIR:?expected the directory of the run}"
 
+# TPUs reach into the host's memory, which is locked for that: GKE asks for a higher limit than containers have
+# (https://cloud.google.com/kubernetes-engine/docs/how-to/tpus#privileged-mode). Only prlimit has the pod's capability, see
+# tpu/Dockerfile: the trainer is not root.
+if ! { ulimit -l unlimited || prlimit --pid $$ --memlock=unlimited:unlimited; } 2>/dev/null; then
+  echo "tpu/gke/train.sh: no more than $(ulimit -l) KiB of memory can be locked; if TPUs want more: capability SYS_RESOURCE" >&2
+fi
+
 first() { [[ ${MEGASCALE_SLICE_ID:-0}/${TPU_WORKER_ID:-0} == 0/0 ]]; }
 
 copy() {
