@@ -69,7 +69,8 @@ start() {
   # --remain-after-exit: the exit code can still be read. "mixed": first the trainer alone is told, so that it can save.
   # LimitMEMLOCK: TPUs reach into the host's memory, which is locked for that; systemd's own limit is 8 MB.
   sudo systemd-run --quiet --unit="$UNIT" --remain-after-exit --uid="$USER" --working-directory="$ROOT" \
-    --setenv=HOME="$HOME" --property=EnvironmentFile="-$HOME/segzero.env" \
+    --setenv=HOME="$HOME" --setenv=JAX_COMPILATION_CACHE_DIR="${where[0]}/compiled" \
+    --property=EnvironmentFile="-$HOME/segzero.env" \
     --property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity \
     --property=StandardOutput=append:"$ROOT/train.log" --property=StandardError=append:"$ROOT/train.log" \
     --property=ExecStopPost="$ROOT/tpu/worker.sh copy" \

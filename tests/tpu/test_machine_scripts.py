@@ -137,6 +137,7 @@ class TestWorker:
         assert "--uid=me" in run
         assert "KillMode=mixed" in run
         assert "LimitMEMLOCK=infinity" in run
+        assert f"--setenv=JAX_COMPILATION_CACHE_DIR={START[1]}/compiled" in run
 
     def test_ends_a_copy_that_still_runs_before_the_next_timer_gets_its_name(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
