@@ -14,7 +14,7 @@ from fake_reward_server import Fake, serving
 from killed_run import HEARTBEAT_S, Point, Processes
 from same_run import assert_same, lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.longest, pytest.mark.timeout(3600)]
 HOSTS, STEPS, LOST = 4, 10, 4
 OPTIONS = ["--mesh=4x1x1", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--rollout.group_size=2", "--rollout.max_response_tokens=48", "--train.checkpoint_every=2"]
