@@ -70,6 +70,7 @@ def whole(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str], Path], tmp_path: Path) -> None:
     options, reference = whole
 
@@ -140,6 +141,7 @@ STOPS = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_that_is_told_to_stop_saves_its_last_step(
     processes: Processes, whole: tuple[list[str], Path], tmp_path: Path
 ) -> None:

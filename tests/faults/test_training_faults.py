@@ -138,7 +138,7 @@ def test_a_service_that_goes_away_again_and_again(
     with serving(Fake(), port=port):
         assert run(parts, data_dir, *options) == 0
         assert run(parts, data_dir, *options) == 0
-    assert "all 2 steps are done; raise train.steps to go on" in capsys.readouterr().out
+    assert "all 2 steps are done, checkpoints are in " in capsys.readouterr().out
     assert outcome(parts) == outcome(tmp_path / "whole")
 
 
