@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +73,23 @@ def check_same(found: Mapping[str, str], pod: Pod) -> None:
 
 
 def _counts(source: Source, processor: Processor, cache: Path) -> np.ndarray:
+    def count() -> np.ndarray:
+        questions = [question for _, question in source.texts()]
+        blocks = [processor.count_tokens(questions[n : n + _BLOCK]) for n in range(0, len(questions), _BLOCK)]
+        return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+
     key = hashlib.sha256(f"{source.checksum} {processor.text_identity}".encode()).hexdigest()
-    path = cache / f"{key}.npy"
+    return counted_once(cache / f"{key}.npy", count)
+
+
+def counted_once(path: Path, count: Callable[[], np.ndarray]) -> np.ndarray:
+    """What ``count`` returns, kept in a file for the next time; its name stands for what is counted."""
     if path.is_file():
         return np.load(path)
-    questions = [question for _, question in source.texts()]
-    blocks = [processor.count_tokens(questions[n : n + _BLOCK]) for n in range(0, len(questions), _BLOCK)]
-    counts = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+    counts = count()
     content = io.BytesIO()
     np.save(content, counts)
     with contextlib.suppress(OSError):  # Data may lie where nobody may write; then they are counted each time.
-        cache.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         jsonl.replace(path, content.getvalue())
     return counts
