@@ -32,7 +32,7 @@ from segzero_jax.grpo import (
     UpdateBatch,
     initial_state,
     make_optimizer,
-    reference_logps,
+    policy_logps,
     update,
 )
 from segzero_jax.mesh import TRAIN, make_mesh
@@ -65,11 +65,14 @@ def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, flo
     size = responses.shape
     rollout = Rollout(responses, np.full(size[:2], size[2], np.int32), np.zeros(size, "f4"), np.ones(size[:2], bool))
     prompt, rollout, advantages, kept = place((prompt, rollout, advantages, np.ones(size[:2], bool)))
-    setup, loss = Pass(dims, TRAIN, jnp.dtype("float32")), LossSettings(GrpoConfig(), 1.0, (), False)
+    setup, loss = (
+        Pass(dims, TRAIN, jnp.dtype("float32")),
+        LossSettings(GrpoConfig(), 1.0, (), False, responses.shape[-1]),
+    )
     optimizer = make_optimizer(TrainConfig(), freeze_vision=False)
     state: TrainState = initial_state(Policy(dims, TRAIN, jax.random.key(0)), optimizer)
     reference = Policy(dims, TRAIN, jax.random.key(1))
-    first = reference_logps.lower(reference, prompt, rollout.tokens_bgr, setup=setup, settings=loss).compile()
+    first = policy_logps.lower(reference, prompt, rollout.tokens_bgr, setup=setup, settings=loss).compile()
     ref = first(reference, prompt, rollout.tokens_bgr)
     batch = UpdateBatch(prompt, rollout, advantages, kept, ref)
     second = update.lower(

@@ -18,7 +18,7 @@ from segzero_jax.grpo import (
     UpdateBatch,
     initial_state,
     make_optimizer,
-    reference_logps,
+    policy_logps,
     update,
 )
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
@@ -98,7 +98,7 @@ class JaxSide:
         self.rollout_pass = self.train_pass._replace(layout=ROLLOUT, remat=False)
         self.to_rollout = rollout_layout(self.dims, dtype)
         # transformers forbids no token.
-        self.loss = LossSettings(GrpoConfig(), temperature=1.0, banned_ids=(), freeze_vision=False)
+        self.loss = LossSettings(GrpoConfig(), 1.0, banned_ids=(), freeze_vision=False, max_tokens=shape[2])
 
     def _peak(self) -> float:
         statistics = jax.devices()[0].memory_stats() if self.settings.device == "gpu" else None
@@ -111,7 +111,7 @@ class JaxSide:
         kept = np.ones(self.advantages.shape, bool)
         setup, count = self.train_pass, self.settings.prompts // self.settings.together
         forward = {"setup": setup._replace(remat=False), "settings": self.loss}
-        ref = reference_logps(self.reference, self.prompts, self.rollout.tokens_bgr, **forward).block_until_ready()
+        ref = policy_logps(self.reference, self.prompts, self.rollout.tokens_bgr, **forward).block_until_ready()
         times.append(time.perf_counter())
         batch = UpdateBatch(self.prompts, self.rollout, self.advantages, kept, ref)
         self.state, metrics = update(

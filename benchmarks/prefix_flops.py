@@ -9,6 +9,7 @@ The repeated layout is this code with one answer a prompt and 16 x G prompts. Ta
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -37,7 +38,8 @@ def measure(batch: int, group: int, micro_batch: int) -> dict[str, float]:
     with jax.set_mesh(mesh):
         step = Step(config, find_dims(config.model.path), mesh, group=group)
         flops = {}
-        for name, lower in (("reference", step.lower_reference), ("update", step.lower_update)):
+        reference = partial(step.lower_logps, step.reference_policy)
+        for name, lower in (("reference", reference), ("update", step.lower_update)):
             cost = Program(lower().compile().as_text()).cost
             flops[name] = CHIPS * total_flops(cost, step.attention_scores())
     return flops

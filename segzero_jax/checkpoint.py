@@ -55,7 +55,7 @@ class SaveError(StorageError):
 
 @dataclass(frozen=True)
 class Restored:
-    """A run as it stood after ``step`` updates.
+    """A run as it stood after ``step`` steps.
 
     Attributes:
       data: position of the data iterator.

@@ -1,10 +1,11 @@
 """Group relative policy optimization: advantages, loss and update. Knows arrays only: no text, no reward service.
 
-The algorithm is DeepSeekMath's (arXiv 2402.03300, section 4.1) as Seg-Zero runs it (arXiv 2503.06520): one update per
-rollout, a clipped ratio, and the k3 estimate of the KL to a frozen reference inside the loss.
+The algorithm is DeepSeekMath's (arXiv 2402.03300, section 4.1) as Seg-Zero runs it (arXiv 2503.06520): a clipped ratio,
+and the k3 estimate of the KL to a frozen reference inside the loss.
 
-On-policy, the log-probabilities that sampled are the current ones: the ratio is ``exp(logp - stop_gradient(logp))``,
-one in value and the policy gradient in derivative, and no separate pass for "old" log-probabilities exists.
+With one update a rollout, as in Seg-Zero, the log-probabilities that sampled are the current ones: the ratio is
+``exp(logp - stop_gradient(logp))``, one in value and the policy gradient in derivative, and no separate pass for "old"
+log-probabilities exists. With several (``learn``), that pass comes before the first.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.config import Config, GrpoConfig, TrainConfig
 from segzero_jax.model.logprobs import response_logps
 from segzero_jax.model.policy import Pass, Policy, group_hidden
 from segzero_jax.types import Array, PromptBatch, Rollout
@@ -47,12 +48,20 @@ UPDATE_METRICS = ("loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad
 
 
 class LossSettings(NamedTuple):
-    """The static part of the loss."""
+    """The static part of the loss; ``max_tokens`` is the length that responses are cut off at."""
 
     grpo: GrpoConfig
     temperature: float
     banned_ids: tuple[int, ...]
     freeze_vision: bool
+    max_tokens: int
+
+
+def loss_settings(config: Config, banned_ids: tuple[int, ...]) -> LossSettings:
+    """Those of a run; ``banned_ids`` are the tokens that it never samples."""
+    limits = config.rollout
+    freeze_vision = config.model.freeze_vision
+    return LossSettings(config.grpo, limits.temperature, banned_ids, freeze_vision, limits.max_response_tokens)
 
 
 class UpdateBatch(NamedTuple):
@@ -62,8 +71,9 @@ class UpdateBatch(NamedTuple):
       prompts: the prompts of the rollout.
       rollout: their responses.
       advantages_bg: float32.
-      keep_bg: bool, False for a response whose score is missing: it is no part of the loss.
+      keep_bg: bool, False for a response that is no part of the loss.
       ref_logps_bgr: float32, under the reference policy; None where nothing is to stay near one.
+      old_logps_bgr: float32, under the policy that sampled; None where that is the one that learns.
     """
 
     prompts: PromptBatch
@@ -71,13 +81,22 @@ class UpdateBatch(NamedTuple):
     advantages_bg: Array
     keep_bg: Array
     ref_logps_bgr: Array | None
+    old_logps_bgr: Array | None = None
 
 
-def advantages(rewards_bg: np.ndarray) -> np.ndarray:
+class Counts(NamedTuple):
+    """What the loss of an update is a mean over, float32 scalars: all that count, of all its micro-batches."""
+
+    tokens: jax.Array
+    responses: jax.Array
+
+
+def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
     """Rewards relative to their group: ``(r - mean) / (std + 1e-6)``, the std with Bessel's correction.
 
     Args:
       rewards_bg: float; NaN where a score is missing, which then counts for nothing in its group.
+      norm_by_std: without it, ``r - mean`` (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
       float32 ``[b, g]``; 0 where the score is missing or fewer than two of the group have one.
@@ -88,8 +107,10 @@ def advantages(rewards_bg: np.ndarray) -> np.ndarray:
     # Counted from the least, equal rewards are exactly 0: a rounded mean would leave noise for AdamW to blow up.
     above = np.where(present, rewards_bg - least, 0.0).astype(np.float64)
     deviation = np.where(present, above - above.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
-    std = np.sqrt((deviation**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    return np.where(present & (count > 1), deviation / (std + ADVANTAGE_EPS), 0.0).astype(np.float32)
+    if norm_by_std:
+        std = np.sqrt((deviation**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+        deviation = deviation / (std + ADVANTAGE_EPS)
+    return np.where(present & (count > 1), deviation, 0.0).astype(np.float32)
 
 
 def k3_kl(logp: jax.Array, ref_logp: Array) -> jax.Array:
@@ -104,7 +125,7 @@ def k3_kl(logp: jax.Array, ref_logp: Array) -> jax.Array:
 
 
 def policy_loss(
-    logp: jax.Array, old_logp: jax.Array, advantages_bg: Array, clip_low: float, clip_high: float
+    logp: jax.Array, old_logp: Array, advantages_bg: Array, clip_low: float, clip_high: float
 ) -> tuple[jax.Array, jax.Array]:
     """PPO's clipped surrogate per token, negated, and whether the clipping took effect.
 
@@ -112,7 +133,7 @@ def policy_loss(
       logp, old_logp: ``[b, g, r]``; the old ones carry no gradient.
       advantages_bg: one per response.
     """
-    ratio = jnp.exp(logp - jax.lax.stop_gradient(old_logp))
+    ratio = jnp.exp(logp - jax.lax.stop_gradient(jnp.asarray(old_logp)))
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     advantage = advantages_bg[..., None]
     return -jnp.minimum(ratio * advantage, clipped * advantage), (clipped * advantage < ratio * advantage)
@@ -123,17 +144,35 @@ def token_mask(lengths_bg: Array, keep_bg: Array, length: int) -> jax.Array:
     return (jnp.arange(length) < jnp.asarray(lengths_bg)[..., None]) & jnp.asarray(keep_bg)[..., None]
 
 
-def group_loss(
-    policy: Policy, batch: UpdateBatch, token_count: jax.Array, setup: Pass, settings: LossSettings
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of some prefix groups, as their share of the mean over ``token_count`` tokens.
+def counted(batch: UpdateBatch) -> Counts:
+    """What counts of a batch; one where that is nothing."""
+    mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
+    return Counts(*(jnp.maximum(n, 1).astype(jnp.float32) for n in (mask.sum(), mask.any(axis=-1).sum())))
 
-    Summed over micro-batches this is the token mean over the whole batch, whatever the micro-batch size.
+
+def loss_mean(loss_bgr: jax.Array, mask_bgr: jax.Array, counts: Counts, settings: LossSettings) -> jax.Array:
+    """Some tokens' share of the mean over what ``counts`` counts; which mean is ``grpo.loss_mean``'s."""
+    counted = jnp.where(mask_bgr, loss_bgr, 0.0)
+    match settings.grpo.loss_mean:
+        case "tokens":
+            return counted.sum() / counts.tokens
+        case "responses":
+            return (counted.sum(axis=-1) / jnp.maximum(mask_bgr.sum(axis=-1), 1)).sum() / counts.responses
+        case "limit":
+            return counted.sum() / (counts.responses * settings.max_tokens)
+
+
+def group_loss(
+    policy: Policy, batch: UpdateBatch, counts: Counts, setup: Pass, settings: LossSettings
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of some prefix groups, as their share of the mean over what ``counts`` counts.
+
+    Summed over micro-batches this is the mean over the whole batch, whatever the micro-batch size.
 
     Returns:
       The share of the loss, and shares of means over tokens: ``entropy``, ``clip_fraction``, ``sampler_gap`` (mean
-      absolute difference between the sampler's and this pass's log-probabilities), and ``kl`` where there is a
-      reference.
+      absolute difference between the log-probabilities of the sampler and, for the same policy, of this pass), and
+      ``kl`` where there is a reference.
     """
     config = settings.grpo
     if settings.freeze_vision:
@@ -143,9 +182,10 @@ def group_loss(
     hidden = group_hidden(policy, batch.prompts, tokens, setup)
     logp, entropy = response_logps(policy, hidden, tokens, setup, settings.temperature, settings.banned_ids)
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, tokens.shape[-1])
-    mean = lambda x: jnp.where(mask, x, 0.0).sum() / token_count  # noqa: E731
-    surrogate, clipped = policy_loss(logp, logp, batch.advantages_bg, config.clip_low, config.clip_high)
-    gap = jax.lax.stop_gradient(logp) - batch.rollout.logps_bgr
+    mean = lambda x: jnp.where(mask, x, 0.0).sum() / counts.tokens  # noqa: E731
+    old = jax.lax.stop_gradient(logp) if batch.old_logps_bgr is None else batch.old_logps_bgr
+    surrogate, clipped = policy_loss(logp, old, batch.advantages_bg, config.clip_low, config.clip_high)
+    gap = old - batch.rollout.logps_bgr
     if config.importance_cap:
         # Truncated importance sampling: the tokens came from the sampler's distribution, not from this pass's.
         surrogate = surrogate * jnp.minimum(jnp.exp(gap), config.importance_cap)
@@ -155,7 +195,7 @@ def group_loss(
         kl = k3_kl(logp, batch.ref_logps_bgr)
         loss = loss + config.kl_coef * kl
         metrics["kl"] = mean(kl)
-    metrics["loss"] = mean(loss)
+    metrics["loss"] = loss_mean(loss, mask, counts, settings)
     return metrics["loss"], metrics
 
 
@@ -192,7 +232,7 @@ def update(
     settings: LossSettings,
     micro_batches: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step: gradients of the token mean over all groups, accumulated over micro-batches, clip, AdamW.
+    """Gradients of the loss of all groups, accumulated over micro-batches, clip, AdamW.
 
     Where the loss or the norm of the gradient is not finite, the new state is the old one, bit for bit.
 
@@ -204,14 +244,13 @@ def update(
       The new state and float32 scalars: ``loss`` and the means of ``group_loss``, ``grad_norm`` before clipping, and
       ``update/skipped``, 1 where the state was kept.
     """
-    mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
-    count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    counts = counted(batch)
     # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
     setup = setup._replace(written_out=setup.kernel == "cudnn" and not setup.remat)
 
     def learn(part: UpdateBatch) -> Total:
         gradient_of = jax.value_and_grad(group_loss, has_aux=True)
-        (_, metrics), gradients = gradient_of(state.policy, part, count, setup, settings)
+        (_, metrics), gradients = gradient_of(state.policy, part, counts, setup, settings)
         return gradients, metrics
 
     if micro_batches == 1:
@@ -232,11 +271,53 @@ def update(
     return jax.tree.map(partial(jax.lax.select, finite), made, state), metrics
 
 
+@partial(jax.jit, static_argnames=("parts",))
+def _take_part(batch: UpdateBatch, index: int, parts: int) -> UpdateBatch:
+    return jax.tree.map(lambda x: _split_rows(jnp.asarray(x), parts)[index], batch)
+
+
+def learn(
+    state: TrainState,
+    batch: UpdateBatch,
+    keep_bg: np.ndarray,
+    *,
+    optimizer: optax.GradientTransformation,
+    setup: Pass,
+    settings: LossSettings,
+    mini_batches: int,
+    micro_batches: int,
+) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+    """The updates of one rollout: ``grpo.iterations`` times through the batch, one for each mini-batch.
+
+    A mini-batch of which nothing counts makes no update: neither momentum nor weight decay should move the policy.
+
+    Args:
+      state: donated.
+      batch: with ``old_logps_bgr`` where there is more than one update.
+      keep_bg: its own, on the host.
+      mini_batches: how many parts the batch is learnt from in; groups stay whole.
+      micro_batches: see ``update``; of each mini-batch.
+
+    Returns:
+      The new state, and what each update measured.
+    """
+    metrics = []
+    learnt = [part for part in range(mini_batches) if keep_bg[part::mini_batches].any()]
+    for _ in range(settings.grpo.iterations):
+        for part in learnt:
+            chosen = batch if mini_batches == 1 else _take_part(batch, part, mini_batches)
+            state, made = update(
+                state, chosen, optimizer=optimizer, setup=setup, settings=settings, micro_batches=micro_batches
+            )
+            metrics.append(made)
+    return state, metrics
+
+
 @partial(jax.jit, static_argnames=("setup", "settings"))
-def reference_logps(
+def policy_logps(
     policy: Policy, prompts: PromptBatch, tokens_bgr: Array, *, setup: Pass, settings: LossSettings
 ) -> jax.Array:
-    """Log-probabilities of the responses under the frozen reference, float32 ``[b, g, r]``."""
+    """Log-probabilities of the responses under a policy that does not learn now, float32 ``[b, g, r]``."""
     hidden = group_hidden(policy, prompts, tokens_bgr, setup)
     return response_logps(policy, hidden, tokens_bgr, setup, settings.temperature, settings.banned_ids)[0]
 

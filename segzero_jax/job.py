@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter
 from segzero_jax.asking import load_processor, make_sampling
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config
-from segzero_jax.grpo import LossSettings, TrainState, initial_state, make_optimizer
+from segzero_jax.grpo import LossSettings, TrainState, initial_state, loss_settings, make_optimizer
 from segzero_jax.mesh import ROLLOUT, TRAIN, Rows, batch_rows
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass, Policy
@@ -132,7 +132,7 @@ def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, Tra
         train_pass=Pass(dims, TRAIN, dtype, config.model.remat, kernel),
         rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel),
         sampling=make_sampling(config.rollout, processor),
-        loss=LossSettings(config.grpo, config.rollout.temperature, processor.visual_ids, config.model.freeze_vision),
+        loss=loss_settings(config, processor.visual_ids),
         optimizer=make_optimizer(config.train, config.model.freeze_vision),
         to_rollout=rollout_layout(dims, dtype),
         pod=pod,

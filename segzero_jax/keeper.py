@@ -53,7 +53,7 @@ class Keeper:
         """Notes what the next save writes.
 
         Args:
-          step: updates done.
+          step: steps done.
           state: after them; may be donated once the next save has returned or the next step is in its update.
           data: position of the data iterator behind this step's batch.
         """

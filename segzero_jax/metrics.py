@@ -98,7 +98,7 @@ class MetricsWriter:
         evaluation repeats it.
 
         Args:
-          step: updates done before it; 0 before training.
+          step: steps done before it; 0 before training.
           split: name of the held-out split.
           summaries: "greedy" and "sampled" to their ``giou``, ``giou_low``, ``giou_high``, ``ciou``, ...
           samples: rows of ``evaluations/STEP_SPLIT.jsonl``.

@@ -81,9 +81,16 @@ def metric_keys(config: Config) -> list[str]:
     ]
 
 
-def update_metrics(losses: Mapping[str, Any]) -> dict[str, float | None]:
-    """What an update returned, on the host: None for what is not finite, as in an update that was skipped."""
-    return {name: float(value) if math.isfinite(value) else None for name, value in losses.items()}
+def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What the updates of a step measured, on the host: means over those that were finite, None where none was.
+
+    ``update/skipped`` counts those that were not.
+    """
+    numbers: dict[str, float | None] = {}
+    for name in updates[0] if updates else ():
+        values = [float(update[name]) for update in updates if math.isfinite(update[name])]
+        numbers[name] = sum(values) / len(values) if values else None
+    return numbers | ({"update/skipped": sum(float(one["update/skipped"]) for one in updates)} if updates else {})
 
 
 def unscored_groups(scored: Scored) -> str:

@@ -22,7 +22,7 @@ class Beginning(NamedTuple):
     """How a run begins.
 
     Attributes:
-      step: updates done before it; the checkpoint of that step is restored, None is a run from the start.
+      step: steps done before it; the checkpoint of that step is restored, None is a run from the start.
       done: no step and no evaluation is left.
     """
 
@@ -103,7 +103,7 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
 
 
 def missing_splits(config: Config, run_dir: Path, step: int) -> list[str]:
-    """The held-out splits that are still to be evaluated after ``step`` updates, if any are."""
+    """The held-out splits that are still to be evaluated after ``step`` steps, if any are."""
     if not evaluation_due(config, step):
         return []
     file = run_dir / "evaluations.jsonl"
@@ -121,7 +121,7 @@ def _labels(config: Config) -> list[str]:
 
 
 def evaluation_due(config: Config, step: int) -> bool:
-    """Whether held-out splits are evaluated after ``step`` updates."""
+    """Whether held-out splits are evaluated after ``step`` steps."""
     return step in (0, config.train.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
@@ -132,7 +132,7 @@ def checkpoint_due(config: Config, step: int) -> bool:
 
 
 def score(config: Config, run_dir: Path, step: int) -> float | None:
-    """The number that ``train.keep_best`` names, after ``step`` updates; None where it was not measured."""
+    """The number that ``train.keep_best`` names, after ``step`` steps; None where it was not measured."""
     wanted: dict[str, int | str] = {"step": step}
     key, file = config.train.keep_best, run_dir / "metrics.jsonl"
     evaluation = _best_evaluation(config)

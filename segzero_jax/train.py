@@ -1,7 +1,7 @@
 """The main job: ``python -m segzero_jax.train --mesh=4x4``. ``train`` reads as the algorithm.
 
 For every batch of prompts: sample G responses each, send their prompts to SAM 2, run the reference policy while SAM 2
-works, turn rewards into advantages relative to the group, update.
+works, turn rewards into advantages relative to the group, learn from them.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,13 +22,7 @@ from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, checksums, open_split, split_name, training_batches
-from segzero_jax.grpo import (
-    TrainState,
-    UpdateBatch,
-    advantages,
-    reference_logps,
-    update,
-)
+from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, policy_logps
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
 from segzero_jax.keeper import Keeper
@@ -113,7 +106,6 @@ def train(
 ) -> TrainState:
     """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
     config = job.config
-    micro_batches = config.train.batch_size // config.train.micro_batch_size
     for step in range(first_step, config.train.steps + 1):
         preemption.check()
         watch.begin(step)
@@ -134,11 +126,14 @@ def train(
         pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS, rows=job.rows.own)
         with watch.phase("reference"):
             rollout = _crop(rollout, int(said.length_bg.max()))
-            ref_logps = None
-            if reference is not None:
-                setup = job.train_pass._replace(remat=False)
-                ref_logps = reference_logps(reference, prompts, rollout.tokens_bgr, setup=setup, settings=job.loss)
-                ref_logps.block_until_ready()
+            setup = job.train_pass._replace(remat=False)
+            logps_of = partial(
+                policy_logps, prompts=prompts, tokens_bgr=rollout.tokens_bgr, setup=setup, settings=job.loss
+            )
+            ref_logps = None if reference is None else logps_of(reference)
+            # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
+            old_logps = None if config.updates_per_rollout == 1 else logps_of(state.policy)
+            jax.block_until_ready((ref_logps, old_logps))
         with (
             watch.phase("reward_wait"),
             Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
@@ -148,23 +143,21 @@ def train(
         unscored = unscored_groups(scored)
         if unscored:
             writer.message(f"step {step}: {unscored}")
-        losses: dict[str, Any] = {}
         with watch.phase("update"):
-            advantages_bg = advantages(scored.rewards_bg)
-            present_bg = np.isfinite(scored.rewards_bg)
-            learnt, kept = job.place((advantages_bg, present_bg), range(config.train.batch_size))
-            batch = UpdateBatch(prompts, rollout, learnt, kept, ref_logps)
-            # Without any score there is no gradient, and neither momentum nor weight decay should move the policy.
-            if present_bg.any():
-                state, losses = update(
-                    state,
-                    batch,
-                    optimizer=job.optimizer,
-                    setup=job.train_pass,
-                    settings=job.loss,
-                    micro_batches=micro_batches,
-                )
-                losses = jax.device_get(losses)
+            advantages_bg = advantages(scored.rewards_bg, config.grpo.norm_adv_by_std)
+            keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
+            learnt, kept = job.place((advantages_bg, keep_bg), range(config.train.batch_size))
+            state, losses = learn(
+                state,
+                UpdateBatch(prompts, rollout, learnt, kept, ref_logps, old_logps),
+                keep_bg,
+                optimizer=job.optimizer,
+                setup=job.train_pass,
+                settings=job.loss,
+                mini_batches=config.train.mini_batches,
+                micro_batches=config.train.micro_batches,
+            )
+            losses = jax.device_get(losses)
         made = Step(step, examples, texts, said, scored, advantages_bg)
         numbers = {**step_metrics(made), **update_metrics(losses), "checkpoint/failed": keeper.failed}
         tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
@@ -345,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains a policy with GRPO; without --config, the toy run.",
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
         "finished step saved; 2 something to put right; 3 the reward service stayed away; "
-        f"{HOST_LOST} another host of the run was lost; {DIVERGED} too many updates in a row were not finite; "
+        f"{HOST_LOST} another host of the run was lost; {DIVERGED} updates of too many steps in a row were not finite; "
         f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "
         "checkpoints not be read; 130 stopped by Ctrl-C.",
     )

@@ -21,7 +21,7 @@ from segzero_jax.profiling import Profiler
 from segzero_jax.terminal import write_line
 from segzero_jax.time_account import BESIDE, CompileClock, PhaseTimer, TimeAccount
 
-# Exit codes: too many updates in a row were not finite; a phase took longer than watch.kill_after_s.
+# Exit codes: too many steps in a row had an update that was not finite; a phase took longer than watch.kill_after_s.
 DIVERGED, HUNG = 5, 6
 _TIMES_USUAL = 10
 _ENOUGH_STEPS = 3
@@ -35,11 +35,11 @@ Row = Mapping[str, Any]
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row were not finite; the message names the last good checkpoint."""
+    """Too many steps in a row had an update that was not finite; the message names the last good checkpoint."""
 
 
 class FiniteWatch:
-    """Counts updates that were skipped because loss or gradient was not finite."""
+    """Counts steps with an update that was skipped because loss or gradient was not finite."""
 
     def __init__(self, most: int) -> None:
         """``most`` in a row end the run. The count starts anew with every process."""
@@ -71,7 +71,7 @@ class FiniteWatch:
             good = [number for number in saved if number < self._first] or saved
             where = f"last good checkpoint: {directory}/{good[-1]}" if good else "there is no checkpoint yet"
             raise Diverged(
-                f"step {step}: loss or gradient not finite in {self._count} updates in a row, from step {self._first} "
+                f"step {step}: loss or gradient not finite in {self._count} steps in a row, from step {self._first} "
                 f"on; {where}; start a new run with another configuration, such as a lower train.lr"
             )
         return (

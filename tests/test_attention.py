@@ -205,7 +205,7 @@ def learning() -> tuple[UpdateBatch, LossSettings]:
     """Four prompt groups, with pictures, and a loss of all its parts."""
     processor, rng = load_processor(), np.random.default_rng(0)
     b, g, r = 4, 2, 8
-    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, freeze_vision=False)
+    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, False, max_tokens=r)
     rollout = Rollout(
         tokens_bgr=rng.integers(300, 500, (b, g, r), dtype=np.int32),
         length_bg=rng.integers(1, r + 1, (b, g), dtype=np.int32),

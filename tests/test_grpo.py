@@ -19,12 +19,14 @@ from segzero_jax.grpo import (
     LossSettings,
     UpdateBatch,
     advantages,
+    counted,
     group_loss,
     initial_state,
     k3_kl,
+    learn,
     make_optimizer,
+    policy_logps,
     policy_loss,
-    reference_logps,
     token_mask,
     update,
 )
@@ -58,6 +60,12 @@ def test_a_group_without_a_difference_teaches_nothing(rewards):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (advantages(np.array([rewards])) == 0).all()
+
+
+def test_advantages_without_the_spread_of_their_group():
+    """Dr. GRPO's: how far a group is spread neither raises nor lowers them."""
+    rewards = np.array([[1.0, 4.0, 1.0, math.nan], [5.0, 5.0, 5.0, 5.0]])
+    np.testing.assert_allclose(advantages(rewards, norm_by_std=False), [[-1, 2, -1, 0], [0, 0, 0, 0]], rtol=1e-6)
 
 
 REWARDS = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=8)
@@ -137,18 +145,22 @@ AT = (0, 0, 0)  # a token that counts
 
 @pytest.fixture
 def loss_of(monkeypatch):
-    """``(config, sampler's logps, reference's logps) -> loss, metrics, gradient by log-probability and by entropy``."""
+    """``(config, gaps to other policies) -> loss, metrics, gradient by log-probability and by entropy``.
+
+    A gap is the sampler's, the reference's or the old log-probabilities against these. Responses are cut off at 10.
+    """
     logp = jnp.asarray(np.random.default_rng(0).uniform(-3, -1, (2, 2, 3)), jnp.float32)
     policy = {"logp": logp, "entropy": jnp.arange(12.0).reshape(2, 2, 3)}
     monkeypatch.setattr(grpo, "group_hidden", lambda policy, *_: None)
     monkeypatch.setattr(grpo, "response_logps", lambda policy, *_: (policy["logp"], policy["entropy"]))
 
-    def loss_of(config, sampler_gap=0.0, ref_gap=0.0):
+    def loss_of(config, sampler_gap=0.0, ref_gap=0.0, old_gap=None):
         rollout = Rollout(np.zeros((2, 2, 3), np.int32), LENGTHS, logp - sampler_gap, KEEP)
-        batch = UpdateBatch(None, rollout, ADVANTAGES, KEEP, logp + ref_gap)
-        plain = LossSettings(config, 1.0, (), freeze_vision=False)
+        old = None if old_gap is None else logp + old_gap
+        batch = UpdateBatch(None, rollout, ADVANTAGES, KEEP, logp + ref_gap, old)
+        plain = LossSettings(config, 1.0, (), freeze_vision=False, max_tokens=10)
         value = jax.value_and_grad(group_loss, has_aux=True)
-        (loss, metrics), gradient = value(policy, batch, jnp.float32(6), SETUP, plain)
+        (loss, metrics), gradient = value(policy, batch, counted(batch), SETUP, plain)
         return float(loss), {name: float(x) for name, x in metrics.items()}, gradient["logp"], gradient["entropy"]
 
     return loss_of
@@ -193,6 +205,45 @@ def test_importance_weights_are_capped(loss_of, ratio, weight):
     np.testing.assert_allclose(by_logp[0, 0, 1], -PER_TOKEN[0, 0, 1], rtol=1e-6)
     _, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0.3, importance_cap=0), sampler_gap=gap)
     np.testing.assert_allclose(by_logp[AT], -PER_TOKEN[AT], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "of_each_response"),
+    [
+        ("tokens", [[1 / 6, 1 / 6], [1 / 6, 0]]),
+        ("responses", [[1 / 3 / 3, 1 / 3 / 1], [1 / 3 / 2, 0]]),  # three responses, of 3, 1 and 2 tokens
+        ("limit", [[1 / 3 / 10] * 2, [1 / 3 / 10, 0]]),
+    ],
+)
+def test_what_the_loss_is_a_mean_over(loss_of, mean, of_each_response):
+    """The whole loss is weighted; what is measured stays a mean over tokens."""
+    config = GrpoConfig(kl_coef=0.3, entropy_coef=0.1, loss_mean=mean)
+    loss, metrics, by_logp, by_entropy = loss_of(config, ref_gap=gap_at(math.log(2)))
+    weight = np.where(PER_TOKEN != 0, np.array(of_each_response)[..., None], 0)
+    kl = np.where(np.arange(12).reshape(2, 2, 3) == 0, 0.306853, 0)
+    expected = weight * (-ADVANTAGES[..., None] + 0.3 * kl - 0.1 * np.arange(12).reshape(2, 2, 3))
+    assert loss == pytest.approx(expected.sum(), rel=1e-5)
+    np.testing.assert_allclose(by_logp[0, 1], -weight[0, 1] * ADVANTAGES[0, 1], rtol=1e-5)
+    np.testing.assert_allclose(by_entropy, -0.1 * weight, rtol=1e-5)
+    assert metrics["entropy"] == pytest.approx((0 + 1 + 2 + 3 + 6 + 7) / 6)
+    assert metrics["kl"] == pytest.approx(0.306853 / 6, rel=1e-5)
+
+
+def test_after_the_first_update_the_ratio_is_to_the_policy_that_sampled(loss_of):
+    """The token's probability has risen by half since: clipped where its advantage is positive; and its importance
+    weight is the old policy's against the sampler."""
+    gap = gap_at(-math.log(1.5))
+    config = GrpoConfig(kl_coef=0, importance_cap=2)
+    loss, metrics, by_logp, _ = loss_of(config, sampler_gap=gap_at(0), old_gap=gap)
+    # The sampler has the current log-probability here, so the old one is below it.
+    assert metrics["sampler_gap"] == pytest.approx(math.log(1.5) / 6, rel=1e-5)
+    assert metrics["clip_fraction"] == pytest.approx(1 / 6)
+    assert by_logp[AT] == 0
+    np.testing.assert_allclose(by_logp[0, 0, 1], -PER_TOKEN[0, 0, 1], rtol=1e-6)
+    assert loss == pytest.approx(-(1.2 / 1.5 + 2 * 1 - 1 + 2 * 0.5) / 6, rel=1e-5)
+    _, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0, clip_high=0.6), old_gap=gap)
+    assert metrics["clip_fraction"] == 0
+    np.testing.assert_allclose(by_logp[AT], -1.5 * PER_TOKEN[AT], rtol=1e-5)
 
 
 def test_token_mask_counts_lengths_and_kept_rows():
@@ -267,7 +318,7 @@ def batch() -> UpdateBatch:
 
 
 def loss_settings(freeze_vision: bool) -> LossSettings:
-    return LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, load_processor().visual_ids, freeze_vision)
+    return LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, load_processor().visual_ids, freeze_vision, max_tokens=8)
 
 
 @pytest.mark.usefixtures("mesh")
@@ -297,12 +348,39 @@ def test_the_update_does_not_depend_on_micro_batches(batch):
 
 
 @pytest.mark.usefixtures("mesh")
+def test_a_rollout_is_learnt_from_in_mini_batches_and_again(batch):
+    """As one call of ``update`` for each part would: the second time round, against the policy that sampled.
+
+    Of the second mini-batch nothing counts.
+    """
+    keep = np.array([[True, True], [False, False], [True, True], [False, False]])
+    batch = batch._replace(keep_bg=keep, old_logps_bgr=np.full((4, 2, 8), -6, np.float32))
+    optimizer = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False)
+    settings = loss_settings(freeze_vision=False)._replace(grpo=GrpoConfig(iterations=2, clip_high=0.3))
+    run = {"optimizer": optimizer, "setup": SETUP, "settings": settings, "micro_batches": 1}
+    old = policy_logps(random_policy(), batch.prompts, batch.rollout.tokens_bgr, setup=SETUP, settings=settings)
+    batch = batch._replace(old_logps_bgr=np.asarray(old))
+    state, found = learn(initial_state(random_policy(), optimizer), batch, keep, mini_batches=2, **run)
+    expected, numbers = initial_state(random_policy(), optimizer), []
+    first = jax.tree.map(lambda x: x[[0, 2]], batch)
+    for _ in range(2):
+        expected, made = update(expected, first, **run)
+        numbers.append(made)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(expected))
+    assert jax.device_get(found) == jax.device_get(numbers)
+    assert int(state.updates) == 2
+    once, again = found
+    assert float(once["clip_fraction"]) == 0 < float(again["clip_fraction"])
+    assert float(once["sampler_gap"]) == pytest.approx(float(again["sampler_gap"]), rel=1e-6), "the same old policy's"
+
+
+@pytest.mark.usefixtures("mesh")
 def test_without_a_reference_the_rest_is_learnt_alike(batch):
     """No KL in the loss is no reference at all: the same update, bit for bit, and no number of it."""
     results = []
     for learnt in (batch, batch._replace(ref_logps_bgr=None)):
         optimizer = optax.sgd(1.0)
-        settings = LossSettings(GrpoConfig(kl_coef=0, entropy_coef=0.01), 0.8, load_processor().visual_ids, False)
+        settings = loss_settings(freeze_vision=False)._replace(grpo=GrpoConfig(kl_coef=0, entropy_coef=0.01))
         state, metrics = update(
             initial_state(random_policy(), optimizer),
             learnt,
@@ -375,7 +453,7 @@ def test_images_embedded_once_teach_the_same(batch):
     optimizer, results = optax.sgd(1.0), []
     for chosen in (batch, embedded):
         tokens = chosen.rollout.tokens_bgr
-        logps = reference_logps(policy, chosen.prompts, tokens, setup=SETUP, settings=losses)
+        logps = policy_logps(policy, chosen.prompts, tokens, setup=SETUP, settings=losses)
         state = initial_state(random_policy(), optimizer)
         state, metrics = update(state, chosen, optimizer=optimizer, setup=SETUP, settings=losses, micro_batches=2)
         results.append(jax.device_get((logps, metrics, state.policy)))
@@ -390,8 +468,8 @@ def test_one_prompt_with_one_response_is_a_group_too(batch):
         rollout=jax.tree.map(lambda x: x[:1, :1], batch.rollout),
         **{name: getattr(batch, name)[:1, :1] for name in ("advantages_bg", "keep_bg", "ref_logps_bgr")},
     )
-    group = reference_logps(policy, batch.prompts, tokens, setup=SETUP, settings=losses)
-    found = reference_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=losses)
+    group = policy_logps(policy, batch.prompts, tokens, setup=SETUP, settings=losses)
+    found = policy_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=losses)
     np.testing.assert_allclose(found[0, 0], group[0, 0], rtol=1e-5, atol=1e-6)
     gradients = jax.grad(lambda policy: group_loss(policy, alone, jnp.float32(1), SETUP, losses)[0])
     assert jax.tree.structure(jax.eval_shape(gradients, policy)) == jax.tree.structure(policy)

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from segzero_jax import config as configs
+from segzero_jax.mesh import make_mesh
 from segzero_jax.model.dims import RELEASED
 from segzero_jax.model.splash import live_scores
 from segzero_jax.plan import PhasePlan, Plan, PlanError, slices
@@ -18,7 +19,7 @@ from segzero_jax.plan.__main__ import Console, main, print_plan
 from segzero_jax.plan.cost import Kernel
 from segzero_jax.plan.phases import advise, analyse, kernel_flops
 from segzero_jax.plan.slices import CHIPS, make_topology_mesh, read_topology
-from segzero_jax.plan.step import find_dims
+from segzero_jax.plan.step import Step, find_dims, shard_bytes
 
 ROOT = Path(__file__).parent.parent
 PHASES = ["reshard", "prefill", "decode", "reference", "update"]
@@ -93,6 +94,26 @@ def test_a_step_is_its_phases(toy):
     seconds = sum(phase["runs"] * phase["seconds"] for phase in toy["phases"])
     assert toy["seconds_per_step"] == pytest.approx(seconds)
     assert toy["samples_per_second_per_chip"] == pytest.approx(128 / seconds / 4)
+
+
+def test_several_updates_run_on_mini_batches_and_need_old_log_probabilities():
+    run = configs.replace(
+        configs.Config(), **{"train.mini_batch_size": 4, "train.micro_batch_size": 2, "grpo.iterations": 3}
+    )
+    with jax.set_mesh(make_mesh("1x1")):
+        step = Step(run, find_dims("toy"), jax.sharding.get_mesh())
+        programs = {name: (runs, lower, beside) for name, runs, lower, beside in step.programs()}
+        assert list(programs) == ["reshard", "rollout", "reference", "old_logps", "update"]
+        runs, lower, beside = programs["update"]
+        assert runs == 4 * 3
+        assert programs["old_logps"][0] == 1
+        ((_, batch), _) = lower().args_info
+        assert batch.prompts.tokens_bp.shape[0] == batch.rollout.tokens_bgr.shape[0] == 4
+        assert batch.old_logps_bgr.shape == batch.ref_logps_bgr.shape == (4, 8, 64)
+        assert shard_bytes(beside) > shard_bytes((step.reference_policy, step.patches)), "the batch they are cut from"
+        (policy, _, tokens), _ = programs["old_logps"][1]().args_info
+        assert jax.tree.leaves(policy)[0].dtype == "float32"
+        assert tokens.shape[0] == 16
 
 
 THE_7B = """
@@ -239,8 +260,8 @@ def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    (found,) = analyse("update", Lowered, (beside,), CHIPS["v5e"], {})
-    assert (found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (False, 61.5, 1.0, None)
+    (found,) = analyse("update", 4, Lowered, (beside,), CHIPS["v5e"], {})
+    assert (found.runs, found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (4, False, 61.5, 1.0, None)
 
 
 def phase(name: str) -> PhasePlan:

@@ -14,7 +14,7 @@ from torch_policy import load_torch, make_checkpoint, torch_inputs
 
 from segzero_jax import rollout as rollout_module
 from segzero_jax.config import GrpoConfig
-from segzero_jax.grpo import LossSettings, reference_logps
+from segzero_jax.grpo import LossSettings, policy_logps
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.policy import Pass, Policy
@@ -140,10 +140,10 @@ def test_log_probabilities_are_those_of_the_reference_pass(directory, drawn):
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory)
         policy = favour((DRAWN.end_ids[0],), 3.0)(policy)
-        settings = LossSettings(GrpoConfig(), DRAWN.temperature, DRAWN.banned_ids, freeze_vision=False)
+        settings = LossSettings(GrpoConfig(), DRAWN.temperature, DRAWN.banned_ids, False, DRAWN.max_tokens)
         batch = PROCESSOR.batch(PROMPTS, multiple=48)
         setup = Pass(dims, TRAIN, FLOAT32)
-        expected = np.asarray(reference_logps(policy, batch, drawn.tokens_bgr, setup=setup, settings=settings))
+        expected = np.asarray(policy_logps(policy, batch, drawn.tokens_bgr, setup=setup, settings=settings))
     real = np.arange(LENGTH) < drawn.length_bg[..., None]
     np.testing.assert_allclose(drawn.logps_bgr[real], expected[real], atol=1e-5)
     assert (drawn.logps_bgr[~real] == 0).all()

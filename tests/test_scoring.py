@@ -1,5 +1,6 @@
 """Responses to rewards: frames, missing scores, answers that cannot be read."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from thread_pod import on_hosts
 from segzero_jax import rewards
 from segzero_jax.config import RewardConfig
 from segzero_jax.pods import Pod
-from segzero_jax.record import Step, rollout_rows, step_metrics
+from segzero_jax.record import Step, rollout_rows, step_metrics, update_metrics
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scored, Scorer, solution
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask, Rollout
@@ -120,6 +121,15 @@ def test_a_row_holds_what_a_picture_of_it_needs() -> None:
     assert numbers["response_length/mean"] == 3.5
     assert numbers["finished"] == 0.5
     assert numbers["reward/zero_std_groups"] == 0.0
+
+
+def test_the_updates_of_a_step_are_one_line() -> None:
+    good = {"loss": 1.0, "grad_norm": np.float32(3.0), "update/skipped": 0.0}
+    bad = {"loss": math.nan, "grad_norm": np.float32(math.inf), "update/skipped": 1.0}
+    assert update_metrics([good]) == good
+    assert update_metrics([good, bad, {**good, "loss": 2.0}]) == {"loss": 1.5, "grad_norm": 3.0, "update/skipped": 1.0}
+    assert update_metrics([bad, bad]) == {"loss": None, "grad_norm": None, "update/skipped": 2.0}
+    assert update_metrics([]) == {}
 
 
 @pytest.mark.parametrize("rows", [None, [[0, 3], [1], [2, 4]]])

@@ -41,7 +41,7 @@ def test_skipped_updates_are_told_and_too_many_end_the_run():
     with pytest.raises(Diverged) as error:
         look(32, 1.0)
     assert "step 32" in str(error.value)
-    assert "3 updates in a row, from step 29 on; last good checkpoint: runs/x/checkpoints/20;" in str(error.value)
+    assert "3 steps in a row, from step 29 on; last good checkpoint: runs/x/checkpoints/20;" in str(error.value)
     assert "\n" not in str(error.value)
 
 

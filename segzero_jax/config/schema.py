@@ -1,5 +1,6 @@
 """What a run is configured by: frozen dataclasses. ``Config()`` is the embedded toy run."""
 
+import itertools
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -124,18 +125,27 @@ class GrpoConfig:
     """The loss. Defaults are the paper's but for the toy run's KL.
 
     Attributes:
+      iterations: how often a rollout is learnt from (mu in DeepSeekMath).
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. With one update a rollout it is 1, and
         nothing is clipped.
+      norm_adv_by_std: divide advantages by the standard deviation of their group's rewards.
+      loss_mean: what weighs alike: all "tokens" of an update, or all "responses"; with "limit" the sum over a response
+        is divided by rollout.max_response_tokens, then averaged over responses.
+      mask_truncated: leave responses that were cut off at the limit out of the loss.
       kl_coef: weight of the k3 estimate of KL(policy, reference); with 0 there is no reference policy.
       entropy_coef: weight of the entropy bonus.
       importance_cap: truncate the sampler-to-trainer importance weight here; 0 leaves it out.
     """
 
+    iterations: Positive = 1
     clip_low: NonNegative = 0.2
     clip_high: NonNegative = 0.2
     kl_coef: NonNegative = 5e-3
     entropy_coef: NonNegative = 0.0
     importance_cap: NonNegative = 0.0
+    norm_adv_by_std: bool = True
+    loss_mean: Literal["tokens", "responses", "limit"] = "tokens"
+    mask_truncated: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -143,8 +153,9 @@ class TrainConfig:
     """The optimizer and the schedule.
 
     Attributes:
-      steps: updates in all.
+      steps: rollouts in all.
       batch_size: prompts a step.
+      mini_batch_size: prompts an update; 0 is the whole batch: one update a rollout, unless grpo.iterations is more.
       micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
       lr: AdamW's learning rate, from the end of the warm-up on.
       warmup_steps: the first updates take a part of it, one N-th, two N-ths and so on.
@@ -157,6 +168,7 @@ class TrainConfig:
 
     steps: Positive = 120
     batch_size: Positive = 16
+    mini_batch_size: Count = 0
     micro_batch_size: Positive = 16
     lr: NonNegative = 1e-4
     warmup_steps: Count = 0
@@ -168,6 +180,21 @@ class TrainConfig:
     checkpoint_every: Positive = 50
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     keep_best: str = ""
+
+    @property
+    def update_size(self) -> int:
+        """Prompts an update."""
+        return self.mini_batch_size or self.batch_size
+
+    @property
+    def mini_batches(self) -> int:
+        """Parts of a batch that have updates of their own."""
+        return self.batch_size // self.update_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Parts of an update that are worked through one after the other."""
+        return self.update_size // self.micro_batch_size
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -190,7 +217,7 @@ class WatchConfig:
     """When a run speaks up, and when it ends itself.
 
     Attributes:
-      max_skipped: so many updates in a row that are not finite end the run, with exit code 5.
+      max_skipped: so many steps in a row with an update that is not finite end the run, with exit code 5.
       alarm_after: steps that a collapsed state lasts before it is an alarm.
       entropy_floor: mean entropy per token, in nats, below which the policy counts as collapsed.
       kill_after_s: a phase that takes longer ends the process, with exit code 6; 0 only says so.
@@ -218,12 +245,17 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.grpo.iterations * self.train.mini_batches
+
     def __post_init__(self) -> None:
-        if self.train.batch_size % self.train.micro_batch_size:
-            raise ConfigError(
-                f"train.batch_size={self.train.batch_size}: expected a multiple of "
-                f"train.micro_batch_size={self.train.micro_batch_size}"
-            )
+        sizes = [f"{name}_size" for name in ("batch", "mini_batch", "micro_batch")]
+        sizes = [name for name in sizes if getattr(self.train, name)]
+        for whole, part in itertools.pairwise(sizes):
+            size, part_size = getattr(self.train, whole), getattr(self.train, part)
+            if size % part_size:
+                raise ConfigError(f"train.{whole}={size}: expected a multiple of train.{part}={part_size}")
         if self.reward.recipe == "sam_r1" and self.reward.server == "none":
             raise ConfigError("reward.recipe=sam_r1: scores masks, expected reward.server=local or host:port, got none")
         if self.reward.server not in ("local", "none") and not all(map(_is_target, self.reward.server.split(","))):

@@ -24,7 +24,7 @@ class PhasePlan:
 
     Attributes:
       phase: its name. Prefill and decode are parts of one program and share its memory.
-      runs: how often it runs in a step: decode once a token.
+      runs: how often it runs in a step: decode once a token, the update once a mini-batch and iteration.
       arguments_gib, temporaries_gib: of its program; results in the place of arguments are counted once.
       resident_gib: what else of the run lies in memory meanwhile.
       hbm_gib: the sum.
@@ -68,12 +68,12 @@ class Plan:
 
 
 def analyse(
-    name: str, lower: Callable[[], Any], beside: Sequence[Any], chip: Chip, attention: Mapping[int, int]
+    name: str, runs: int, lower: Callable[[], Any], beside: Sequence[Any], chip: Chip, attention: Mapping[int, int]
 ) -> list[PhasePlan]:
     """Compiles a program and reads its memory and cost from it. The rollout is two phases: prefill and decode.
 
     Args:
-      name, lower, beside: see ``Step.programs``.
+      name, runs, lower, beside: see ``Step.programs``.
       attention: see ``Step.attention_scores``.
     """
     names = ["prefill", "decode"] if name == "rollout" else [name]
@@ -86,7 +86,7 @@ def analyse(
             raise
         size, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
         own = float(size) / (1024 if unit == "M" else 1)
-        return [PhasePlan(phase, 1, 0.0, own, resident, own + resident, fits=False) for phase in names]
+        return [PhasePlan(phase, runs, 0.0, own, resident, own + resident, fits=False) for phase in names]
     memory = compiled.memory_analysis()
     own = (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / _GIB
     arguments = memory.argument_size_in_bytes / _GIB
@@ -95,7 +95,7 @@ def analyse(
         around, turn, turns = program.split("decode_step")
         costs = [(around, 1), (turn, turns)]
     else:
-        costs = [(program.cost, 1)]
+        costs = [(program.cost, runs)]
     phases = []
     for phase, (cost, runs) in zip(names, costs, strict=True):
         flops = total_flops(cost, attention)
@@ -158,9 +158,9 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
     with jax.set_mesh(mesh):
         step = Step(config, dims, mesh)
         attention = step.attention_scores()
-        for name, lower, beside in step.programs():
+        for name, runs, lower, beside in step.programs():
             report(name)
-            phases += analyse(name, lower, beside, chip, attention)
+            phases += analyse(name, runs, lower, beside, chip, attention)
     times = [phase.runs * phase.seconds for phase in phases if phase.seconds is not None]
     seconds = sum(times) if len(times) == len(phases) else None
     samples = config.train.batch_size * config.rollout.group_size
@@ -196,7 +196,7 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
                 advice.append("--model.freeze_vision=true: no moments of the vision tower, no backward pass through it")
         if config.model.compute_dtype == "float32":
             advice.append("--model.compute_dtype=bfloat16: half the bytes of activations, reference and caches")
-        if phase.phase in ("reference", "update", "decode"):
+        if phase.phase in ("reference", "old_logps", "update", "decode"):
             shorter = config.rollout.max_response_tokens // 2
             advice.append(f"--rollout.max_response_tokens={shorter}: shorter answers")
         if phase.phase in ("prefill", "decode") and config.train.batch_size > data * fsdp:

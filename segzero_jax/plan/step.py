@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from segzero_jax.config import Config
-from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, reference_logps, update
+from segzero_jax.grpo import UpdateBatch, initial_state, loss_settings, make_optimizer, policy_logps, update
 from segzero_jax.mesh import ROLLOUT, TRAIN, Layout
 from segzero_jax.model.attention import Stream, choose_kernel
 from segzero_jax.model.dims import RELEASED, Dims
@@ -41,21 +41,14 @@ class Step:
       config: the run.
       dims: its policy's.
       mesh: ambient too (``jax.set_mesh``) while a method is called.
-      batch, group: prompts and responses a prompt; the run's own unless given.
+      group: responses a prompt; the run's own unless given.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        dims: Dims,
-        mesh: jax.sharding.Mesh,
-        batch: int | None = None,
-        group: int | None = None,
-    ) -> None:
+    def __init__(self, config: Config, dims: Dims, mesh: jax.sharding.Mesh, group: int | None = None) -> None:
         self.config, self.dims, self.mesh = config, dims, mesh
         limits = config.rollout
         multiple = padding_multiple(limits.max_prompt_tokens)
-        self.batch, self.group = batch or config.train.batch_size, group or limits.group_size
+        self.group = group or limits.group_size
         self.prompt_tokens = -(-limits.max_prompt_tokens // multiple) * multiple
         self.response_tokens = limits.max_response_tokens
         vision, side = dims.vision, config.data.image_size // dims.vision.patch
@@ -64,37 +57,34 @@ class Step:
         kernel = choose_kernel(mesh, dtype)
         self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
         self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
-        self.loss = LossSettings(config.grpo, limits.temperature, _VISUAL_IDS, config.model.freeze_vision)
+        self.loss = loss_settings(config, _VISUAL_IDS)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
         self.master = self._policy(TRAIN, jnp.float32)
         self.reference_policy = self._policy(TRAIN, dtype) if config.grpo.kl_coef else None
         self.rollout_policy = self._policy(ROLLOUT, dtype)
         self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), self.master))
-        self.patches = self._patches()
-        embed = partial(embed_images, setup=self.train_pass)
-        frozen = config.model.freeze_vision
-        self.prompts = self._on_mesh(jax.eval_shape(embed, self.master, self.patches)) if frozen else self.patches
-        b, g, r = self.batch, self.group, self.response_tokens
-        self.responses = Rollout(
-            tokens_bgr=self._rows((b, g, r), jnp.int32),
-            length_bg=self._rows((b, g), jnp.int32),
-            logps_bgr=self._rows((b, g, r), jnp.float32),
-            finished_bg=self._rows((b, g), jnp.bool_),
-        )
+        self.patches = self._patches(config.train.batch_size)
+        self.prompts = self._embedded(self.patches)
+        self.responses = self._responses(config.train.batch_size)
 
     @property
     def stream(self) -> Stream:
         return Stream(self.prompt_tokens, self.group, self.response_tokens)
 
-    def programs(self) -> Iterator[tuple[str, Callable[[], Any], Sequence[Any]]]:
-        """In the order of a step: name, what lowers it, and what else lies in memory while it runs."""
-        if self.config.model.freeze_vision:
-            yield "vision", self.lower_vision, (self.state.optimizer, self.reference_policy)
-        yield "reshard", self.lower_reshard, (self.state.optimizer, self.reference_policy)
-        yield "rollout", self.lower_rollout, (self.state, self.reference_policy)
-        if self.reference_policy is not None:
-            yield "reference", self.lower_reference, (self.state,)
-        yield "update", self.lower_update, (self.reference_policy,)
+    def programs(self) -> Iterator[tuple[str, int, Callable[[], Any], Sequence[Any]]]:
+        """In the order of a step: name, how often it runs, what lowers it, and what else lies in memory meanwhile."""
+        config, optimizer, reference = self.config, self.state.optimizer, self.reference_policy
+        if config.model.freeze_vision:
+            yield "vision", 1, self.lower_vision, (optimizer, reference)
+        yield "reshard", 1, self.lower_reshard, (optimizer, reference)
+        yield "rollout", 1, self.lower_rollout, (self.state, reference)
+        if reference is not None:
+            yield "reference", 1, partial(self.lower_logps, reference), (self.state,)
+        if config.updates_per_rollout > 1:
+            yield "old_logps", 1, partial(self.lower_logps, self.master), (optimizer, reference)
+        # A mini-batch is cut out of the batch, which stays.
+        whole = (self.prompts, self.responses) if config.train.mini_batches > 1 else ()
+        yield "update", config.updates_per_rollout, self.lower_update, (reference, *whole)
 
     def lower_vision(self) -> Any:
         return embed_images.lower(self.master, self.patches, setup=self.train_pass)
@@ -109,23 +99,24 @@ class Step:
         key = self._on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
         return sample.lower(self.rollout_policy, self.prompts, key, setup=self.rollout_pass, sampling=sampling)
 
-    def lower_reference(self) -> Any:
+    def lower_logps(self, policy: Policy) -> Any:
         setup = self.train_pass._replace(remat=False)
-        tokens = self.responses.tokens_bgr
-        return reference_logps.lower(self.reference_policy, self.prompts, tokens, setup=setup, settings=self.loss)
+        return policy_logps.lower(policy, self.prompts, self.responses.tokens_bgr, setup=setup, settings=self.loss)
 
     def lower_update(self) -> Any:
-        b, g, r = self.batch, self.group, self.response_tokens
+        size = self.config.train.update_size
+        b, g, r = size, self.group, self.response_tokens
+        logps = self._rows((b, g, r), jnp.float32)
         learnt = UpdateBatch(
-            self.prompts,
-            self.responses,
+            self._embedded(self._patches(size)),
+            self._responses(size),
             advantages_bg=self._rows((b, g), jnp.float32),
             keep_bg=self._rows((b, g), jnp.bool_),
-            ref_logps_bgr=self._rows((b, g, r), jnp.float32) if self.reference_policy is not None else None,
+            ref_logps_bgr=logps if self.reference_policy is not None else None,
+            old_logps_bgr=logps if self.config.updates_per_rollout > 1 else None,
         )
-        parts = self.batch // self.config.train.micro_batch_size
         settings = {"optimizer": self.optimizer, "setup": self.train_pass, "settings": self.loss}
-        return update.lower(self.state, learnt, micro_batches=parts, **settings)
+        return update.lower(self.state, learnt, micro_batches=self.config.train.micro_batches, **settings)
 
     def attention_scores(self) -> dict[int, int]:
         """Scores that the attention kernel computes for one head, by the padded length of its sequence."""
@@ -150,8 +141,23 @@ class Step:
     def _policy(self, layout: Layout, dtype: Any) -> Policy:
         return self._on_mesh(abstract_policy(self.dims, layout), dtype)
 
-    def _patches(self) -> PromptBatch:
-        b, p, s = self.batch, self.prompt_tokens, self.patch_slots
+    def _embedded(self, patches: PromptBatch) -> PromptBatch:
+        """What a step runs the policy on: embeddings of pictures in place of the pictures where the tower is frozen."""
+        if not self.config.model.freeze_vision:
+            return patches
+        return self._on_mesh(jax.eval_shape(partial(embed_images, setup=self.train_pass), self.master, patches))
+
+    def _responses(self, b: int) -> Rollout:
+        g, r = self.group, self.response_tokens
+        return Rollout(
+            tokens_bgr=self._rows((b, g, r), jnp.int32),
+            length_bg=self._rows((b, g), jnp.int32),
+            logps_bgr=self._rows((b, g, r), jnp.float32),
+            finished_bg=self._rows((b, g), jnp.bool_),
+        )
+
+    def _patches(self, b: int) -> PromptBatch:
+        p, s = self.prompt_tokens, self.patch_slots
         return PromptBatch(
             tokens_bp=self._rows((b, p), jnp.int32),
             length_b=self._rows((b,), jnp.int32),

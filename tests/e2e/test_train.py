@@ -98,6 +98,19 @@ def test_without_kl_no_reference_is_read_and_the_page_is_written(
     assert "KL to the reference" not in (tmp_path / "run/report.html").read_text()
 
 
+@pytest.mark.slow
+def test_what_was_cut_off_is_left_out_where_that_is_asked_for(tmp_path: Path, data_dir: str) -> None:
+    """Of the first step nothing is left, so nothing is learnt; its rewards are told all the same."""
+    arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
+    arguments += ["--rollout.max_response_tokens=8", "--train.steps=1"]
+    assert train.main([*arguments, "--grpo.mask_truncated=true"]) == 0
+    (row,) = lines(tmp_path / "run/metrics.jsonl")
+    assert row["finished"] == 0
+    assert row["reward/mean"] is not None
+    assert row["missing_scores"] == 0
+    assert "loss" not in row
+
+
 BAD = {
     "unknown key": (["--train.stepz=2"], "did you mean 'train.steps'"),
     "mesh text": (["--mesh=4by4"], "expected FSDPxTENSOR"),

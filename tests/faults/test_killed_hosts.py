@@ -31,15 +31,15 @@ CHAINS = (
         (3, Point(f"{TRAIN}:Scorer.send", "after", 2)),  # [scores on their way]
         (0, Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2)),  # [written and uncommitted]
         (1, Point("segzero_jax.reward_client:PendingScores.result", "before", 2)),  # [waiting for scores]
-        (2, Point(f"{TRAIN}:update", "before", 2)),  # [about to update: the others are in its collectives]
+        (2, Point(f"{TRAIN}:learn", "before", 2)),  # [about to update: the others are in its collectives]
         (3, Point("segzero_jax.checkpoint:Checkpoints.wait", "before", 2)),  # [waiting for its own part]
         (1, Point("segzero_jax.manifest:ManifestHandler.save", "after", 1)),  # [its arrays on their way to the disk]
         (0, Point(f"{METRICS}:MetricsWriter.write_evaluation", "before", 1)),  # [evaluation after training, unwritten]
     ),
     (
-        (3, Point(f"{TRAIN}:update", "after", 3)),  # [updated, not written]
+        (3, Point(f"{TRAIN}:learn", "after", 3)),  # [updated, not written]
         (2, Point("segzero_jax.job:Job.share", "before", 3)),  # [agreeing on the batch]
-        (1, Point(f"{TRAIN}:reference_logps", "after", 2)),  # [the reference policy]
+        (1, Point(f"{TRAIN}:policy_logps", "after", 2)),  # [the reference policy]
         (0, Point("segzero_jax.jsonl:write", "midway", 1, "*/rollouts/*.jsonl")),  # [the rollouts of a step]
         (2, Point("segzero_jax.keeper:Keeper.save", "after", 1)),  # [a save that has begun]
         (1, Point("segzero_jax.checkpoint:Checkpoints.restore", "before", 1)),  # [a start]

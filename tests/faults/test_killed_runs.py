@@ -12,7 +12,9 @@ from killed_run import Point, Processes
 from same_run import assert_same, lines, scalars
 
 STEPS = 10
-OPTIONS = [f"--train.steps={STEPS}", "--train.batch_size=2", "--train.micro_batch_size=2", "--rollout.group_size=2"]
+OPTIONS = [f"--train.steps={STEPS}", "--train.batch_size=2", "--train.micro_batch_size=1", "--rollout.group_size=2"]
+# Four updates a step.
+OPTIONS += ["--train.mini_batch_size=1", "--grpo.iterations=2"]
 OPTIONS += ["--train.checkpoint_every=2", "--eval.every=5", "--eval.examples=2", "--eval.samples=2"]
 OPTIONS += ["--data.eval_splits=[val,heldout_crowd]", "--rollout.max_response_tokens=48"]
 
@@ -27,14 +29,14 @@ CHAINS = (
         Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2),  # [a checkpoint, written and uncommitted]
         Point("segzero_jax.reward_client:PendingScores.result", "before", 2),  # [waiting for scores]
         Point(f"{METRICS}:MetricsWriter.write_evaluation", "after", 1),  # [between two splits]
-        Point(f"{TRAIN}:update", "before", 2),  # [about to update]
+        Point(f"{TRAIN}:learn", "before", 2),  # [about to update]
         Point("segzero_jax.manifest:ManifestHandler.finalize", "after", 1),  # [a manifest, uncommitted]
         Point("segzero_jax.jsonl:replace", "before", 1, "*/report.html"),  # [all done but the page]
     ),
     (
-        Point(f"{TRAIN}:update", "after", 3),  # [updated, not written]
+        Point(f"{TRAIN}:learn", "after", 3),  # [updated, not written]
         Point(f"{METRICS}:EventFile.write", "before", 3),  # [in metrics.jsonl, not in TensorBoard]
-        Point(f"{TRAIN}:reference_logps", "after", 4),  # [the reference policy]
+        Point(f"{TRAIN}:policy_logps", "after", 4),  # [the reference policy]
         Point("segzero_jax.jsonl:write", "midway", 1, "*/rollouts/*.jsonl"),  # [the rollouts of a step]
         Point("segzero_jax.keeper:Keeper.save", "after", 1),  # [a save that has begun]
         Point(f"{METRICS}:MetricsWriter.truncate_after", "before", 1),  # [a start, restored]
@@ -102,7 +104,7 @@ def test_a_machine_that_vanishes_takes_no_line_along(
     run, copy = tmp_path / "run", tmp_path / "copy"
     start = [*options, f"--run.dir={run}", f"--run.checkpoint_dir={tmp_path / 'bucket'}"]
     log = tmp_path / "log"
-    for point in (Point(f"{TRAIN}:update", "after", 4), Point(f"{TRAIN}:update", "before", 5)):
+    for point in (Point(f"{TRAIN}:learn", "after", 4), Point(f"{TRAIN}:update", "before", 5)):
         if run.exists():
             shutil.copytree(run, copy)  # After three steps, and the evaluation before them.
         assert processes.exit_code(start, log, point) == -signal.SIGKILL
@@ -129,7 +131,7 @@ STOPS = (
         "stopped by SIGTERM; the same command goes on",
     ),
     (Point(f"{TRAIN}:prepare", "before", 1, signals=(INT,)), 130, 1, "stopped at once; the same command goes on"),
-    (Point(f"{TRAIN}:update", "before", 1, signals=(TERM,)), 0, 2, "stopped by SIGTERM; the same command goes on"),
+    (Point(f"{TRAIN}:learn", "before", 1, signals=(TERM,)), 0, 2, "stopped by SIGTERM; the same command goes on"),
     (Point("segzero_jax.evaluation:evaluate_split", "after", 1, signals=(INT,)), 130, 5, "stopped by Ctrl-C; the same"),
     (
         Point(f"{TRAIN}:Scorer.send", "after", 3, signals=(INT, INT)),

@@ -37,7 +37,7 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
     run = tmp_path / "run"
     monkeypatch.setattr(watch, "_LEAST_S", 0.0)
     monkeypatch.setattr(watch, "_LOOK_S", 0.02)
-    reference, sample = train.reference_logps, train.sample
+    reference, sample = train.policy_logps, train.sample
     calls, asleep = {"reference": 0, "sample": 0}, []
 
     def broken_reference(*arguments: object, **named: object) -> jax.Array:
@@ -54,7 +54,7 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
             asleep.append(capsys.readouterr().err)
         return sample(*arguments, **named)
 
-    monkeypatch.setattr(train, "reference_logps", broken_reference)
+    monkeypatch.setattr(train, "policy_logps", broken_reference)
     monkeypatch.setattr(train, "sample", slow_sample)
     options = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={run}", "--train.steps=9", "--watch.max_skipped=3"]
     assert train.main([*options, "--train.keep_checkpoints=4", "--profile=3-4"]) == watch.DIVERGED
@@ -67,9 +67,7 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
     assert "step 6: loss or gradient not finite, update skipped (1 in a row; 3 end the run)" in said
     assert "step 7: loss or gradient not finite, update skipped (2 in a row; 3 end the run)" in said
     last = said.strip().splitlines()[-1]
-    assert last.startswith(
-        "segzero_jax.train: step 8: loss or gradient not finite in 3 updates in a row, from step 6 on"
-    )
+    assert last.startswith("segzero_jax.train: step 8: loss or gradient not finite in 3 steps in a row, from step 6 on")
     assert f"last good checkpoint: {run}/checkpoints/5;" in last
 
     rows = lines(run / "metrics.jsonl")

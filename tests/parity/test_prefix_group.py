@@ -15,7 +15,7 @@ from tiny import encode, hf_config, load_processor
 from torch_policy import load_torch, make_checkpoint, torch_inputs
 
 from segzero_jax.config import GrpoConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, group_loss, token_mask
+from segzero_jax.grpo import LossSettings, UpdateBatch, counted, group_loss
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.logprobs import response_logps
@@ -60,10 +60,6 @@ def repeat_prompts(batch: UpdateBatch) -> UpdateBatch:
     return rest._replace(prompts=prompts)
 
 
-def token_count(batch: UpdateBatch) -> float:
-    return float(token_mask(batch.rollout.length_bg, batch.keep_bg, LENGTH).sum())
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), hf_config(), scale=6)
@@ -84,20 +80,21 @@ def batch(prompts) -> UpdateBatch:
 def run(directory: Path):
     """``(batch, remat) -> Passed``: loss, log-probabilities and gradients of our policy; compiled once per layout."""
     banned = load_processor().visual_ids
-    settings = LossSettings(CONFIG, TEMPERATURE, banned, freeze_vision=False)
+    settings = LossSettings(CONFIG, TEMPERATURE, banned, False, max_tokens=LENGTH)
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory)
 
         @jax.jit(static_argnames="setup")
-        def passes(policy: Policy, batch: UpdateBatch, count: jax.Array, setup: Pass):
-            (loss, _), gradients = jax.value_and_grad(group_loss, has_aux=True)(policy, batch, count, setup, settings)
+        def passes(policy: Policy, batch: UpdateBatch, setup: Pass):
+            gradient_of = jax.value_and_grad(group_loss, has_aux=True)
+            (loss, _), gradients = gradient_of(policy, batch, counted(batch), setup, settings)
             hidden = group_hidden(policy, batch.prompts, batch.rollout.tokens_bgr, setup)
             logps, _ = response_logps(policy, hidden, batch.rollout.tokens_bgr, setup, TEMPERATURE, banned)
             return loss, logps, gradients
 
         def run(batch: UpdateBatch, remat: bool) -> Passed:
             setup = Pass(dims, TRAIN, jnp.dtype("float32"), remat)
-            loss, logps, gradients = passes(policy, batch, jnp.float32(token_count(batch)), setup=setup)
+            loss, logps, gradients = passes(policy, batch, setup=setup)
             return Passed(float(loss), np.asarray(logps), file_tensors(gradients, dims, np.float32))
 
         yield run
@@ -146,7 +143,7 @@ def test_equal_to_transformers(directory: Path, grouped: Passed, batch: UpdateBa
             entropy = -(every.exp() * every).sum(-1)
             advantage = float(batch.advantages_bg[b, g])
             loss = loss + (-ratio * advantage + CONFIG.kl_coef * kl - CONFIG.entropy_coef * entropy).sum()
-    loss = loss / token_count(batch)
+    loss = loss / batch.rollout.length_bg[batch.keep_bg].sum()
     loss.backward()
     rename = lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")  # noqa: E731
     gradients = {rename(name): parameter.grad.numpy() for name, parameter in model.named_parameters()}

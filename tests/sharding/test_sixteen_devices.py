@@ -15,6 +15,7 @@ import optax
 import pytest
 from tiny import DIMS, load_processor, prompts, random_policy
 
+from segzero_jax import grpo
 from segzero_jax.config import GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
     LossSettings,
@@ -22,7 +23,7 @@ from segzero_jax.grpo import (
     UpdateBatch,
     initial_state,
     make_optimizer,
-    reference_logps,
+    policy_logps,
     update,
 )
 from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
@@ -36,7 +37,7 @@ FLOAT32 = jnp.dtype("float32")
 PROCESSOR = load_processor()
 BATCH, GROUP, LENGTH = 16, 2, 8
 SAMPLING = Sampling(GROUP, LENGTH, PROCESSOR.end_ids, PROCESSOR.pad_id, PROCESSOR.visual_ids)
-LOSS = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, PROCESSOR.visual_ids, freeze_vision=False)
+LOSS = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, PROCESSOR.visual_ids, False, max_tokens=8)
 OPTIMIZER = make_optimizer(TrainConfig(lr=1e-2, max_grad_norm=0.1), freeze_vision=False)
 
 
@@ -69,7 +70,7 @@ def run_phases(mesh: str, tokens: Rollout | None) -> Phases:
         rollout = sample(weights, batch, jax.random.key(0), setup=Pass(DIMS, ROLLOUT, FLOAT32), sampling=SAMPLING)
         rollout = jax.device_get(rollout)
         learnt = place(tokens or rollout)
-        ref_logps = reference_logps(reference, batch, learnt.tokens_bgr, setup=setup, settings=LOSS)
+        ref_logps = policy_logps(reference, batch, learnt.tokens_bgr, setup=setup, settings=LOSS)
         advantages, keep = place(
             (rng.standard_normal((BATCH, GROUP)).astype(np.float32), rng.random((BATCH, GROUP)) < 0.9)
         )
@@ -103,6 +104,23 @@ def test_the_same_numbers_as_on_one_device(one: Phases, many: tuple[str, Phases]
     # AdamW's first moment after one step is the clipped gradient times 1 - beta1.
     jax.tree.map(lambda x, y: assert_close(x, y, GRADIENTS), found.gradients, one.gradients)
     jax.tree.map(assert_same_step, found.policy, one.policy, one.gradients)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_mini_batches_are_spread_as_batches_are(mesh: str) -> None:
+    """Every device has its part of each, out of what it holds."""
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(make_mesh(mesh)):
+        whole = rng.standard_normal((32, GROUP)).astype(np.float32)
+        batch = UpdateBatch(*place((prompts(32, PROCESSOR), None, whole, whole > 0, None)))
+        for part in range(2):
+            found = grpo._take_part(batch, part, 2)
+            np.testing.assert_array_equal(found.advantages_bg, whole[part::2])
+            np.testing.assert_array_equal(found.prompts.tokens_bp, np.asarray(batch.prompts.tokens_bp)[part::2])
+            assert found.advantages_bg.sharding == batch.advantages_bg.sharding
+            mine = {shard.device: set(np.ravel(shard.data)) for shard in batch.advantages_bg.addressable_shards}
+            for shard in found.advantages_bg.addressable_shards:
+                assert set(np.ravel(shard.data)) <= mine[shard.device]
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, relative: float) -> None:

@@ -15,7 +15,7 @@ from test_sixteen_devices import place
 from tiny import load_processor, prompts, random_policy
 
 from segzero_jax.config import GrpoConfig, TrainConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, reference_logps, update
+from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, policy_logps, update
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model.dims import RELEASED, Dims
 from segzero_jax.model.policy import Pass
@@ -35,7 +35,7 @@ def wide_dims() -> Dims:
 def train(mesh: str) -> list[dict[str, Any]]:
     processor, dims = load_processor(), wide_dims()
     setup = Pass(dims, TRAIN, FLOAT32, remat=True)
-    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, freeze_vision=False)
+    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, False, max_tokens=LENGTH)
     optimizer = make_optimizer(TrainConfig(lr=1e-4), freeze_vision=False)
     sampling = Sampling(GROUP, LENGTH, processor.end_ids, processor.pad_id, processor.visual_ids)
     rng, found = np.random.default_rng(0), []
@@ -48,7 +48,7 @@ def train(mesh: str) -> list[dict[str, Any]]:
             rollout = sample(weights, batch, key, setup=Pass(dims, ROLLOUT, FLOAT32), sampling=sampling)
             del weights
             # The policy is its own reference: a second one would not fit beside it everywhere.
-            logps = reference_logps(state.policy, batch, rollout.tokens_bgr, setup=setup, settings=losses)
+            logps = policy_logps(state.policy, batch, rollout.tokens_bgr, setup=setup, settings=losses)
             scores = place((rng.standard_normal((BATCH, GROUP)).astype(np.float32), np.ones((BATCH, GROUP), bool)))
             learnt = UpdateBatch(batch, rollout, *scores, logps)
             state, metrics = update(state, learnt, optimizer=optimizer, setup=setup, settings=losses, micro_batches=1)
