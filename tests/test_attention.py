@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiny import DIMS, load_processor, prompts, random_policy
 
 from segzero_jax.config import GrpoConfig, TrainConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, group_loss, initial_state, make_optimizer, update
+from segzero_jax.grpo import LossSettings, UpdateBatch, counted, group_loss, initial_state, make_optimizer, update
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.attention import (
     Kernel,
@@ -228,7 +228,7 @@ def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
         policy, (batch, losses) = random_policy(UNEVEN), learning()
         for chosen in (kernel, "xla"):
             setup = Pass(UNEVEN, TRAIN, jnp.dtype("float32"), True, chosen, written_out=chosen == "cudnn")
-            run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, batch, jnp.float32(9), s, losses)[0]))
+            run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, batch, counted(batch), s, losses)[0]))
             results.append(jax.device_get(run(policy)))
     (loss, gradients), (expected_loss, expected_gradients) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)

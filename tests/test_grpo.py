@@ -471,5 +471,5 @@ def test_one_prompt_with_one_response_is_a_group_too(batch):
     group = policy_logps(policy, batch.prompts, tokens, setup=SETUP, settings=losses)
     found = policy_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=losses)
     np.testing.assert_allclose(found[0, 0], group[0, 0], rtol=1e-5, atol=1e-6)
-    gradients = jax.grad(lambda policy: group_loss(policy, alone, jnp.float32(1), SETUP, losses)[0])
+    gradients = jax.grad(lambda policy: group_loss(policy, alone, counted(alone), SETUP, losses)[0])
     assert jax.tree.structure(jax.eval_shape(gradients, policy)) == jax.tree.structure(policy)

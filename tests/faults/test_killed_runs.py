@@ -104,7 +104,7 @@ def test_a_machine_that_vanishes_takes_no_line_along(
     run, copy = tmp_path / "run", tmp_path / "copy"
     start = [*options, f"--run.dir={run}", f"--run.checkpoint_dir={tmp_path / 'bucket'}"]
     log = tmp_path / "log"
-    for point in (Point(f"{TRAIN}:learn", "after", 4), Point(f"{TRAIN}:update", "before", 5)):
+    for point in (Point(f"{TRAIN}:learn", "after", 4), Point(f"{TRAIN}:learn", "before", 5)):
         if run.exists():
             shutil.copytree(run, copy)  # After three steps, and the evaluation before them.
         assert processes.exit_code(start, log, point) == -signal.SIGKILL
