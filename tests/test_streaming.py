@@ -24,7 +24,10 @@ SIDE = 840
 
 @pytest.mark.parametrize(("greedy", "room"), [(True, 256), (False, 256), (False, 3)])
 def test_a_response_in_parts_is_the_response(greedy: bool, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token for token, whatever the parts and the cache's room; each part begins with the one before."""
+    """Token for token, whatever the parts and the cache's room; each part begins with the one before.
+
+    Bit for bit, unless the two have other room at a token: keys are then summed up in another order.
+    """
     monkeypatch.setattr(rollout, "_FIRST_ROOM", room)
     for program in (sample, rollout._begin_alone):
         program.clear_cache()
@@ -37,7 +40,8 @@ def test_a_response_in_parts_is_the_response(greedy: bool, room: int, monkeypatc
         parts = list(sample_in_parts(policy, batch, key, setup=setup, sampling=sampling, tokens=4))
     assert len(parts) == 3
     for name, value in whole._asdict().items():
-        np.testing.assert_array_equal(getattr(parts[-1], name), value)
+        rounding = 1e-6 if name == "logps_bgr" and room == 3 else 0
+        np.testing.assert_allclose(getattr(parts[-1], name), value, rtol=rounding, atol=0)
     for count, part in zip((4, 8, 11), parts, strict=True):
         np.testing.assert_array_equal(part.tokens_bgr[..., :count], whole.tokens_bgr[..., :count])
         assert (part.tokens_bgr[..., count:] == processor.pad_id).all()

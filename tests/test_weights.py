@@ -20,6 +20,7 @@ from torch_policy import load_torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from segzero_jax import train
+from segzero_jax.data.pipeline import open_split
 from segzero_jax.hub import TOY
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf, save_hf, weights
@@ -371,8 +372,10 @@ def test_a_damaged_checkpoint_is_named(saved: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["NaN", "truncated", "missing", "another architecture"])
 def test_training_does_not_begin_from_a_damaged_checkpoint(
-    saved: Path, case: str, capsys: pytest.CaptureFixture[str]
+    saved: Path, case: str, data_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    open_split("toy", "train", data_dir)
+    capsys.readouterr()
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         (saved / name).write_bytes((TOY / name).read_bytes())
     if case == "another architecture":
@@ -381,7 +384,8 @@ def test_training_does_not_begin_from_a_damaged_checkpoint(
     else:
         named = damage(saved, case)
     run = saved / "run"
-    assert train.main([f"--model.path={saved}", f"--run.dir={run}", "--reward.server=none"]) == 2
+    arguments = [f"--model.path={saved}", f"--run.dir={run}", f"--data.dir={data_dir}"]
+    assert train.main([*arguments, "--reward.server=none"]) == 2
     said = capsys.readouterr().err.strip()
     assert named in said
     assert str(saved) in said
