@@ -152,14 +152,14 @@ def counted(batch: UpdateBatch) -> Counts:
 
 def loss_mean(loss_bgr: jax.Array, mask_bgr: jax.Array, counts: Counts, settings: LossSettings) -> jax.Array:
     """Some tokens' share of the mean over what ``counts`` counts; which mean is ``grpo.loss_mean``'s."""
-    counted = jnp.where(mask_bgr, loss_bgr, 0.0)
+    masked = jnp.where(mask_bgr, loss_bgr, 0.0)
     match settings.grpo.loss_mean:
         case "tokens":
-            return counted.sum() / counts.tokens
+            return masked.sum() / counts.tokens
         case "responses":
-            return (counted.sum(axis=-1) / jnp.maximum(mask_bgr.sum(axis=-1), 1)).sum() / counts.responses
+            return (masked.sum(axis=-1) / jnp.maximum(mask_bgr.sum(axis=-1), 1)).sum() / counts.responses
         case "limit":
-            return counted.sum() / (counts.responses * settings.max_tokens)
+            return masked.sum() / (counts.responses * settings.max_tokens)
 
 
 def group_loss(
@@ -183,7 +183,10 @@ def group_loss(
     logp, entropy = response_logps(policy, hidden, tokens, setup, settings.temperature, settings.banned_ids)
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, tokens.shape[-1])
     mean = lambda x: jnp.where(mask, x, 0.0).sum() / counts.tokens  # noqa: E731
-    old = jax.lax.stop_gradient(logp) if batch.old_logps_bgr is None else batch.old_logps_bgr
+    old: Array = jax.lax.stop_gradient(logp)
+    if batch.old_logps_bgr is not None:
+        # In padding the two may be so far apart that their ratio is infinite, and its derivative no number.
+        old = jnp.where(mask, batch.old_logps_bgr, old)
     surrogate, clipped = policy_loss(logp, old, batch.advantages_bg, config.clip_low, config.clip_high)
     gap = old - batch.rollout.logps_bgr
     if config.importance_cap:
@@ -248,18 +251,18 @@ def update(
     # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
     setup = setup._replace(written_out=setup.kernel == "cudnn" and not setup.remat)
 
-    def learn(part: UpdateBatch) -> Total:
+    def gradients_of(part: UpdateBatch) -> Total:
         gradient_of = jax.value_and_grad(group_loss, has_aux=True)
         (_, metrics), gradients = gradient_of(state.policy, part, counts, setup, settings)
         return gradients, metrics
 
     if micro_batches == 1:
-        gradients, metrics = learn(batch)
+        gradients, metrics = gradients_of(batch)
     else:
         parts = jax.tree.map(lambda x: _split_rows(jnp.asarray(x), micro_batches), batch)
-        like = jax.eval_shape(lambda parts: learn(jax.tree.map(lambda x: x[0], parts)), parts)
+        like = jax.eval_shape(lambda parts: gradients_of(jax.tree.map(lambda x: x[0], parts)), parts)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), like)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, learn(part)), None)  # noqa: E731
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradients_of(part)), None)  # noqa: E731
         (gradients, metrics), _ = jax.lax.scan(add, zeros, parts)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.policy)
     policy = optax.apply_updates(state.policy, updates)
@@ -309,7 +312,8 @@ def learn(
             state, made = update(
                 state, chosen, optimizer=optimizer, setup=setup, settings=settings, micro_batches=micro_batches
             )
-            metrics.append(made)
+            # One after another: parts that waited for their turn would lie in memory together.
+            metrics.append(jax.block_until_ready(made))
     return state, metrics
 
 

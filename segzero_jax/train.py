@@ -144,8 +144,8 @@ def train(
         if unscored:
             writer.message(f"step {step}: {unscored}")
         with watch.phase("update"):
-            advantages_bg = advantages(scored.rewards_bg, config.grpo.norm_adv_by_std)
             keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
+            advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
             learnt, kept = job.place((advantages_bg, keep_bg), range(config.train.batch_size))
             state, losses = learn(
                 state,
@@ -158,6 +158,8 @@ def train(
                 micro_batches=config.train.micro_batches,
             )
             losses = jax.device_get(losses)
+        if not losses and np.isfinite(scored.rewards_bg).any():
+            writer.message(f"step {step}: nothing is learnt from this step, all scored responses were cut off")
         made = Step(step, examples, texts, said, scored, advantages_bg)
         numbers = {**step_metrics(made), **update_metrics(losses), "checkpoint/failed": keeper.failed}
         tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
@@ -338,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains a policy with GRPO; without --config, the toy run.",
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
         "finished step saved; 2 something to put right; 3 the reward service stayed away; "
-        f"{HOST_LOST} another host of the run was lost; {DIVERGED} updates of too many steps in a row were not finite; "
+        f"{HOST_LOST} another host of the run was lost; {DIVERGED} no update of too many steps in a row was finite; "
         f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "
         "checkpoints not be read; 130 stopped by Ctrl-C.",
     )

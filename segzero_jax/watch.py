@@ -21,7 +21,7 @@ from segzero_jax.profiling import Profiler
 from segzero_jax.terminal import write_line
 from segzero_jax.time_account import BESIDE, CompileClock, PhaseTimer, TimeAccount
 
-# Exit codes: too many steps in a row had an update that was not finite; a phase took longer than watch.kill_after_s.
+# Exit codes: no update of too many steps in a row was finite; a phase took longer than watch.kill_after_s.
 DIVERGED, HUNG = 5, 6
 _TIMES_USUAL = 10
 _ENOUGH_STEPS = 3
@@ -35,11 +35,11 @@ Row = Mapping[str, Any]
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row had an update that was not finite; the message names the last good checkpoint."""
+    """No update of too many steps in a row was finite; the message names the last good checkpoint."""
 
 
 class FiniteWatch:
-    """Counts steps with an update that was skipped because loss or gradient was not finite."""
+    """Counts steps whose updates were all skipped because loss or gradient was not finite."""
 
     def __init__(self, most: int) -> None:
         """``most`` in a row end the run. The count starts anew with every process."""
@@ -48,10 +48,10 @@ class FiniteWatch:
         self._count = 0
 
     def look(self, step: int, row: Row, checkpoints: Iterable[int], directory: str) -> str:
-        """One line when the step was skipped, else empty.
+        """One line when updates of the step were skipped, else empty.
 
         Args:
-          row: its metrics; ``update/skipped`` counts.
+          row: its metrics; it counts as skipped when no update was finite, so that ``loss`` is None.
           checkpoints: steps of the saved ones.
           directory: where they are.
 
@@ -59,10 +59,12 @@ class FiniteWatch:
           Diverged: it was one too many.
         """
         skipped = row.get("update/skipped")
-        if not skipped:
+        if skipped is None:
             # A step without an update says nothing.
-            self._count = self._count if skipped is None else 0
             return ""
+        if row["loss"] is not None:
+            self._count = 0
+            return f"step {step}: loss or gradient not finite in {skipped:g} of its updates, skipped" if skipped else ""
         self._first = step if self._count == 0 else self._first
         self._count += 1
         if self._count >= self._most:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import DIMS, load_processor, prompts, random_policy
 
 from segzero_jax import grpo
-from segzero_jax.config import GrpoConfig, TrainConfig
+from segzero_jax.config import Config, GrpoConfig, ModelConfig, RolloutConfig, TrainConfig
 from segzero_jax.grpo import (
     LossSettings,
     UpdateBatch,
@@ -24,6 +24,7 @@ from segzero_jax.grpo import (
     initial_state,
     k3_kl,
     learn,
+    loss_settings,
     make_optimizer,
     policy_logps,
     policy_loss,
@@ -246,6 +247,20 @@ def test_after_the_first_update_the_ratio_is_to_the_policy_that_sampled(loss_of)
     np.testing.assert_allclose(by_logp[AT], -1.5 * PER_TOKEN[AT], rtol=1e-5)
 
 
+def test_padding_far_from_the_old_policy_spoils_no_gradient(loss_of):
+    """Behind the end of a response nothing bounds the ratio."""
+    old_gap = jnp.asarray(np.where(PER_TOKEN == 0, -95.0, 0.0), jnp.float32)
+    _, metrics, by_logp, _ = loss_of(GrpoConfig(kl_coef=0), old_gap=old_gap)
+    np.testing.assert_allclose(by_logp, -PER_TOKEN, rtol=1e-6)
+    assert metrics["clip_fraction"] == 0
+
+
+def test_the_settings_of_a_loss_are_the_run_s():
+    run = replace(Config(), grpo=GrpoConfig(loss_mean="limit"), model=ModelConfig(freeze_vision=True))
+    run = replace(run, rollout=RolloutConfig(temperature=0.7, max_prompt_tokens=99, max_response_tokens=77))
+    assert loss_settings(run, (5, 6)) == LossSettings(run.grpo, 0.7, (5, 6), True, 77)
+
+
 def test_token_mask_counts_lengths_and_kept_rows():
     assert token_mask(LENGTHS, KEEP, 3).sum() == 6
 
@@ -317,7 +332,7 @@ def batch() -> UpdateBatch:
     return UpdateBatch(prompts(4, load_processor()), rollout, learnt, keep, np.full((4, 2, 8), -6, np.float32))
 
 
-def loss_settings(freeze_vision: bool) -> LossSettings:
+def losses(freeze_vision: bool) -> LossSettings:
     return LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, load_processor().visual_ids, freeze_vision, max_tokens=8)
 
 
@@ -334,7 +349,7 @@ def test_the_update_does_not_depend_on_micro_batches(batch):
             batch,
             optimizer=optimizer,
             setup=SETUP,
-            settings=loss_settings(freeze_vision=True),
+            settings=losses(freeze_vision=True),
             micro_batches=parts,
         )
         results.append((jax.tree.map(np.subtract, before, jax.device_get(state.policy)), metrics))
@@ -353,23 +368,22 @@ def test_a_rollout_is_learnt_from_in_mini_batches_and_again(batch):
 
     Of the second mini-batch nothing counts.
     """
-    keep = np.array([[True, True], [False, False], [True, True], [False, False]])
-    batch = batch._replace(keep_bg=keep, old_logps_bgr=np.full((4, 2, 8), -6, np.float32))
+    keep = np.array([[True, True], [False, False], [True, True], [False, True]])
+    batch = batch._replace(keep_bg=keep)
     optimizer = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False)
-    settings = loss_settings(freeze_vision=False)._replace(grpo=GrpoConfig(iterations=2, clip_high=0.3))
+    settings = losses(freeze_vision=False)._replace(grpo=GrpoConfig(iterations=2, clip_high=0.3))
     run = {"optimizer": optimizer, "setup": SETUP, "settings": settings, "micro_batches": 1}
     old = policy_logps(random_policy(), batch.prompts, batch.rollout.tokens_bgr, setup=SETUP, settings=settings)
     batch = batch._replace(old_logps_bgr=np.asarray(old))
-    state, found = learn(initial_state(random_policy(), optimizer), batch, keep, mini_batches=2, **run)
+    state, found = learn(initial_state(random_policy(), optimizer), batch, keep, mini_batches=4, **run)
     expected, numbers = initial_state(random_policy(), optimizer), []
-    first = jax.tree.map(lambda x: x[[0, 2]], batch)
-    for _ in range(2):
-        expected, made = update(expected, first, **run)
+    for row in (0, 2, 3, 0, 2, 3):
+        expected, made = update(expected, jax.tree.map(lambda x, row=row: x[[row]], batch), **run)
         numbers.append(made)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(expected))
     assert jax.device_get(found) == jax.device_get(numbers)
-    assert int(state.updates) == 2
-    once, again = found
+    assert int(state.updates) == 6
+    once, *_, again = found[:4]
     assert float(once["clip_fraction"]) == 0 < float(again["clip_fraction"])
     assert float(once["sampler_gap"]) == pytest.approx(float(again["sampler_gap"]), rel=1e-6), "the same old policy's"
 
@@ -380,7 +394,7 @@ def test_without_a_reference_the_rest_is_learnt_alike(batch):
     results = []
     for learnt in (batch, batch._replace(ref_logps_bgr=None)):
         optimizer = optax.sgd(1.0)
-        settings = loss_settings(freeze_vision=False)._replace(grpo=GrpoConfig(kl_coef=0, entropy_coef=0.01))
+        settings = losses(freeze_vision=False)._replace(grpo=GrpoConfig(kl_coef=0, entropy_coef=0.01))
         state, metrics = update(
             initial_state(random_policy(), optimizer),
             learnt,
@@ -405,7 +419,7 @@ def test_a_frozen_vision_tower_stays_bit_for_bit_and_the_rest_learns(batch):
     moments = jax.tree_util.tree_leaves_with_path(state.optimizer)
     assert not [path for path, _ in moments if "vision" in jax.tree_util.keystr(path)]
     state, metrics = update(
-        state, batch, optimizer=optimizer, setup=SETUP, settings=loss_settings(freeze_vision=True), micro_batches=1
+        state, batch, optimizer=optimizer, setup=SETUP, settings=losses(freeze_vision=True), micro_batches=1
     )
     assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
     assert int(state.updates) == 1
@@ -422,7 +436,7 @@ def test_an_update_that_is_not_finite_keeps_the_state_bit_for_bit(batch):
     optimizer = make_optimizer(TrainConfig(lr=1e-3), freeze_vision=False)
 
     def step(state, batch):
-        settings = loss_settings(freeze_vision=False)
+        settings = losses(freeze_vision=False)
         return update(state, batch, optimizer=optimizer, setup=SETUP, settings=settings, micro_batches=2)
 
     nan = np.where(np.arange(8) == 0, NAN, batch.ref_logps_bgr).astype(np.float32)
@@ -446,16 +460,16 @@ def test_an_update_that_is_not_finite_keeps_the_state_bit_for_bit(batch):
 @pytest.mark.usefixtures("mesh")
 def test_images_embedded_once_teach_the_same(batch):
     """With a frozen tower, embeddings computed beforehand give the loss, gradients and reference of the patches."""
-    policy, losses = random_policy(), loss_settings(freeze_vision=True)
+    policy, plain = random_policy(), losses(freeze_vision=True)
     embedded = batch._replace(prompts=embed_images(policy, batch.prompts, setup=SETUP))
     assert embedded.prompts.patches_bisc.shape[1] == 0
     assert embed_images(policy, embedded.prompts, setup=SETUP) is not None  # there is nothing left to embed
     optimizer, results = optax.sgd(1.0), []
     for chosen in (batch, embedded):
         tokens = chosen.rollout.tokens_bgr
-        logps = policy_logps(policy, chosen.prompts, tokens, setup=SETUP, settings=losses)
+        logps = policy_logps(policy, chosen.prompts, tokens, setup=SETUP, settings=plain)
         state = initial_state(random_policy(), optimizer)
-        state, metrics = update(state, chosen, optimizer=optimizer, setup=SETUP, settings=losses, micro_batches=2)
+        state, metrics = update(state, chosen, optimizer=optimizer, setup=SETUP, settings=plain, micro_batches=2)
         results.append(jax.device_get((logps, metrics, state.policy)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)
 
@@ -463,13 +477,13 @@ def test_images_embedded_once_teach_the_same(batch):
 @pytest.mark.usefixtures("mesh")
 def test_one_prompt_with_one_response_is_a_group_too(batch):
     """Axes of one leave the sharding of a reshape open, so it is said; values are those within the whole batch."""
-    policy, tokens, losses = random_policy(), np.asarray(batch.rollout.tokens_bgr), loss_settings(freeze_vision=False)
+    policy, tokens, plain = random_policy(), np.asarray(batch.rollout.tokens_bgr), losses(freeze_vision=False)
     alone = jax.tree.map(lambda x: x[:1], batch)._replace(
         rollout=jax.tree.map(lambda x: x[:1, :1], batch.rollout),
         **{name: getattr(batch, name)[:1, :1] for name in ("advantages_bg", "keep_bg", "ref_logps_bgr")},
     )
-    group = policy_logps(policy, batch.prompts, tokens, setup=SETUP, settings=losses)
-    found = policy_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=losses)
+    group = policy_logps(policy, batch.prompts, tokens, setup=SETUP, settings=plain)
+    found = policy_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=plain)
     np.testing.assert_allclose(found[0, 0], group[0, 0], rtol=1e-5, atol=1e-6)
-    gradients = jax.grad(lambda policy: group_loss(policy, alone, counted(alone), SETUP, losses)[0])
+    gradients = jax.grad(lambda policy: group_loss(policy, alone, counted(alone), SETUP, plain)[0])
     assert jax.tree.structure(jax.eval_shape(gradients, policy)) == jax.tree.structure(policy)

@@ -275,6 +275,9 @@ def test_advice_names_what_is_not_yet_done():
     assert "--model.remat=true" in said
     assert "--train.micro_batch_size=4" in said
     assert "remat" not in "\n".join(advise(preset, [phase("update")]))
+    parts = configs.replace(preset, **{"train.mini_batch_size": 8})
+    said = "\n".join(advise(parts, [phase("prefill")]))
+    assert "--train.batch_size=4 --train.mini_batch_size=4: fewer prompts a step" in said, "all that is larger"
     assert advise(preset, []) == []
 
 

@@ -30,11 +30,17 @@ COLLAPSED = {
 def test_skipped_updates_are_told_and_too_many_end_the_run():
     found = FiniteWatch(most=3)
     look = lambda step, skipped, saved=(10, 20, 30): found.look(  # noqa: E731
-        step, {} if skipped is None else {"update/skipped": skipped}, saved, "runs/x/checkpoints"
+        step,
+        {} if skipped is None else {"update/skipped": skipped, "loss": None if skipped == 1 else 0.5},
+        saved,
+        "runs/x/checkpoints",
     )
     assert look(21, 1.0) == "step 21: loss or gradient not finite, update skipped (1 in a row; 3 end the run)"
     assert look(22, 1.0).endswith("(2 in a row; 3 end the run)")
     assert look(23, 0.0) == ""
+    assert "(1 in a row" in look(24, 1.0)
+    # One of several updates was finite, and moved the policy.
+    assert look(25, 3.0) == "step 25: loss or gradient not finite in 3 of its updates, skipped"
     assert "(1 in a row" in look(29, 1.0)
     assert look(30, None) == ""  # a step without scores made no update
     assert "(2 in a row" in look(31, 1.0)

@@ -217,7 +217,7 @@ class WatchConfig:
     """When a run speaks up, and when it ends itself.
 
     Attributes:
-      max_skipped: so many steps in a row with an update that is not finite end the run, with exit code 5.
+      max_skipped: so many steps in a row without a finite update end the run, with exit code 5.
       alarm_after: steps that a collapsed state lasts before it is an alarm.
       entropy_floor: mean entropy per token, in nats, below which the policy counts as collapsed.
       kill_after_s: a phase that takes longer ends the process, with exit code 6; 0 only says so.

@@ -200,7 +200,9 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
             shorter = config.rollout.max_response_tokens // 2
             advice.append(f"--rollout.max_response_tokens={shorter}: shorter answers")
         if phase.phase in ("prefill", "decode") and config.train.batch_size > data * fsdp:
-            advice.append(f"--train.batch_size={data * fsdp}: fewer prompts a step")
+            names = (f"{name}_size" for name in ("batch", "mini_batch", "micro_batch"))
+            larger = [name for name in names if getattr(config.train, name) > data * fsdp]
+            advice.append(" ".join(f"--train.{name}={data * fsdp}" for name in larger) + ": fewer prompts a step")
     if over:
         advice.append(f"a larger slice, such as --mesh={2 * fsdp * data}x{tensor}: weights and moments spread over it")
     return list(dict.fromkeys(advice))

@@ -14,7 +14,7 @@ _NAMES = {
     "no_spread": ("no spread", "No group's rewards differed, so nothing was learnt."),
     "low_entropy": ("low entropy", "The policy hardly varied its answers any more."),
 }
-_SKIPPED = "An update whose loss or gradient was not finite was skipped; weights stayed as they were."
+_SKIPPED = "An update whose loss or gradient was not finite was skipped: it changed no weight."
 _MISSING = "Responses had no score and were left out of the loss."
 _UNSAVED = "A checkpoint could not be written."
 

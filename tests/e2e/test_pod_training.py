@@ -5,10 +5,8 @@ Each process is a host of its own: it reads its rows, sends its own reward calls
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,13 +67,6 @@ def pod(run: Path, data_dir: str, server: str, environment: dict[str, str]) -> I
             host.wait()
 
 
-def wait_for_step(run: Path, step: int, hosts: list[subprocess.Popen[str]]) -> None:
-    """Until its line is in the metrics and a checkpoint of it or of an earlier one is there."""
-    while not any(row["step"] == step for row in lines(run / "metrics.jsonl")):
-        assert all(host.poll() is None for host in hosts), said(run, 0)
-        time.sleep(0.05)
-
-
 def ends(hosts: list[subprocess.Popen[str]]) -> list[int]:
     return [host.wait(timeout=1200) for host in hosts]
 
@@ -133,25 +124,6 @@ def test_four_hosts_train_as_one(
     calls = [request.request_id for request in fake.seen]
     assert len(calls) == (2 + STEPS) * CALLS
     assert [said(run, host) for host in range(HOSTS)] == [[]] * HOSTS
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_saves_all_at_one_step_and_nothing_is_lost(
-    whole: tuple[Path, Fake], tmp_path: Path, data_dir: str, environment: dict[str, str]
-) -> None:
-    run = tmp_path / "run"
-    with serving(Fake()) as server:
-        with pod(run, data_dir, server, environment) as hosts:
-            wait_for_step(run, 1, hosts)
-            hosts[3].send_signal(signal.SIGTERM)
-            assert ends(hosts) == [0] * HOSTS
-        saved = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
-        assert saved == lines(run / "metrics.jsonl")[-1]["step"] < STEPS
-        assert said(run, 0) == ["segzero_jax.train: stopped by SIGTERM; the same command goes on"]
-
-        with pod(run, data_dir, server, environment) as hosts:
-            assert ends(hosts) == [0] * HOSTS
-    assert outcome(run) == outcome(whole[0])
 
 
 def test_hosts_with_a_disk_each_stop_before_weights_are_loaded(

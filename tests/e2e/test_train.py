@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from segzero_jax import config as configs
 from segzero_jax import job, train
 from segzero_jax.checkpoint import SaveError
 from segzero_jax.config import Config
-from segzero_jax.grpo import update
+from segzero_jax.grpo import TrainState, UpdateBatch, learn, policy_logps, update
 from segzero_jax.hub import model_directory
 from segzero_jax.model.weights import load_hf
 from segzero_jax.record import metric_keys
@@ -99,7 +101,39 @@ def test_without_kl_no_reference_is_read_and_the_page_is_written(
 
 
 @pytest.mark.slow
-def test_what_was_cut_off_is_left_out_where_that_is_asked_for(tmp_path: Path, data_dir: str) -> None:
+def test_what_a_step_learns_from(tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old log-probabilities of the policy that sampled, advantages as configured, and only what ended by itself."""
+    seen = []
+
+    def watched(state: TrainState, batch: UpdateBatch, keep_bg: np.ndarray, **how: Any) -> Any:
+        run = {"setup": how["setup"], "settings": how["settings"]}
+        old = policy_logps(state.policy, batch.prompts, batch.rollout.tokens_bgr, **run)
+        ref, advantages_bg = np.array(batch.ref_logps_bgr), np.array(batch.advantages_bg)
+        seen.append((np.array(old), np.array(batch.old_logps_bgr), ref, advantages_bg, keep_bg))
+        return learn(state, batch, keep_bg, **how)
+
+    monkeypatch.setattr(train, "learn", watched)
+    arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
+    arguments += ["--train.mini_batch_size=2", "--train.micro_batch_size=2", "--rollout.max_response_tokens=47"]
+    arguments += ["--grpo.norm_adv_by_std=false", "--grpo.mask_truncated=true", "--train.steps=2"]
+    assert train.main(arguments) == 0
+    for step, (old, given, ref, advantages_bg, keep_bg) in enumerate(seen, 1):
+        np.testing.assert_array_equal(given, old)
+        assert (np.abs(ref - old).max() > 1e-6) == (step == 2), "the reference does not learn"
+        rows = lines(tmp_path / f"run/rollouts/{step}.jsonl")
+        assert keep_bg.ravel().tolist() == [row["finished"] for row in rows]
+        rewards = np.reshape([row["reward"] for row in rows], keep_bg.shape)
+        expected = np.where(keep_bg, rewards - rewards.mean(axis=1, keepdims=True), 0)
+        np.testing.assert_allclose(advantages_bg, expected, atol=1e-6)
+        np.testing.assert_allclose(advantages_bg.ravel(), [row["advantage"] for row in rows])
+    assert len({bool(kept) for *_, keep_bg in seen for kept in keep_bg.ravel()}) == 2, "some were cut off, some not"
+    assert any(np.abs(advantages_bg).max() > 0 for *_, advantages_bg, _ in seen)
+
+
+@pytest.mark.slow
+def test_what_was_cut_off_is_left_out_where_that_is_asked_for(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of the first step nothing is left, so nothing is learnt; its rewards are told all the same."""
     arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
     arguments += ["--rollout.max_response_tokens=8", "--train.steps=1"]
@@ -109,6 +143,8 @@ def test_what_was_cut_off_is_left_out_where_that_is_asked_for(tmp_path: Path, da
     assert row["reward/mean"] is not None
     assert row["missing_scores"] == 0
     assert "loss" not in row
+    said = capsys.readouterr()
+    assert "step 1: nothing is learnt from this step, all scored responses were cut off" in said.out + said.err
 
 
 BAD = {

@@ -36,11 +36,11 @@ CHAINS = (
     (
         Point(f"{TRAIN}:learn", "after", 3),  # [updated, not written]
         Point(f"{METRICS}:EventFile.write", "before", 3),  # [in metrics.jsonl, not in TensorBoard]
-        Point(f"{TRAIN}:policy_logps", "after", 4),  # [the reference policy]
+        Point(f"{TRAIN}:policy_logps", "after", 7),  # [the reference policy]
         Point("segzero_jax.jsonl:write", "midway", 1, "*/rollouts/*.jsonl"),  # [the rollouts of a step]
         Point("segzero_jax.keeper:Keeper.save", "after", 1),  # [a save that has begun]
         Point(f"{METRICS}:MetricsWriter.truncate_after", "before", 1),  # [a start, restored]
-        Point(f"{TRAIN}:sample", "before", 2),  # [about to sample]
+        Point("segzero_jax.grpo:update", "after", 6),  # [between two updates of a step]
         Point("segzero_jax.jsonl:write", "before", 2, "*/evaluations.jsonl"),  # [answers written, numbers not]
         Point("segzero_jax.checkpoint:Checkpoints.save", "before", 2),  # [about to save]
         Point("segzero_jax.evaluation:evaluate_split", "before", 2),  # [evaluation after training]
