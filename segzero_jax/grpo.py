@@ -133,7 +133,8 @@ def policy_loss(
       logp, old_logp: ``[b, g, r]``; the old ones carry no gradient.
       advantages_bg: one per response.
     """
-    ratio = jnp.exp(logp - jax.lax.stop_gradient(jnp.asarray(old_logp)))
+    # Bounded, so that where nothing counts, as in padding, the ratio and with it the gradient stay finite.
+    ratio = jnp.exp(jnp.clip(logp - jax.lax.stop_gradient(jnp.asarray(old_logp)), -20.0, 20.0))
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     advantage = advantages_bg[..., None]
     return -jnp.minimum(ratio * advantage, clipped * advantage), (clipped * advantage < ratio * advantage)
@@ -183,10 +184,7 @@ def group_loss(
     logp, entropy = response_logps(policy, hidden, tokens, setup, settings.temperature, settings.banned_ids)
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, tokens.shape[-1])
     mean = lambda x: jnp.where(mask, x, 0.0).sum() / counts.tokens  # noqa: E731
-    old: Array = jax.lax.stop_gradient(logp)
-    if batch.old_logps_bgr is not None:
-        # In padding the two may be so far apart that their ratio is infinite, and its derivative no number.
-        old = jnp.where(mask, batch.old_logps_bgr, old)
+    old = jax.lax.stop_gradient(logp) if batch.old_logps_bgr is None else batch.old_logps_bgr
     surrogate, clipped = policy_loss(logp, old, batch.advantages_bg, config.clip_low, config.clip_high)
     gap = old - batch.rollout.logps_bgr
     if config.importance_cap:

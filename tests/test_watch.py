@@ -56,7 +56,7 @@ def test_skipped_updates_are_told_and_too_many_end_the_run():
 )
 def test_without_an_older_checkpoint_the_newest_has_the_same_weights(saved, said):
     with pytest.raises(Diverged, match=said):
-        FiniteWatch(most=1).look(7, {"update/skipped": 1.0}, saved, "runs/x")
+        FiniteWatch(most=1).look(7, {"update/skipped": 1.0, "loss": None}, saved, "runs/x")
 
 
 # Collapse.
