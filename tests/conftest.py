@@ -32,5 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where the toy data set is built once for the session; under xdist each worker has its own."""
-    return str(tmp_path_factory.mktemp("data"))
+    """Where the toy data set lies, built once for all workers of a session."""
+    from segzero_jax.data.pipeline import open_split  # Few tests need it.
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "data"
+    open_split("toy", "train", folder)
+    return str(folder)

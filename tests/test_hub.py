@@ -137,6 +137,7 @@ def test_a_hub_that_gives_nothing_is_one_line_and_one_that_may_yet_has_its_exit_
     code: int,
     asked: list[dict[str, Any]],
     tmp_path: Path,
+    data_dir: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_hub_that_gives_nothing_is_one_line_and_one_that_may_yet_has_its_exit_
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
     options = ["--model.path=someone/policy@main", f"--run.dir={tmp_path / 'run'}", "--reward.server=none"]
+    options.append(f"--data.dir={data_dir}")
     assert train.main(options) == code
     said = capsys.readouterr().err
     assert said.startswith(
@@ -191,10 +193,11 @@ def test_the_cache_serves_where_the_hub_cannot_be_reached(tmp_path: Path) -> Non
 
 
 def test_a_mistyped_path_ends_the_command_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--model.path=runs/mistyped", "--run.dir=run", "--reward.server=none"]) == 2
+    options = ["--run.dir=run", "--reward.server=none", f"--data.dir={data_dir}"]
+    assert train.main(["--model.path=runs/mistyped", *options]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("segzero_jax.train: model.path=runs/mistyped: no such directory, and the Hugging Face hub")
     assert len(said.splitlines()) == 1

@@ -176,7 +176,7 @@ def test_what_went_wrong_is_on_one_time_line(tmp_path):
     words = " ".join(page.words().split())
     for said in (
         "alarm: no spread No group's rewards differed, so nothing was learnt. Steps 8 to 9.",
-        "weights stayed as they were. Steps 3 to 4, 7.",
+        "it changed no weight. Steps 3 to 4, 7.",
         "left out of the loss. Step 5.",
         "A checkpoint could not be written. Steps 5, 10.",
         "Restarts cost 20 s of work that had to be done again.",

@@ -90,8 +90,8 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     The toy set is made now when it is not there.
 
     Raises:
-      DataError: an unknown data set or split, or one that is not built.
-      OSError: ``data_dir`` cannot be written (toy) or its files cannot be read.
+      DataError: an unknown data set or split, one that is not built, or no room for the toy set in ``data_dir``.
+      OSError: its files cannot be read.
     """
     if name == "toy":
         return _open_toy(split, data_dir)
@@ -129,7 +129,10 @@ def split_name(text: str, data_set: str) -> tuple[str, str]:
 
 def _open_toy(split: str, data_dir: str | Path) -> Source:
     _check_split("toy", split, SPLITS)
-    builder = toy.prepared_builder(data_dir)
+    try:
+        builder = toy.prepared_builder(data_dir)
+    except OSError as error:
+        raise DataError(f"data set 'toy': cannot be built in {Path(data_dir).expanduser()}: {error}") from None
     rows = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     told = f"{builder.info.full_name} {builder.info.splits[split].shard_lengths}"
     return Source(f"toy/{split}", hashlib.sha256(told.encode()).hexdigest(), rows, _toy_example)

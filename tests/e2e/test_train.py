@@ -159,6 +159,7 @@ BAD = {
         "expected at most max_prompt_tokens=40",
     ),
     "no such data": (["--data.name=nothing"], "data set 'nothing'"),
+    "no room for data": (["--data.dir=/dev/null/data"], "data set 'toy': cannot be built in /dev/null/data"),
 }
 
 
