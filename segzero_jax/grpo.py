@@ -44,7 +44,7 @@ Total = tuple[Policy, dict[str, jax.Array]]
 
 
 # What ``update`` measures.
-UPDATE_METRICS = ("loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped")
+UPDATE_METRICS = ("loss", "kl", "kl_old", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped")
 
 
 class LossSettings(NamedTuple):
@@ -113,7 +113,7 @@ def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
     return np.where(present & (count > 1), deviation, 0.0).astype(np.float32)
 
 
-def k3_kl(logp: jax.Array, ref_logp: Array) -> jax.Array:
+def k3_kl(logp: Array, ref_logp: Array) -> jax.Array:
     """Per-token estimate of KL(policy, reference): ``exp(d) - d - 1``, ``d = ref_logp - logp``, clamped to ±10.
 
     Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; the clamp is the released Seg-Zero code's.
@@ -172,8 +172,8 @@ def group_loss(
 
     Returns:
       The share of the loss, and shares of means over tokens: ``entropy``, ``clip_fraction``, ``sampler_gap`` (mean
-      absolute difference between the log-probabilities of the sampler and, for the same policy, of this pass), and
-      ``kl`` where there is a reference.
+      absolute difference between the log-probabilities of the sampler and, for the same policy, of this pass), ``kl``
+      where there is a reference, and ``kl_old``, that of the policy that sampled from this one, where they differ.
     """
     config = settings.grpo
     if settings.freeze_vision:
@@ -192,6 +192,8 @@ def group_loss(
         surrogate = surrogate * jnp.minimum(jnp.exp(gap), config.importance_cap)
     loss = surrogate - config.entropy_coef * entropy
     metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "sampler_gap": mean(jnp.abs(gap))}
+    if batch.old_logps_bgr is not None:
+        metrics["kl_old"] = mean(k3_kl(old, logp))
     if batch.ref_logps_bgr is not None:
         kl = k3_kl(logp, batch.ref_logps_bgr)
         loss = loss + config.kl_coef * kl
@@ -200,11 +202,21 @@ def group_loss(
     return metrics["loss"], metrics
 
 
+def learning_rate(config: TrainConfig, done: int | jax.Array) -> float | jax.Array:
+    """The rate of the update after ``done`` others: ``lr``, in a warm-up a part of it, then as ``lr_decay`` says."""
+    rate: float | jax.Array = config.lr
+    if config.warmup_steps:
+        rate = rate * jnp.minimum(1.0, (done + 1) / config.warmup_steps)
+    if config.lr_decay != "none":
+        left = jnp.clip((config.decay_steps - done) / (config.decay_steps - config.warmup_steps), 0.0, 1.0)
+        rate = rate * (left if config.lr_decay == "linear" else (1 - jnp.cos(jnp.pi * left)) / 2)
+    return rate
+
+
 def make_optimizer(config: TrainConfig, freeze_vision: bool) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; a frozen vision tower gets neither moments nor decay."""
-    lr: float | optax.Schedule = config.lr
-    if config.warmup_steps:
-        lr = lambda done: config.lr * jnp.minimum(1.0, (done + 1) / config.warmup_steps)  # noqa: E731
+    constant = config.warmup_steps == 0 and config.lr_decay == "none"
+    lr: float | optax.Schedule = config.lr if constant else partial(learning_rate, config)
     adamw = optax.adamw(
         lr, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype
     )

@@ -13,7 +13,7 @@ from segzero_jax import jsonl
 from segzero_jax.answers import thinking
 from segzero_jax.config import Config
 from segzero_jax.evaluation import mask_row, object_rows
-from segzero_jax.grpo import UPDATE_METRICS
+from segzero_jax.grpo import UPDATE_METRICS, advantages
 from segzero_jax.rewards import component_names
 from segzero_jax.scoring import Scored, answered_objects, solution
 from segzero_jax.time_account import STEP_TIMES
@@ -54,7 +54,7 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
         "reward/mean": float(present.mean()) if present.size else None,
         "reward/std": float(present.std()) if present.size else None,
         **{f"reward/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())},
-        "reward/zero_std_groups": float((made.advantages_bg == 0).all(axis=1).mean()),
+        "reward/zero_std_groups": float((advantages(totals) == 0).all(axis=1).mean()),
         "missing_scores": int(totals.size - present.size),
         "response_length/mean": float(made.rollout.length_bg.mean()),
         "response_length/min": int(made.rollout.length_bg.min()),
@@ -72,12 +72,13 @@ def metric_keys(config: Config) -> list[str]:
     """The keys that every line of ``metrics.jsonl`` has, the step's number and times beside the steps apart."""
     scored = config.reward.server != "none"
     components = component_names(config.reward.recipe, scored and config.reward.mask_iou_weight > 0)
-    learnt = [name for name in UPDATE_METRICS if name != "kl" or config.grpo.kl_coef]
+    measured = {"kl": config.grpo.kl_coef > 0, "kl_old": config.updates_per_rollout > 1}
+    learnt = [name for name in UPDATE_METRICS if measured.get(name, True)]
     return [
         *("reward/mean", "reward/std", *(f"reward/{name}" for name in components), "reward/zero_std_groups"),
         *("missing_scores", *(("mask_iou/mean",) if scored else ())),
         *("response_length/mean", "response_length/min", "response_length/max", "empty_thinking", "finished"),
-        *(*learnt, "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
+        *(*learnt, "lr", "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
     ]
 
 

@@ -22,7 +22,7 @@ from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, checksums, open_split, split_name, training_batches
-from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, policy_logps
+from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
 from segzero_jax.keeper import Keeper
@@ -161,7 +161,9 @@ def train(
         if not losses and np.isfinite(scored.rewards_bg).any():
             writer.message(f"step {step}: nothing is learnt from this step, all scored responses were cut off")
         made = Step(step, examples, texts, said, scored, advantages_bg)
-        numbers = {**step_metrics(made), **update_metrics(losses), "checkpoint/failed": keeper.failed}
+        # Of the step's last update.
+        lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
+        numbers = {**step_metrics(made), **update_metrics(losses), "lr": lr, "checkpoint/failed": keeper.failed}
         tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
         writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))

@@ -179,6 +179,7 @@ def test_a_missing_file_says_where_presets_are(tmp_path):
         ("train.batch_size=24", ["train.batch_size=24", "train.micro_batch_size=16"]),
         ("train.mini_batch_size=12", ["train.batch_size=16", "train.mini_batch_size=12"]),
         ("train.mini_batch_size=8", ["train.mini_batch_size=8", "train.micro_batch_size=16"]),
+        ("train.lr_decay=cosine", ["train.decay_steps=0", "train.warmup_steps=0"]),
     ],
 )
 def test_a_bad_override_is_one_line(override, parts):

@@ -24,6 +24,7 @@ from segzero_jax.grpo import (
     initial_state,
     k3_kl,
     learn,
+    learning_rate,
     loss_settings,
     make_optimizer,
     policy_logps,
@@ -239,6 +240,7 @@ def test_after_the_first_update_the_ratio_is_to_the_policy_that_sampled(loss_of)
     # The sampler has the current log-probability here, so the old one is below it.
     assert metrics["sampler_gap"] == pytest.approx(math.log(1.5) / 6, rel=1e-5)
     assert metrics["clip_fraction"] == pytest.approx(1 / 6)
+    assert metrics["kl_old"] == pytest.approx((1.5 - 1 - math.log(1.5)) / 6, rel=1e-5)
     assert by_logp[AT] == 0
     np.testing.assert_allclose(by_logp[0, 0, 1], -PER_TOKEN[0, 0, 1], rtol=1e-6)
     assert loss == pytest.approx(-(1.2 / 1.5 + 2 * 1 - 1 + 2 * 0.5) / 6, rel=1e-5)
@@ -280,15 +282,24 @@ def numpy_adamw(values, gradients, config):
             nu[name] = config.beta2 * nu[name] + (1 - config.beta2) * (g * scale) ** 2
             step = mu[name] / (1 - config.beta1**count) / (np.sqrt(nu[name] / (1 - config.beta2**count)) + 1e-8)
             lr = config.lr * min(1, count / max(1, config.warmup_steps))
+            left = (4 - (count - 1)) / (4 - config.warmup_steps)
+            lr *= {"none": 1, "linear": min(1, left), "cosine": (1 - math.cos(math.pi * min(1, left))) / 2}[
+                config.lr_decay
+            ]
             values = values | {name: values[name] - lr * (step + config.weight_decay * values[name])}
     return values
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 1000), st.sampled_from([0.01, 0.9, 50.0]), st.sampled_from([0, 2]))
-def test_adamw_with_clipping_and_warm_up(seed, max_grad_norm, warmup):
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0.01, 0.9, 50.0]),
+    st.sampled_from([0, 2]),
+    st.sampled_from(["none", "linear", "cosine"]),
+)
+def test_adamw_with_clipping_and_a_schedule(seed, max_grad_norm, warmup, decay):
     config = TrainConfig(lr=0.1, weight_decay=0.05, beta1=0.8, beta2=0.95, max_grad_norm=max_grad_norm)
-    config = replace(config, warmup_steps=warmup)
+    config = replace(config, warmup_steps=warmup, lr_decay=decay, decay_steps=4)
     rng = np.random.default_rng(seed)
     draw = lambda: {"a": rng.standard_normal((3, 2)), "b": rng.standard_normal(4)}  # noqa: E731
     values, gradients = draw(), [draw() for _ in range(3)]
@@ -300,6 +311,20 @@ def test_adamw_with_clipping_and_warm_up(seed, max_grad_norm, warmup):
         updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, values)
         values = optax.apply_updates(values, updates)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), values, expected)
+
+
+@pytest.mark.parametrize(
+    ("decay", "rates"),
+    [
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
+        ("cosine", [0.5, 1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0, 0]),
+        ("none", [0.5, *[1] * 7]),
+    ],
+)
+def test_the_rate_rises_falls_and_stays_at_nothing(decay, rates):
+    config = TrainConfig(lr=2.0, warmup_steps=2, lr_decay=decay, decay_steps=6)
+    found = [float(learning_rate(config, done)) for done in range(8)]
+    np.testing.assert_allclose(found, 2 * np.array(rates), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -159,6 +159,8 @@ class TrainConfig:
       micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
       lr: AdamW's learning rate, from the end of the warm-up on.
       warmup_steps: the first updates take a part of it, one N-th, two N-ths and so on.
+      lr_decay: how it falls from then on.
+      decay_steps: after so many updates, those of the warm-up among them, it is 0; for a decay.
       moment_dtype: of AdamW's first moment; the second stays float32: with beta2 near 1 a bfloat16 one would stall.
       checkpoint_every: steps between checkpoints; one is always written at the end.
       keep_checkpoints: older ones are deleted; two at least, so that a damaged one leaves another.
@@ -172,6 +174,8 @@ class TrainConfig:
     micro_batch_size: Positive = 16
     lr: NonNegative = 1e-4
     warmup_steps: Count = 0
+    lr_decay: Literal["none", "linear", "cosine"] = "none"
+    decay_steps: Count = 0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     weight_decay: NonNegative = 1e-2
@@ -256,6 +260,11 @@ class Config:
             size, part_size = getattr(self.train, whole), getattr(self.train, part)
             if size % part_size:
                 raise ConfigError(f"train.{whole}={size}: expected a multiple of train.{part}={part_size}")
+        if self.train.lr_decay != "none" and self.train.decay_steps <= self.train.warmup_steps:
+            raise ConfigError(
+                f"train.decay_steps={self.train.decay_steps}: train.lr_decay={self.train.lr_decay} ends there, "
+                f"expected more than train.warmup_steps={self.train.warmup_steps}"
+            )
         if self.reward.recipe == "sam_r1" and self.reward.server == "none":
             raise ConfigError("reward.recipe=sam_r1: scores masks, expected reward.server=local or host:port, got none")
         if self.reward.server not in ("local", "none") and not all(map(_is_target, self.reward.server.split(","))):

@@ -126,6 +126,9 @@ def test_what_a_step_learns_from(tmp_path: Path, data_dir: str, monkeypatch: pyt
         expected = np.where(keep_bg, rewards - rewards.mean(axis=1, keepdims=True), 0)
         np.testing.assert_allclose(advantages_bg, expected, atol=1e-6)
         np.testing.assert_allclose(advantages_bg.ravel(), [row["advantage"] for row in rows])
+    (first, second), alone = lines(tmp_path / "run/metrics.jsonl"), configs.load(tmp_path / "run/config.yaml")
+    assert keys(first) == keys(second) == set(metric_keys(alone))
+    assert 0 < second["kl_old"] < second["kl"]
     assert len({bool(kept) for *_, keep_bg in seen for kept in keep_bg.ravel()}) == 2, "some were cut off, some not"
     assert any(np.abs(advantages_bg).max() > 0 for *_, advantages_bg, _ in seen)
 
