@@ -60,6 +60,7 @@ class Restored:
     Attributes:
       data: position of the data iterator.
       code: what wrote it.
+      changed: reward functions of one's own whose files are others by now.
       lines: the last ones that the run had written, see ``MetricsWriter.recent``.
     """
 
@@ -67,6 +68,7 @@ class Restored:
     state: TrainState
     data: dict[str, Any]
     code: Code
+    changed: list[str]
     lines: dict[str, Any]
 
 
@@ -271,12 +273,15 @@ class Checkpoints:
         """
         self.check_config(step, config)
         run = self._run(step)
-        self._check_identity(step, Identity(**run["identity"]), identity, config)
+        saved = Identity(**run["identity"])
+        self._check_identity(step, saved, identity, config)
         rest = self._tree(step, "optimizer", _without_policy(like))
         state = TrainState(self.policy(step, like.policy), rest["optimizer"], rest["updates"])
         for newer in [other for other in self.steps if other > step]:
             self._manager.delete(newer)
-        return Restored(step, state, run["data"], Code(**run["code"]), run["lines"])
+        now = identity.functions or {}
+        changed = [name for name, source in (saved.functions or {}).items() if source != now.get(name)]
+        return Restored(step, state, run["data"], Code(**run["code"]), changed, run["lines"])
 
     def check_config(self, step: int, config: Config) -> None:
         """Raises CheckpointError when ``step`` was written by another run, by the keys that say so."""

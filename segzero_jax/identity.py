@@ -19,6 +19,8 @@ class Identity(NamedTuple):
     Attributes:
       reference: fingerprint of the policy that the run starts from, which is its reference too, see ``fingerprint``.
       sam2: SHA-256 of the SAM 2 checkpoint that scores, as its server tells; None without a server.
+      functions: SHA-256 of the file of each reward function of one's own, by its name; a run goes on with other files
+        and says so.
       data: checksum of each split that is trained on or evaluated, by its name; None in older checkpoints, which go on
         with any.
     """
@@ -26,6 +28,7 @@ class Identity(NamedTuple):
     reference: str
     sam2: str | None
     data: Mapping[str, str] | None = None
+    functions: Mapping[str, str] | None = None
 
 
 def fingerprint(policy: Policy, dtype: jnp.dtype) -> str:

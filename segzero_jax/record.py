@@ -71,7 +71,8 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
 def metric_keys(config: Config) -> list[str]:
     """The keys that every line of ``metrics.jsonl`` has, the step's number and times beside the steps apart."""
     scored = config.reward.server != "none"
-    components = component_names(config.reward.recipe, scored and config.reward.mask_iou_weight > 0)
+    own = [name.rpartition(":")[2] for name in config.reward.functions]
+    components = (*component_names(config.reward.recipe, scored and config.reward.mask_iou_weight > 0), *own)
     measured = {"kl": config.grpo.kl_coef > 0, "kl_old": config.updates_per_rollout > 1}
     learnt = [name for name in UPDATE_METRICS if measured.get(name, True)]
     return [

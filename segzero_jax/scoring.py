@@ -1,8 +1,9 @@
 """From responses to rewards: texts are parsed, their prompts sent to SAM 2 at once, and scores put together later."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from segzero_jax import rewards
 from segzero_jax.config import RewardConfig
 from segzero_jax.frames import rescale_object
+from segzero_jax.own_rewards import Answer, RewardFunction, measure
 from segzero_jax.patience import Patience
 from segzero_jax.pods import ALONE, Pod
 from segzero_jax.prompt import parse_answer, seg_zero_solution_text, solution_text
@@ -61,7 +63,16 @@ _PART = TypeAdapter(_Part)
 class Scorer:
     """Scores responses by a recipe, with masks where there is a client. Of several hosts each scores its share."""
 
-    def __init__(self, config: RewardConfig, frame: Frame, client: RewardClient | None, pod: Pod = ALONE):
+    def __init__(
+        self,
+        config: RewardConfig,
+        frame: Frame,
+        client: RewardClient | None,
+        pod: Pod = ALONE,
+        functions: Mapping[str, RewardFunction] = MappingProxyType({}),
+    ):
+        """``functions`` are called beside the recipe, see ``own_rewards.py``."""
+        self._functions = functions
         self._config = config
         self._frame = frame
         self._client = client
@@ -103,7 +114,8 @@ class Scorer:
             solution(example, self._frame, recipe) if rewards.can_compare(recipe, len(example.objects)) else None
             for example in examples
         ]
-        return PendingRewards(self._config, own, texts, solutions, pending, self._pod)
+        own_part = partial(_measure_own, self._functions, self._frame)
+        return PendingRewards(self._config, own, examples, texts, solutions, pending, self._pod, own_part)
 
 
 @dataclass(frozen=True)
@@ -111,16 +123,19 @@ class PendingRewards:
     """Rewards whose masks are being scored.
 
     Attributes:
-      rows: of the whole batch, what ``texts``, ``solutions`` and ``pending`` are for.
+      rows: of the whole batch, what ``examples``, ``texts``, ``solutions`` and ``pending`` are for.
       solutions: None for a target that the recipe cannot compare with.
+      own: ``(example, text, mask IoU)`` to the components that are not the recipe's.
     """
 
     config: RewardConfig
     rows: Sequence[int]
+    examples: Sequence[Example]
     texts: Sequence[Sequence[str]]
     solutions: Sequence[str | None]
     pending: PendingScores | None
     pod: Pod
+    own: Callable[[Example, str, float | None], dict[str, float]]
 
     def result(self, patience: Patience | None = None, drop: bool = False) -> Scored:
         """The scores of the whole batch, all hosts' shares of it put together.
@@ -155,8 +170,9 @@ class PendingRewards:
                     row.append({})
                     continue
                 score = rewards.score(self.config.recipe, text, target, iou, weight, self.config.mask_iou_mode)
-                totals[b, g] = score.total
-                row.append(score.components)
+                own = self.own(self.examples[b], text, iou)
+                totals[b, g] = score.total + sum(own.values())
+                row.append(score.components | own)
             components.append(row)
         return Scored(totals, components, masks)
 
@@ -175,6 +191,14 @@ class PendingRewards:
             ]
             for row, group in zip(answers, self.texts, strict=True)
         ]
+
+
+def _measure_own(
+    functions: Mapping[str, RewardFunction], frame: Frame, example: Example, text: str, mask_iou: float | None
+) -> dict[str, float]:
+    return (
+        measure(functions, Answer(text, example, answered_objects(text, example, frame), mask_iou)) if functions else {}
+    )
 
 
 def _whole(parts: Sequence[_Part]) -> Scored:

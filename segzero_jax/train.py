@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from segzero_jax.mesh import MeshError, make_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, SilentWriter
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.weights import CheckpointError
+from segzero_jax.own_rewards import RewardFunction, load_functions, sources
 from segzero_jax.patience import Patience
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
@@ -48,6 +49,7 @@ from segzero_jax.record import (
 from segzero_jax.report import write_report
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
 from segzero_jax.reward_service import reward_service
+from segzero_jax.rewards import component_names
 from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import (
     begin,
@@ -249,11 +251,12 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
     with Preemption() as preemption:
         mesh = make_mesh(config.mesh)
         access = read_access(config.reward)
+        functions = load_functions(config.reward.functions, component_names(config.reward.recipe, True))
         beginning = begin(config, resume, pod)
         if beginning.done:
             complete(config, beginning, pod, print)
         else:
-            _continue(config, mesh, access, beginning.step, pod, preemption, profile, timer)
+            _continue(config, mesh, access, functions, beginning.step, pod, preemption, profile, timer)
         if pod.first:
             run_dir = Path(config.run.dir).expanduser()
             print_summary(run_dir)
@@ -264,6 +267,7 @@ def _continue(
     config: Config,
     mesh: jax.sharding.Mesh,
     access: Access,
+    functions: Mapping[str, RewardFunction],
     begun: int | None,
     pod: Pod,
     preemption: Preemption,
@@ -297,7 +301,7 @@ def _continue(
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
         start, sam2 = fingerprint(state.policy, job.train_pass.dtype), client.checkpoint_sha256 if client else None
-        identity = Identity(start, sam2, checksums(splits))
+        identity = Identity(start, sam2, checksums(splits), sources(functions))
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
         best = partial(score, config, run_dir)
@@ -312,12 +316,14 @@ def _continue(
             writer.message(f"going on after step {begun}")
             if restored.code.source != this_code().source:
                 writer.message(f"the code was {restored.code} then, and is {this_code()}: numbers may differ")
+            for name in restored.changed:
+                writer.message(f"the file of the reward function {name} has changed: numbers may differ")
             writer.add_missing(restored.lines)
         removed = writer.truncate_after(-1 if begun is None else begun)
         say_missing(writer, begun or 0, writer.message)
         keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
         keeper.finished(begun or 0, state, batches.get_state())
-        scorer = Scorer(config.reward, job.frame, client, pod)
+        scorer = Scorer(config.reward, job.frame, client, pod, functions)
         evaluate = make_evaluation(job, splits[1:], scorer, keeper, writer, preemption, timer)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))

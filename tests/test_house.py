@@ -26,7 +26,8 @@ ORDER = (
     *("rollout", "rewards", "reward_channel", "reward_messages", "reward_probe", "reward_client"),
     *("local_server", "reward_service"),
     *("grpo", "identity", "manifest", "checkpoint", "keeper", "preemption", "tensorboard", "metrics", "time_account"),
-    *("profiling", "watch", "patience", "overlay", "report", "scoring", "evaluation", "record", "asking"),
+    *("profiling", "watch", "patience", "overlay", "report", "own_rewards", "scoring", "evaluation", "record"),
+    "asking",
     *("segmenting", "options", "answering", "job", "run_dir", "train", "demo", "infer", "evaluate", "rescore"),
     *("plan", "export"),
 )

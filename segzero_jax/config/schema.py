@@ -90,6 +90,7 @@ class RewardConfig:
     Attributes:
       server: "local" starts a SAM 2 server beside the trainer, "none" scores text alone, else "host:port[,host:port]".
       recipe: see ``rewards.py``.
+      functions: rewards of one's own, "module:function", see ``own_rewards.py``; what they return is added.
       mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
       mask_iou_mode: the component's form: the IoU itself, 1 above 0.5, or SAM-R1's tiers.
       local_model: the SAM 2 model that a local server loads: "toy" or a hub id.
@@ -106,6 +107,7 @@ class RewardConfig:
 
     server: Text = "local"
     recipe: Literal["seg_zero_soft", "seg_zero_strict", "vision_reasoner", "sam_r1"] = "vision_reasoner"
+    functions: tuple[Text, ...] = ()
     mask_iou_weight: NonNegative = 1.0
     mask_iou_mode: Literal["raw", "threshold", "tiered"] = "raw"
     local_model: Text = "toy"

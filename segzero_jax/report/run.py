@@ -142,8 +142,9 @@ def reward_maxima(run: Run) -> Maxima:
         total = rewards.maximum(recipe, weight if measured else 0.0, mode)
     except ValueError:
         return Maxima(None, {})
-    # A recipe that brings its own mask IoU has it in both maxima.
-    return Maxima(total, {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED})
+    # A recipe that brings its own mask IoU has it in both maxima. What functions give at most, nobody knows.
+    known = None if run.setting("reward.functions", ()) else total
+    return Maxima(known, {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED})
 
 
 @dataclass(frozen=True)

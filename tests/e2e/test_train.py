@@ -18,6 +18,7 @@ from segzero_jax.grpo import TrainState, UpdateBatch, learn, policy_logps, updat
 from segzero_jax.hub import model_directory
 from segzero_jax.model.weights import load_hf
 from segzero_jax.record import metric_keys
+from segzero_jax.report.run import read_run, reward_maxima
 from segzero_jax.time_account import BESIDE
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,31 @@ def test_what_a_step_learns_from(tmp_path: Path, data_dir: str, monkeypatch: pyt
     assert 0 < second["kl_old"] < second["kl"]
     assert len({bool(kept) for *_, keep_bg in seen for kept in keep_bg.ravel()}) == 2, "some were cut off, some not"
     assert any(np.abs(advantages_bg).max() > 0 for *_, advantages_bg, _ in seen)
+
+
+@pytest.mark.slow
+def test_a_reward_of_one_s_own_is_learnt_from_and_its_changes_are_told(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "rewards_of_this_test.py"
+    module.write_text("def long(answer):\n    return 10.0 * ('it' in answer.text)\n")
+    arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
+    arguments += ["--reward.functions=[rewards_of_this_test:long]", "--train.keep_best=reward/long"]
+    assert train.main([*arguments, "--train.steps=1"]) == 0
+    (row,) = lines(tmp_path / "run/metrics.jsonl")
+    rollouts = lines(tmp_path / "run/rollouts/1.jsonl")
+    assert [one["components"]["long"] for one in rollouts] == [10.0 * ("it" in one["text"]) for one in rollouts]
+    assert all(one["reward"] == sum(one["components"].values()) for one in rollouts)
+    assert row["reward/long"] == np.mean([one["components"]["long"] for one in rollouts])
+    assert reward_maxima(read_run(tmp_path / "run")).total is None, "who knows what a function gives at most"
+    module.write_text("def long(answer):\n    return 5.0\n")
+    capsys.readouterr()
+    assert train.main([*arguments, "--train.steps=2"]) == 0
+    assert "the file of the reward function long has changed: numbers may differ" in "".join(capsys.readouterr())
+    assert train.main([*arguments[:-2], "--train.steps=2"]) == 2
+    assert "(reward.functions" in capsys.readouterr().err
+    assert train.main([*arguments, "--reward.functions=[absent:long]"]) == 2
 
 
 @pytest.mark.slow

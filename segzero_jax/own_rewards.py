@@ -1,0 +1,89 @@
+"""Rewards of one's own: functions that ``reward.functions`` names, called with every answer beside the recipe."""
+
+import hashlib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from segzero_jax.config import ConfigError
+from segzero_jax.types import Example, ObjectPrompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response as a reward function sees it.
+
+    Attributes:
+      text: the response, without special tokens.
+      example: what was asked: ``question``, target ``objects`` and ``mask``, the encoded ``image``.
+      objects: the boxes and points that the response names, in pixels of the stored picture as the target's are; none
+        where it cannot be read.
+      mask_iou: of SAM 2's mask for them with the target mask; None without a reward server.
+    """
+
+    text: str
+    example: Example
+    objects: tuple[ObjectPrompt, ...]
+    mask_iou: float | None
+
+
+# What the answer earns, its weight included. Deterministic, or a run that goes on is not the run that it was.
+RewardFunction = Callable[[Answer], float]
+
+
+def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[str, RewardFunction]:
+    """Imports functions, each by its own name.
+
+    Args:
+      names: ``module:function``; modules are looked for as Python does, in the folder of the command first.
+      taken: names of the recipe's components, which no function may have.
+
+    Raises:
+      ConfigError: one line on what cannot be imported or called. What a module raises by itself is let through.
+    """
+    functions: dict[str, RewardFunction] = {}
+    for name in names:
+        module_name, _, attribute = name.partition(":")
+        if not module_name or not attribute.isidentifier():
+            raise ConfigError(f"reward.functions: {name!r}: expected module:function")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            raise ConfigError(
+                f"reward.functions: {name}: there is no module {error.name}; run the command in the folder that holds "
+                "it, or put that folder on PYTHONPATH"
+            ) from None
+        function = getattr(module, attribute, None)
+        if not callable(function):
+            raise ConfigError(f"reward.functions: {name}: {module.__file__} has no function {attribute}")
+        if attribute in taken or attribute in functions:
+            raise ConfigError(f"reward.functions: {name}: another component is called {attribute}, rename the function")
+        functions[attribute] = function
+    return functions
+
+
+def sources(functions: Mapping[str, RewardFunction]) -> dict[str, str]:
+    """SHA-256 of the file that each function is written in."""
+    files = {name: inspect.getsourcefile(inspect.unwrap(function)) for name, function in functions.items()}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
+
+
+def measure(functions: Mapping[str, RewardFunction], answer: Answer) -> dict[str, float]:
+    """What each function gives. Raises what a function raises, with a note, and ValueError for what is no number."""
+    values = {}
+    for name, function in functions.items():
+        where = f"reward function {name}, question {answer.example.id}"
+        try:
+            value = function(answer)
+        except Exception as error:
+            error.add_note(f"in {where}, answer {answer.text!r}")
+            raise
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{where}: expected a finite number, got {value!r}")
+        values[name] = float(value)
+    return values
