@@ -19,22 +19,23 @@ import jax.numpy as jnp
 
 from segzero_jax import __version__
 from segzero_jax.asking import ASKED, ORIGIN, find_checkpoint
-from segzero_jax.checkpoint import load_policy, locate
+from segzero_jax.checkpoint import load_policy, locate, storage_path
 from segzero_jax.config import ConfigError, OneLineParser
+from segzero_jax.local_path import is_url, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
-from segzero_jax.model.weights import CheckpointError
+from segzero_jax.model.weights import CheckpointError, StorageError
 
 
 class ExportError(ValueError):
     """What cannot be exported, or not to there; one line."""
 
 
-def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
+def export(run: str | Path, out: Path, step: int | None, dtype: str) -> list[Path]:
     """Writes one checkpoint of a run with the configuration, tokenizer and processor files of its ``model.path``.
 
     Args:
-      run: a run directory.
+      run: a run directory, or its checkpoints' own; local or ``gs://``.
       out: a new or empty directory, or an earlier export, which is replaced.
       step: of the checkpoint; None is the newest.
       dtype: what the weights are rounded to.
@@ -44,14 +45,12 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
 
     Raises:
       ExportError: ``out`` holds something else, or ``run`` is no run.
-      CheckpointError: the run has no such checkpoint, it is damaged, or its ``model.path`` is gone.
+      CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, or its
+        ``model.path`` is gone.
       ConfigError: the run's configuration is of another version.
     """
-    located = locate(run)
-    if located is None or located[1] is not None:
-        raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
     _refuse_to_mix(out)
-    name = find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
+    name = _find(run, step)
     try:
         policy, dims, config = load_policy(name, jnp.float32)
     except (CheckpointError, ConfigError):
@@ -60,7 +59,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
         raise CheckpointError(f"{name}: the checkpoint cannot be read: {' '.join(str(error).split())}") from None
     assert config is not None
     origin = {
-        "run": run.resolve().name,
+        "run": storage_path(run).name,
         "step": int(Path(name).name),
         "base_model": config.model.path,
         "dtype": dtype,
@@ -79,6 +78,22 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> list[Path]:
     return [out / file.name for file in files]
 
 
+def _find(run: str | Path, step: int | None) -> str:
+    """The path of a checkpoint. Raises as ``export`` does."""
+    # The libraries that reach buckets raise errors of their own, of no common kind; without them it is an ImportError.
+    away: tuple[type[Exception], ...] = (Exception,) if is_url(run) else ()
+    try:
+        located = locate(run)
+        if located is not None and located[1] is None:
+            return find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
+    except (CheckpointError, ConfigError):
+        raise
+    except away as error:
+        why = " ".join(str(error).split())[:200]
+        raise StorageError(f"--run={run}: cannot be read now ({type(error).__name__}: {why})") from None
+    raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
+
+
 def _refuse_to_mix(out: Path) -> None:
     if out.is_dir():
         other = next((entry.name for entry in sorted(out.iterdir())), None)
@@ -94,8 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(
         prog="segzero_jax.export", description="Writes a run's checkpoint as a Hugging Face directory."
     )
-    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="the directory of a training run")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new directory, or an earlier export")
+    parser.add_argument(
+        "--run",
+        metavar="DIR",
+        required=True,
+        help="the directory of a training run, or that of its checkpoints, gs:// too",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="a new directory, or an earlier export")
     parser.add_argument("--step", metavar="N", type=_step, help="of the checkpoint [the newest]")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights written [%(default)s]"
@@ -104,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
     try:
+        out = local_path(args.out, "--out", "export to a disk and copy it from there")
         with jax.set_mesh(make_mesh("1x1")):
-            files = export(args.run.expanduser(), args.out.expanduser(), args.step, args.dtype)
+            files = export(args.run, out, args.step, args.dtype)
     except (ExportError, CheckpointError, ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
+from segzero_jax.local_path import local_path
 from segzero_jax.metrics import MetricsWriter
 from segzero_jax.pods import Pod
 from segzero_jax.record import metric_keys
@@ -42,10 +43,10 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
       How the run begins, and a line for each damaged checkpoint that is passed over.
 
     Raises:
-      ConfigError: the directory holds another run, or no checkpoint to resume from.
+      ConfigError: the directory is none of this machine's, holds another run, or no checkpoint to resume from.
       CheckpointError: its checkpoints are all damaged, or another run's.
     """
-    run_dir = Path(config.run.dir).expanduser()
+    run_dir = local_path(config.run.dir, "run.dir", "run.checkpoint_dir is what may lie in a bucket")
     directory = checkpoint_directory(config)
     if not complete_steps(directory):
         if resume:

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from segzero_jax import asking, export
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.checkpoint import Checkpoints, locate
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import TOY
@@ -34,6 +34,14 @@ from segzero_jax.processor import Processor
 
 RELATIVE = 1e-4
 STEPS = (9, 10)
+# What an earlier version did not write of how a run asks and scores, none of it as by default.
+HOW = {
+    "rollout.temperature": 0.7,
+    "rollout.top_p": 0.9,
+    "rollout.top_k": 50,
+    "reward.mask_iou_weight": 0.0,
+    "reward.mask_iou_mode": "threshold",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "LICENSE").write_text("as you like")
     (base / "config.json").write_text(json.dumps(hf_config(torch_dtype="bfloat16")))
     directory = base.parent / "some_run"
-    config = configs.replace(Config(), **{"model.path": str(base), "run.dir": str(directory)})
+    config = configs.replace(Config(), **{"model.path": str(base), "run.dir": str(directory)}, **HOW)
     with jax.set_mesh(make_mesh("2x2")), Checkpoints(directory / "checkpoints") as checkpoints:
         save_hf(random_policy(), DIMS, base)
         for step in STEPS:
@@ -122,9 +130,14 @@ def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
     changed = {"data.image_size": 56, "data.prompt": "seg_zero", "reward.recipe": "seg_zero_strict"}
     origin = json.loads((out / "segzero_jax.json").read_text())
     assert origin["asked"].items() >= {"data.image_size": 112, "data.prompt": "toy"}.items()
+    as_trained = configs.replace(Config(), **HOW)
     with jax.set_mesh(make_mesh("1x1")):
         config = asking.load(str(out)).config
-        assert (config.data, config.rollout.max_prompt_tokens) == (Config().data, Config().rollout.max_prompt_tokens)
+        assert (config.data, config.rollout, config.reward) == (as_trained.data, as_trained.rollout, as_trained.reward)
+        earlier = origin | {"asked": {key: value for key, value in origin["asked"].items() if key not in HOW}}
+        (out / "segzero_jax.json").write_text(json.dumps(earlier))
+        config = asking.load(str(out)).config
+        assert (config.data, config.rollout, config.reward) == (Config().data, Config().rollout, Config().reward)
         origin["asked"] |= changed
         (out / "segzero_jax.json").write_text(json.dumps(origin))
         config = asking.load(str(out)).config
@@ -164,6 +177,48 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert "--out" in said(capsys, "--run", run)
     assert (taken / "thesis.tex").read_text() == "years of work"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_a_run_in_a_bucket_is_named_by_its_own_path(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a bucket: what is asked for under its name is found here."""
+
+    def there(path: object) -> tuple[epath.Path, int | None] | None:
+        assert str(path).startswith("gs://"), "pathlib leaves one slash of two"
+        return locate(str(path).replace("gs://bucket", str(run.parent)))
+
+    monkeypatch.setattr(export, "locate", there)
+    monkeypatch.setattr(asking, "locate", there)
+    for name, steps in {"gs://bucket/some_run": (9, None), "gs://bucket/some_run/checkpoints": (None,)}.items():
+        for step in steps:
+            out = tmp_path / f"{Path(name).name}-{step}"
+            options = [] if step is None else [f"--step={step}"]
+            assert export.main([f"--run={name}", f"--out={out}", *options]) == 0
+            origin = json.loads((out / "segzero_jax.json").read_text())
+            assert (origin["run"], origin["step"]) == (Path(name).name, step or 10)
+    capsys.readouterr()
+    nothing = said(capsys, "--run=gs://bucket/other", "--out", tmp_path / "out")
+    assert "--run=gs://bucket/other: no checkpoints there" in nothing
+
+    class HttpError(Exception):
+        """As gcsfs and google.auth have them."""
+
+    def away(path: object) -> None:
+        raise HttpError("Cannot connect\nto host")
+
+    monkeypatch.setattr(export, "locate", away)
+    unread = said(capsys, "--run=gs://bucket/some_run", "--out", tmp_path / "out")
+    assert "--run=gs://bucket/some_run: cannot be read now (HttpError: Cannot connect to host)" in unread
+
+
+def test_an_export_goes_to_this_machines_disk(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = said(capsys, "--run", run, "--out=gs://bucket/out")
+    assert "--out=gs://bucket/out: expected a folder on this machine's disk, got a URL; export to a disk" in refused
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", ["the base model is gone", "cut short", "the disk is full"])

@@ -50,6 +50,21 @@ def test_nothing_there_begins_and_resume_insists_on_a_checkpoint(config: Config)
         look(config, resume=True)
 
 
+@pytest.mark.parametrize("given", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
+def test_a_run_in_a_bucket_is_refused_before_anything_is_written(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its metrics and rollouts would go into a folder ``gs:`` here, and with the machine."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main([f"--run.dir={given}", "--run.checkpoint_dir=checkpoints"]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        f"segzero_jax.train: run.dir={given}: expected a folder on this machine's disk, got a URL; "
+        "run.checkpoint_dir is what may lie in a bucket\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("place", ["", "elsewhere"])
 def test_a_run_that_was_cut_off_goes_on(config: Config, tmp_path: Path, place: str) -> None:
     config = configs.replace(config, **{"run.checkpoint_dir": place and str(tmp_path / place)})
@@ -192,6 +207,7 @@ def test_a_best_that_would_never_be_measured_is_refused_at_the_start(config: Con
         ("", {}),
         ("val/greedy/giou", {}),
         ("val/sampled/ciou_low", {}),
+        ("val/greedy/reward", {"reward.server": "none"}),
         ("ReasonSeg/test/greedy/n_acc", {}),
         ("ReasonSeg-test/greedy/n_acc", {}),
         ("val/greedy/box_accuracy", {"reward.server": "none"}),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from segzero_jax.config import ConfigError
 from segzero_jax.data import toy
 from segzero_jax.data.pipeline import open_split
 from segzero_jax.data.scenes import SPLITS, make_example_scene
@@ -68,6 +69,15 @@ def test_sizes_and_unknown_names() -> None:
         open_split("coco", "train", "unused")
     with pytest.raises(ValueError, match="split 'test' of data set toy: expected one of train, val"):
         open_split("toy", "test", "unused")
+
+
+def test_it_is_made_on_this_machines_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^data\.dir=gs://bucket/data: expected a folder on this machine's disk, got"
+    ):
+        open_split("toy", "val", "gs://bucket/data")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:

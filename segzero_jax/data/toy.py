@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segzero_jax.data.scenes import SPLITS, make_example_scene
+from segzero_jax.local_path import local_path
 
 SIZES = {split: 2048 if split == "train" else 256 for split in SPLITS}
 
@@ -87,9 +88,11 @@ def prepared_builder(data_dir: str | Path) -> ToyShapes:
     The files appear by one rename when all of them are whole. Processes that ask at the same moment take turns, so one
     builds and the others find the result.
 
-    Raises OSError when ``data_dir`` cannot be written.
+    Raises:
+      ConfigError: ``data_dir`` is a URL.
+      OSError: it cannot be written.
     """
-    directory = Path(data_dir).expanduser()
+    directory = local_path(data_dir, "data.dir", "the toy set is made on each machine")
     directory.mkdir(parents=True, exist_ok=True)
     with turn(directory / ".toy_shapes.lock"):
         builder = ToyShapes(data_dir=directory, file_format="array_record")
