@@ -90,6 +90,8 @@ def _metrics(rows: list[dict[str, Any]], step: int, skill: float, masks: bool, r
         "entropy": 0.9 - 0.6 * skill + 0.03 * rng.standard_normal(),
         "loss": 0.01 * rng.standard_normal(),
         "grad_norm": 0.8 + 0.3 * rng.random(),
+        "clip_fraction": 0.0,
+        "lr": 1e-4,
         "response_length/mean": float(np.mean(lengths)),
         "response_length/min": min(lengths),
         "response_length/max": max(lengths),
@@ -167,6 +169,7 @@ def _evaluation(
             "ciou": value - 0.02,
             "box_accuracy": value + 0.03,
             "format_rate": 0.97,
+            "reward": 8 * value,
             "count": questions,
         }
         for mode, value in {"greedy": mean, "sampled": mean - 0.05}.items()

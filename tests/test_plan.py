@@ -169,6 +169,7 @@ def plan_of_the_7b(program: str) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1800)
 def test_the_7b_updates_on_sixteen_chips_of_16_gb():
     update = plan_of_the_7b("update")["update"]

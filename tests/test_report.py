@@ -134,7 +134,7 @@ def test_the_evaluation_table_holds_every_row(run_dir, page):
     )
     expected = {}
     for row in rows(run_dir, "evaluations.jsonl"):
-        numbers = [f"{row[key]:.3f}" for key in ("giou", "ciou", "box_accuracy", "format_rate")]
+        numbers = [f"{row[key]:.3f}" for key in ("giou", "ciou", "box_accuracy", "format_rate", "reward")]
         expected[(row["split"], row["mode"], str(row["step"]), *numbers, str(row["count"]))] = row["step"]
     assert set(everything) == expected.keys()
     assert set(first) == {line for line, step in expected.items() if step != 12}
@@ -212,6 +212,20 @@ def test_every_metric_has_its_curve_with_its_last_value(run_dir, page):
         key = "reward/" + component.lower().replace(" ", "_")
         assert drawn[component].endswith(f"{show(last[key])} at step 24")
     assert {"Mean reward", "Response length", "Sampler gap", "Groups without spread", "Finished"} <= drawn.keys()
+    assert not {"Clipped", "Learning rate"} & drawn.keys(), "they never change here"
+
+
+def test_what_changes_only_in_some_runs_is_drawn_there(tmp_path):
+    write_fake_run(tmp_path / "run", steps=3, evaluated=(), questions=1)
+    file = tmp_path / "run/metrics.jsonl"
+    changed = [
+        row | {"lr": 1e-4 / row["step"], "clip_fraction": 0.1, "kl_old": 0.01}
+        for row in rows(tmp_path / "run", file.name)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    titles = [attrs["aria-label"].partition(":")[0] for attrs in report(tmp_path / "run").all("svg") if "role" in attrs]
+    assert {"Learning rate", "KL within a step"} <= set(titles)
+    assert "Clipped" not in titles
 
 
 def test_the_gallery_shows_the_right_pictures_with_the_right_marks(run_dir, page):

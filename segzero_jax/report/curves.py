@@ -16,9 +16,14 @@ _SIGNALS = (
     ("reward/zero_std_groups", "Groups without spread", "All responses scored alike, so nothing is learned from them."),
     ("empty_thinking", "Without reasoning", "Share of responses in which nothing stands between the thinking tags."),
     ("finished", "Finished", "Share of responses that ended by themselves before the length limit."),
+    ("kl_old", "KL within a step", "How far a step's updates move the policy that sampled, per token, in nats."),
+    ("clip_fraction", "Clipped", "Share of tokens whose ratio to the policy that sampled was clipped."),
+    ("lr", "Learning rate", "Of the step's last update."),
     ("sampler_gap", "Sampler gap", "Between the sampler's and the trainer's log-probabilities of the same tokens."),
 )
-_SHARES = ("finished", "empty_thinking", "reward/zero_std_groups")
+_SHARES = ("finished", "empty_thinking", "reward/zero_std_groups", "clip_fraction")
+# A level line would tell nothing.
+_DRAWN_WHEN_THEY_CHANGE = ("clip_fraction", "lr")
 _COMPONENTS = {
     "thinking_format": "Reasoning and answer stand in their tags.",
     "segmentation_format": "The answer is JSON with a box and points.",
@@ -70,7 +75,7 @@ def signal_section(run: Run) -> str:
     figures = [
         figure(run, key, title, caption, maximum=1.0 if key in _SHARES else None)
         for key, title, caption in _SIGNALS
-        if key in _keys(run)
+        if key in _keys(run) and (key not in _DRAWN_WHEN_THEY_CHANGE or len(set(run.column(key)) - {None}) > 1)
     ]
     if _LENGTHS[0] in _keys(run):
         figures.insert(2, _lengths(run))
