@@ -1,6 +1,7 @@
 """A policy that can be asked: any checkpoint, with all that its weights do not say of themselves, and one response."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,13 @@ from segzero_jax.types import Example
 
 _DEFAULT_RUN = Path("runs/toy")
 _LARGE_SAM = "facebook/sam2.1-hiera-large"
-# By this file an export of a run is known as one; it says of which run, and with what its policy is to be asked.
+# By this file an export of a run is known as one; it says of which run, and with what its policy is to be asked and its
+# answers are to be scored.
 ORIGIN = "segzero_jax.json"
 ASKED = (
     *("data.image_size", "data.prompt", "rollout.max_prompt_tokens", "rollout.max_response_tokens"),
-    *("reward.recipe", "reward.local_model"),
+    *("rollout.temperature", "rollout.top_p", "rollout.top_k"),
+    *("reward.recipe", "reward.mask_iou_weight", "reward.mask_iou_mode", "reward.local_model"),
 )
 # What other Hugging Face directories do not say of themselves: how VisionReasoner's released checkpoints were trained.
 _RELEASED = {
@@ -41,8 +44,11 @@ _RELEASED = {
     "data.prompt": "vision_reasoner",
     "rollout.max_prompt_tokens": 1300,
     "rollout.max_response_tokens": 2000,
+    "reward.mask_iou_weight": 0.0,
     "reward.local_model": _LARGE_SAM,
 }
+_SEG_ZERO = {"data.prompt": "seg_zero", "reward.recipe": "seg_zero_strict"}
+_SEG_ZERO_NAME = re.compile("seg[-_ ]?zero", re.IGNORECASE)
 _WATCHED_TOKENS = 8  # whoever watches a response is shown it in parts of so many tokens
 _UNIT = 28  # pixels along the side of what becomes one image token
 
@@ -112,7 +118,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         mesh = "x".join(map(str, jax.sharding.get_mesh().axis_sizes))
         raise CheckpointError(f"{name}: the checkpoint cannot be read onto mesh {mesh}: {error}") from None
     if config is None:
-        config = _as_released(name) if released else Config()
+        config = _as_released(name, prompt) if released else Config()
     else:
         dtype = compute_dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
@@ -120,18 +126,32 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
     return Loaded(name, policy, dims, load_processor(config, name), config)
 
 
-def _as_released(name: str) -> Config:
-    """How a Hugging Face checkpoint was trained: as its export says, else as the released ones of its name were."""
+def _as_released(name: str, prompt: str | None) -> Config:
+    """How a Hugging Face checkpoint was trained: as its export says, else as the released ones of its name were.
+
+    Args:
+      prompt: the wording that it is asked in anyway, which goes with a recipe; None leaves it to the name.
+    """
     settings: dict[str, Any] = {**_RELEASED, "model.path": name}
-    if "seg-zero" in Path(name).name.lower():
-        settings["data.prompt"] = "seg_zero"
-    origin = model_directory(name) / ORIGIN
+    directory = model_directory(name)
+    named = any(_SEG_ZERO_NAME.search(_model_name(path)) for path in (directory.absolute(), directory.resolve()))
+    if prompt == "seg_zero" or (prompt is None and named):
+        settings |= _SEG_ZERO
+    origin = directory / ORIGIN
     if origin.is_file():
         try:
-            settings |= json.loads(origin.read_text()).get("asked", {})
+            # What an export of an earlier version does not say is as by default.
+            unsaid = {"reward.mask_iou_weight": Config().reward.mask_iou_weight}
+            settings |= {**unsaid, **json.loads(origin.read_text()).get("asked", {})}
         except (ValueError, AttributeError, TypeError):
             raise CheckpointError(f"{origin}: not what segzero_jax.export writes; export again, or delete it") from None
     return configs.replace(Config(), **settings)
+
+
+def _model_name(directory: Path) -> str:
+    """What a directory says of whose model it holds; in the hub's cache ``models--ORG--NAME/snapshots/HASH`` does."""
+    named = directory.parent.parent if directory.parent.name == "snapshots" else directory
+    return named.name.rpartition("--")[2]
 
 
 def load_processor(config: Config, name: str) -> Processor:

@@ -281,9 +281,10 @@ def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path)
         config = loaded.config
         other = asking.load(babbler, image_size=112, prompt="seg_zero")
         larger = asking.load("toy", image_size=140).config
-        named = tmp_path / "Seg-Zero-3B"
+        named = tmp_path / "link"
         named.symlink_to(babbler)
-        assert asking.load(str(named)).config.data.prompt == "seg_zero"
+        assert asking.load(str(named)).config.data.prompt == "vision_reasoner"
+    assert (other.config.reward.recipe, config.reward.recipe) == ("seg_zero_strict", "vision_reasoner")
     assert (config.data.image_size, config.data.prompt) == (840, "vision_reasoner")
     assert (config.rollout.max_prompt_tokens, config.model.compute_dtype) == (1300, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.policy)} == {jnp.dtype("bfloat16")}
@@ -291,6 +292,34 @@ def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path)
     assert asking.default_sam(config) == "facebook/sam2.1-hiera-large"
     assert asking.default_sam(larger) == "toy"
     assert larger.rollout.max_prompt_tokens == Config().rollout.max_prompt_tokens + 25 - 16, "the question has its room"
+
+
+@pytest.mark.parametrize(
+    ("path", "recipe"),
+    [
+        ("Seg-Zero-3B", "seg_zero_strict"),
+        ("Seg_Zero_7B", "seg_zero_strict"),
+        ("models--Ricky06662--Seg-Zero-7B/snapshots/9a1c3b", "seg_zero_strict"),
+        ("models--Ricky06662--VisionReasoner-7B/snapshots/9a1c3b", "vision_reasoner"),
+        ("models--segzero--VisionReasoner-7B/snapshots/9a1c3b", "vision_reasoner"),
+        ("seg-zero/VisionReasoner-7B", "vision_reasoner"),
+    ],
+)
+def test_a_released_checkpoint_is_asked_and_scored_as_its_name_says(
+    babbler: str, tmp_path: Path, path: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tmp_path / path
+    named.mkdir(parents=True)
+    for file in Path(babbler).iterdir():
+        (named / file.name).symlink_to(file)
+    monkeypatch.chdir(named)
+    (tmp_path / "link").symlink_to(named)
+    wording = "seg_zero" if recipe == "seg_zero_strict" else recipe
+    with jax.set_mesh(make_mesh("1x1")):
+        for given in (named, ".", tmp_path / "link"):
+            config = asking.load(str(given)).config
+            assert (config.data.prompt, config.reward.recipe) == (wording, recipe)
+            assert config.reward.mask_iou_weight == 0, "the papers score text alone"
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:

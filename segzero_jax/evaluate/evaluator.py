@@ -107,7 +107,7 @@ class Evaluator:
         config = loaded.config
         client, sam = self._segmenter(config)
         respondent = Respondent(loaded, how.batch, how.samples, how.seed)
-        asked_how = _asked_how(loaded)
+        asked_how = _asked_how(loaded, drawn=how.samples > 0)
         del loaded  # The respondent has its own copy of the weights, and device memory is for one.
         frame = Frame(config.data.image_size, config.data.image_size)
         judge = PolicyJudge(
@@ -156,14 +156,18 @@ class Evaluator:
         return self._sam
 
 
-def _asked_how(loaded: Loaded) -> dict[str, Any]:
+def _asked_how(loaded: Loaded, drawn: bool) -> dict[str, Any]:
     config = loaded.config
+    sampling = {name: getattr(config.rollout, name) for name in ("temperature", "top_p", "top_k")} if drawn else {}
     return {
+        **sampling,
         "image_size": config.data.image_size,
         "prompt": config.data.prompt,
         "max_response_tokens": config.rollout.max_response_tokens,
         "compute_dtype": config.model.compute_dtype,
         "recipe": config.reward.recipe,
+        "mask_iou_weight": config.reward.mask_iou_weight,
+        "mask_iou_mode": config.reward.mask_iou_mode,
         # A path is no policy: a run may be trained anew there, a directory exported anew, a hub id updated.
         "weights": fingerprint(loaded.policy, jnp.dtype(config.model.compute_dtype)),
     }
