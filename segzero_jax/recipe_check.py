@@ -29,5 +29,5 @@ def check_targets(source: Source, recipe: str, data_dir: str | Path) -> None:
         raise DataError(
             f"{source.name}: {len(refused)} of {len(counts)} questions have not exactly one object, which "
             f"reward.recipe={recipe} compares with: {named}{', …' if len(refused) > _NAMED else ''}; "
-            f"reward.recipe={others} takes any number of objects"
+            f"data.prompt=vision_reasoner with reward.recipe={others} takes any number of objects"
         )

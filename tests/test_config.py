@@ -220,6 +220,17 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
         (["--config=none.yaml"], ["none.yaml", "no such file"]),
         (["train.steps=5"], ["unexpected 'train.steps=5'", "--key=value"]),
         (["--res"], ["unknown key 'res'"]),
+        (
+            ["--data.prompt=seg_zero"],
+            ["data.prompt=seg_zero: asks for one object", "reward.recipe=vision_reasoner scores a list of objects"]
+            + ["expected reward.recipe=seg_zero_soft or seg_zero_strict or sam_r1, or data.prompt=toy or vision_reas"],
+        ),
+        (
+            ["--data.prompt=vision_reasoner", "--reward.recipe=seg_zero_soft"],
+            ["data.prompt=vision_reasoner: asks for a list", "reward.recipe=seg_zero_soft scores one object"]
+            + ["expected reward.recipe=vision_reasoner or sam_r1, or data.prompt=seg_zero"],
+        ),
+        (["--reward.recipe=seg_zero_strict"], ["data.prompt=toy: asks for a list", "or data.prompt=seg_zero"]),
     ],
 )
 def test_command_line_mistakes_are_one_line_and_exit_2(argv, parts, capsys):
@@ -232,6 +243,16 @@ def test_command_line_mistakes_are_one_line_and_exit_2(argv, parts, capsys):
     assert err.count("\n") == 1
     for part in parts:
         assert part in err
+
+
+@pytest.mark.parametrize("prompt", ["toy", "seg_zero", "vision_reasoner"])
+def test_sam_r1_goes_with_every_wording(prompt):
+    _, loaded = read(f"--data.prompt={prompt}", "--reward.recipe=sam_r1")
+    assert loaded.data.prompt == prompt
+
+
+def test_a_policy_may_be_asked_in_a_wording_that_it_is_not_trained_in():
+    assert config.load(None, ["data.prompt=seg_zero"]).reward.recipe == "vision_reasoner"
 
 
 def test_help_lists_every_key_with_its_default(capsys):

@@ -1,5 +1,6 @@
 """Before the first step: targets that the recipe cannot compare with are named."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,18 @@ import question_sources as sources
 from PIL import Image
 
 from segzero_jax import config as configs
-from segzero_jax import train
-from segzero_jax.config import Config
+from segzero_jax import rewards, train
+from segzero_jax.answers import read_solution
+from segzero_jax.config import Config, ConfigError
+from segzero_jax.config.schema import check_answer_form
 from segzero_jax.data import build
 from segzero_jax.data.pipeline import DataError, Source, open_split
 from segzero_jax.pods import ALONE
 from segzero_jax.processor import Processor
+from segzero_jax.prompt import WORDINGS
 from segzero_jax.recipe_check import check_targets
 
+ROOT = Path(__file__).parents[1]
 MASKS = [["one"], [], ["one"], ["left", "right"], ["one"], ["one", "left", "right"], ["right"]]
 
 
@@ -46,9 +51,32 @@ def test_questions_that_a_recipe_cannot_compare_with_are_named_before_the_first_
         check_targets(source, recipe, tmp_path)
     assert str(caught.value) == (
         f"own/train: 3 of 7 questions have not exactly one object, which reward.recipe={recipe} compares with: "
-        "q1 with 0, q3 with 2, q5 with 3; reward.recipe=vision_reasoner or sam_r1 takes any number of objects"
+        "q1 with 0, q3 with 2, q5 with 3; data.prompt=vision_reasoner with reward.recipe=vision_reasoner or sam_r1 "
+        "takes any number of objects"
     )
     check_targets(split(tmp_path, "single", [["one"], ["left"]]), recipe, tmp_path)
+
+
+@pytest.mark.parametrize("recipe", rewards.RECIPES)
+@pytest.mark.parametrize("prompt", WORDINGS)
+def test_a_recipe_is_refused_where_it_gives_less_than_all_for_the_answer_that_is_asked_for(
+    prompt: str, recipe: str
+) -> None:
+    """The answer that each wording shows, in JSON's quotes; the toy wording shows none, its policy gives a list."""
+    shown = WORDINGS["vision_reasoner" if prompt == "toy" else prompt].rpartition("i.e., ")[2].replace("'", '"')
+    target = '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}]'
+    most = rewards.RECIPES[recipe].maxima["segmentation_format"]
+    full = rewards.RECIPES[recipe].measure(shown, read_solution(target))["segmentation_format"] == most
+    config = configs.replace(Config(), **{"data.prompt": prompt, "reward.recipe": recipe})
+    with (
+        contextlib.nullcontext() if full else pytest.raises(ConfigError, match=f"data.prompt={prompt}.*recipe={recipe}")
+    ):
+        check_answer_form(config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_no_preset_is_refused(path: Path) -> None:
+    check_answer_form(configs.load(path))
 
 
 def test_other_recipes_take_any_number_of_objects_and_read_no_record(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from segzero_jax.config.schema import Config, ConfigError
+from segzero_jax.config.schema import Config, ConfigError, check_answer_form
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -86,7 +86,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 def parse_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Config]:
-    """Reads ``argv`` with ``parser``'s options, ``--config`` and every dotted key; bad input is one line and exit 2."""
+    """Reads ``argv`` with ``parser``'s options, ``--config`` and every dotted key; bad input is one line and exit 2.
+
+    It is the command line of a run: what cannot be trained, though it could be read, is bad input as well.
+    """
     parser = OneLineParser(
         prog=parser.prog,
         usage=parser.usage or "%(prog)s [options] [--config FILE] [--section.key=value ...]",
@@ -107,7 +110,9 @@ def parse_command_line(
             _check_key(item.lstrip("-").partition("=")[0], "command line")
             raise ConfigError(f"command line: unexpected {item!r}: expected --key=value")
         overrides = [f"{key}={value}" for key, value in vars(args).items() if key in all_keys()]
-        return args, load(args.config, overrides)
+        config = load(args.config, overrides)
+        check_answer_form(config)
+        return args, config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

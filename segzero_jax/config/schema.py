@@ -8,6 +8,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
+_LIST, _ONE = "a list of objects", "one object with two points"
+# The form of answer that a wording asks for (of the toy's, that its policy gives), and the one that a recipe scores;
+# sam_r1 scores either.
+_ASKED = {"toy": _LIST, "seg_zero": _ONE, "vision_reasoner": _LIST}
+_SCORED = {"seg_zero_soft": _ONE, "seg_zero_strict": _ONE, "vision_reasoner": _LIST}
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -271,6 +276,23 @@ class Config:
             raise ConfigError("reward.recipe=sam_r1: scores masks, expected reward.server=local or host:port, got none")
         if self.reward.server not in ("local", "none") and not all(map(_is_target, self.reward.server.split(","))):
             raise ConfigError(f"reward.server={self.reward.server}: expected local, none or host:port[,host:port]")
+
+
+def check_answer_form(config: Config) -> None:
+    """Raises ConfigError where the recipe scores another form of answer than the wording asks for.
+
+    Training would earn next to nothing. A configuration that is only read may have such a pair: a policy can be asked
+    in another wording than it was trained with.
+    """
+    prompt, recipe = config.data.prompt, config.reward.recipe
+    asked, scored = _ASKED[prompt], _SCORED.get(recipe, _ASKED[prompt])
+    if asked != scored:
+        recipes = " or ".join(name for name in (*_SCORED, "sam_r1") if _SCORED.get(name, asked) == asked)
+        prompts = " or ".join(name for name, form in _ASKED.items() if form == scored)
+        raise ConfigError(
+            f"data.prompt={prompt}: asks for {asked}, reward.recipe={recipe} scores {scored}; expected "
+            f"reward.recipe={recipes}, or data.prompt={prompts}"
+        )
 
 
 def _is_target(target: str) -> bool:
