@@ -1,6 +1,8 @@
 """One's own folder: what a line may hold, and that a mistake in one costs no other line its place."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import question_sources as sources
 from PIL import Image
 from question_sources import HEIGHT, WIDTH, encoded, picture, rectangle
 
-from segzero_jax.data import build
+from segzero_jax.data import build, builder, records
 from segzero_jax.data.pipeline import Source, open_split
 from segzero_jax.data.records import built_directory
+from segzero_jax.prompt import question_text
 from segzero_jax.types import Frame, ObjectPrompt
 
 BOX = [{"bbox_2d": [10, 20, 90, 80], "point_2d": [50, 60]}]
@@ -162,6 +165,76 @@ def test_masks_and_boxes_of_one_picture(tmp_path: Path) -> None:
         assert (target.box, len(target.points)) == ((10, 10, 40, 40), 2)
     assert found["nothing"].objects == ()
     assert len({example.image for example in found.values()}) == 1
+
+
+def test_the_page_shows_lines_that_are_read_and_how_a_question_is_asked(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    shown = re.findall(r'^    (\{"image".*)$', page, re.MULTILINE)
+    folder = sources.lines(tmp_path / "s")
+    for name in ("a", "b"):
+        (folder / f"images/{name}.jpg").write_bytes(encoded(picture(ord(name))))
+    for name in ("a", "a-1", "a-2"):
+        Image.fromarray(rectangle(10, 10, 40, 40)).save(folder / f"masks/{name}.png")
+    (folder / "val.jsonl").write_text("\n".join(shown))
+    assert run(tmp_path, folder) == 0
+    assert len(opened(tmp_path, "val")) == len(shown) == 5
+    ((stored, asked),) = re.findall(r'"([^"]+)" becomes "([^"]+)"', page)
+    assert (question_text("toy", stored), stored != asked) == (f'Find "{asked}".', True)
+
+
+def test_a_box_without_a_point_has_its_centre(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sources.lines(tmp_path / "s")
+    bare = {"bbox_2d": [20, 10, 61, 50]}
+    write(folder, [without_mask(objects=[*BOX, bare]), without_mask(objects=[bare | {"point_2d": None}]), line()])
+    write(folder, [without_mask(objects=BOX, image="images/1.jpg")], "val")
+    assert run(tmp_path, folder) == 0
+    assert (
+        "points: 2 target boxes have neither point_2d nor a mask, their centres are taken\n" in capsys.readouterr().out
+    )
+    centred = ObjectPrompt((20, 10, 61, 50), ((40, 30),))  # of 40.5 the even one
+    found = {example.id: example.objects for example in opened(tmp_path)}
+    assert found["train-000000"] == (ObjectPrompt((10, 20, 90, 80), ((50, 60),)), centred)
+    assert found["train-000001"] == (centred,)
+    assert len(found["train-000002"][0].points) == 2, "a mask's own"
+    assert json.loads((built_directory("mine", tmp_path / "built") / "build.json").read_text())["centred"] == 2
+
+
+def test_a_set_whose_boxes_all_have_points_is_what_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, a box without a point cost its question: such sets alone are other ones now."""
+    digests = []
+    for name, objects in {"with": BOX, "without": [{"bbox_2d": [1, 2, 30, 40]}]}.items():
+        folder = sources.lines(tmp_path / name)
+        write(folder, [without_mask(objects=objects)])
+        plan = builder.make_plan(build.find_form("mine", [folder], None))
+        cut = [(shard.name, shard.rows) for shard in plan.shards]
+        told = json.dumps([plan.files, cut, records.VERSION, builder._READING])
+        digests.append(plan.digest == hashlib.sha256(told.encode()).hexdigest())
+    assert digests == [True, False]
+
+
+MALFORMED = {
+    "no box": ({"bbox": [1, 2, 30, 40], "label": "mug"}, "object 0: bbox_2d is missing, found bbox, label"),
+    "a point alone": ({"point_2d": [5, 6]}, "object 0: bbox_2d is missing, found point_2d"),
+    "nothing": ({}, "object 0: bbox_2d is missing, found nothing"),
+    "a list": ([1, 2, 30, 40], "object 0: bbox_2d is missing, found [1, 2, 30, 40]"),
+    "three corners": ({"bbox_2d": [1, 2, 30]}, "object 0: bbox_2d [1, 2, 30], expected [x1, y1, x2, y2]"),
+    "a box of text": ({"bbox_2d": "1 2 30 40"}, 'object 0: bbox_2d "1 2 30 40", expected [x1, y1, x2, y2]'),
+    "a box of bools": ({"bbox_2d": [True, 2, 30, 40]}, "bbox_2d [true, 2, 30, 40], expected [x1, y1, x2, y2]"),
+    "half a point": ({"bbox_2d": [1, 2, 30, 40], "point_2d": [5]}, "object 0: point_2d [5], expected [x, y]"),
+    "no number": ({"bbox_2d": [1, 2, 30, 40], "point_2d": [5, float("nan")]}, "point_2d [5, NaN], expected [x, y]"),
+    "an empty point": ({"bbox_2d": [1, 2, 30, 40], "point_2d": []}, "object 0: point_2d [], expected [x, y]"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_an_object_that_is_malformed_says_what_is_missing(case: str, tmp_path: Path) -> None:
+    given, expected = MALFORMED[case]
+    folder = sources.lines(tmp_path / "s")
+    write(folder, [line(id="fine"), without_mask(id="bad", objects=[given])])
+    assert run(tmp_path, folder) == 0
+    (reason,) = left_out(tmp_path).values()
+    assert reason.endswith(expected)
+    assert len(reason) < 100
 
 
 @pytest.mark.parametrize("changed", ["masks/one.png", "masks/right.png", "masks/blurred.png"])

@@ -135,6 +135,11 @@ def test_a_damaged_set_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     shard.unlink()
     assert run(tmp_path, "mine", source, "--check") == 2
     assert f"{shard.name} is missing" in capsys.readouterr().err
+    for name in ("features.json", "dataset_info.json", "build.json"):
+        (shard.parent / name).unlink()
+        assert run(tmp_path, "mine", source, "--check") == 2
+        assert name in (complaint := capsys.readouterr().err)
+        assert len(complaint.splitlines()) == 1
 
 
 def test_several_processes_give_the_same_rows(tmp_path: Path, small_shards: None) -> None:
@@ -430,6 +435,20 @@ def test_a_bad_command_is_one_line(
     complaint = capsys.readouterr().err.strip()
     assert expected in complaint
     assert len(complaint.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["--source=s"], ["--check"]])
+def test_a_set_is_built_on_this_machines_disk(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources.lines(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
+    assert build.main(["mine", *command, "--data-dir=gs://bucket/data", "--workers=1"]) == 2
+    assert capsys.readouterr().err == (
+        "segzero_jax.data.build: --data-dir=gs://bucket/data: expected a folder on this machine's disk, got a URL; "
+        "build it on a disk and copy it from there\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 def reason_seg_of_the_hub(folder: Path) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from segzero_jax.data.forms.form import SourceError, coco_id, unique
 from segzero_jax.data.forms.reason_seg import paint
 from segzero_jax.data.pipeline import Source, open_split
 from segzero_jax.data.records import built_directory
-from segzero_jax.types import Example, Frame, RleMask
+from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 
 def built(tmp_path: Path, name: str, source: Path, *options: str) -> Path:
@@ -205,6 +205,64 @@ def test_cocos_json_without_questions_asks_for_categories(tmp_path: Path) -> Non
     dogs, sofa = open_split("c", "val", out)
     assert (dogs.question, len(dogs.objects), sofa.question, box(sofa)) == ("dog", 2, "sofa", (5, 5, 60, 60))
     np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
+
+
+@pytest.mark.parametrize("empty", [{"segmentation": []}, {"segmentation": None}, {"segmentation": [[]]}, {}])
+def test_cocos_boxes_without_a_segmentation_are_targets(
+    tmp_path: Path, empty: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a question whose annotations have masks too, each object has one point."""
+
+    def boxes_alone(content: dict[str, Any]) -> None:
+        boxes = [60, 10, 31, 71], [100, 50, 21, 41], [5, 5, 56, 56]
+        for annotation, box in zip(content["annotations"][1:], boxes, strict=True):
+            del annotation["segmentation"]
+            annotation.update(bbox=box, **empty)
+
+    folder = sources.coco_json(tmp_path / "s", questions=False)
+    change(folder, boxes_alone)
+    out = built(tmp_path, "c", folder)
+    assert (
+        "points: 2 target boxes have neither point_2d nor a mask, their centres are taken\n" in capsys.readouterr().out
+    )
+    dogs, sofa = open_split("c", "train", out)
+    assert dogs.objects == (ObjectPrompt((8, 8, 40, 40), ((24, 24),)), ObjectPrompt((60, 10, 90, 80), ((75, 45),)))
+    assert sofa.objects == (ObjectPrompt((5, 5, 60, 60), ((32, 32),)),)
+    assert dogs.mask is sofa.mask is None
+    assert not pixels(dogs.ignore).any(), "a crowd's box says too little"
+    masked, _ = open_split("c", "val", out)
+    assert [len(target.points) for target in masked.objects] == [2, 2]
+
+
+def test_cocos_boxes_share_a_picture_with_masks(tmp_path: Path) -> None:
+    """Each kind in a record of its own, for a mask has two points."""
+    folder = sources.coco_json(tmp_path / "s")
+    change(folder, lambda content: content["annotations"][1].update(segmentation=[], bbox=[60, 10, 31, 71]))
+    more = [{"image_id": 600, "text": f"dog {n}", "annotation_ids": [n]} for n in (1, 2)]
+    change(folder, lambda content: content["questions"].extend(more))
+    source = open_split("c", "train", built(tmp_path, "c", folder))
+    assert {one.question: [len(target.points) for target in one.objects] for one in source} == {
+        "both dogs": [1, 1],
+        "dog 1": [2],
+        "dog 2": [1],
+        "the unicorn": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reason"),
+    [
+        ([60, 10, 31], "bbox [60, 10, 31], expected [x, y, width, height]"),
+        (None, "bbox null, expected [x, y, width, height]"),
+        ([60, 10, 0, 71], "a target box without area, [60, 10, 59, 80]"),
+        ([60, 10, 90, 71], "a target box [60, 10, 149, 80] outside the 128x96 picture"),
+    ],
+)
+def test_a_box_of_coco_that_is_none_leaves_its_question_out(tmp_path: Path, bbox: Any, reason: str) -> None:
+    folder = sources.coco_json(tmp_path / "s", questions=False)
+    change(folder, lambda content: content["annotations"][3].update(segmentation=[], bbox=bbox))
+    out = built(tmp_path, "c", folder)
+    assert left_out(out, "c") == {"601-9": reason}
 
 
 def test_questions_about_nothing_are_about_different_things(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from segzero_jax.config import Config
+from segzero_jax.config import Config, ConfigError
 from segzero_jax.config.reading import OneLineParser
 from segzero_jax.data import builder
 from segzero_jax.data.builder import LeakError, Plan
@@ -27,6 +27,7 @@ from segzero_jax.data.forms.reason_seg import ReasonSeg
 from segzero_jax.data.forms.refer import Refer
 from segzero_jax.data.records import built_directory, index_path
 from segzero_jax.hub import HubError, data_directory
+from segzero_jax.local_path import local_path
 
 # Where the papers' data sets are on the hub, and which split a repository is; None where the names of its files say it.
 # The files of ReasonSeg_val say "test".
@@ -88,9 +89,7 @@ def _parser() -> OneLineParser:
         help="a directory, or ids of data sets on the Hugging Face hub; the papers' sets know their own",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures lie, when not below the source")
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(Config().data.dir), metavar="DIR", help="data.dir (%(default)s)"
-    )
+    parser.add_argument("--data-dir", default=Config().data.dir, metavar="DIR", help="data.dir (%(default)s)")
     parser.add_argument(
         "--against",
         nargs="+",
@@ -111,12 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # TFDS warns of every configuration that it does not bring itself.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    data_dir = args.data_dir.expanduser()
     try:
+        data_dir = local_path(args.data_dir, "--data-dir", "build it on a disk and copy it from there")
         if "/" in args.name or args.name == "toy":
             raise SourceError(f"{args.name}: a name of its own is expected, without /")
         return _check(args.name, data_dir) if args.check else _build(args, data_dir)
-    except (SourceError, LeakError, HubError, OSError) as error:
+    except (SourceError, LeakError, HubError, ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -156,6 +155,8 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
     outcome = _with_bar(args, form, plan, data_dir)
     for split, rows in outcome.rows.items():
         print(f"{name}/{split}: {rows} questions")
+    if plan.centred:
+        print(f"points: {plan.centred} target boxes have neither point_2d nor a mask, their centres are taken")
     for reason, count in outcome.left_out.items():
         print(f"left out: {count} ({reason})")
     if outcome.left_out:

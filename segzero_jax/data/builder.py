@@ -35,6 +35,8 @@ _MOST_LEFT_OUT = 0.1
 _TRAIN = "train"
 # One more whenever the same source is read into other rows: names, instances, targets.
 _READING = 2
+# What TensorFlow Datasets writes beside the records, and needs to open them.
+_OF_TFDS = ("dataset_info.json", "features.json")
 
 Progress = Callable[[int], None]
 
@@ -56,9 +58,16 @@ class Plan:
     shards: tuple[Shard, ...]
 
     @property
+    def centred(self) -> int:
+        """How many target boxes have neither a point nor a mask."""
+        return sum(part.centred for shard in self.shards for part in shard.parts)
+
+    @property
     def digest(self) -> str:
         """Stands for the source, for how it is read and for how it is cut."""
-        told = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION, _READING]
+        told: list[object] = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION, _READING]
+        if self.centred:  # Such boxes were once left out: only sets that have some are read into other rows.
+            told.append(self.centred)
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -219,7 +228,7 @@ def check_leaks(name: str, data_dir: Path, against: Sequence[str] = ()) -> None:
 def damaged_files(name: str, data_dir: Path) -> list[str]:
     """Files of a built set that are not as they were written, or not there."""
     directory = built_directory(name, data_dir)
-    found = []
+    found = [f"{file} is missing" for file in _OF_TFDS if not (directory / file).is_file()]
     for file, expected in json.loads((directory / "build.json").read_text())["files"].items():
         path = directory / file
         if not path.is_file():
@@ -378,7 +387,7 @@ def _pieces(
         for number, (_, found) in enumerate(pieces)
     }
     annotations = {path: digest for path, _, digest in plan.files if digest}
-    summary = {"digest": plan.digest, "source": annotations, "left_out": len(left_out)}
+    summary = {"digest": plan.digest, "source": annotations, "left_out": len(left_out), "centred": plan.centred}
     return Pieces(work, by_split, indices, left_out, digests, summary)
 
 

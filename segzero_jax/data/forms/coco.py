@@ -5,18 +5,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco
 
 from segzero_jax.data.forms.form import (
+    FAR,
     Asked,
     Part,
     Shown,
     SourceError,
     Unreadable,
+    centre,
     coco_id,
+    coordinates,
     field,
     key,
     read_json,
@@ -24,12 +27,11 @@ from segzero_jax.data.forms.form import (
     text,
     unique,
 )
-from segzero_jax.types import Frame
+from segzero_jax.data.targets import target_object
+from segzero_jax.types import Frame, ObjectPrompt
 
 # Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
 _OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
-# No corner is so far from its picture, in pixels: the library takes memory for each pixel between two corners.
-_FAR = 1e5
 _SPLIT = re.compile(r"(?:\w+_)?(train|val|test)\d{4}")
 
 
@@ -52,7 +54,7 @@ def annotation_mask(segmentation: Any, frame: Frame) -> np.ndarray:
 
 def _corners(polygon: Any) -> list[float]:
     """A polygon whose numbers are such that drawing it ends."""
-    fine = isinstance(polygon, list) and all(isinstance(v, int | float) and abs(v) < _FAR for v in polygon)
+    fine = isinstance(polygon, list) and all(isinstance(v, int | float) and abs(v) < FAR for v in polygon)
     if not fine or len(polygon) % 2:
         raise ValueError(f"polygon {str(polygon)[:80]}: expected [x, y, x, y, ...]")
     return [float(v) for v in polygon]
@@ -105,13 +107,19 @@ def _decompressed(counts: bytes) -> list[int]:
     return runs
 
 
+class _Boxed(NamedTuple):
+    """In the place of a segmentation, where an annotation has none."""
+
+    bbox: Any
+
+
 @dataclass(frozen=True)
 class CocoJson:
     """``SPLIT.json`` files with ``images``, ``annotations`` and ``questions``, beside the pictures.
 
     A question is ``{"image_id": …, "text": …, "annotation_ids": […]}``; no annotations mean that nothing in the picture
     answers it. A file without ``questions``, such as COCO's own, asks for every category that is in a picture, with all
-    its instances as targets; crowds are pixels that do not count.
+    its instances as targets; crowds are pixels that do not count. An annotation without a segmentation is its ``bbox``.
     """
 
     name: str
@@ -156,7 +164,8 @@ class CocoJson:
             read = [
                 (
                     text(question, "text", where),
-                    *(_meant(question, name, annotations, path) for name in ("annotation_ids", "ignored_ids")),
+                    [_outline(*one) for one in _named(question, "annotation_ids", annotations, path)],
+                    [row.get("segmentation") or [] for row, _ in _named(question, "ignored_ids", annotations, path)],
                     # Nothing is no thing that two questions could both be about.
                     str(question["annotation_ids"]) if question.get("annotation_ids") else None,
                 )
@@ -165,7 +174,8 @@ class CocoJson:
             image, about = images[image_id], f"{path}: image {image_id}"
             file = self._picture(text(image, "file_name", about), path)
             own = tuple(next(ids) for _ in questions)
-            parts.append(Part(own, (file,), (self._name(image, file), annotated_size(image, about), read)))
+            centred = sum(isinstance(one, _Boxed) for _, meant, *_ in read for one in meant)
+            parts.append(Part(own, (file,), (self._name(image, file), annotated_size(image, about), read), centred))
         return parts
 
     def _name(self, image: Mapping[str, Any], file: str) -> str:
@@ -179,18 +189,25 @@ class CocoJson:
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
         name, frame, questions = part.content
-        asked = []
+        masked: list[Asked] = []
+        boxed: list[Asked] = []
         for own, (question, meant, ignored, instance) in zip(part.ids, questions, strict=True):
+            about = f"{name}:{instance or own}"
             try:
-                masks = tuple(annotation_mask(segmentation, frame) for segmentation in meant)
                 crowd = [annotation_mask(segmentation, frame) for segmentation in ignored]
+                ignore = np.logical_or.reduce(crowd) if crowd else None
+                if any(isinstance(one, _Boxed) for one in meant):
+                    boxed.append(Asked(own, question, about, objects=_objects(meant, frame), ignore=ignore))
+                else:
+                    masks = tuple(annotation_mask(segmentation, frame) for segmentation in meant)
+                    masked.append(Asked(own, question, about, masks, ignore=ignore))
             except ValueError as error:
                 yield Unreadable((own,), str(error))
-                continue
-            ignore = np.logical_or.reduce(crowd) if crowd else None
-            asked.append(Asked(own, question, f"{name}:{instance or own}", masks, ignore=ignore))
         data = (self.root / part.pictures[0]).read_bytes()
-        yield Shown(data, name, part.pictures[0], frame, tuple(asked))
+        # Two records: a mask has two points, a box one, and in a record all objects have as many.
+        for asked in (masked, boxed):
+            if asked:
+                yield Shown(data, name, part.pictures[0], frame, tuple(asked))
 
 
 def by_id(content: Any, name: str, path: Path) -> dict[Any, Any]:
@@ -207,14 +224,36 @@ def annotated_size(image: Any, where: str) -> Frame:
     return Frame(int(width), int(height))
 
 
-def _meant(question: Mapping[str, Any], name: str, annotations: Mapping[Any, Any], path: Path) -> list[Any]:
-    """The segmentations of the annotations that a question names."""
+def _named(
+    question: Mapping[str, Any], name: str, annotations: Mapping[Any, Any], path: Path
+) -> list[tuple[Mapping[str, Any], str]]:
+    """The annotations that a question names, each with what it is called in an error."""
     found = []
     for wanted in rows({name: [], **question}, name, str(path)):
         if not isinstance(wanted, int | str) or wanted not in annotations:
             raise SourceError(f"{path}: a question means annotation {wanted!r}, which is not there")
-        found.append(field(annotations[wanted], "segmentation", f"{path}: annotation {wanted}"))
+        found.append((annotations[wanted], f"{path}: annotation {wanted}"))
     return found
+
+
+def _outline(annotation: Mapping[str, Any], where: str) -> Any:
+    """The segmentation of an annotation or, where it has none, its box. Raises SourceError where it has neither."""
+    if annotation.get("segmentation") in (None, [], [[]]) and "bbox" in annotation:
+        return _Boxed(annotation["bbox"])
+    return field(annotation, "segmentation", where)
+
+
+def _objects(meant: list[Any], frame: Frame) -> tuple[ObjectPrompt, ...]:
+    """Targets of which one at least has no mask: a point each, from the mask or in the middle of the box."""
+    found = []
+    for one in meant:
+        if isinstance(one, _Boxed):
+            x, y, width, height = coordinates(one.bbox, "[x, y, width, height]", "bbox")
+            box = (x, y, x + width - 1, y + height - 1)  # Both corners belong to a target.
+            found.append(ObjectPrompt(box=box, points=(centre(box),)))
+        elif (target := target_object(annotation_mask(one, frame))) is not None:
+            found.append(ObjectPrompt(box=target.box, points=target.points[:1]))
+    return tuple(found)
 
 
 def _by_category(content: Any, path: Path) -> list[dict[str, Any]]:

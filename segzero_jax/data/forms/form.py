@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from segzero_jax.types import Frame, ObjectPrompt
+from segzero_jax.types import Box, Frame, ObjectPrompt, Point
 
+# No corner is so far from its picture, in pixels: what draws one takes memory for each pixel between two corners.
+FAR = 1e5
 _COCO_FILE = re.compile(r"(COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?(?:\.\w+)?")
 
 
@@ -72,11 +74,13 @@ class Part:
       ids: of its questions, in order.
       pictures: the files of its pictures, relative to the form's ``root``; empty where they lie in other files.
       content: what the form needs to read it.
+      centred: how many target boxes have neither a point nor a mask, so that their centres are taken for points.
     """
 
     ids: tuple[str, ...]
     pictures: tuple[str, ...]
     content: Any
+    centred: int = 0
 
 
 class Form(Protocol):
@@ -162,6 +166,21 @@ def key(row: Mapping[str, Any], name: str, where: str) -> int | str:
 def text(row: Mapping[str, Any], name: str, where: str) -> str:
     """Text that must be there. Raises SourceError."""
     return _of_kind(field(row, name, where), str, f"{where}: {name}: expected text")
+
+
+def coordinates(value: Any, form: str, where: str) -> tuple[float, ...]:
+    """As many numbers as ``form`` names, such as "[x, y]". Raises ValueError, which shows what is there instead."""
+    count = form.count(",") + 1
+    plain = isinstance(value, list) and all(type(v) in (int, float) and abs(v) < FAR for v in value)
+    if not plain or len(value) != count:
+        raise ValueError(f"{where} {json.dumps(value)[:80]}, expected {form}")
+    return tuple(float(v) for v in value)
+
+
+def centre(box: Box) -> Point:
+    """What stands in for a point where a box has none."""
+    x1, y1, x2, y2 = box
+    return (x1 + x2) / 2, (y1 + y2) / 2
 
 
 def _of_kind(value: Any, kind: type | tuple[type, ...], expected: str) -> Any:

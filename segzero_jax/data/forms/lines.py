@@ -5,10 +5,12 @@ A line is one question, its paths relative to the folder:
     {"image": "images/a.jpg", "question": "the red mug", "mask": "masks/a.png"}
     {"image": "images/a.jpg", "question": "both mugs", "masks": ["masks/a-1.png", "masks/a-2.png"]}
     {"image": "images/b.jpg", "question": "the sofa", "objects": [{"bbox_2d": [10, 20, 90, 80], "point_2d": [50, 60]}]}
+    {"image": "images/b.jpg", "question": "the chair", "objects": [{"bbox_2d": [10, 20, 90, 80]}]}
     {"image": "images/b.jpg", "question": "the mug", "masks": []}
 
 A mask is a picture of the same size, 0 where the object is not. No masks mean that nothing answers the question.
-Objects are in pixels of the upright picture, both corners of a box inclusive.
+Objects are in pixels of the upright picture, both corners of a box inclusive; of a box without a point the centre
+is taken.
 Optional: ``id``, ``instance`` (the same for several questions about the same thing), ``ignore`` (a mask of pixels that
 do not count).
 """
@@ -24,8 +26,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segzero_jax import answers
-from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, field, unique
+from segzero_jax.data.forms.form import (
+    Asked,
+    Part,
+    Shown,
+    SourceError,
+    Unreadable,
+    centre,
+    coco_id,
+    coordinates,
+    field,
+    unique,
+)
 from segzero_jax.data.pictures import upright_size
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -69,7 +81,8 @@ class Lines:
         # Lines about the same picture that follow one another share it.
         for image, group in itertools.groupby(rows, key=lambda row: row["image"]):
             asked = list(group)
-            parts.append(Part(tuple(next(ids) for _ in asked), (image,), asked))
+            centred = sum(_has_no_point(obj) for row in asked for obj in row.get("objects", ()))
+            parts.append(Part(tuple(next(ids) for _ in asked), (image,), asked, centred))
         return parts
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
@@ -95,7 +108,8 @@ class Lines:
         instance = f"{picture}:{row.get('instance', own)}"
         ignore = self._mask(row["ignore"]) if row.get("ignore") else None
         if "objects" in row:
-            return Asked(own, row["question"], instance, objects=_objects(row), ignore=ignore)
+            objects = tuple(_object(given, f"object {n}") for n, given in enumerate(row["objects"]))
+            return Asked(own, row["question"], instance, objects=objects, ignore=ignore)
         files = row["masks"] if "masks" in row else [row["mask"]] if row["mask"] else []
         masks = tuple(self._mask(file) for file in files)
         return Asked(own, row["question"], instance, masks, ignore=ignore)
@@ -135,9 +149,21 @@ def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:
     return unturned if found else None
 
 
-def _objects(row: dict[str, Any]) -> tuple[ObjectPrompt, ...]:
-    located = answers.read_solution(json.dumps(row["objects"]))
-    return tuple(ObjectPrompt(box=box, points=points) for box, points in located)
+def _object(given: Any, where: str) -> ObjectPrompt:
+    """Raises ValueError, which names what is missing or malformed."""
+    if not isinstance(given, dict) or "bbox_2d" not in given:
+        found = ", ".join(given)[:80] if isinstance(given, dict) else _shown(given)
+        raise ValueError(f"{where}: bbox_2d is missing, found {found or 'nothing'}")
+    x1, y1, x2, y2 = coordinates(given["bbox_2d"], "[x1, y1, x2, y2]", f"{where}: bbox_2d")
+    box = (x1, y1, x2, y2)
+    if _has_no_point(given):
+        return ObjectPrompt(box=box, points=(centre(box),))
+    x, y = coordinates(given["point_2d"], "[x, y]", f"{where}: point_2d")
+    return ObjectPrompt(box=box, points=((x, y),))
+
+
+def _has_no_point(given: Any) -> bool:
+    return isinstance(given, dict) and "bbox_2d" in given and given.get("point_2d") is None
 
 
 def _check(row: Any, where: str) -> None:
