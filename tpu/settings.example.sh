@@ -30,7 +30,8 @@ SSH_FLAGS=()
 # Files that each machine needs in ~/secrets: the reward server's authority, a token.
 SECRETS=()
 
-# Data sets that tpu/setup.sh builds on each machine: names that `python -m segzero_jax.data.build` knows from the hub.
+# Data sets that tpu/setup.sh brings to each machine: names that `python -m segzero_jax.data.build` knows from the hub, or of
+# one's own that were built and copied to BUCKET/data/question_set/NAME (README: data of one's own).
 DATA=(refCOCOg_9k_840)
 
 # What is trained: options of `python -m segzero_jax.train`, but for run.dir and where checkpoints go.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # tpu/setup.sh: brings this checkout's last commit, the pinned packages and the data onto every machine of the slice.
 #
-# Again after a new commit: what is there already is kept. Files named in SECRETS go to ~/secrets; the sets in DATA are built.
+# Again after a new commit: what is there already is kept. Files named in SECRETS go to ~/secrets; of the sets in DATA, those that
+# lie in the bucket's data/question_set are copied from there, others are built from the hub.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -29,7 +30,6 @@ if ((${#SECRETS[@]})); then
   on_workers 'mkdir -p -m 700 secrets'
   to_workers "${SECRETS[@]}" secrets/
 fi
-on_workers "tar -xzf $REMOTE.tar.gz && $REMOTE/tpu/worker.sh install $revision"
-for set in ${DATA[@]+"${DATA[@]}"}; do
-  on_workers "$REMOTE/tpu/worker.sh run segzero_jax.data.build $set"
-done
+install="$REMOTE/tpu/worker.sh install $revision $BUCKET/data"
+for set in ${DATA[@]+"${DATA[@]}"}; do install+=" $(printf %q "$set")"; done
+on_workers "tar -xzf $REMOTE.tar.gz && $install"

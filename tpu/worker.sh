@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tpu/worker.sh install REVISION | run MODULE OPTION... | start STORE RUN_DIR OPTION... | stop | state | fetch | copy: one
-# machine's part.
+# tpu/worker.sh install REVISION [STORED SET...] | run MODULE OPTION... | start STORE RUN_DIR OPTION... | stop | state | fetch |
+# copy: one machine's part.
 #
 # The commands beside it call it on every machine. systemd keeps the training: it outlives the connection, is told to stop
 # when the machine is about to be taken away, and leaves its exit code behind.
@@ -12,9 +12,16 @@ UV_VERSION=0.9.7
 METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
 cd "$ROOT"
 
+# Packages, then data sets. What says that the machine is set up comes last: until then it counts as new.
+install() {
+  local set
+  install_packages
+  for set in "${@:3}"; do bring "$2" "$set"; done
+  echo "$1" >.revision
+}
+
 install_packages() {
   if [[ -x .venv/bin/python && $(cat .installed 2>/dev/null) == "$(cat constraints.txt pyproject.toml | sha256sum)" ]]; then
-    echo "$1" >.revision
     return
   fi
   # The images bring Python 3.10; uv brings its own 3.11.
@@ -22,7 +29,31 @@ install_packages() {
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.11 .venv
   "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[tpu]'
   cat constraints.txt pyproject.toml | sha256sum >.installed
-  echo "$1" >.revision
+}
+
+# bring STORED SET: a data set into data.dir. Where it lies in the bucket as it was built, it is copied, unless there is one of
+# its name: whole or not at all, by its checksums. Else it is built, which it can be from the hub alone.
+bring() {
+  local stored=$1/question_set/$2 data=$HOME/.cache/segzero_jax part answer code=0
+  part=$data/.part
+  if answer=$(gcloud storage ls "$stored/" 2>&1); then
+    [[ ! -e $data/question_set/$2 ]] || return 0
+    rm -rf "$part"
+    mkdir -p "$part/question_set/$2" "$data/question_set"
+    gcloud storage rsync --recursive "$stored" "$part/question_set/$2"
+    (run segzero_jax.data.build "$2" --check --data-dir="$part") || {
+      echo "tpu/worker.sh: $stored: not whole; copy it there again" >&2
+      exit 1
+    }
+    mv "$part/question_set/$2" "$data/question_set/$2"
+    rm -rf "$part"
+  elif [[ $answer == *'matched no objects'* ]]; then
+    (run segzero_jax.data.build "$2") || code=$?
+    ((code == 0)) || { echo "tpu/worker.sh: $2: not in $stored, and not built here" >&2 && exit "$code"; }
+  else
+    printf 'tpu/worker.sh: %s: cannot be read now, so this machine is not set up: %s\n' "$stored" "$answer" >&2
+    exit 1
+  fi
 }
 
 # What systemd knows of the training, as one word.
@@ -115,7 +146,7 @@ copy() {
 }
 
 case ${1-} in
-  install) install_packages "$2" ;;
+  install) install "${@:2}" ;;
   run) run "${@:2}" ;;
   start) start "${@:2}" ;;
   stop) sudo systemctl stop "$UNIT" ;;

@@ -4,10 +4,16 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import question_sources
+
+from segzero_jax.config import Config
+from segzero_jax.data import build
+from segzero_jax.data.pipeline import open_split
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,14 +41,19 @@ class Machine:
         tool(self.bin, "systemd-run", record)
         # The bucket: a folder, or a file with what gcloud says instead.
         self.stored, self.trouble = folder / "stored", folder / "trouble"
+        self.sets, self.place = folder / "sets", folder / ".cache/segzero_jax/question_set"
         tool(
             self.bin,
             "gcloud",
-            f"{record}if [[ $* == *ls* ]]; then\n"
+            f'{record}words="$*" place={self.stored}\n'
+            "if [[ $words == *gs://b/data/question_set/* ]]; then\n"
+            f"  name=${{words#*question_set/}} && place={self.sets}/${{name%%[ /]*}}\n"
+            "fi\n"
+            "if [[ $2 == ls ]]; then\n"
             f"  [[ ! -e {self.trouble} ]] || {{ cat {self.trouble} >&2; exit 1; }}\n"
-            f'  [[ -e {self.stored} ]] || {{ echo "ERROR: One or more URLs matched no objects." >&2; exit 1; }}\n'
-            f"elif [[ $* == *rsync*gs://b/n/run\\ * ]]; then\n"
-            f'  cp -r {self.stored}/. "${{@: -1}}"; [[ ! -e {self.stored}/breaks-off ]]\n'
+            '  [[ -e $place ]] || { echo "ERROR: One or more URLs matched no objects." >&2; exit 1; }\n'
+            "elif [[ $* == *rsync*gs://b/n/run\\ * || $* == *rsync*gs://b/data/* ]]; then\n"
+            '  cp -r $place/. "${@: -1}"; [[ ! -e $place/breaks-off ]]\n'
             "fi",
         )
         tool(
@@ -75,6 +86,7 @@ class Machine:
         return self.calls.read_text().splitlines()
 
 
+INSTALL = ("install", "abc", "gs://b/data")
 START = ("start", "gs://b/n", "runs/n", "--mesh=4x4", "--data.name=two words")
 
 
@@ -214,6 +226,66 @@ class TestWorker:
             "tpu/worker.sh: the metadata server does not say which worker this is; once more\n",
         )
         assert not [line for line in machine.called() if line.startswith("systemd-run")]
+
+
+class TestData:
+    """What ``worker.sh install`` does about data sets."""
+
+    def test_what_the_bucket_has_not_is_built_from_the_hub(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        assert machine.worker(*INSTALL, "refCOCOg_9k_840", "ReasonSeg") == (0, "")
+        calls = [line for line in machine.called() if line.startswith("python")]
+        assert calls == [f"python -m segzero_jax.data.build {name}" for name in ("refCOCOg_9k_840", "ReasonSeg")]
+
+    def test_a_set_of_ones_own_is_copied_where_the_training_looks_for_it(self, tmp_path: Path) -> None:
+        """With the real command that compares it with its checksums."""
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        tool(machine.root / ".venv/bin", "python", f'cd {ROOT} && exec {sys.executable} "$@"')
+        mine, source = tmp_path / "mine", question_sources.lines(tmp_path / "s")
+        assert build.main(["mugs", f"--source={source}", f"--data-dir={mine}", "--workers=1"]) == 0
+        shutil.copytree(mine / "question_set/mugs", machine.sets / "mugs")
+        assert machine.worker(*INSTALL, "mugs") == (0, "mugs: all files are as they were built\n")
+        assert Config().data.dir == "~/.cache/segzero_jax"
+        assert list(open_split("mugs", "train", machine.place.parent)) == list(open_split("mugs", "train", mine))
+        assert [path.name for path in machine.place.parent.iterdir()] == ["question_set"]
+        assert machine.worker(*INSTALL, "mugs") == (0, "")
+        assert not [line for line in machine.called() if "rsync" in line], "it is there"
+
+    @pytest.mark.parametrize("trouble", ["the list cannot be read", "the copy breaks off", "a file has changed"])
+    def test_half_a_set_is_none_and_the_machine_stays_new(self, trouble: str, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        (machine.sets / "mugs").mkdir(parents=True)
+        (machine.sets / "mugs/build.json").touch()
+        machine.worker("install", "abc")
+        (machine.root / ".revision").unlink()
+        broken = {
+            "the list cannot be read": machine.trouble,
+            "the copy breaks off": machine.sets / "mugs/breaks-off",
+            "a file has changed": tmp_path / "changed",
+        }[trouble]
+        broken.write_text("ERROR: HTTPError 503: Service Unavailable\n")
+        tool(machine.root / ".venv/bin", "python", f"[[ $* != *--check* || ! -e {tmp_path}/changed ]]")
+        for _ in range(2):
+            code, said = machine.worker(*INSTALL, "mugs")
+            assert code == 1
+            assert ("mugs: cannot be read now, so this machine is not set up: ERROR" in said) == (
+                trouble == "the list cannot be read"
+            )
+            assert ("gs://b/data/question_set/mugs: not whole; copy it" in said) == (trouble == "a file has changed")
+            assert not (machine.place / "mugs").exists()
+            assert machine.worker("state") == (0, "segzero new\n")
+        broken.unlink()
+        assert machine.worker(*INSTALL, "mugs")[0] == 0
+        assert [path.name for path in (machine.place / "mugs").iterdir()] == ["build.json"]
+        assert machine.worker("state") == (0, "segzero idle\n")
+
+    def test_a_set_that_is_nowhere_says_where_it_was_looked_for(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        tool(machine.root / ".venv/bin", "python", "exit 2")
+        code, said = machine.worker(*INSTALL, "mugs")
+        assert (code, said) == (2, "tpu/worker.sh: mugs: not in gs://b/data/question_set/mugs, and not built here\n")
 
 
 class Pod:

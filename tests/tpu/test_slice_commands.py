@@ -84,6 +84,15 @@ def test_the_shell_has_nothing_to_say() -> None:
     assert done.stdout + done.stderr == ""
 
 
+def test_data_sets_come_with_what_is_installed(tmp_path: Path) -> None:
+    """In one call: a machine is new, and set up once more, until it has them."""
+    done = command("setup", "--dry-run", "--settings", settings(tmp_path, DATA="(mugs ReasonSeg)"))
+    (install,) = [line for line in done.stdout.splitlines() if "worker.sh" in line]
+    assert "worker.sh install REVISION gs://my-bucket/data mugs ReasonSeg'" in install
+    done = command("setup", "--dry-run", "--settings", settings(tmp_path, DATA="()"))
+    assert "worker.sh install REVISION gs://my-bucket/data'" in done.stdout
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_needs_no_settings(name: str) -> None:
     done = command(name, "--help", env=os.environ | {"TPU_SETTINGS": "/nowhere"})
@@ -191,7 +200,6 @@ class Cloud:
             "resource-policies delete": "delete policy",
             "scp": "copy",
             "worker.sh install": "install",
-            "data.build": "build data",
             "worker.sh start": "start",
             "worker.sh stop": "stop",
         }
@@ -313,7 +321,7 @@ class TestBabysit:
         states = ["gone", "gone", "WAITING_FOR_RESOURCES", *[QUEUE_READY] * 5]
         machines = ["segzero new", "segzero idle", "segzero running", "segzero done"]
         code, said = cloud.play("babysit", "--every", "0", "--", "--train.steps=2", states=states, machines=machines)
-        assert (code, cloud.did()) == (0, ["create", "copy", "install", "build data", "start"])
+        assert (code, cloud.did()) == (0, ["create", "copy", "install", "start"])
         assert said.splitlines()[-1] == "babysit.sh: segzero-7b: the training is done"
         assert "--run.checkpoint_dir=gs://my-bucket/segzero-7b/checkpoints --train.steps=2" in cloud.log.read_text()
 
@@ -323,7 +331,7 @@ class TestBabysit:
         states = [*ready, "SUSPENDED", "gone", "gone", "PROVISIONING", *ready * 3]
         machines = ["segzero running", "segzero new", "segzero idle", "segzero done"]
         code, _ = cloud.play("babysit", "--every", "0", states=states, machines=machines)
-        assert (code, cloud.did()) == (0, ["delete", "create", "copy", "install", "build data", "start"])
+        assert (code, cloud.did()) == (0, ["delete", "create", "copy", "install", "start"])
 
     def test_replaces_a_group_with_all_that_belongs_to_it(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v6e:2x4")
