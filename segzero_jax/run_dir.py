@@ -46,7 +46,7 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
       ConfigError: the directory is none of this machine's, holds another run, or no checkpoint to resume from.
       CheckpointError: its checkpoints are all damaged, or another run's.
     """
-    run_dir = local_path(config.run.dir, "run.dir", "run.checkpoint_dir is what may lie in a bucket")
+    run_dir = run_directory(config)
     directory = checkpoint_directory(config)
     if not complete_steps(directory):
         if resume:
@@ -58,6 +58,11 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
         checkpoints.check_config(step, config)
     done = step >= config.train.steps and not missing_splits(config, run_dir, step)
     return Beginning(step, done), [f"{line}: going on from step {step}" for line in damaged]
+
+
+def run_directory(config: Config) -> Path:
+    """Where a run's files are, on this machine's disk. Raises ConfigError for a URL."""
+    return local_path(config.run.dir, "run.dir", "run.checkpoint_dir is what may lie in a bucket")
 
 
 def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
@@ -179,7 +184,7 @@ def _scores(config: Config) -> list[str]:
 
 def open_run(config: Config) -> Path:
     """Makes the run directory and writes ``config.yaml``."""
-    run_dir = Path(config.run.dir).expanduser()
+    run_dir = run_directory(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     jsonl.replace(run_dir / "config.yaml", configs.to_yaml(config).encode())
     return run_dir
