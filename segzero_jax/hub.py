@@ -15,9 +15,11 @@ from huggingface_hub.errors import (
 )
 
 TOY = Path(__file__).parent / "assets" / "toy_policy"
-# Weights, configuration, tokenizer and licence; not the same weights again in other formats.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*"]
-_TABLES = ["*.parquet"]
+# Configuration, tokenizer and licence; with the weights, but not the same weights again in other formats.
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
+_MODEL = ("*.safetensors", *_SETTINGS)
+_TABLES = ("*.parquet",)
+_COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -33,13 +35,14 @@ class HubAway(HubError):
     """They may be had later: the hub is out of reach, overloaded, or the disk is full."""
 
 
-def model_directory(path: str | Path) -> Path:
+def model_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The directory that a ``model.path`` means; whether it holds a model is not looked at.
 
     Args:
       path: "toy" for the model inside the package; a directory; or, where there is no such directory, a hub id
         ``organisation/name`` or ``organisation/name@revision``. Its files are downloaded once into the hub's cache on
         this host (``HF_HOME``); with ``HF_HUB_OFFLINE=1`` what is in the cache is taken.
+      weights: whether they are needed as well; without them a download takes seconds.
 
     Raises:
       HubError: the cache has no such model, and the hub has none either or may not be asked.
@@ -47,7 +50,10 @@ def model_directory(path: str | Path) -> Path:
     """
     match = _as_hub_id(path)
     if match:
-        return _download(match["repo"], match["revision"], "model")
+        settings = _download(match["repo"], match["revision"], "model", _SETTINGS)
+        # Weights of the commit that the settings are of, whatever has been pushed meanwhile.
+        commit = settings.name if _COMMIT.fullmatch(settings.name) else None
+        return _download(match["repo"], match["revision"], "model", _MODEL, commit) if weights else settings
     return TOY if str(path) == "toy" else Path(path).expanduser()
 
 
@@ -61,7 +67,7 @@ def data_directory(source: str | Path) -> Path:
       HubError, HubAway: as in ``model_directory``.
     """
     match = _as_hub_id(source)
-    return _download(match["repo"], match["revision"], "dataset") if match else Path(source).expanduser()
+    return _download(match["repo"], match["revision"], "dataset", _TABLES) if match else Path(source).expanduser()
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -75,10 +81,10 @@ def _as_hub_id(path: str | Path) -> re.Match[str] | None:
 
 
 @functools.cache  # One run reads a model several times: always the same revision, and the hub is asked once.
-def _download(repo: str, revision: str | None, kind: str) -> Path:
-    wanted = _WANTED if kind == "model" else _TABLES
+def _download(repo: str, revision: str | None, kind: str, wanted: tuple[str, ...], commit: str | None = None) -> Path:
     try:
-        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=wanted))
+        at = commit or revision
+        return Path(snapshot_download(repo, repo_type=kind, revision=at, allow_patterns=list(wanted)))
     except (OSError, ValueError, HTTPError) as error:
         asked = repo if revision is None else f"{repo}@{revision}"
         aside = ", 'toy'," if kind == "model" else ""

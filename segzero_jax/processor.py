@@ -402,8 +402,8 @@ class Processor:
 
 
 def checkpoint_directory(path: str | Path) -> Path:
-    """The directory that a ``model.path`` means. Raises FileNotFoundError, HubError."""
-    directory = model_directory(path)
+    """The directory that a ``model.path`` means, its weights apart. Raises FileNotFoundError, HubError."""
+    directory = model_directory(path, weights=False)
     if not directory.is_dir():
         raise FileNotFoundError(f'{path}: no such directory, expected "toy" or a Hugging Face checkpoint directory')
     return directory

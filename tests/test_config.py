@@ -222,13 +222,19 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
         (["--res"], ["unknown key 'res'"]),
         (
             ["--data.prompt=seg_zero"],
-            ["data.prompt=seg_zero: asks for one object", "reward.recipe=vision_reasoner scores a list of objects"]
-            + ["expected reward.recipe=seg_zero_soft or seg_zero_strict or sam_r1, or data.prompt=toy or vision_reas"],
+            [
+                "data.prompt=seg_zero: asks for one object",
+                "reward.recipe=vision_reasoner scores a list of objects",
+                "expected reward.recipe=seg_zero_soft or seg_zero_strict or sam_r1, or data.prompt=toy or vision",
+            ],
         ),
         (
             ["--data.prompt=vision_reasoner", "--reward.recipe=seg_zero_soft"],
-            ["data.prompt=vision_reasoner: asks for a list", "reward.recipe=seg_zero_soft scores one object"]
-            + ["expected reward.recipe=vision_reasoner or sam_r1, or data.prompt=seg_zero"],
+            [
+                "data.prompt=vision_reasoner: asks for a list",
+                "reward.recipe=seg_zero_soft scores one object",
+                "expected reward.recipe=vision_reasoner or sam_r1, or data.prompt=seg_zero",
+            ],
         ),
         (["--reward.recipe=seg_zero_strict"], ["data.prompt=toy: asks for a list", "or data.prompt=seg_zero"]),
     ],

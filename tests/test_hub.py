@@ -30,6 +30,7 @@ from segzero_jax.checkpoint import STORAGE_FAILED, load_policy
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.weights import CheckpointError, read_dims
+from segzero_jax.plan.step import find_dims
 from segzero_jax.processor import Processor
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     hub._download.cache_clear()
 
 
-def test_every_reader_takes_a_hub_id_and_the_hub_is_asked_once(asked: list[dict[str, Any]]) -> None:
+def test_every_reader_takes_a_hub_id_and_the_hub_is_asked_once_for_settings_and_once_for_weights(
+    asked: list[dict[str, Any]],
+) -> None:
     with jax.set_mesh(make_mesh("1x1")):
         _, dims = load_hf("someone/a-policy_7B.v2")
         assert dims == read_dims("toy")
@@ -63,7 +66,7 @@ def test_every_reader_takes_a_hub_id_and_the_hub_is_asked_once(asked: list[dict[
     assert loaded.config.model.path == "someone/a-policy_7B.v2"
     assert loaded.config.data.image_size == 840, "asked as released checkpoints are"
     assert Processor.load("someone/a-policy_7B.v2", 112, "toy", 64).image_id == 502
-    assert [(question["repo"], question["revision"]) for question in asked] == [("someone/a-policy_7B.v2", None)]
+    assert [(question["repo"], question["revision"]) for question in asked] == [("someone/a-policy_7B.v2", None)] * 2
 
 
 def test_a_revision_is_pinned_behind_an_at_sign(asked: list[dict[str, Any]]) -> None:
@@ -75,11 +78,34 @@ def test_a_revision_is_pinned_behind_an_at_sign(asked: list[dict[str, Any]]) -> 
 
 def test_only_the_files_of_a_checkpoint_are_downloaded(asked: list[dict[str, Any]]) -> None:
     hub.model_directory("someone/policy")
-    wanted = lambda name: any(fnmatch(name, pattern) for pattern in asked[0]["allow_patterns"])  # noqa: E731
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in asked[-1]["allow_patterns"])  # noqa: E731
     needed = ["config.json", "generation_config.json", "model-00001-of-00005.safetensors", "merges.txt", "LICENSE"]
     needed += ["model.safetensors.index.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja"]
     assert [name for name in needed if not wanted(name)] == []
     assert [name for name in ("pytorch_model.bin", "model.gguf", "README.md", "optimizer.pt") if wanted(name)] == []
+
+
+def test_dimensions_and_tokenizer_are_had_without_the_weights(asked: list[dict[str, Any]]) -> None:
+    """A plan, a preflight and a start's first checks download no more."""
+    assert find_dims("someone/policy") == read_dims("toy")
+    Processor.load("someone/policy", 112, "toy", 64)
+    (question,) = asked
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in question["allow_patterns"])  # noqa: E731
+    assert wanted("config.json")
+    assert wanted("tokenizer.json")
+    assert not wanted("model-00001-of-00005.safetensors")
+
+
+def test_weights_are_of_the_commit_that_the_settings_are_of(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / COMMIT).mkdir()
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda repo, **options: asked.append(options) or str(tmp_path / COMMIT)
+    )
+    hub.model_directory("someone/policy@v2", weights=False)
+    hub.model_directory("someone/policy@v2")
+    assert [question["revision"] for question in asked] == ["v2", COMMIT]
 
 
 def test_directories_are_never_asked_of_the_hub(

@@ -40,15 +40,15 @@ _CHECKED_BYTES = 64 << 20  # looked through for NaN at once: a bound on the scra
 _LINE_BYTES = 2048
 
 
-def resolve(path: str | Path) -> Path:
-    """The directory of a checkpoint (see ``hub.model_directory``).
+def resolve(path: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint, with or without its weights (see ``hub.model_directory``).
 
     Raises:
       CheckpointError: there is none.
       StorageError: it is on the hub, which cannot be asked now.
     """
     try:
-        directory = model_directory(path)
+        directory = model_directory(path, weights=weights)
     except HubAway as error:
         raise StorageError(f"model.path={error}") from None
     except HubError as error:
@@ -61,8 +61,8 @@ def resolve(path: str | Path) -> Path:
 
 
 def read_dims(path: str | Path) -> Dims:
-    """The dimensions in a checkpoint directory's config.json. Raises CheckpointError."""
-    file = resolve(path) / "config.json"
+    """The dimensions in a checkpoint's config.json; from the hub come no weights for it. Raises CheckpointError."""
+    file = resolve(path, weights=False) / "config.json"
     try:
         return from_hf(read_json(file))
     except ModelConfigError as error:
@@ -311,7 +311,7 @@ def save_hf(
         directory.mkdir(parents=True, exist_ok=True)
         written = write_tensors(sizes, tensors, directory, max_file_bytes)
         if carry_from is not None:
-            written += _carry(resolve(carry_from), directory, dtype.name)
+            written += _carry(resolve(carry_from, weights=False), directory, dtype.name)
     else:
         for _ in tensors:
             pass
