@@ -21,6 +21,7 @@ from PIL import Image
 from segzero_jax.answering import Answered, Picture, answer_question, reasoning_so_far
 from segzero_jax.asking import default_sam, find_checkpoint, load
 from segzero_jax.config import ConfigError, OneLineParser
+from segzero_jax.local_path import local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.options import (
@@ -263,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _check_together(parser, args)
     try:
-        if Path(args.out).expanduser().exists() and not Path(args.out).expanduser().is_dir():
+        out = local_path(args.out, "--out", "write to a disk and copy it from there")
+        if out.exists() and not out.is_dir():
             raise InferError(f"--out={args.out}: is a file, expected a directory")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
         prepare_cpu(args.mesh)

@@ -1,7 +1,8 @@
 """``python -m segzero_jax.preflight``: checks, before anything is trained, what a run would trip over.
 
 It takes the options of ``train`` and makes the checks on all hosts of the job at once: equal versions, devices and
-mesh, the model, the data, where checkpoints go, room on the disks, the reward servers. Nothing is left behind.
+mesh, the model, all questions, where checkpoints go, room on the disks, the reward servers. What is left behind is what
+a start would find anyway: the toy set, what was counted beside a data set, a model's tokenizer in the hub's cache.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +29,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from segzero_jax import config as configs
+from segzero_jax.asking import load_processor
 from segzero_jax.checkpoint import checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError, checksums, open_split, split_name
+from segzero_jax.grpo import initial_state, make_optimizer
 from segzero_jax.hub import is_checkpoint
+from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
-from segzero_jax.model.weights import CheckpointError, StorageError, check_fits, read_dims
+from segzero_jax.model.tensor_files import find_tensors
+from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, check_fits, read_dims
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
+from segzero_jax.processor import PromptTooLong
+from segzero_jax.recipe_check import check_splits
 from segzero_jax.reward_channel import RewardServerError, read_access
 from segzero_jax.reward_client import RewardClient
-from segzero_jax.run_dir import check_keep_best
+from segzero_jax.run_dir import check_keep_best, run_directory
 from segzero_jax.shared_storage import probe
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -138,17 +147,16 @@ def check_devices(config: Config, pod: Pod) -> str:
 
 
 def check_model(config: Config, pod: Pod) -> str:
-    """The model is there, or can be had, and divides over the mesh."""
+    """The model is there, or can be had, with its tokenizer, and divides over the mesh."""
     path = config.model.path
-    if not _is_remote(path):
-        try:
-            dims = read_dims(path)
-            check_fits(make_mesh(config.mesh), dims, config.train.batch_size, config.train.micro_batch_size)
-        except (CheckpointError, MeshError) as error:
-            raise CheckFailed(str(error)) from None
-        return f"{path} divides over {config.mesh}"
-    missing = _missing_bytes(path)
-    return f"{path}: {f'{missing / _GIB:.1f} GiB to be downloaded' if missing else 'in the cache'}"
+    missing = _missing_bytes(path) if _is_remote(path) else 0
+    try:
+        dims = read_dims(path)
+        load_processor(config, f"model.path={path}")
+        check_fits(make_mesh(config.mesh), dims, config.train.batch_size, config.train.micro_batch_size)
+    except (CheckpointError, MeshError) as error:
+        raise CheckFailed(str(error)) from None
+    return f"{path} divides over {config.mesh}{f', {missing / _GIB:.1f} GiB to be downloaded' if missing else ''}"
 
 
 def _is_remote(path: str) -> bool:
@@ -161,8 +169,10 @@ def _missing_bytes(path: str) -> int:
     try:
         files = HfApi().model_info(repo, revision=revision or None, files_metadata=True).siblings or []
     except (OSError, ValueError, HTTPError) as error:
-        if isinstance(try_to_load_from_cache(repo, "config.json", revision=revision or None), str):
-            return 0
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+        with contextlib.suppress(CheckpointError):  # Without weights it is there in part only.
+            if isinstance(cached, str) and find_tensors(Path(cached).parent):
+                return 0
         reason = " ".join(str(error).split())[:200]
         raise CheckFailed(f"model.path={path}: not in the cache, and the hub does not answer: {reason}") from None
     wanted = [file for file in files if file.rfilename.endswith((".safetensors", ".json"))]
@@ -171,16 +181,17 @@ def _missing_bytes(path: str) -> int:
 
 
 def check_data(config: Config, pod: Pod) -> str:
-    """The data set's splits are built here, and from the same source as elsewhere."""
-    name = config.data.name
-    if name == "toy":
-        return "toy: made with the run"
+    """The data set's splits are built here, and from the same source as elsewhere; training takes all their questions."""
+    name, problem, found = config.data.name, "", {}
     try:
         wanted = [(name, "train"), *(split_name(split, name) for split in config.data.eval_splits)]
         splits = [open_split(*split, config.data.dir) for split in wanted]
-        problem, found = "", checksums(splits)
-    except (DataError, OSError) as error:
-        problem, found = str(error), {}
+        found = checksums(splits)
+        check_splits(splits, config, load_processor(config, f"model.path={config.model.path}"))
+    except (DataError, PromptTooLong, ConfigError, OSError) as error:
+        problem = str(error)
+    except CheckpointError as error:
+        problem = f"prompts cannot be counted without the tokenizer: {error}"
     try:
         check_same(found, pod)
     except DataError as error:
@@ -197,6 +208,7 @@ def check_checkpoints(config: Config, pod: Pod) -> str:
     """
     directory = checkpoint_directory(config)
     try:
+        run_directory(config)
         check_keep_best(config)
         probe(directory, pod)
     except (ConfigError, StorageError) as error:
@@ -206,21 +218,52 @@ def check_checkpoints(config: Config, pod: Pod) -> str:
 
 def check_disks(config: Config, pod: Pod) -> str:
     """There is room for what this host keeps: the run's files, the model's, checkpoints that stay on it."""
-    needs: dict[Path, int] = {Path(config.run.dir).expanduser(): _SPARE_BYTES}
-    needs[Path(config.data.dir).expanduser()] = _SPARE_BYTES
-    if _is_remote(config.model.path):
-        with contextlib.suppress(CheckFailed):  # The model's own check has said so.
-            needs[Path(constants.HF_HUB_CACHE)] = _missing_bytes(config.model.path)
-    by_disk: dict[int, tuple[Path, int]] = {}
-    for path, wanted in needs.items():
-        place = _existing(path)
-        first, before = by_disk.get(place.stat().st_dev, (path, 0))
-        by_disk[place.stat().st_dev] = first, before + wanted
-    free = {path: shutil.disk_usage(_existing(path)).free for path, _ in by_disk.values()}
-    for path, wanted in by_disk.values():
-        if free[path] < wanted:
-            raise CheckFailed(f"{path}: {free[path] / _GIB:.1f} GiB free, {wanted / _GIB:.1f} GiB are needed")
-    return ", ".join(f"{path}: {free[path] / _GIB:.0f} GiB free" for path, _ in by_disk.values())
+    by_disk: dict[int, list[_Need]] = {}
+    for need in _needs(config):
+        by_disk.setdefault(_existing(need.path).stat().st_dev, []).append(need)
+    told = []
+    for needs in by_disk.values():
+        path = needs[0].path
+        free, wanted = shutil.disk_usage(_existing(path)).free, sum(need.size for need in needs)
+        if free < wanted:
+            parts = ", ".join(f"{need.size / _GIB:.1f} for {need.what}" for need in needs)
+            raise CheckFailed(f"{path}: {free / _GIB:.1f} GiB free, {wanted / _GIB:.1f} GiB are needed: {parts}")
+        told.append(f"{path}: {free / _GIB:.0f} GiB free, {wanted / _GIB:.0f} are needed")
+    return ", ".join(told)
+
+
+class _Need(NamedTuple):
+    """Bytes that are still to be written below a directory."""
+
+    path: Path
+    size: int
+    what: str
+
+
+def _needs(config: Config) -> Iterator[_Need]:
+    yield _Need(Path(config.run.dir).expanduser(), _SPARE_BYTES, "the run's files")
+    yield _Need(Path(config.data.dir).expanduser(), _SPARE_BYTES, "data")
+    # Where the model cannot be had or does not fit, its own check has said so.
+    with contextlib.suppress(CheckFailed):
+        if _is_remote(config.model.path):
+            yield _Need(Path(constants.HF_HUB_CACHE), _missing_bytes(config.model.path), "the model")
+    directory = str(checkpoint_directory(config))
+    if "://" not in directory:
+        with contextlib.suppress(CheckpointError, MeshError):
+            # One more is written before the oldest goes, and the best one may be none of the newest.
+            count = config.train.keep_checkpoints + 1 + bool(config.train.keep_best)
+            there = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
+            size = max(0, count * _state_bytes(config) - there)
+            yield _Need(Path(directory), size, f"{count} checkpoints (train.keep_checkpoints, run.checkpoint_dir)")
+
+
+def _state_bytes(config: Config) -> int:
+    """Of policy and optimizer, as a checkpoint holds them."""
+    optimizer = make_optimizer(config.train, config.model.freeze_vision)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        policy = abstract_policy(read_dims(config.model.path))
+        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), policy)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _existing(path: Path) -> Path:
@@ -231,8 +274,12 @@ def check_rewards(config: Config, pod: Pod) -> str:
     """The reward servers serve one model, and let this host have a mask."""
     try:
         access = read_access(config.reward)
-        if config.reward.server in ("none", "local"):
-            return {"none": "none: text alone", "local": "local: starts with the run"}[config.reward.server]
+        if config.reward.server == "none":
+            return "none: text alone"
+        if config.reward.server == "local":
+            if missing := missing_package():
+                raise CheckFailed(f"reward.server=local: {missing}; or score elsewhere, reward.server=host:port")
+            return "local: starts with the run"
         with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
             infos = client.wait_until_serving(config.reward.timeout_s)
             picture, box = io.BytesIO(), ObjectPrompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))

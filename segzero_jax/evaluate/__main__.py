@@ -16,6 +16,7 @@ from segzero_jax.data.pipeline import DataError, Source
 from segzero_jax.evaluate.evaluator import Evaluator, How, Questions, open_questions
 from segzero_jax.evaluate.results import choose, is_validation, write_results
 from segzero_jax.evaluate.work import ORACLE, EvaluateError
+from segzero_jax.local_path import local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.options import access_from, add_policy_options, add_server_options, complain, say, seed
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.oracle and args.server == "none":
         parser.error("--oracle: asks SAM 2, expected --server=local or host:port, got none")
     try:
-        if Path(args.out).expanduser().is_file():
+        if local_path(args.out, "--out", "write to a disk and copy it from there").is_file():
             raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
         prepare_cpu(args.mesh)
