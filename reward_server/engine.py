@@ -35,7 +35,8 @@ class Job:
       candidates: each a sequence of prompts in pixels of the image.
       target: candidates' masks are compared with this bool mask [height, width]; or with the mask of these prompts;
         or with nothing.
-      want_masks: return masks too.
+      want_masks: return masks too, whole.
+      ignore: pixels that count in no mask, bool [height, width]; None for none.
     """
 
     key: bytes
@@ -44,6 +45,7 @@ class Job:
     candidates: Sequence[Sequence[Prompt]]
     target: np.ndarray | Sequence[Prompt] | None
     want_masks: bool
+    ignore: np.ndarray | None = None
 
     @property
     def groups(self) -> list[Sequence[Prompt]]:
@@ -57,7 +59,7 @@ class Outcome:
     """What a job gave, one entry per candidate; counts are empty where there was no target.
 
     Attributes:
-      intersections, unions, target_area: in pixels.
+      intersections, unions, target_area: in pixels that count.
       scores: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
       masks: bool [candidates, height, width] where asked for.
     """
@@ -212,6 +214,9 @@ class Engine:
             if not np.isfinite(scores[ends[-1] :]).all():
                 raise ArithmeticError("SAM 2 gave no finite score for the target")
             target = next(self._masks(logits[ends[-1] :], [len(job.target)], size))[0]
+        counted = None if job.ignore is None else torch.from_numpy(~job.ignore).to(self.segmenter.device)
+        if target is not None and counted is not None:
+            target = target & counted
         target_area = _areas(target[None])[0] if target is not None else 0
         intersections: list[int] = []
         unions: list[int] = []
@@ -219,8 +224,9 @@ class Engine:
         for some in self._masks(logits, counts, size):
             if target is not None:
                 shared = _areas(some & target)
+                areas = _areas(some if counted is None else some & counted)
                 intersections += shared
-                unions += [area + target_area - both for area, both in zip(_areas(some), shared, strict=True)]
+                unions += [area + target_area - both for area, both in zip(areas, shared, strict=True)]
             if job.want_masks:
                 masks.append(some.cpu().numpy())
         return Outcome(

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1areward_server/reward.proto\x12\x11segzero.reward.v1\"&\n\x05\x46rame\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\"5\n\x03\x42ox\x12\n\n\x02x1\x18\x01 \x01(\x01\x12\n\n\x02y1\x18\x02 \x01(\x01\x12\n\n\x02x2\x18\x03 \x01(\x01\x12\n\n\x02y2\x18\x04 \x01(\x01\"]\n\x0cObjectPrompt\x12#\n\x03\x62ox\x18\x01 \x01(\x0b\x32\x16.segzero.reward.v1.Box\x12(\n\x06points\x18\x02 \x03(\x0b\x32\x18.segzero.reward.v1.Point\"=\n\tCandidate\x12\x30\n\x07objects\x18\x01 \x03(\x0b\x32\x1f.segzero.reward.v1.ObjectPrompt\"4\n\x03Rle\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\t\"%\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"i\n\x06Target\x12&\n\x04mask\x18\x01 \x01(\x0b\x32\x16.segzero.reward.v1.RleH\x00\x12/\n\x07objects\x18\x02 \x01(\x0b\x32\x1c.segzero.reward.v1.CandidateH\x00\x42\x06\n\x04kind\"\xe7\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.segzero.reward.v1.Image\x12\'\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x18.segzero.reward.v1.Frame\x12)\n\x06target\x18\x04 \x01(\x0b\x32\x19.segzero.reward.v1.Target\x12\x30\n\ncandidates\x18\x05 \x03(\x0b\x32\x1c.segzero.reward.v1.Candidate\x12\x14\n\x0creturn_masks\x18\x06 \x01(\x08\"\xa8\x01\n\x0e\x43\x61ndidateScore\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.segzero.reward.v1.Status\x12\x14\n\x0cintersection\x18\x02 \x01(\x03\x12\r\n\x05union\x18\x03 \x01(\x03\x12\x0b\n\x03iou\x18\x04 \x01(\x01\x12\x13\n\x0bmodel_score\x18\x05 \x01(\x01\x12$\n\x04mask\x18\x06 \x01(\x0b\x32\x16.segzero.reward.v1.Rle\"\x99\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x35\n\ncandidates\x18\x02 \x03(\x0b\x32!.segzero.reward.v1.CandidateScore\x12\x13\n\x0btarget_area\x18\x03 \x01(\x03\x12\x19\n\x11\x63heckpoint_sha256\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xa8\x01\n\x0eSegmentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.segzero.reward.v1.Image\x12\'\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x18.segzero.reward.v1.Frame\x12\x30\n\ncandidates\x18\x04 \x03(\x0b\x32\x1c.segzero.reward.v1.Candidate\"u\n\rCandidateMask\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.segzero.reward.v1.Status\x12$\n\x04mask\x18\x02 \x01(\x0b\x32\x16.segzero.reward.v1.Rle\x12\x13\n\x0bmodel_score\x18\x03 \x01(\x01\"\x85\x01\n\x0fSegmentResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x34\n\ncandidates\x18\x02 \x03(\x0b\x32 .segzero.reward.v1.CandidateMask\x12\x19\n\x11\x63heckpoint_sha256\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\x10\n\x0eGetInfoRequest\"\xa7\x01\n\x06Limits\x12\x13\n\x0bimage_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cimage_pixels\x18\x02 \x01(\x03\x12\x12\n\ncandidates\x18\x03 \x01(\x05\x12\x1d\n\x15objects_per_candidate\x18\x04 \x01(\x05\x12\x19\n\x11points_per_object\x18\x05 \x01(\x05\x12\x0f\n\x07objects\x18\x06 \x01(\x05\x12\x13\n\x0bmask_pixels\x18\x07 \x01(\x03\"\xaa\x02\n\x0fGetInfoResponse\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\x05\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12)\n\x06limits\x18\x07 \x01(\x0b\x32\x19.segzero.reward.v1.Limits\x12\x44\n\tlibraries\x18\x08 \x03(\x0b\x32\x31.segzero.reward.v1.GetInfoResponse.LibrariesEntry\x1a\x30\n\x0eLibrariesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*B\n\nApiVersion\x12\x1b\n\x17\x41PI_VERSION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41PI_VERSION_CURRENT\x10\x01\x32\xff\x01\n\rRewardService\x12J\n\x05Score\x12\x1f.segzero.reward.v1.ScoreRequest\x1a .segzero.reward.v1.ScoreResponse\x12P\n\x07Segment\x12!.segzero.reward.v1.SegmentRequest\x1a\".segzero.reward.v1.SegmentResponse\x12P\n\x07GetInfo\x12!.segzero.reward.v1.GetInfoRequest\x1a\".segzero.reward.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1areward_server/reward.proto\x12\x11segzero.reward.v1\"&\n\x05\x46rame\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\"5\n\x03\x42ox\x12\n\n\x02x1\x18\x01 \x01(\x01\x12\n\n\x02y1\x18\x02 \x01(\x01\x12\n\n\x02x2\x18\x03 \x01(\x01\x12\n\n\x02y2\x18\x04 \x01(\x01\"]\n\x0cObjectPrompt\x12#\n\x03\x62ox\x18\x01 \x01(\x0b\x32\x16.segzero.reward.v1.Box\x12(\n\x06points\x18\x02 \x03(\x0b\x32\x18.segzero.reward.v1.Point\"=\n\tCandidate\x12\x30\n\x07objects\x18\x01 \x03(\x0b\x32\x1f.segzero.reward.v1.ObjectPrompt\"4\n\x03Rle\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\t\"%\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"i\n\x06Target\x12&\n\x04mask\x18\x01 \x01(\x0b\x32\x16.segzero.reward.v1.RleH\x00\x12/\n\x07objects\x18\x02 \x01(\x0b\x32\x1c.segzero.reward.v1.CandidateH\x00\x42\x06\n\x04kind\"\x8f\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.segzero.reward.v1.Image\x12\'\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x18.segzero.reward.v1.Frame\x12)\n\x06target\x18\x04 \x01(\x0b\x32\x19.segzero.reward.v1.Target\x12\x30\n\ncandidates\x18\x05 \x03(\x0b\x32\x1c.segzero.reward.v1.Candidate\x12\x14\n\x0creturn_masks\x18\x06 \x01(\x08\x12&\n\x06ignore\x18\x07 \x01(\x0b\x32\x16.segzero.reward.v1.Rle\"\xa8\x01\n\x0e\x43\x61ndidateScore\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.segzero.reward.v1.Status\x12\x14\n\x0cintersection\x18\x02 \x01(\x03\x12\r\n\x05union\x18\x03 \x01(\x03\x12\x0b\n\x03iou\x18\x04 \x01(\x01\x12\x13\n\x0bmodel_score\x18\x05 \x01(\x01\x12$\n\x04mask\x18\x06 \x01(\x0b\x32\x16.segzero.reward.v1.Rle\"\xae\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x35\n\ncandidates\x18\x02 \x03(\x0b\x32!.segzero.reward.v1.CandidateScore\x12\x13\n\x0btarget_area\x18\x03 \x01(\x03\x12\x19\n\x11\x63heckpoint_sha256\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x06 \x01(\x05\"\xa8\x01\n\x0eSegmentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.segzero.reward.v1.Image\x12\'\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x18.segzero.reward.v1.Frame\x12\x30\n\ncandidates\x18\x04 \x03(\x0b\x32\x1c.segzero.reward.v1.Candidate\"u\n\rCandidateMask\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.segzero.reward.v1.Status\x12$\n\x04mask\x18\x02 \x01(\x0b\x32\x16.segzero.reward.v1.Rle\x12\x13\n\x0bmodel_score\x18\x03 \x01(\x01\"\x85\x01\n\x0fSegmentResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x34\n\ncandidates\x18\x02 \x03(\x0b\x32 .segzero.reward.v1.CandidateMask\x12\x19\n\x11\x63heckpoint_sha256\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\x10\n\x0eGetInfoRequest\"\xa7\x01\n\x06Limits\x12\x13\n\x0bimage_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cimage_pixels\x18\x02 \x01(\x03\x12\x12\n\ncandidates\x18\x03 \x01(\x05\x12\x1d\n\x15objects_per_candidate\x18\x04 \x01(\x05\x12\x19\n\x11points_per_object\x18\x05 \x01(\x05\x12\x0f\n\x07objects\x18\x06 \x01(\x05\x12\x13\n\x0bmask_pixels\x18\x07 \x01(\x03\"\xaa\x02\n\x0fGetInfoResponse\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\x05\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12)\n\x06limits\x18\x07 \x01(\x0b\x32\x19.segzero.reward.v1.Limits\x12\x44\n\tlibraries\x18\x08 \x03(\x0b\x32\x31.segzero.reward.v1.GetInfoResponse.LibrariesEntry\x1a\x30\n\x0eLibrariesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*B\n\nApiVersion\x12\x1b\n\x17\x41PI_VERSION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41PI_VERSION_CURRENT\x10\x02\x32\xff\x01\n\rRewardService\x12J\n\x05Score\x12\x1f.segzero.reward.v1.ScoreRequest\x1a .segzero.reward.v1.ScoreResponse\x12P\n\x07Segment\x12!.segzero.reward.v1.SegmentRequest\x1a\".segzero.reward.v1.SegmentResponse\x12P\n\x07GetInfo\x12!.segzero.reward.v1.GetInfoRequest\x1a\".segzero.reward.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -23,8 +23,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETINFORESPONSE_LIBRARIESENTRY']._loaded_options = None
   _globals['_GETINFORESPONSE_LIBRARIESENTRY']._serialized_options = b'8\001'
-  _globals['_APIVERSION']._serialized_start=2050
-  _globals['_APIVERSION']._serialized_end=2116
+  _globals['_APIVERSION']._serialized_start=2111
+  _globals['_APIVERSION']._serialized_end=2177
   _globals['_FRAME']._serialized_start=49
   _globals['_FRAME']._serialized_end=87
   _globals['_POINT']._serialized_start=89
@@ -44,25 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TARGET']._serialized_start=467
   _globals['_TARGET']._serialized_end=572
   _globals['_SCOREREQUEST']._serialized_start=575
-  _globals['_SCOREREQUEST']._serialized_end=806
-  _globals['_CANDIDATESCORE']._serialized_start=809
-  _globals['_CANDIDATESCORE']._serialized_end=977
-  _globals['_SCORERESPONSE']._serialized_start=980
-  _globals['_SCORERESPONSE']._serialized_end=1133
-  _globals['_SEGMENTREQUEST']._serialized_start=1136
-  _globals['_SEGMENTREQUEST']._serialized_end=1304
-  _globals['_CANDIDATEMASK']._serialized_start=1306
-  _globals['_CANDIDATEMASK']._serialized_end=1423
-  _globals['_SEGMENTRESPONSE']._serialized_start=1426
-  _globals['_SEGMENTRESPONSE']._serialized_end=1559
-  _globals['_GETINFOREQUEST']._serialized_start=1561
-  _globals['_GETINFOREQUEST']._serialized_end=1577
-  _globals['_LIMITS']._serialized_start=1580
-  _globals['_LIMITS']._serialized_end=1747
-  _globals['_GETINFORESPONSE']._serialized_start=1750
-  _globals['_GETINFORESPONSE']._serialized_end=2048
-  _globals['_GETINFORESPONSE_LIBRARIESENTRY']._serialized_start=2000
-  _globals['_GETINFORESPONSE_LIBRARIESENTRY']._serialized_end=2048
-  _globals['_REWARDSERVICE']._serialized_start=2119
-  _globals['_REWARDSERVICE']._serialized_end=2374
+  _globals['_SCOREREQUEST']._serialized_end=846
+  _globals['_CANDIDATESCORE']._serialized_start=849
+  _globals['_CANDIDATESCORE']._serialized_end=1017
+  _globals['_SCORERESPONSE']._serialized_start=1020
+  _globals['_SCORERESPONSE']._serialized_end=1194
+  _globals['_SEGMENTREQUEST']._serialized_start=1197
+  _globals['_SEGMENTREQUEST']._serialized_end=1365
+  _globals['_CANDIDATEMASK']._serialized_start=1367
+  _globals['_CANDIDATEMASK']._serialized_end=1484
+  _globals['_SEGMENTRESPONSE']._serialized_start=1487
+  _globals['_SEGMENTRESPONSE']._serialized_end=1620
+  _globals['_GETINFOREQUEST']._serialized_start=1622
+  _globals['_GETINFOREQUEST']._serialized_end=1638
+  _globals['_LIMITS']._serialized_start=1641
+  _globals['_LIMITS']._serialized_end=1808
+  _globals['_GETINFORESPONSE']._serialized_start=1811
+  _globals['_GETINFORESPONSE']._serialized_end=2109
+  _globals['_GETINFORESPONSE_LIBRARIESENTRY']._serialized_start=2061
+  _globals['_GETINFORESPONSE_LIBRARIESENTRY']._serialized_end=2109
+  _globals['_REWARDSERVICE']._serialized_start=2180
+  _globals['_REWARDSERVICE']._serialized_end=2435
 # @@protoc_insertion_point(module_scope)

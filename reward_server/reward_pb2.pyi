@@ -90,20 +90,22 @@ class Target(_message.Message):
     def __init__(self, mask: _Optional[_Union[Rle, _Mapping]] = ..., objects: _Optional[_Union[Candidate, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "image", "frame", "target", "candidates", "return_masks")
+    __slots__ = ("request_id", "image", "frame", "target", "candidates", "return_masks", "ignore")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     RETURN_MASKS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     image: Image
     frame: Frame
     target: Target
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     return_masks: bool
-    def __init__(self, request_id: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., return_masks: bool = ...) -> None: ...
+    ignore: Rle
+    def __init__(self, request_id: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., return_masks: bool = ..., ignore: _Optional[_Union[Rle, _Mapping]] = ...) -> None: ...
 
 class CandidateScore(_message.Message):
     __slots__ = ("status", "intersection", "union", "iou", "model_score", "mask")
@@ -122,18 +124,20 @@ class CandidateScore(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ..., intersection: _Optional[int] = ..., union: _Optional[int] = ..., iou: _Optional[float] = ..., model_score: _Optional[float] = ..., mask: _Optional[_Union[Rle, _Mapping]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("request_id", "candidates", "target_area", "checkpoint_sha256", "dtype")
+    __slots__ = ("request_id", "candidates", "target_area", "checkpoint_sha256", "dtype", "api_version")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TARGET_AREA_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    API_VERSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateScore]
     target_area: int
     checkpoint_sha256: str
     dtype: str
-    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., target_area: _Optional[int] = ..., checkpoint_sha256: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+    api_version: int
+    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., target_area: _Optional[int] = ..., checkpoint_sha256: _Optional[str] = ..., dtype: _Optional[str] = ..., api_version: _Optional[int] = ...) -> None: ...
 
 class SegmentRequest(_message.Message):
     __slots__ = ("request_id", "image", "frame", "candidates")

@@ -197,7 +197,9 @@ _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome: Outcome) -> reward_pb2.ScoreResponse:
-    response = reward_pb2.ScoreResponse(request_id=request_id, target_area=outcome.target_area)
+    response = reward_pb2.ScoreResponse(
+        request_id=request_id, target_area=outcome.target_area, api_version=reward_pb2.API_VERSION_CURRENT
+    )
     for i, candidate_status in enumerate(statuses):
         entry = response.candidates.add(status=candidate_status)
         if candidate_status.code == 0:

@@ -74,7 +74,8 @@ def job_from(
     frame = _Frame(request.frame, height, width)
     candidates, statuses = frame.candidates(request.candidates)
     compared = None if target is None else _target(target, frame, height, width)
-    return Job(request.image.sha256, pixels, embedding, candidates, compared, wanted), statuses
+    ignored = _ignored(request, height, width)
+    return Job(request.image.sha256, pixels, embedding, candidates, compared, wanted, ignored), statuses
 
 
 def _check_counts(
@@ -144,6 +145,18 @@ def _target(target: reward_pb2.Target, frame: "_Frame", height: int, width: int)
     except RequestError as error:
         raise _invalid(f"target: {error.reason}") from None
     raise _invalid("target: missing, expected a mask or objects")
+
+
+def _ignored(
+    request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest, height: int, width: int
+) -> np.ndarray | None:
+    """The pixels that do not count, bool [height, width]; None where all do."""
+    if not isinstance(request, reward_pb2.ScoreRequest) or not request.HasField("ignore"):
+        return None
+    try:
+        return decode_mask(request.ignore, height, width)
+    except CodecError as error:
+        raise _invalid(f"ignore: {error}") from None
 
 
 class _Frame:

@@ -27,7 +27,7 @@ _CONFIDENCE = 0.95
 # How a split is answered, and what is measured of it; SAM 2 alone tells the first two.
 MODES = ("greedy", "sampled")
 _MASK_NUMBERS = ("giou", "ciou")
-_NUMBERS = (*_MASK_NUMBERS, "box_accuracy", "format_rate", "n_acc", "t_acc")
+_NUMBERS = (*_MASK_NUMBERS, "box_accuracy", "format_rate", "reward", "n_acc", "t_acc")
 
 Answers = Callable[[Sequence[Example], bool], list[list[str]]]
 
@@ -38,7 +38,7 @@ class Measured:
 
     Attributes:
       iou: of the masks; None without a reward server.
-      intersection, union: pixels.
+      intersection, union: pixels, without those to ignore.
       box_accuracy: share of the boxes that match a target's at IoU above 0.5, see ``box_hits``.
       well_formed: whether reasoning and answer are in the form asked for.
       found: whether something was pointed out: a mask with pixels, or without a server an object.
@@ -62,6 +62,8 @@ class Judged:
       box_hits_qa: see ``Measured.box_accuracy``.
       format_qa: whether an answer is well formed.
       found_qa: whether it pointed something out.
+      rewards_qa: what an answer earns; 0 where it has no reward.
+      rewarded_qa: whether it has one.
       has_target_q: whether there is anything to find.
     """
 
@@ -71,16 +73,24 @@ class Judged:
     box_hits_qa: np.ndarray
     format_qa: np.ndarray
     found_qa: np.ndarray
+    rewards_qa: np.ndarray
+    rewarded_qa: np.ndarray
     has_target_q: np.ndarray
 
     @classmethod
-    def of(cls, measured: Sequence[Sequence[Measured]], has_target: Sequence[bool]) -> "Judged":
-        """From single answers, ``[q][a]``."""
+    def of(
+        cls,
+        measured: Sequence[Sequence[Measured]],
+        has_target: Sequence[bool],
+        rewards_qa: np.ndarray | None = None,
+    ) -> "Judged":
+        """From single answers, ``[q][a]``; ``rewards_qa`` are NaN for answers without a reward, or None for all."""
 
         def column(name: str) -> np.ndarray:
             return np.array([[getattr(one, name) for one in group] for group in measured], np.float64)
 
         scored = measured[0][0].iou is not None
+        given = np.full((len(measured), len(measured[0])), np.nan) if rewards_qa is None else rewards_qa
         return cls(
             ious_qa=column("iou") if scored else None,
             intersections_qa=column("intersection"),
@@ -88,6 +98,8 @@ class Judged:
             box_hits_qa=column("box_accuracy"),
             format_qa=column("well_formed"),
             found_qa=column("found"),
+            rewards_qa=np.nan_to_num(given, nan=0.0),
+            rewarded_qa=np.isfinite(given),
             has_target_q=np.array(has_target, bool),
         )
 
@@ -147,22 +159,18 @@ def measure(example: Example, response: Response, score: CandidateScore | None) 
 
     Args:
       example: the question.
-      score: what SAM 2 made of it, with its mask where there are pixels to ignore; None without a server.
+      score: what SAM 2 made of it; None without a server.
     """
     objects, readable = response.objects, response.readable
     hits = box_hits(objects, example.objects) if readable else 0.0
     if score is None:
         return Measured(None, 0, 0, hits, response.in_form, bool(objects))
-    if score.iou is None:  # refused
-        return Measured(0.0, 0, _area(example.mask), hits, response.in_form, False)
-    iou, inside, union = score.iou, score.intersection, score.union
-    if example.ignore is not None and score.mask is not None and example.mask is not None:
-        inside, union = _overlap_outside(score.mask, example.mask, example.ignore)
-        iou = inside / union if union else 1.0
-    if not readable:
-        iou, inside = 0.0, 0
+    if score.iou is None or score.error:
+        # Of a request that was refused as a whole SAM 2 does not say how large the target is.
+        return Measured(0.0, 0, score.union or _target_area(example), hits, response.in_form, False)
+    iou, inside = (score.iou, score.intersection) if readable else (0.0, 0)
     found = bool(objects) if score.mask is None else _area(score.mask) > 0
-    return Measured(iou, inside, union, hits, response.in_form, found)
+    return Measured(iou, inside, score.union, hits, response.in_form, found)
 
 
 def failure(response: Response, score: CandidateScore | None) -> str:
@@ -176,7 +184,7 @@ def failure(response: Response, score: CandidateScore | None) -> str:
     if response.problem:
         return "not_asked"
     if response.readable:
-        return "refused" if score is not None and score.iou is None else ""
+        return "refused" if score is not None and (score.iou is None or score.error) else ""
     if not response.finished:
         return "cut_off"
     if "</answer>" not in response.text.partition("<answer>")[2]:
@@ -213,9 +221,10 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
     """The numbers of a mode; None for what was not measured.
 
     Returns:
-      ``giou``, ``ciou``, ``box_accuracy`` and ``format_rate``; ``n_acc``, the share of questions without a target for
-      which nothing was pointed out, and ``t_acc``, the share of those with one for which something was; each with its
-      interval in ``*_low`` and ``*_high``. ``count`` is questions, ``no_target`` how many of them have no target.
+      ``giou``, ``ciou``, ``box_accuracy`` and ``format_rate``; ``reward``, the mean over answers that have one;
+      ``n_acc``, the share of questions without a target for which nothing was pointed out, and ``t_acc``, the share of
+      those with one for which something was; each with its interval in ``*_low`` and ``*_high``. ``count`` is
+      questions, ``no_target`` how many of them have no target.
     """
     scored = judged.ious_qa is not None
     ones = np.ones(len(judged.format_qa))
@@ -227,6 +236,7 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
         "ciou": (judged.intersections_qa.sum(1), judged.unions_qa.sum(1)) if scored else None,
         "box_accuracy": (judged.box_hits_qa.mean(1), ones),
         "format_rate": (judged.format_qa.mean(1), ones),
+        "reward": (judged.rewards_qa.sum(1), judged.rewarded_qa.sum(1)),
         "n_acc": (nothing * right_qa.mean(1), nothing),
         "t_acc": (something * judged.found_qa.mean(1), something),
     }
@@ -298,10 +308,14 @@ def rewarded(scored: Scored, q: int, a: int) -> dict[str, Any]:
 
 
 def judge_rows(rows: Sequence[Mapping[str, Any]], answers: int) -> Judged:
-    """The numbers in rows of ``sample_row``, ``answers`` after one another for each question."""
+    """The numbers in rows of ``sample_row``, ``answers`` after one another for each question.
+
+    Rows that have been ``rewarded`` have a reward.
+    """
     measured = [Measured(**{name: row[name] for name in Measured.__dataclass_fields__}) for row in rows]
     groups = [measured[start : start + answers] for start in range(0, len(measured), answers)]
-    return Judged.of(groups, [row["has_target"] for row in rows[::answers]])
+    rewards_qa = np.array([row.get("reward") for row in rows], np.float64).reshape(-1, answers)  # None becomes NaN
+    return Judged.of(groups, [row["has_target"] for row in rows[::answers]], rewards_qa)
 
 
 def object_rows(objects: Sequence[ObjectPrompt]) -> list[dict[str, Any]]:
@@ -349,7 +363,7 @@ def evaluate_split(
     ]
     targets = [has_target(example) for example in examples]
     summaries = {
-        mode: summary(Judged.of([group[which] for group in measured], targets))
+        mode: summary(Judged.of([group[which] for group in measured], targets, scored.rewards_bg[:, which]))
         for mode, which in zip(MODES, (slice(0, 1), slice(1, None)), strict=True)
     }
     rows = [
@@ -368,7 +382,9 @@ def _area(mask: RleMask | None) -> int:
     return 0 if mask is None else int(coco.area(_coco(mask)))
 
 
-def _overlap_outside(predicted: RleMask, target: RleMask, ignore: RleMask) -> tuple[int, int]:
-    """Pixels of the intersection and of the union outside ``ignore``."""
-    p, t, i = (coco.decode(_coco(mask)).astype(bool) for mask in (predicted, target, ignore))
-    return int((p & t & ~i).sum()), int(((p | t) & ~i).sum())
+def _target_area(example: Example) -> int:
+    """Pixels of the target's mask that count; 0 where the data set has none."""
+    if example.mask is None or example.ignore is None:
+        return _area(example.mask)
+    target, ignored = (coco.decode(_coco(mask)).astype(bool) for mask in (example.mask, example.ignore))
+    return int((target & ~ignored).sum())

@@ -37,7 +37,7 @@ from segzero_jax.reward_messages import (
     segmentation_from,
     split,
 )
-from segzero_jax.reward_probe import check_same_model, probe
+from segzero_jax.reward_probe import check_same_model, check_version, probe
 from segzero_jax.types import Frame, ObjectPrompt
 
 _POLL_S = 0.2
@@ -152,8 +152,10 @@ class PendingScores:
             if error.code() != grpc.StatusCode.INVALID_ARGUMENT:
                 raise self._client._explained(error) from None
             return refusal(request, error.details())
+        # The first version did not say.
+        check_version(self._client._targets, response.api_version or 1)
         self._client._check_answer(request, response)
-        return [score_from(entry) for entry in response.candidates]
+        return [score_from(entry, response.target_area) for entry in response.candidates]
 
 
 class RewardClient:

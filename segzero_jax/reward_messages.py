@@ -47,6 +47,7 @@ class ScoreRequest:
       frame: what all coordinates here refer to; usually the stored picture's size.
       target: the mask to be compared with, of the stored picture's size, or objects whose mask SAM 2 makes.
       candidates: per response its objects; the mask is the union of theirs.
+      ignore: pixels of the stored picture that count in no mask; None where all do.
     """
 
     id: str
@@ -54,6 +55,7 @@ class ScoreRequest:
     frame: Frame
     target: RleMask | tuple[ObjectPrompt, ...]
     candidates: tuple[tuple[ObjectPrompt, ...], ...]
+    ignore: RleMask | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,13 @@ class CandidateScore:
     """What one response's mask is worth.
 
     Attributes:
-      iou: with the target; 1 when both are empty. None when the service refused to score: see ``error``.
-      intersection, union: pixels of the stored picture.
+      iou: with the target; 1 when both are empty. None when the service refused to score, 0 when it refused a prompt
+        that lies outside the picture: see ``error``.
+      intersection, union: pixels of the stored picture, without those to ignore; of a refused answer the target's,
+        where SAM 2 got so far.
       model_score: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
-      mask: where it was asked for.
-      error: why there is no score; empty when there is one.
+      mask: where it was asked for, whole.
+      error: why SAM 2 was not asked, or did not answer; empty where it did.
     """
 
     iou: float | None
@@ -133,8 +137,7 @@ def split(group: ScoreRequest, masks: bool, servers: Sequence[ServerInfo]) -> li
 def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:
     """The message that asks for a group's scores, and for its masks too."""
     if isinstance(group.target, RleMask):
-        rle = reward_pb2.Rle(height=group.target.height, width=group.target.width, counts=group.target.counts)
-        target = reward_pb2.Target(mask=rle)
+        target = reward_pb2.Target(mask=_rle(group.target))
     else:
         target = reward_pb2.Target(objects=_candidate(group.target))
     return reward_pb2.ScoreRequest(
@@ -144,6 +147,7 @@ def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:
         target=target,
         candidates=[_candidate(objects) for objects in group.candidates],
         return_masks=masks,
+        ignore=None if group.ignore is None else _rle(group.ignore),
     )
 
 
@@ -163,6 +167,10 @@ def _image(data: bytes) -> reward_pb2.Image:
     return reward_pb2.Image(data=data, sha256=hashlib.sha256(data).digest())
 
 
+def _rle(mask: RleMask) -> reward_pb2.Rle:
+    return reward_pb2.Rle(height=mask.height, width=mask.width, counts=mask.counts)
+
+
 def _candidate(objects: Sequence[ObjectPrompt]) -> reward_pb2.Candidate:
     candidate = reward_pb2.Candidate()
     for item in objects:
@@ -172,10 +180,15 @@ def _candidate(objects: Sequence[ObjectPrompt]) -> reward_pb2.Candidate:
     return candidate
 
 
-def score_from(entry: reward_pb2.CandidateScore) -> CandidateScore:
-    """One candidate's answer. A prompt that lies outside the picture selects nothing: a score of zero, none missing."""
-    if entry.status.code not in (0, _OUT_OF_RANGE):
-        return CandidateScore(None, 0, 0, 0.0, None, entry.status.message)
+def score_from(entry: reward_pb2.CandidateScore, target_area: int) -> CandidateScore:
+    """One candidate's answer. A prompt that lies outside the picture selects nothing: a score of zero, none missing.
+
+    Args:
+      target_area: of the response that ``entry`` is of.
+    """
+    if entry.status.code != 0:
+        iou = 0.0 if entry.status.code == _OUT_OF_RANGE else None
+        return CandidateScore(iou, 0, target_area, 0.0, None, entry.status.message)
     return CandidateScore(entry.iou, entry.intersection, entry.union, entry.model_score, _mask_from(entry), "")
 
 

@@ -54,10 +54,15 @@ def check_same_model(infos: Mapping[str, ServerInfo]) -> None:
         raise RewardServerError(f"reward servers differ: {', '.join(models.values())}: expected one model")
 
 
-def _checked_info(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
-    if response.api_version != reward_pb2.API_VERSION_CURRENT:
+def check_version(address: str, version: int) -> None:
+    """Raises RewardServerError where the server at ``address`` does not speak this client's version."""
+    if version != reward_pb2.API_VERSION_CURRENT:
         raise RewardServerError(
-            f"reward server {address}: speaks API version {response.api_version}, this client speaks "
+            f"reward server {address}: speaks API version {version}, this client speaks "
             f"{reward_pb2.API_VERSION_CURRENT}: run the same release on both sides"
         )
+
+
+def _checked_info(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
+    check_version(address, response.api_version)
     return info_from(address, response)

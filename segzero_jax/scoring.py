@@ -105,6 +105,7 @@ class Scorer:
                     frame=example.frame,
                     target=example.mask if example.mask is not None else example.objects,
                     candidates=tuple(answered_objects(text, example, self._frame) for text in group),
+                    ignore=example.ignore,
                 )
                 for example, group in zip(examples, texts, strict=True)
             ]

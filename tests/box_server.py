@@ -73,17 +73,21 @@ class BoxServer(reward_pb2_grpc.RewardServiceServicer):
             decode_image(request.image.data)
         except ValueError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        rle = request.target.mask
-        target = decode_mask({"height": rle.height, "width": rle.width, "counts": rle.counts})
-        response = reward_pb2.ScoreResponse(request_id=request.request_id)
+        target = pixels_of(request.target.mask)
+        counted = ~pixels_of(request.ignore) if request.HasField("ignore") else np.ones_like(target)
+        response = reward_pb2.ScoreResponse(request_id=request.request_id, api_version=self.version)
         for candidate in request.candidates:
             mask = boxes_as_mask(request, candidate)
-            inside, union = int((mask & target).sum()), int((mask | target).sum())
+            inside, union = int((mask & target & counted).sum()), int(((mask | target) & counted).sum())
             score = response.candidates.add(intersection=inside, union=union, iou=inside / union if union else 1.0)
             score.model_score = 0.5
             if request.return_masks:
                 score.mask.CopyFrom(encode_mask(mask))
         return response
+
+
+def pixels_of(rle: reward_pb2.Rle) -> np.ndarray:
+    return decode_mask({"height": rle.height, "width": rle.width, "counts": rle.counts})
 
 
 def boxes_as_mask(

@@ -57,7 +57,10 @@ class Fake(reward_pb2_grpc.RewardServiceServicer):
         self.seen.append(request)
         self.before(request, context)
         response = reward_pb2.ScoreResponse(
-            request_id=request.request_id, checkpoint_sha256=self.checkpoint, dtype=self.dtype
+            request_id=request.request_id,
+            checkpoint_sha256=self.checkpoint,
+            dtype=self.dtype,
+            api_version=self.version,
         )
         for candidate in request.candidates:
             inside = self.inside(candidate)

@@ -48,7 +48,10 @@ def rle(mask: np.ndarray) -> RleMask:
 
 
 def example(index: int) -> Example:
-    """Scenes with a question; the third has no target, the fifth is no picture, the sixth asks too much."""
+    """Scenes with a question; the third has no target, the fifth is no picture, the sixth asks too much.
+
+    Of the second, what lies left of the target's point is to be ignored.
+    """
     scene, question = make_example_scene("val", index)
     answer = scene.objects[question.answer]
     objects = (ObjectPrompt(tuple(map(float, answer.box)), (tuple(map(float, answer.point)),)),)
@@ -60,7 +63,10 @@ def example(index: int) -> Example:
     if index == 5:
         text = "the red circle " * 30
     frame = Frame(scene.image.shape[1], scene.image.shape[0])
-    return Example(f"q{index}", data, frame, text, objects, rle(mask), instance_id=f"thing{index // 2}")
+    ignored = np.zeros_like(mask)
+    ignored[:, : int(answer.point[0])] = True
+    ignore = rle(ignored) if index == 1 else None
+    return Example(f"q{index}", data, frame, text, objects, rle(mask), ignore, instance_id=f"thing{index // 2}")
 
 
 class Source(list):
@@ -92,6 +98,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def pixels_that_count(row: dict[str, Any], asked: Example) -> tuple[int, int]:
+    """Of intersection and union."""
+    target = decode_mask(vars(asked.mask))
+    counted = np.ones_like(target) if asked.ignore is None else ~decode_mask(vars(asked.ignore))
+    mask = np.zeros_like(target) if row["mask"] is None else decode_mask(row["mask"])
+    return int((mask & target & counted).sum()), int(((mask | target) & counted).sum())
+
+
 def test_a_split_is_evaluated_and_goes_on_where_it_was_cut_off(
     source: Source, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,9 +119,7 @@ def test_a_split_is_evaluated_and_goes_on_where_it_was_cut_off(
     inside = union = 0
     ious = []
     for row, asked in zip(rows, source, strict=True):
-        target = decode_mask(vars(asked.mask))
-        mask = np.zeros_like(target) if row["mask"] is None else decode_mask(row["mask"])
-        i, u = int((mask & target).sum()), int((mask | target).sum())
+        i, u = pixels_that_count(row, asked)
         wrong = row["failure"] != ""
         ious.append(0.0 if wrong else i / u if u else 1.0)
         inside, union = inside + (0 if wrong else i), union + u
@@ -124,6 +136,9 @@ def test_a_split_is_evaluated_and_goes_on_where_it_was_cut_off(
     assert [row["objects"][0]["box"] for row in lines(tmp_path / "toy-val/oracle/samples.jsonl") if row["objects"]] == [
         list(objects[0].box) for objects in boxes if objects
     ]
+    second = lines(tmp_path / "toy-val/oracle/samples.jsonl")[1]
+    assert 0 < second["intersection"] < second["union"] < decode_mask(second["mask"]).sum()
+    assert (second["intersection"], second["union"]) == pixels_that_count(second, source[1])
     assert oracle["expression"]["box_accuracy"] == 1.0
     assert oracle["expression"]["giou"] > numbers["giou"]
     page = (tmp_path / "index.html").read_text()
@@ -164,6 +179,10 @@ def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: 
     assert len({row["text"] for row in rows}) > 3
     mean = sum(row["iou"] for row in rows) / 9
     assert policy["expression"]["giou"] == pytest.approx(mean, abs=1e-12)
+    assert policy["expression"]["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 9)
+    # All that rows depend on, so that an export whose run asks otherwise is another evaluation.
+    asked = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "mask_iou_weight": 1.0, "mask_iou_mode": "raw"}
+    assert policy["options"].items() >= asked.items()
     other = tmp_path / "other"
     run(other, address, "--samples=3", "--seed=6")
     assert [row["text"] for row in lines(other / "toy-val/toy/samples.jsonl")] != [row["text"] for row in rows]
@@ -183,9 +202,15 @@ def test_a_question_that_the_runs_recipe_cannot_compare_with_has_no_reward(
 
     monkeypatch.setattr(evaluator, "load", with_recipe)
     (policy,) = run(tmp_path, address)["evaluations"]
-    assert policy["expression"] == other["expression"]
     rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
     assert [(row["reward"] is None, len(row["components"])) for row in rows] == [(False, 6), (False, 6), (True, 0)]
+    assert policy["expression"]["reward"] == pytest.approx((rows[0]["reward"] + rows[1]["reward"]) / 2)
+    assert policy["expression"]["reward"] != other["expression"]["reward"]
+    without_reward = [
+        {key: value for key, value in one["expression"].items() if not key.startswith("reward")}
+        for one in (policy, other)
+    ]
+    assert without_reward[0] == without_reward[1]
 
 
 def test_the_weights_lie_in_device_memory_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,10 @@ def pixels(box: tuple[float, float, float, float]) -> np.ndarray:
     return mask
 
 
+def decoded(mask: RleMask) -> np.ndarray:
+    return coco.decode({"size": [mask.height, mask.width], "counts": mask.counts.encode()}).astype(bool)
+
+
 class BoxSegmenter:
     """Segments a box as all of its pixels; refuses a box that starts in the corner."""
 
@@ -59,12 +63,13 @@ class BoxSegmenter:
         if candidate and candidate[0].box[:2] == (0, 0):
             return CandidateScore(None, 0, 0, 0.0, None, "refused")
         assert isinstance(group.target, RleMask)
-        target = coco.decode({"size": [10, 10], "counts": group.target.counts.encode()}).astype(bool)
+        target = decoded(group.target)
+        counted = ~decoded(group.ignore) if group.ignore is not None else np.ones_like(target)
         mask = np.zeros_like(target)
         for item in candidate:
             mask |= pixels(item.box)
-        inside, outside = int((mask & target).sum()), int((mask | target).sum())
-        return CandidateScore(inside / outside, inside, outside, 1.0, rle(mask), "")
+        inside, union = int((mask & target & counted).sum()), int(((mask | target) & counted).sum())
+        return CandidateScore(inside / union, inside, union, 1.0, rle(mask), "")
 
 
 def answer(box: tuple[int, int, int, int]) -> str:
@@ -176,10 +181,13 @@ def test_an_instance_is_the_mean_of_its_expressions() -> None:
         box_hits_qa=np.array([[1.0], [0.0], [1.0]]),
         format_qa=np.ones((3, 1)),
         found_qa=np.ones((3, 1)),
+        rewards_qa=np.array([[3.0], [1.0], [0.0]]),
+        rewarded_qa=np.array([[True], [True], [False]]),
         has_target_q=np.array([True, True, True]),
     )
     numbers = summary(per_instance(judged, ["cat", "cat", "dog"]))
     assert numbers["giou"] == pytest.approx((0.5 + 0.4) / 2)
+    assert numbers["reward"] == pytest.approx(2.0), "of those that have one"
     assert numbers["ciou"] == pytest.approx((5 + 4) / (20 + 10))
     assert numbers["box_accuracy"] == pytest.approx(0.75)
     assert numbers["count"] == 2
@@ -201,12 +209,49 @@ def test_questions_without_a_target() -> None:
     assert (numbers["n_acc"], numbers["t_acc"], numbers["ciou"]) == (pytest.approx(1 / 3), None, 0.0)
 
 
-def test_ignored_pixels_count_on_neither_side() -> None:
-    target, predicted, ignored = pixels((0, 0, 3, 0)), pixels((0, 0, 7, 0)), pixels((3, 0, 5, 0))
-    box = ObjectPrompt((0, 0, 7, 0), ((1, 0),))
-    example = Example("i", b"", FRAME, "?", (box,), rle(target), ignore=rle(ignored))
-    measured = measure(example, Response("", (box,)), CandidateScore(0.5, 4, 8, 1.0, rle(predicted), ""))
-    assert (measured.intersection, measured.union, measured.iou) == (3, 5, 0.6)
+def test_ignored_pixels_count_on_neither_side_and_in_no_reward() -> None:
+    target, ignored = pixels((1, 0, 4, 0)), pixels((4, 0, 6, 0))
+    example = Example("i", b"", FRAME, "?", (ObjectPrompt((1, 0, 4, 0), ((1, 0),)),), rle(target), ignore=rle(ignored))
+    texts = [answer((1, 0, 8, 0)), answer((0, 0, 3, 0)), "hm"]  # the second is refused
+    summaries, (row,) = evaluate_split(
+        [example],
+        lambda _, greedy: [texts[:1]] if greedy else [texts[1:]],
+        Scorer(RewardConfig(), FRAME, BoxSegmenter()),
+        FRAME,
+        "vision_reasoner",
+        lambda _: "",
+    )
+    assert (row["intersection"], row["union"], row["iou"], row["components"]["mask_iou"]) == (3, 5, 0.6, 0.6)
+    assert summaries["sampled"]["ciou_low"] == 0.0
+    refused = measure(example, Response("", example.objects), CandidateScore(None, 0, 0, 0.0, None, "no"))
+    assert (refused.intersection, refused.union) == (0, 3)
+
+
+def test_a_refused_answer_is_a_failure_whatever_it_earns() -> None:
+    """With a score of zero, for a point outside the picture, or without one; with and without a mask of the target."""
+    objects = (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),)
+    for mask in (rle(pixels(BOXES[0])), None):
+        example = Example("q", b"", FRAME, "?", objects, mask)
+        response = read_response(answer((2, 2, 5, 5)), example, FRAME)
+        for iou in (0.0, None):
+            score = CandidateScore(iou, 0, 16, 0.0, None, "objects[0]: point (99, 2) lies outside")
+            row = sample_row(example, response, score, "")
+            assert (row["failure"], row["error"]) == ("refused", score.error)
+            assert (row["iou"], row["intersection"], row["union"], row["found"]) == (0.0, 0, 16, False)
+            assert summary(judge_rows([row], 1))["t_acc"] == 0.0
+
+
+def test_the_mean_reward_is_of_answers_that_have_one() -> None:
+    numbers, rows = evaluate(GREEDY)
+    found = [row["reward"] for row in rows]
+    assert found[3] is None
+    assert numbers["greedy"]["reward"] == pytest.approx(sum(found[:3]) / 3)
+    assert numbers["greedy"]["reward_low"] <= numbers["greedy"]["reward"] <= numbers["greedy"]["reward_high"]
+    # Of the drawn ones, the second of each question is right.
+    assert numbers["sampled"]["reward"] == pytest.approx((sum(found[:3]) + 4 * found[0]) / 7)
+    assert summary(judge_rows(rows, 1)) == numbers["greedy"]
+    unknown = [row | {"reward": None} for row in rows]
+    assert summary(judge_rows(unknown, 1))["reward"] is None
 
 
 @pytest.mark.parametrize(
@@ -261,6 +306,7 @@ def test_boxes_match_one_to_one() -> None:
 @pytest.mark.parametrize("iou", [0.5, None])
 def test_the_names_of_a_summary_are_what_it_measures(iou: float | None) -> None:
     """With and without a server, on questions with and without a target."""
-    numbers = summary(Judged.of([[Measured(iou, 1, 2, 1.0, True, True)]] * 2, [True, False]))
+    rewards = np.array([[3.0], [np.nan]])
+    numbers = summary(Judged.of([[Measured(iou, 1, 2, 1.0, True, True)]] * 2, [True, False], rewards))
     measured = {name for name, value in numbers.items() if value is not None} - {"count", "no_target"}
     assert measured == set(summary_names(scored=iou is not None))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -52,6 +53,14 @@ class TestScore:
         assert (item.box.x1, item.box.y1, item.box.x2, item.box.y2) == ITEM.box
         assert [(point.x, point.y) for point in item.points] == list(ITEM.points)
         assert not request.return_masks
+
+    def test_sends_the_pixels_to_ignore(self) -> None:
+        fake = Fake()
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            client.score([group("a", 1), replace(group("b", 1), ignore=RleMask(60, 50, "def"))]).result()
+        plain, ignoring = sorted(fake.seen, key=lambda request: request.request_id)
+        assert not plain.HasField("ignore")
+        assert (ignoring.ignore.height, ignoring.ignore.width, ignoring.ignore.counts) == (60, 50, "def")
 
     def test_sends_target_objects_and_brings_masks(self) -> None:
         fake = Fake()
@@ -202,6 +211,22 @@ class TestVersion:
                     call()
                 ours = f"this client speaks {reward_pb2.API_VERSION_CURRENT}"
                 assert_one_line(error.value, address, "speaks API version 99", ours)
+
+    def test_of_a_server_that_joins_later_must_be_ours_too(self) -> None:
+        """The first version says none with an answer, and knows nothing of pixels to ignore."""
+        late = Fake()
+        late.change = lambda response: response.ClearField("api_version")
+        with (
+            serving(Fake()) as first,
+            running(late, NOT_SERVING) as (second, _, health),
+            RewardClient(f"{first},{second}", 10) as client,
+        ):
+            client.wait_until_serving(0.1)
+            health.set(SERVICE, SERVING)
+            with pytest.raises(RewardServerError) as error:
+                wait_until(lambda: ask(client, 1) or len(late.seen) > 1)
+        ours = f"this client speaks {reward_pb2.API_VERSION_CURRENT}"
+        assert_one_line(error.value, f"{first},{second}", "speaks API version 1", ours)
 
     def test_of_another_package_is_named(self) -> None:
         server = grpc.server(ThreadPoolExecutor(2))

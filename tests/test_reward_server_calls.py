@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -78,6 +79,36 @@ class TestScore:
         wrong, _, empty = stub.Score(request).candidates
         assert wrong.iou == 0
         assert empty.iou == 1
+
+    def test_ignored_pixels_count_in_no_mask(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
+        """Half of the target and what lies around it, with the target given as a mask and as objects."""
+        picture = scene_with(2)
+        first, second = prompts_of(picture)[:2]
+        height, width = picture.image.shape[:2]
+        ignored = np.zeros((height, width), bool)
+        ignored[:, : int(first.points[0][0])] = True
+        outside = candidate(Prompt((width + 1, 5, width + 50, 40)))
+        request = request_for(picture, candidate(first), candidate(first, second), candidate(), outside)
+        request.return_masks = True
+        whole = stub.Score(request)
+        request.ignore.CopyFrom(encode_mask(ignored))
+        for objects in (False, True):
+            target = picture.objects[0].mask
+            if objects:
+                request.target.objects.CopyFrom(candidate(first))
+                target = decode_mask(whole.candidates[0].mask, height, width)
+            answer = stub.Score(request)
+            assert 0 < answer.target_area == (target & ~ignored).sum() < target.sum()
+            for entry, before in zip(answer.candidates[:3], whole.candidates, strict=False):
+                assert entry.mask == before.mask
+                mask = decode_mask(entry.mask, height, width)
+                assert entry.intersection == (mask & target & ~ignored).sum()
+                assert entry.union == ((mask | target) & ~ignored).sum()
+                assert entry.iou == entry.intersection / entry.union
+            assert (answer.candidates[3].status.code, answer.candidates[3].union) == (11, answer.target_area)
+        request.ignore.CopyFrom(encode_mask(np.ones_like(ignored)))
+        nothing = stub.Score(request)
+        assert (nothing.target_area, [entry.iou for entry in nothing.candidates]) == (0, [1.0, 1.0, 1.0, 0.0])
 
     def test_reads_coordinates_in_the_stated_frame(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
         picture = scene()
@@ -227,6 +258,8 @@ class TestRefusals:
             (broken(frame=reward_pb2.Frame(width=0, height=9)), "frame: 0 x 9, expected a positive"),
             (broken(target=other), "target: mask: 5 x 7 pixels, expected the image's"),
             (broken(target=torn), "target: mask: "),
+            (broken(ignore=other.mask), "ignore: mask: 5 x 7 pixels, expected the image's"),
+            (broken(ignore=torn.mask), "ignore: mask: "),
             (broken(target=reward_pb2.Target()), "target: missing"),
             (broken(target=reward_pb2.Target(objects=candidate(Prompt((math.nan, 0, 1, 1))))), "target: objects[0]: "),
         ]
@@ -293,6 +326,18 @@ class TestAGroupThatIsMoreThanACallMayBe:
         for mine, theirs, answer in zip(found, expected, answers, strict=True):
             if len(answer) <= limit:
                 assert (mine.iou, mine.mask, mine.error) == (theirs.iou, theirs.mask, "")
+
+    def test_ignores_the_same_pixels_in_every_part(self) -> None:
+        first = prompts_of(scene_with(2))[0]
+        group = ask_for(((ObjectPrompt(first.box, first.points),),) * 300)
+        height, width = scene_with(2).image.shape[:2]
+        everything = encode_mask(np.ones((height, width), bool))
+        with serving() as (server, _), RewardClient(server.address, 60) as client:
+            client.wait_until_serving(60)
+            ignoring = replace(group, ignore=RleMask(height, width, everything.counts))
+            (scores,) = client.score([ignoring]).result()
+        assert {(score.iou, score.union) for score in scores} == {(1.0, 0)}
+        assert len(scores) == 300
 
     def test_is_asked_in_parts_beyond_the_number_of_candidates(self) -> None:
         with serving() as (server, _), RewardClient(server.address, 60) as client:

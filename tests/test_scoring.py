@@ -95,6 +95,23 @@ def test_a_missing_score_is_never_a_zero() -> None:
     assert (row["reward"], row["mask_iou"], row["error"]) == (None, None, "the box is not finite")
 
 
+def test_a_point_outside_the_picture_earns_nothing_and_the_row_says_why() -> None:
+    client = Answered([scored(0.0, "the point lies outside"), scored(0.5)])
+    result = Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD, GOOD]]).result()
+    assert result.components[0][0]["mask_iou"] == 0.0
+    assert step_metrics(step(result))["missing_scores"] == 0
+    row, _ = rollout_rows(step(result), FRAME, "vision_reasoner", lambda *_: "images/row-1.jpg")
+    assert (row["mask_iou"], row["error"]) == (0.0, "the point lies outside")
+    assert row["reward"] == rewards.maximum("vision_reasoner")
+
+
+def test_pixels_to_ignore_are_left_out_by_the_server() -> None:
+    client = Answered([scored(0.5)])
+    ignore = RleMask(400, 200, "as it is")
+    Scorer(RewardConfig(), FRAME, client).send([replace(example(TARGET), ignore=ignore)], [[GOOD]])
+    assert [request.ignore for request in client.asked] == [ignore]
+
+
 def test_an_unreadable_answer_does_not_earn_what_nothing_here_earns() -> None:
     client = Answered([scored(1.0), scored(1.0)])  # an empty mask equals an empty target
     texts = [[BROKEN, "<think> none </think>\n<answer>[]</answer>"]]

@@ -67,6 +67,7 @@ class OracleJudge:
                 frame=example.frame,
                 target=example.mask if example.mask is not None else example.objects,
                 candidates=(example.objects,),
+                ignore=example.ignore,
             )
             for example in examples
         ]

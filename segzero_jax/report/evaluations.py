@@ -12,7 +12,7 @@ from segzero_jax.report.run import Run, number
 
 _MODES = ("greedy", "sampled")
 _MOST_STEPS = 40
-_COLUMNS = (("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("format_rate", "well formed"))
+_COLUMNS = (("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("format_rate", "well formed"), ("reward", "reward"))
 
 Row = Mapping[str, Any]
 

@@ -32,6 +32,7 @@ _NUMBERS = (
     ("ciou", "cIoU"),
     ("box_accuracy", "box accuracy"),
     ("format_rate", "well formed"),
+    ("reward", "reward"),
     ("n_acc", "N-acc."),
     ("t_acc", "T-acc."),
 )

@@ -71,11 +71,13 @@ class Boxes(BoxServer):
             asked.candidates.append(request.target.objects)
         found = [one.mask for one in self.Segment(asked, context).candidates]
         masks = [decode_mask(rle, rle.height, rle.width) for rle in found]
-        given = request.target.mask
+        given, ignored = request.target.mask, request.ignore
         target = decode_mask(given, given.height, given.width) if given.counts else masks[-1]
-        response = reward_pb2.ScoreResponse(request_id=request.request_id, target_area=int(target.sum()))
+        counted = ~decode_mask(ignored, ignored.height, ignored.width) if ignored.counts else np.ones_like(target)
+        response = reward_pb2.ScoreResponse(request_id=request.request_id, api_version=self.version)
+        response.target_area = int((target & counted).sum())
         for mask, rle in zip(masks[: len(request.candidates)], found, strict=False):
-            both, either = int((mask & target).sum()), int((mask | target).sum())
+            both, either = int((mask & target & counted).sum()), int(((mask | target) & counted).sum())
             rle = rle if request.return_masks else None
             response.candidates.add(intersection=both, union=either, iou=both / either if either else 1.0, mask=rle)
         return response
