@@ -110,15 +110,21 @@ def _encoded(examples: Sequence[Example], processor: Processor, multiple: int) -
     return list(examples), processor.batch([processor.encode(example) for example in examples], multiple)
 
 
-def prepare(config: Config, mesh: jax.sharding.Mesh, pod: Pod) -> tuple[Job, TrainState, Policy | None]:
+def prepare(
+    config: Config, mesh: jax.sharding.Mesh, pod: Pod, check: Callable[[Processor], None] = lambda processor: None
+) -> tuple[Job, TrainState, Policy | None]:
     """Loads the processor, the policy and its frozen reference onto the ambient mesh, and checks that all fits.
 
     Without ``grpo.kl_coef`` there is no reference.
+
+    Args:
+      check: raises where there is no use in going on; called before weights are read, which takes minutes.
     """
     keep_compiled()
     dims = read_dims(config.model.path)
     processor = load_processor(config, f"model.path={config.model.path}")
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
+    check(processor)
     dtype = compute_dtype(config.model.compute_dtype)
     kernel = choose_kernel(mesh, dtype)
     policy, _ = load_hf(config.model.path)

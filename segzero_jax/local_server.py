@@ -1,5 +1,6 @@
 """A reward server as a child process: started on a free port, waited for, stopped at the end."""
 
+import importlib.util
 import json
 import os
 import select
@@ -15,9 +16,17 @@ import reward_server
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import RewardClient
 
+_PACKAGES = ("torch", "sam2")
+_INSTALL = "in a clone, pip install -c constraints.txt '.[reward]', then SAM 2 as requirements-sam2.txt says"
 _STOP_S = 30.0
 _PROBE_S = 1.0
 _LOG_LINES = 5
+
+
+def missing_package() -> str:
+    """Which package a local server lacks here and how it is installed, in one line; empty where it lacks none."""
+    absent = next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), "")
+    return f"{absent} is not installed: {_INSTALL}" if absent else ""
 
 
 @contextmanager

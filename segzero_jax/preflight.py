@@ -39,6 +39,7 @@ from segzero_jax.grpo import initial_state, make_optimizer
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
+from segzero_jax.model.dims import Dims
 from segzero_jax.model.tensor_files import find_tensors
 from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, check_fits, read_dims
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
@@ -153,10 +154,16 @@ def check_model(config: Config, pod: Pod) -> str:
     try:
         dims = read_dims(path)
         load_processor(config, f"model.path={path}")
-        check_fits(make_mesh(config.mesh), dims, config.train.batch_size, config.train.micro_batch_size)
+        _fitting_mesh(config, dims)
     except (CheckpointError, MeshError) as error:
         raise CheckFailed(str(error)) from None
     return f"{path} divides over {config.mesh}{f', {missing / _GIB:.1f} GiB to be downloaded' if missing else ''}"
+
+
+def _fitting_mesh(config: Config, dims: Dims) -> jax.sharding.Mesh:
+    mesh = make_mesh(config.mesh)
+    check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
+    return mesh
 
 
 def _is_remote(path: str) -> bool:
@@ -181,7 +188,7 @@ def _missing_bytes(path: str) -> int:
 
 
 def check_data(config: Config, pod: Pod) -> str:
-    """The data set's splits are built here, and from the same source as elsewhere; training takes all their questions."""
+    """The data set's splits are built here, from the same source as elsewhere, and training takes their questions."""
     name, problem, found = config.data.name, "", {}
     try:
         wanted = [(name, "train"), *(split_name(split, name) for split in config.data.eval_splits)]
@@ -259,10 +266,10 @@ def _needs(config: Config) -> Iterator[_Need]:
 
 def _state_bytes(config: Config) -> int:
     """Of policy and optimizer, as a checkpoint holds them."""
+    dims = read_dims(config.model.path)
     optimizer = make_optimizer(config.train, config.model.freeze_vision)
-    with jax.set_mesh(make_mesh(config.mesh)):
-        policy = abstract_policy(read_dims(config.model.path))
-        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), policy)
+    with jax.set_mesh(_fitting_mesh(config, dims)):
+        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), abstract_policy(dims))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -278,7 +285,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
             return "none: text alone"
         if config.reward.server == "local":
             if missing := missing_package():
-                raise CheckFailed(f"reward.server=local: {missing}; or score elsewhere, reward.server=host:port")
+                raise CheckFailed(f"reward.server=local: {missing}; or reward.server=none or host:port")
             return "local: starts with the run"
         with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
             infos = client.wait_until_serving(config.reward.timeout_s)

@@ -20,7 +20,7 @@ from segzero_jax import evaluation
 from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.data.checks import check_held_out, check_prompts, check_same
+from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, checksums, open_split, split_name, training_batches
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.identity import Identity, fingerprint
@@ -34,9 +34,9 @@ from segzero_jax.own_rewards import RewardFunction, load_functions, sources
 from segzero_jax.patience import Patience
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
-from segzero_jax.processor import ImageError, Processor, PromptTooLong
+from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
-from segzero_jax.recipe_check import check_targets
+from segzero_jax.recipe_check import check_splits
 from segzero_jax.record import (
     DRAWN_PROMPTS,
     Step,
@@ -188,14 +188,6 @@ def open_splits(config: Config, pod: Pod) -> list[Source]:
     return splits
 
 
-def check_splits(splits: Sequence[Source], config: Config, processor: Processor) -> None:
-    """A look at all questions. Raises DataError or PromptTooLong where something is wrong with them."""
-    for split in splits:
-        check_prompts(split, processor, config.data.dir)
-    check_targets(splits[0], config.reward.recipe, config.data.dir)
-    check_held_out(splits[0], splits[1:])
-
-
 def make_evaluation(
     job: Job,
     held_out: Sequence[Source],
@@ -280,8 +272,7 @@ def _continue(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         splits = open_splits(config, pod)
-        job, state, reference = prepare(config, mesh, pod)
-        check_splits(splits, config, job.processor)
+        job, state, reference = prepare(config, mesh, pod, partial(check_splits, splits, config))
         batches = stack.enter_context(
             contextlib.closing(
                 training_batches(

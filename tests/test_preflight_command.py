@@ -1,7 +1,9 @@
 """What a preflight finds before a run does, on one host and on several."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from segzero_jax import config as configs
 from segzero_jax import preflight
 from segzero_jax.config import Config
 from segzero_jax.data import build
+from segzero_jax.hub import TOY
+from segzero_jax.model.dims import RELEASED
 from segzero_jax.pods import Pod
 from segzero_jax.preflight import CHECKS, CheckFailed
 
@@ -46,22 +50,25 @@ def failure(name: str, given: Config, pod: Pod | None = None) -> str:
     return str(error.value)
 
 
-def test_all_is_well_and_nothing_is_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_is_well_and_nothing_is_left_behind(
+    tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake = Fake(checkpoint="abcdef0123456789")
     with serving(fake) as address:
-        assert preflight.run(config(tmp_path, **{"reward.server": address}), Pod()) == 0
+        assert preflight.run(config(tmp_path, **{"reward.server": address, "data.dir": data_dir}), Pod()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:23].split(maxsplit=1)[1].strip() for line in lines[:-1]] == list(CHECKS)
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert "16 x cpu as 4x4, and they sum up to 16" in lines[1]
+    assert "toy: 2048 questions to train on, 4 splits to evaluate" in lines[3]
     assert f"fake, checkpoint abcdef012345,  at {address} (): a mask in 0." in lines[-2]
     assert lines[-1] == "all is well"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_failure_is_told_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_failure_is_told_and_counted(tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"mesh": "2x3", "reward.server": f"127.0.0.1:{free_port()}", "reward.timeout_s": 0.1}
-    assert preflight.run(config(tmp_path, **changes), Pod()) == 2
+    assert preflight.run(config(tmp_path, **changes, **{"data.dir": data_dir}), Pod()) == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("FAILED")] == ["model", "reward"]
     assert "do not divide by tensor = 3" in lines[2]
@@ -115,15 +122,64 @@ class TestCheckpoints:
         assert list(kept.parent.iterdir()) == [kept]
 
 
-def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**29))
-    assert "0.5 GiB free, " in failure("disks", config(tmp_path))
+class TestDisks:
+    @pytest.fixture(autouse=True)
+    def half_a_gib_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**29))
+
+    def test_that_are_full(self, tmp_path: Path) -> None:
+        assert "0.5 GiB free, " in failure("disks", config(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("changes", "count", "bytes_each"),
+        [
+            ({}, 3, 12),
+            ({"train.moment_dtype": "bfloat16"}, 3, 10),
+            ({"train.keep_checkpoints": 4, "train.keep_best": "reward/mean"}, 6, 12),
+        ],
+    )
+    def test_that_keep_checkpoints(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], count: int, bytes_each: int
+    ) -> None:
+        monkeypatch.setattr(preflight, "read_dims", lambda path: RELEASED["Qwen/Qwen2.5-VL-7B-Instruct"])
+        billions = 8.292
+        wanted = count * bytes_each * billions * 1e9 / 2**30
+        said = failure("disks", config(tmp_path, **changes))
+        found = re.search(rf"([\d.]+) for {count} checkpoints \(train.keep_checkpoints, run.checkpoint_dir\)", said)
+        assert found, said
+        assert float(found[1]) == pytest.approx(wanted, rel=1e-3)
+
+    def test_that_keep_some_already(self, tmp_path: Path) -> None:
+        folder = tmp_path / "runs/new/checkpoints/5"
+        folder.mkdir(parents=True)
+        needed = {need.what: need.size for need in preflight._needs(config(tmp_path))}
+        (folder / "policy").write_bytes(bytes(1000))
+        less = {need.what: need.size for need in preflight._needs(config(tmp_path))}
+        assert sum(needed.values()) - sum(less.values()) == 1000
+
+    def test_that_keep_none(self, tmp_path: Path) -> None:
+        bucket = config(tmp_path, **{"run.checkpoint_dir": "gs://bucket/run"})
+        assert "checkpoints" not in failure("disks", bucket)
 
 
-def test_a_model_that_cannot_be_had(tmp_path: Path) -> None:
-    said = failure("model", config(tmp_path, **{"model.path": "org/none"}))
-    assert said.startswith("model.path=org/none: not in the cache, and the hub does not answer: ")
+class TestModel:
+    def test_that_cannot_be_had(self, tmp_path: Path) -> None:
+        said = failure("model", config(tmp_path, **{"model.path": "org/none"}))
+        assert said.startswith("model.path=org/none: not in the cache, and the hub does not answer: ")
+
+    def test_of_which_the_cache_has_no_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As a plan or a preflight has left it."""
+        shutil.copy(TOY / "config.json", tmp_path)
+        monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
+        said = failure("model", config(tmp_path, **{"model.path": "org/some"}))
+        assert said.startswith("model.path=org/some: not in the cache, and the hub does not answer: ")
+
+    def test_without_tokenizer(self, tmp_path: Path) -> None:
+        shutil.copytree(TOY, tmp_path / "model")
+        (tmp_path / "model/tokenizer.json").unlink()
+        given = config(tmp_path, **{"model.path": str(tmp_path / "model")})
+        assert "no tokenizer or picture settings for it" in failure("model", given)
 
 
 class TestData:
@@ -136,9 +192,39 @@ class TestData:
         assert said.startswith("r/train: checksum other on host 0 (a), ")
         assert said.endswith(" on host 1 (b); build it on all hosts from the same source, in the same way")
 
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"rollout.max_prompt_tokens": 20}, "rollout.max_prompt_tokens="),
+            ({"reward.recipe": "seg_zero_strict", "data.prompt": "seg_zero"}, "have not exactly one object"),
+            ({"data.eval_splits": ["held/test"]}, "are about pictures of held/test"),
+        ],
+    )
+    def test_that_training_refuses(self, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+        for name, source in {
+            "r": sources.solution_parquet(tmp_path / "source", multiple=True),
+            "held": sources.mask_parquet(tmp_path / "held", first=1000),
+        }.items():
+            assert build.main([name, f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
+        given = {"data.name": "r", "data.dir": str(tmp_path), "data.eval_splits": [], "rollout.max_prompt_tokens": 999}
+        assert said in failure("data", config(tmp_path, **given | changes))
+
     def test_that_is_not(self, tmp_path: Path) -> None:
         said = failure("data", config(tmp_path, **{"data.name": "refCOCOg_9k_840", "data.dir": str(tmp_path)}))
         assert "python -m segzero_jax.data.build refCOCOg_9k_840" in said
+
+
+@pytest.mark.parametrize("absent", ["torch", "sam2"])
+def test_a_local_reward_server_without_its_packages(
+    absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(tmp_path, **{"reward.server": "local"})
+    assert CHECKS["reward servers"](given, Pod()) == "local: starts with the run"
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == absent else find(name))
+    said = failure("reward servers", given)
+    assert said.startswith(f"reward.server=local: {absent} is not installed: ")
+    assert said.endswith("; or reward.server=none or host:port")
 
 
 def test_a_reward_server_with_another_token(tmp_path: Path) -> None:
@@ -149,12 +235,12 @@ def test_a_reward_server_with_another_token(tmp_path: Path) -> None:
         assert "expected one word" in failure("reward servers", given)
 
 
-def test_two_hosts_check_together(tmp_path: Path) -> None:
+def test_two_hosts_check_together(tmp_path: Path, data_dir: str) -> None:
     variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
     words = [sys.executable, "-m", "segzero_jax.preflight", "--mesh=2x2", f"--run.dir={tmp_path}/run"]
     hosts = [
         subprocess.Popen(
-            [*words, "--reward.server=none"],
+            [*words, "--reward.server=none", f"--data.dir={data_dir}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

@@ -11,7 +11,7 @@ import question_sources as sources
 from PIL import Image
 
 from segzero_jax import config as configs
-from segzero_jax import rewards, train
+from segzero_jax import job, rewards, train
 from segzero_jax.answers import read_solution
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.config.schema import check_answer_form
@@ -20,7 +20,7 @@ from segzero_jax.data.pipeline import DataError, Source, open_split
 from segzero_jax.pods import ALONE
 from segzero_jax.processor import Processor
 from segzero_jax.prompt import WORDINGS
-from segzero_jax.recipe_check import check_targets
+from segzero_jax.recipe_check import check_splits, check_targets
 
 ROOT = Path(__file__).parents[1]
 MASKS = [["one"], [], ["one"], ["left", "right"], ["one"], ["one", "left", "right"], ["right"]]
@@ -112,7 +112,7 @@ def test_training_refuses_what_its_recipe_cannot_compare_with(tmp_path: Path) ->
     def opened(**changes: Any) -> Source:
         config = configs.replace(Config(), **{"data.dir": str(tmp_path), "data.eval_splits": [], **changes})
         splits = train.open_splits(config, ALONE)
-        train.check_splits(splits, config, processor)
+        check_splits(splits, config, processor)
         return splits[0]
 
     strict = {"reward.recipe": "seg_zero_strict"}
@@ -120,3 +120,14 @@ def test_training_refuses_what_its_recipe_cannot_compare_with(tmp_path: Path) ->
     with pytest.raises(DataError, match="q1 with 0"):
         opened(**{"data.name": "own", **strict})
     assert len(opened(**{"data.name": "single", "data.eval_splits": ["own/train"], **strict})) == 1
+
+
+def test_questions_are_looked_at_before_weights_are_read(
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "load_hf", lambda *_, **__: pytest.fail("weights are read"))
+    options = ["--rollout.max_prompt_tokens=20", "--reward.server=none", f"--data.dir={data_dir}"]
+    assert train.main([*options, f"--run.dir={tmp_path / 'run'}"]) == 2
+    assert (
+        "toy/train: 2048 of 2048 prompts do not fit, expected at most max_prompt_tokens=20" in capsys.readouterr().err
+    )
