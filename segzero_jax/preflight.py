@@ -37,6 +37,7 @@ from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError, checksums, open_split, split_name
 from segzero_jax.grpo import initial_state, make_optimizer
 from segzero_jax.hub import is_checkpoint
+from segzero_jax.local_path import is_url
 from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.dims import Dims
@@ -254,8 +255,8 @@ def _needs(config: Config) -> Iterator[_Need]:
     with contextlib.suppress(CheckFailed):
         if _is_remote(config.model.path):
             yield _Need(Path(constants.HF_HUB_CACHE), _missing_bytes(config.model.path), "the model")
-    directory = str(checkpoint_directory(config))
-    if "://" not in directory:
+    directory = checkpoint_directory(config)
+    if not is_url(directory):
         with contextlib.suppress(CheckpointError, MeshError):
             # One more is written before the oldest goes, and the best one may be none of the newest.
             count = config.train.keep_checkpoints + 1 + bool(config.train.keep_best)

@@ -119,7 +119,8 @@ def test_values_cannot_be_changed_in_place():
         ("rollout: {temperature: .inf}", ["rollout.temperature=inf", "finite"]),
         ("rollout: {top_p: 1.5}", ["rollout.top_p=1.5", "less than or equal to 1"]),
         ("data: {image_size: 100}", ["data.image_size=100", "multiple of 28"]),
-        ("data: {eval_splits: val}", ["data.eval_splits='val'", "valid tuple"]),
+        ("data: {eval_splits: val}", ["data.eval_splits='val'", "expected a list, [val]"]),
+        ("data: {eval_splits: }", ["data.eval_splits=None", "expected a list, []"]),
         ("data: {eval_splits: [val, 3]}", ["data.eval_splits.1=3", "valid string"]),
         ("run: {dir: ''}", ["run.dir=''", "at least 1 character"]),
         ("run: {dir: 2026}", ["run.dir=2026", "valid string"]),
@@ -173,6 +174,8 @@ def test_a_missing_file_says_where_presets_are(tmp_path):
         ("train.steps=0", ["command line", "train.steps=0", "greater than 0"]),
         ("train.steps=[1", ["train.steps='[1'", "valid integer"]),
         ("train.lr=", ["train.lr=None", "valid number"]),
+        ("data.eval_splits=val,ReasonSeg/val", ["data.eval_splits='val,ReasonSeg/val'", "a list, [val,ReasonSeg/val]"]),
+        ("reward.functions=my:reward", ["reward.functions='my:reward'", "expected a list, [my:reward]"]),
         ("reward.server=", ["reward.server=''", "at least 1 character"]),
         ("train=5", ["train: is a section"]),
         ("train.steps", ["--train.steps: expected --train.steps=value"]),
@@ -261,7 +264,14 @@ def test_a_policy_may_be_asked_in_a_wording_that_it_is_not_trained_in():
     assert config.load(None, ["data.prompt=seg_zero"]).reward.recipe == "vision_reasoner"
 
 
-def test_help_lists_every_key_with_its_default(capsys):
+def test_no_key_is_without_a_meaning():
+    assert config.meanings().keys() == config.all_keys().keys()
+    for key, meaning in config.meanings().items():
+        assert re.fullmatch(r"[^`\n]{8,300}\.", meaning), f"{key}: {meaning}"
+
+
+def test_help_lists_every_key_with_its_default_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100000")
     with pytest.raises(SystemExit) as caught:
         read("--help")
     assert caught.value.code == 0
@@ -270,7 +280,8 @@ def test_help_lists_every_key_with_its_default(capsys):
     assert "--resume" in shown
     for key, default in config.all_keys().items():
         assert f"--{key} VALUE" in shown
-        assert f"[{str(default)[:12]}" in shown
+        typed = ",".join(default) if isinstance(default, list) else default
+        assert f"[{typed}] {config.meanings()[key]}\n" in shown
 
 
 def test_reading_a_configuration_needs_no_jax():

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import question_sources as sources
 
+from segzero_jax.config import Config
 from segzero_jax.data import build
-from segzero_jax.data.pipeline import Batches, open_split, training_batches
+from segzero_jax.data.hub_sets import build_command
+from segzero_jax.data.pipeline import Batches, DataError, open_split, training_batches
 from segzero_jax.processor import ImageError
 from segzero_jax.types import Example, Frame
 
@@ -32,6 +34,30 @@ def ids(batches: list[list[Example]]) -> list[list[str]]:
 
 def take(count: int, size: int = 4, seed: int = 0, of: int = 10, rows: list[int] | None = None) -> list[list[str]]:
     return ids(list(islice(training_batches(examples(of), size, seed, rows), count)))
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "command"),
+    [
+        ("refCOCOg_9k_840", "train", "build refCOCOg_9k_840 --data-dir FOLDER"),
+        ("ReasonSeg", "val", "build ReasonSeg --data-dir FOLDER"),
+        ("ReasonSeg", "train", "build ReasonSeg --source DIR --data-dir FOLDER"),
+        ("mugs", "train", "build mugs --source DIR --data-dir FOLDER"),
+    ],
+)
+def test_a_set_that_is_not_built_is_told_with_the_command_that_builds_it(
+    name: str, split: str, command: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as caught:
+        open_split(name, split, tmp_path)
+    assert str(caught.value) == (
+        f"data set {name!r}: not in {tmp_path}, expected toy; "
+        f"python -m segzero_jax.data.{command.replace('FOLDER', str(tmp_path))} makes one"
+    )
+
+
+def test_the_folder_that_a_build_takes_by_itself_is_not_in_its_command() -> None:
+    assert build_command("mugs", "val", Config().data.dir) == "python -m segzero_jax.data.build mugs --source DIR"
 
 
 def test_every_example_once_an_epoch_in_an_order_of_its_own() -> None:

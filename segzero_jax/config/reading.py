@@ -4,8 +4,11 @@ A YAML file holds what differs from the embedded toy run, and ``--section.key=va
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +38,26 @@ def all_keys() -> Mapping[str, Any]:
     return MappingProxyType(dict(_flatten(to_dict(Config()))))
 
 
+@functools.cache
+def meanings() -> Mapping[str, str]:
+    """What every dotted key means: its line among the Attributes of its section's docstring."""
+    config = Config()
+    found = _attributes(type(config))
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if dataclasses.is_dataclass(section):
+            found |= {f"{field.name}.{name}": text for name, text in _attributes(type(section)).items()}
+    return MappingProxyType(found)
+
+
+def _attributes(documented: type) -> dict[str, str]:
+    _, _, listed = (inspect.getdoc(documented) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for names, text in re.findall(r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", listed, re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), " ".join(text.replace("``", "").split()))
+    return found
+
+
 def build(tree: dict[str, Any], source: str = "config") -> Config:
     """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing wrong."""
     for key, value in _flatten(tree):
@@ -48,8 +71,11 @@ def build(tree: dict[str, Any], source: str = "config") -> Config:
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             raise ConfigError(f"{source}: {cause}") from None
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        key, value = ".".join(str(part) for part in first["loc"]), first["input"]
+        problem = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        if first["type"] == "tuple_type":
+            problem = f"expected a list, [{value if isinstance(value, str) else ''}]"
+        raise ConfigError(f"{source}: {key}={value!r}: {problem}") from None
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -103,7 +129,9 @@ def parse_command_line(
     parser.add_argument("--config", metavar="FILE", help="a YAML preset, see configs/; without it the embedded toy run")
     keys = parser.add_argument_group("configuration (default in brackets)")
     for key, default in all_keys().items():
-        keys.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"[{default}]")
+        typed = ",".join(default) if isinstance(default, list) else default
+        told = f"[{typed}] {meanings().get(key, '')}".replace("%", "%%")
+        keys.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=told)
     args, unknown = parser.parse_known_args(argv)
     try:
         for item in unknown:

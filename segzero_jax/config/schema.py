@@ -43,8 +43,9 @@ class ModelConfig:
     """The policy.
 
     Attributes:
-      path: a Hugging Face checkpoint: a directory, a hub id, or "toy" for the one inside the package; see ``hub.py``.
-      compute_dtype: of activations and of the weights that rollout reads; master weights are always float32.
+      path: a Hugging Face checkpoint: a directory, a hub id, or "toy" for the one inside the package.
+      compute_dtype: of activations and of the weights that rollout reads, "float32" or "bfloat16"; master weights are
+        always float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       freeze_vision: leave the vision tower and merger untouched.
     """
@@ -63,7 +64,7 @@ class DataConfig:
       name: "toy", or a data set that ``python -m segzero_jax.data.build`` has made.
       dir: where built data sets are kept.
       image_size: pictures are squashed to this many pixels squared; answers are in this frame.
-      prompt: whose question wording: see ``prompt.py``.
+      prompt: whose question wording, "toy", "seg_zero" or "vision_reasoner"; ``reward.recipe`` has to go with it.
       workers: processes on each host that prepare batches ahead; 0 prepares them in threads of the trainer.
       eval_splits: held-out splits that are evaluated: "val" of the same data set, "ReasonSeg/val" of another.
     """
@@ -78,7 +79,16 @@ class DataConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class RolloutConfig:
-    """How responses are sampled."""
+    """How responses are sampled.
+
+    Attributes:
+      group_size: responses to each prompt.
+      temperature: logits are divided by it, in sampling and in training.
+      top_p: sample from the most likely tokens that hold this much probability.
+      top_k: sample from so many tokens; 0 is all.
+      max_prompt_tokens: a longer prompt is refused, never cut.
+      max_response_tokens: responses end here at the latest.
+    """
 
     group_size: Annotated[int, Field(ge=2)] = 8
     temperature: Above0 = 1.0
@@ -94,14 +104,14 @@ class RewardConfig:
 
     Attributes:
       server: "local" starts a SAM 2 server beside the trainer, "none" scores text alone, else "host:port[,host:port]".
-      recipe: see ``rewards.py``.
-      functions: rewards of one's own, "module:function", see ``own_rewards.py``; what they return is added.
+      recipe: "seg_zero_soft", "seg_zero_strict", "vision_reasoner" or "sam_r1"; see docs/rewards.md.
+      functions: rewards of one's own, "module:function"; what they return is added. See docs/rewards.md.
       mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
-      mask_iou_mode: the component's form: the IoU itself, 1 above 0.5, or SAM-R1's tiers.
+      mask_iou_mode: the component's form: the IoU itself, "raw"; 1 above 0.5, "threshold"; or SAM-R1's, "tiered".
       local_model: the SAM 2 model that a local server loads: "toy" or a hub id.
       timeout_s: how long one call for a group's scores may take; then it is sent again.
       missing: what becomes of a group that the service did not answer in time while it answered others: the step
-        waits for it, or its responses are dropped from the loss.
+        waits for it, "wait", or its responses are left out of the loss, "drop".
       checkpoint_after_s: after so long without any answer, a checkpoint of the last finished step is saved.
       patience_s: after so long the run ends, with exit code 3.
       ca_file: PEM certificates that vouch for the servers'; turns TLS on.
@@ -166,9 +176,13 @@ class TrainConfig:
       micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
       lr: AdamW's learning rate, from the end of the warm-up on.
       warmup_steps: the first updates take a part of it, one N-th, two N-ths and so on.
-      lr_decay: how it falls from then on.
+      lr_decay: how it falls from then on: "none", "linear" or "cosine".
       decay_steps: after so many updates, those of the warm-up among them, it is 0; for a decay.
-      moment_dtype: of AdamW's first moment; the second stays float32: with beta2 near 1 a bfloat16 one would stall.
+      beta1, beta2: how much of their past AdamW's first and second moments keep.
+      weight_decay: AdamW's, of all that is trained.
+      max_grad_norm: gradients are scaled down to this global norm.
+      moment_dtype: of AdamW's first moment, "float32" or "bfloat16"; the second stays float32: with beta2 near 1 a
+        bfloat16 one would stall.
       checkpoint_every: steps between checkpoints; one is always written at the end.
       keep_checkpoints: older ones are deleted; two at least, so that a damaged one leaves another.
       keep_best: the checkpoint with the highest such number is kept as well: SPLIT/MODE/NUMBER of an evaluation, as in
@@ -242,7 +256,12 @@ class WatchConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
-    """Everything a run depends on. ``--mesh=4x4`` is fsdp x tensor, ``--mesh=2x4x4`` data x fsdp x tensor."""
+    """Everything a run depends on.
+
+    Attributes:
+      seed: of the order of the data, of sampling and of initial values.
+      mesh: 4x4 is fsdp x tensor, 2x4x4 data x fsdp x tensor.
+    """
 
     seed: Count = 0
     mesh: Text = "1x1"

@@ -25,18 +25,11 @@ from segzero_jax.data.forms.form import Form, SourceError
 from segzero_jax.data.forms.lines import Lines
 from segzero_jax.data.forms.reason_seg import ReasonSeg
 from segzero_jax.data.forms.refer import Refer
+from segzero_jax.data.hub_sets import HUB
 from segzero_jax.data.records import built_directory, index_path
 from segzero_jax.hub import HubError, data_directory
 from segzero_jax.local_path import local_path
 
-# Where the papers' data sets are on the hub, and which split a repository is; None where the names of its files say it.
-# The files of ReasonSeg_val say "test".
-HUB: dict[str, dict[str, str | None]] = {
-    "refCOCOg_9k_840": {"Ricky06662/refCOCOg_9k_840": None},
-    "VisionReasoner_multi_object_1k_840": {"Ricky06662/VisionReasoner_multi_object_1k_840": None},
-    "VisionReasoner_multi_object_7k_840": {"Ricky06662/VisionReasoner_multi_object_7k_840": None},
-    "ReasonSeg": {"Ricky06662/ReasonSeg_val": "val", "Ricky06662/ReasonSeg_test": "test"},
-}
 _FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
 
 

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from segzero_jax.data import records, toy
+from segzero_jax.data.hub_sets import build_command
 from segzero_jax.data.scenes import SPLITS
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
@@ -99,7 +100,7 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     if not directory.is_dir():
         raise DataError(
             f"data set {name!r}: not in {Path(data_dir).expanduser()}, expected {_known(data_dir)}; "
-            f"python -m segzero_jax.data.build {name} --source DIR makes one"
+            f"{build_command(name, split, data_dir)} makes one"
         )
     builder = tfds.builder_from_directory(directory)
     _check_split(name, split, sorted(builder.info.splits))
