@@ -1,5 +1,6 @@
 """Every test sees sixteen virtual CPU devices, so sharded code paths run as they do on a mesh."""
 
+import itertools
 import os
 
 from xla_flags import QUICK
@@ -25,9 +26,20 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 
+@pytest.hookimpl(trylast=True)  # Of what is left when others have been deselected.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts what takes longest first; the others keep their order."""
-    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+    """Puts what takes longest first, in each process its part of it; the others keep their order.
+
+    Processes begin with equal runs of the list, the first ones rounded down (``worksteal`` of pytest-xdist).
+    """
+    longest = [item for item in items if item.get_closest_marker("longest")]
+    others = iter([item for item in items if not item.get_closest_marker("longest")])
+    processes, total, dealt = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), len(items), []
+    for process in range(processes):
+        room = (total - len(dealt)) // (processes - process)
+        first = longest[process::processes]
+        dealt += [*first, *itertools.islice(others, max(0, room - len(first)))]
+    items[:] = [*dealt, *others]
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: str, environment: 
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_four_hosts_train_as_one(
     whole: tuple[Path, Fake], tmp_path: Path, data_dir: str, environment: dict[str, str]
 ) -> None:

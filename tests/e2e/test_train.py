@@ -36,6 +36,7 @@ def keys(row: dict) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_mesh_4x4_on_a_cpu_trains_against_sam_2(tmp_path: Path, data_dir: str) -> None:
     """The command of the README, in a process of its own: local SAM 2 server, 16 virtual devices, all files written."""
     command = [sys.executable, "-m", "segzero_jax.train", "--mesh=4x4", "--train.steps=2", f"--run.dir={tmp_path}/run"]

@@ -72,6 +72,7 @@ def whole(
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1800)
 def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str], Path], tmp_path: Path) -> None:
     options, reference = whole
@@ -96,6 +97,7 @@ def test_twenty_kills_leave_no_trace(processes: Processes, whole: tuple[list[str
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_a_machine_that_vanishes_takes_no_line_along(
     processes: Processes, whole: tuple[list[str], Path], tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ STOPS = (
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1800)
 def test_a_run_that_is_told_to_stop_saves_its_last_step(
     processes: Processes, whole: tuple[list[str], Path], tmp_path: Path
