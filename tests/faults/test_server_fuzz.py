@@ -85,6 +85,15 @@ def target(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
             request.target.objects.CopyFrom(odd_candidate(draws))
 
 
+def ignore(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
+    request.ignore.CopyFrom(request.target.mask)
+    match draws.randrange(3):
+        case 0:
+            request.ignore.height, request.ignore.width = draws.choices(SIZES, k=2)
+        case 1:
+            request.ignore.counts = draws.choice(TEXTS)
+
+
 def candidates(request: reward_pb2.ScoreRequest, draws: random.Random) -> None:
     request.candidates.extend(odd_candidate(draws) for _ in range(draws.randrange(1, 4)))
 
@@ -114,7 +123,7 @@ def odd_candidate(draws: random.Random) -> reward_pb2.Candidate:
     return made
 
 
-CHANGES = (picture, hash_, frame, target, candidates, many, name)
+CHANGES = (picture, hash_, frame, target, ignore, candidates, many, name)
 
 
 def fuzzed(seed: int) -> Iterator[tuple[str, bytes, reward_pb2.ScoreRequest | None]]:
