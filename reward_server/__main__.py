@@ -68,7 +68,7 @@ def main() -> int:
         from reward_server.segmenter import ModelError
         from reward_server.telemetry import log_to_stderr
     except ModuleNotFoundError as error:
-        how = "in a clone, pip install -c constraints.txt '.[reward]', then SAM 2 as requirements-sam2.txt says"
+        how = "in a clone, pip install -c constraints.txt -e '.[reward]', then SAM 2 as requirements-sam2.txt says"
         return _failed(f"{error.name} is not installed: {how}")
     log_to_stderr(args.log_json)
     if args.threads:

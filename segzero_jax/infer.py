@@ -251,7 +251,9 @@ def _check_together(parser: OneLineParser, args: argparse.Namespace) -> None:
     if args.demo and asked:
         parser.error("--demo asks on its page: expected neither --image nor --query nor --queries beside it")
     if args.demo and importlib.util.find_spec("gradio") is None:
-        parser.error("--demo: needs Gradio, which is not installed: pip install 'segzero-jax[demo]'")
+        parser.error(
+            "--demo: needs Gradio, which is not installed: in a clone, pip install -c constraints.txt -e '.[demo]'"
+        )
     if not args.demo and args.image is None:
         parser.error("the following arguments are required: --image")
     if not args.demo and not args.query and args.queries is None:

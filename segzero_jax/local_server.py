@@ -17,7 +17,7 @@ from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import RewardClient
 
 _PACKAGES = ("torch", "sam2")
-_INSTALL = "in a clone, pip install -c constraints.txt '.[reward]', then SAM 2 as requirements-sam2.txt says"
+_INSTALL = "in a clone, pip install -c constraints.txt -e '.[reward]', then SAM 2 as requirements-sam2.txt says"
 _STOP_S = 30.0
 _PROBE_S = 1.0
 _LOG_LINES = 5

@@ -246,6 +246,16 @@ def test_pages_name_commands_and_files_that_exist():
     assert missing == set()
 
 
+def test_nothing_is_installed_from_an_index_that_does_not_have_it():
+    """The package is on none, so pages and messages install it from a clone."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tpu/README.md"]
+    found = [f"{page.relative_to(ROOT)}" for page in pages if "segzero-jax[" in page.read_text()]
+    found += [
+        module_name(path) for package in PACKAGES for path in sources(package) if "segzero-jax[" in path.read_text()
+    ]
+    assert found == []
+
+
 def test_links_between_pages_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tpu/README.md"]
     link = re.compile(r"\]\(([^)#\s]+)|src=\"([^\"]+)")

@@ -111,7 +111,7 @@ def test_says_why_it_did_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(RewardServerError) as error, local_server("toy", log, startup_timeout_s=STARTUP_S):
         pytest.fail("served")
-    assert "torch is not installed: in a clone, pip install -c constraints.txt '.[reward]', then" in str(error.value)
+    assert "torch is not installed: in a clone, pip install -c constraints.txt -e '.[reward]', then" in str(error.value)
     assert "Traceback" not in log.read_text()
 
 

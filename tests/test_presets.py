@@ -55,6 +55,24 @@ def test_every_row_of_the_mesh_gets_prompts(path):
     assert loaded.train.micro_batch_size % (data * fsdp) == 0
 
 
+@pytest.mark.parametrize(
+    ("stem", "heading", "case"),
+    [("seg_zero_7b", "7B on v5e-16", "7b_v5e_4x4"), ("seg_zero_3b", "3B on v5e-8", "3b_v5e_2x4")],
+)
+def test_what_a_header_says_of_the_plan_is_what_was_measured_last(stem, heading, case):
+    measured = (ROOT / "docs/scaling.md").read_text()
+    table = measured.partition(f"## Seg-Zero-{heading}\n")[2].partition("\n## ")[0]
+    gib = {phase: float(value) for phase, value in re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+) \|", table, re.MULTILINE)}
+    row = re.search(rf"^\| {case} \|.*?in update \| ([\d.]+) \|", measured, re.MULTILINE)
+    assert row
+    memory = f"{gib['update']:.1f} of 15.75 GiB a chip in the update, {gib['decode']:.1f} while sampling"
+    assert f"{memory}; at least {row[1]} s a step" in header(ROOT / f"configs/{stem}.yaml")
+    if stem == "seg_zero_7b":
+        steps, seconds = preset(stem).train.steps, float(row[1])
+        costs = f"{steps} steps of at least {row[1]} s are {steps * seconds / 3600:.1f} hours"
+        assert costs in (ROOT / "tpu/README.md").read_text()
+
+
 def test_the_toy_preset_is_the_built_in_default():
     assert config.differing_keys(preset("toy"), Config()) == []
 
