@@ -64,7 +64,7 @@ class Example:
       question: what to look for, as the data set has it.
       objects: the target boxes and points; empty for a question without a target.
       mask: the target mask, all zero for a question without a target; None where the data set has no masks.
-      ignore: pixels that an evaluation leaves out on both sides, or None for none.
+      ignore: pixels that count in no mask, of a reward or an evaluation; None for none.
       image_id: the picture in the names of its source, such as "coco:391895": the same picture has the same one in
         every data set that knows it by name.
       instance_id: what is asked for: questions with the same one are different expressions for the same thing.
