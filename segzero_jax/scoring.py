@@ -1,6 +1,6 @@
 """From responses to rewards: texts are parsed, their prompts sent to SAM 2 at once, and scores put together later."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -115,8 +115,9 @@ class Scorer:
             solution(example, self._frame, recipe) if rewards.can_compare(recipe, len(example.objects)) else None
             for example in examples
         ]
-        own_part = partial(_measure_own, self._functions, self._frame)
-        return PendingRewards(self._config, own, examples, texts, solutions, pending, self._pod, own_part)
+        return PendingRewards(
+            self._config, self._frame, self._functions, own, examples, texts, solutions, pending, self._pod
+        )
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,17 @@ class PendingRewards:
     Attributes:
       rows: of the whole batch, what ``examples``, ``texts``, ``solutions`` and ``pending`` are for.
       solutions: None for a target that the recipe cannot compare with.
-      own: ``(example, text, mask IoU)`` to the components that are not the recipe's.
     """
 
     config: RewardConfig
+    frame: Frame
+    functions: Mapping[str, RewardFunction]
     rows: Sequence[int]
     examples: Sequence[Example]
     texts: Sequence[Sequence[str]]
     solutions: Sequence[str | None]
     pending: PendingScores | None
     pod: Pod
-    own: Callable[[Example, str, float | None], dict[str, float]]
 
     def result(self, patience: Patience | None = None, drop: bool = False) -> Scored:
         """The scores of the whole batch, all hosts' shares of it put together.
@@ -171,11 +172,18 @@ class PendingRewards:
                     row.append({})
                     continue
                 score = rewards.score(self.config.recipe, text, target, iou, weight, self.config.mask_iou_mode)
-                own = self.own(self.examples[b], text, iou)
+                own = self._measure_own(self.examples[b], text, iou)
                 totals[b, g] = score.total + sum(own.values())
                 row.append(score.components | own)
             components.append(row)
         return Scored(totals, components, masks)
+
+    def _measure_own(self, example: Example, text: str, mask_iou: float | None) -> dict[str, float]:
+        """The components that are not the recipe's."""
+        if not self.functions:
+            return {}
+        answer = Answer(text, example, answered_objects(text, example, self.frame), mask_iou)
+        return measure(self.functions, answer)
 
     def _masks(self, patience: Patience | None, drop: bool) -> list[list[CandidateScore]] | None:
         if self.pending is None:
@@ -192,14 +200,6 @@ class PendingRewards:
             ]
             for row, group in zip(answers, self.texts, strict=True)
         ]
-
-
-def _measure_own(
-    functions: Mapping[str, RewardFunction], frame: Frame, example: Example, text: str, mask_iou: float | None
-) -> dict[str, float]:
-    return (
-        measure(functions, Answer(text, example, answered_objects(text, example, frame), mask_iou)) if functions else {}
-    )
 
 
 def _whole(parts: Sequence[_Part]) -> Scored:
