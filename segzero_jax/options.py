@@ -4,8 +4,7 @@ import argparse
 import math
 import sys
 
-from segzero_jax.config import OneLineParser, RewardConfig
-from segzero_jax.prompt import WORDINGS
+from segzero_jax.config import ConfigError, OneLineParser, RewardConfig, check_wording
 from segzero_jax.reward_channel import Access, read_access
 
 _ACCESS = {
@@ -28,8 +27,10 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompt",
-        choices=tuple(WORDINGS),
-        help="wording of the question [as in training; seg_zero or vision_reasoner by a checkpoint's name]",
+        type=_wording,
+        metavar="W",
+        help="wording of the question: toy, seg_zero, vision_reasoner, or a text with {question} in it "
+        "[as in training; seg_zero or vision_reasoner by a checkpoint's name]",
     )
 
 
@@ -86,6 +87,14 @@ def complain(parser: OneLineParser, error: BaseException) -> int:
     """Says on standard error what is wrong, in one line; returns the exit code, 2."""
     sys.stderr.write(f"{parser.prog}: {' '.join(str(error).split())[:500]}\n")
     return 2
+
+
+def _wording(text: str) -> str:
+    try:
+        check_wording(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _server(text: str) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segzero_jax import answers
+from segzero_jax.config import QUESTION, check_wording
 from segzero_jax.types import ObjectPrompt
 
 _SEG_ZERO = (
-    "Please find '{q}' with bbox and points."
+    "Please find '{question}' with bbox and points."
     "Compare the difference between objects and find the most closely matched one."
     "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
     "Output the one bbox and points of two largest inscribed circles inside the interested object in JSON format."
@@ -20,7 +21,7 @@ _SEG_ZERO = (
     "<answer>{'bbox': [10,100,200,210], 'points_1': [30,110], 'points_2': [35,180]}</answer>"
 )
 _VISION_REASONER = (
-    'Please find "{q}" with bboxs and points.'
+    'Please find "{question}" with bboxs and points.'
     "Compare the difference between object(s) and find the most closely matched object(s)."
     "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
     "Output the bbox(es) and point(s) inside the interested object(s) in JSON format."
@@ -28,7 +29,7 @@ _VISION_REASONER = (
     '<answer>[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, '
     '{"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]</answer>'
 )
-WORDINGS = {"toy": 'Find "{q}".', "seg_zero": _SEG_ZERO, "vision_reasoner": _VISION_REASONER}
+WORDINGS = {"toy": 'Find "{question}".', "seg_zero": _SEG_ZERO, "vision_reasoner": _VISION_REASONER}
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,14 @@ def question_text(wording: str, question: str) -> str:
     """The text of the user turn that follows the image.
 
     Args:
-      wording: "toy", "seg_zero" or "vision_reasoner".
+      wording: "toy", "seg_zero", "vision_reasoner", or a text of one's own with "{question}" where that goes.
       question: as the data set has it; it is lower-cased and stripped of "." at both ends.
 
     Raises:
-      ValueError: the wording is unknown.
+      ConfigError: the wording is none of these.
     """
-    if wording not in WORDINGS:
-        raise ValueError(f"prompt wording {wording!r}: expected one of {', '.join(WORDINGS)}")
-    return WORDINGS[wording].replace("{q}", question.lower().strip("."))
+    check_wording(wording)
+    return WORDINGS.get(wording, wording).replace(QUESTION, question.lower().strip("."))
 
 
 def solution_text(objects: Sequence[ObjectPrompt]) -> str:

@@ -239,6 +239,7 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
                 "expected reward.recipe=vision_reasoner or sam_r1, or data.prompt=seg_zero",
             ],
         ),
+        (["--data.prompt=seg_zer"], ["data.prompt=seg_zer: expected toy, seg_zero, ", "a text with {question}"]),
         (["--reward.recipe=seg_zero_strict"], ["data.prompt=toy: asks for a list", "or data.prompt=seg_zero"]),
     ],
 )
@@ -254,10 +255,18 @@ def test_command_line_mistakes_are_one_line_and_exit_2(argv, parts, capsys):
         assert part in err
 
 
-@pytest.mark.parametrize("prompt", ["toy", "seg_zero", "vision_reasoner"])
+@pytest.mark.parametrize("prompt", ["toy", "seg_zero", "vision_reasoner", 'Box "{question}".'])
 def test_sam_r1_goes_with_every_wording(prompt):
     _, loaded = read(f"--data.prompt={prompt}", "--reward.recipe=sam_r1")
     assert loaded.data.prompt == prompt
+
+
+@pytest.mark.parametrize("recipe", ["seg_zero_soft", "seg_zero_strict", "vision_reasoner"])
+def test_a_wording_of_ones_own_goes_with_every_recipe(recipe):
+    wording = "Box {question} in JSON:\n[{'bbox_2d': …}], # 100%"
+    _, loaded = read(f"--data.prompt={wording}", f"--reward.recipe={recipe}")
+    assert loaded.data.prompt == wording
+    assert config.build(yaml.safe_load(config.to_yaml(loaded))) == loaded
 
 
 def test_a_policy_may_be_asked_in_a_wording_that_it_is_not_trained_in():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segzero_jax.config import ConfigError
 from segzero_jax.prompt import (
     Answer,
     parse_answer,
@@ -57,15 +58,22 @@ def test_vision_reasoner_question_is_the_one_its_checkpoint_knows() -> None:
 
 @pytest.mark.parametrize(
     ("question", "asked"),
-    [("A.", "a"), ("..What? .", "what? "), ("e.g. {x} {q}", "e.g. {x} {q}"), ("", "")],
+    [("A.", "a"), ("..What? .", "what? "), ("e.g. {x} {question}", "e.g. {x} {question}"), ("", "")],
 )
 def test_a_question_is_lower_cased_and_loses_outer_full_stops_only(question: str, asked: str) -> None:
     assert question_text("toy", question) == f'Find "{asked}".'
 
 
 def test_an_unknown_wording_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'sam': expected one of toy, seg_zero, vision_reasoner"):
+    with pytest.raises(ConfigError, match=r"^sam: expected toy, seg_zero, vision_reasoner or a text with"):
         question_text("sam", "x")
+
+
+def test_a_wording_of_ones_own_is_asked_to_the_letter() -> None:
+    wording = 'Wo ist "{question}"?\nJSON: {"bbox_2d": [1,2,3,4]} {question}'
+    assert question_text(wording, "The {question}.") == (
+        'Wo ist "the {question}"?\nJSON: {"bbox_2d": [1,2,3,4]} the {question}'
+    )
 
 
 def test_solution_text_is_spaced_as_in_the_prompt() -> None:

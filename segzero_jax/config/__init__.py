@@ -13,6 +13,7 @@ from segzero_jax.config.reading import (
     to_yaml,
 )
 from segzero_jax.config.schema import (
+    QUESTION,
     Config,
     ConfigError,
     DataConfig,
@@ -24,9 +25,11 @@ from segzero_jax.config.schema import (
     RunConfig,
     TrainConfig,
     WatchConfig,
+    check_wording,
 )
 
 __all__ = [
+    "QUESTION",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "WatchConfig",
     "all_keys",
     "build",
+    "check_wording",
     "differing_keys",
     "load",
     "meanings",

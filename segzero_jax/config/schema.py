@@ -9,10 +9,12 @@ from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
 _LIST, _ONE = "a list of objects", "one object with two points"
-# The form of answer that a wording asks for (of the toy's, that its policy gives), and the one that a recipe scores;
-# sam_r1 scores either.
+# The form of answer that a wording asks for (of the toy's, that its policy gives; of one's own, whichever), and the one
+# that a recipe scores; sam_r1 scores either.
 _ASKED = {"toy": _LIST, "seg_zero": _ONE, "vision_reasoner": _LIST}
 _SCORED = {"seg_zero_soft": _ONE, "seg_zero_strict": _ONE, "vision_reasoner": _LIST}
+# Where the question goes in a wording.
+QUESTION = "{question}"
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -64,7 +66,8 @@ class DataConfig:
       name: "toy", or a data set that ``python -m segzero_jax.data.build`` has made.
       dir: where built data sets are kept.
       image_size: pictures are squashed to this many pixels squared; answers are in this frame.
-      prompt: whose question wording, "toy", "seg_zero" or "vision_reasoner"; ``reward.recipe`` has to go with it.
+      prompt: the wording of the question, "toy", "seg_zero", "vision_reasoner", or one's own, with "{question}" in its
+        text. ``reward.recipe`` has to score the form of answer that it asks for.
       workers: processes on each host that prepare batches ahead; 0 prepares them in threads of the trainer.
       eval_splits: held-out splits that are evaluated: "val" of the same data set, "ReasonSeg/val" of another.
     """
@@ -72,7 +75,7 @@ class DataConfig:
     name: Text = "toy"
     dir: Text = "~/.cache/segzero_jax"
     image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
-    prompt: Literal["toy", "seg_zero", "vision_reasoner"] = "toy"
+    prompt: Text = "toy"
     workers: Count = 0
     eval_splits: tuple[Text, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
 
@@ -280,6 +283,7 @@ class Config:
         return self.grpo.iterations * self.train.mini_batches
 
     def __post_init__(self) -> None:
+        check_wording(self.data.prompt, "data.prompt=")
         sizes = [f"{name}_size" for name in ("batch", "mini_batch", "micro_batch")]
         sizes = [name for name in sizes if getattr(self.train, name)]
         for whole, part in itertools.pairwise(sizes):
@@ -297,6 +301,12 @@ class Config:
             raise ConfigError(f"reward.server={self.reward.server}: expected local, none or host:port[,host:port]")
 
 
+def check_wording(wording: str, key: str = "") -> None:
+    """Raises ConfigError where it is none, ``key`` before its text: neither a known name nor a text with a question."""
+    if wording not in _ASKED and QUESTION not in wording:
+        raise ConfigError(f"{key}{wording}: expected {', '.join(_ASKED)} or a text with {QUESTION} where that goes")
+
+
 def check_answer_form(config: Config) -> None:
     """Raises ConfigError where the recipe scores another form of answer than the wording asks for.
 
@@ -304,7 +314,10 @@ def check_answer_form(config: Config) -> None:
     in another wording than it was trained with.
     """
     prompt, recipe = config.data.prompt, config.reward.recipe
-    asked, scored = _ASKED[prompt], _SCORED.get(recipe, _ASKED[prompt])
+    asked = _ASKED.get(prompt)
+    if asked is None:  # Only whoever wrote the wording knows.
+        return
+    scored = _SCORED.get(recipe, asked)
     if asked != scored:
         recipes = " or ".join(name for name in (*_SCORED, "sam_r1") if _SCORED.get(name, asked) == asked)
         prompts = " or ".join(name for name, form in _ASKED.items() if form == scored)
