@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
+from segzero_jax.prompt import WORDINGS
 from segzero_jax.rollout import Sampling, padding_multiple, sample_in_parts
 from segzero_jax.types import Example
 
@@ -32,8 +34,9 @@ _LARGE_SAM = "facebook/sam2.1-hiera-large"
 # By this file an export of a run is known as one; it says of which run, and with what its policy is to be asked and its
 # answers are to be scored.
 ORIGIN = "segzero_jax.json"
-ASKED = (
-    *("data.image_size", "data.prompt", "rollout.max_prompt_tokens", "rollout.max_response_tokens"),
+_ASKED = (
+    *("model.compute_dtype", "data.image_size", "data.prompt"),
+    *("rollout.max_prompt_tokens", "rollout.max_response_tokens"),
     *("rollout.temperature", "rollout.top_p", "rollout.top_k"),
     *("reward.recipe", "reward.mask_iou_weight", "reward.mask_iou_mode", "reward.local_model"),
 )
@@ -107,10 +110,11 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
       ConfigError: the picture size or the wording is none.
     """
     keep_compiled()
-    released = name != "toy" and is_checkpoint(name)
+    released = _as_released(name, prompt) if name != "toy" and is_checkpoint(name) else None
     try:
-        # Released weights are read in the precision they come in; a run's is known only once it is read.
-        policy, dims, config = load_policy(name, jnp.bfloat16 if released else jnp.float32)
+        # A run's precision is known only once it is read.
+        dtype = compute_dtype(released.model.compute_dtype) if released else jnp.float32
+        policy, dims, config = load_policy(name, dtype)
     except CheckpointError:
         raise
     # What Orbax, safetensors and json raise on damaged files, and JAX where a weight does not divide over the mesh.
@@ -118,7 +122,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         mesh = "x".join(map(str, jax.sharding.get_mesh().axis_sizes))
         raise CheckpointError(f"{name}: the checkpoint cannot be read onto mesh {mesh}: {error}") from None
     if config is None:
-        config = _as_released(name, prompt) if released else Config()
+        config = released or Config()
     else:
         dtype = compute_dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
@@ -126,16 +130,22 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
     return Loaded(name, policy, dims, load_processor(config, name), config)
 
 
+def asked(config: Config) -> dict[str, Any]:
+    """What an export of a run says in ``ORIGIN`` of how its policy is asked and scored, by dotted key."""
+    # The model of a local server, where the run had none, is not what scored.
+    return {key: attrgetter(key)(config) for key in _ASKED} | {"reward.local_model": default_sam(config)}
+
+
 def _as_released(name: str, prompt: str | None) -> Config:
     """How a Hugging Face checkpoint was trained: as its export says, else as the released ones of its name were.
 
     Args:
-      prompt: the wording that it is asked in anyway, which goes with a recipe; None leaves it to the name.
+      prompt: the wording that it is asked in anyway; a known one goes with a recipe, else the name decides.
     """
     settings: dict[str, Any] = {**_RELEASED, "model.path": name}
     directory = model_directory(name)
     named = any(_SEG_ZERO_NAME.search(_model_name(path)) for path in (directory.absolute(), directory.resolve()))
-    if prompt == "seg_zero" or (prompt is None and named):
+    if prompt == "seg_zero" or (named and prompt not in WORDINGS):
         settings |= _SEG_ZERO
     origin = directory / ORIGIN
     if origin.is_file():

@@ -11,14 +11,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from segzero_jax import __version__
-from segzero_jax.asking import ASKED, ORIGIN, find_checkpoint
+from segzero_jax.asking import ORIGIN, asked, find_checkpoint
 from segzero_jax.checkpoint import load_policy, locate, storage_path
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.local_path import is_url, local_path
@@ -64,7 +63,7 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str) -> list[Pat
         "base_model": config.model.path,
         "dtype": dtype,
         "segzero_jax": __version__,
-        "asked": {key: attrgetter(key)(config) for key in ASKED},
+        "asked": asked(config),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:

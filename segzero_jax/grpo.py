@@ -232,7 +232,10 @@ def _label_frozen(policy: Policy) -> Policy:
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
     """``[b, ...]`` to ``[parts, b / parts, ...]``: part i holds rows i, i + parts, ...: every shard keeps its own."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    rows, *others = jax.typeof(x).sharding.spec
+    # Said, not inferred: of several mesh axes over the rows, an inferred one may go to the parts.
+    spec = jax.sharding.PartitionSpec(rows, None, *others)
+    return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:]), out_sharding=spec), 1, 0)
 
 
 @partial(jax.jit, static_argnames=("optimizer", "setup", "settings", "micro_batches"), donate_argnames=("state",))

@@ -1,14 +1,20 @@
 """Rewards of one's own: functions that ``reward.functions`` names, called with every answer beside the recipe."""
 
+import functools
 import hashlib
 import importlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from segzero_jax.config import ConfigError
+from segzero_jax.pods import Pod
 from segzero_jax.types import Example, ObjectPrompt
 
 
@@ -32,6 +38,8 @@ class Answer:
 
 # What the answer earns, its weight included. Deterministic, or a run that goes on is not the run that it was.
 RewardFunction = Callable[[Answer], float]
+# What ``metrics.jsonl`` says of rewards besides their components.
+_MEASURED = ("mean", "std", "zero_std_groups")
 
 
 def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[str, RewardFunction]:
@@ -47,7 +55,7 @@ def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[st
     functions: dict[str, RewardFunction] = {}
     for name in names:
         module_name, _, attribute = name.partition(":")
-        if not module_name or not attribute.isidentifier():
+        if not module_name or module_name.startswith(".") or not attribute.isidentifier():
             raise ConfigError(f"reward.functions: {name!r}: expected module:function")
         try:
             module = importlib.import_module(module_name)
@@ -60,17 +68,45 @@ def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[st
             ) from None
         function = getattr(module, attribute, None)
         if not callable(function):
-            raise ConfigError(f"reward.functions: {name}: {module.__file__} has no function {attribute}")
-        if attribute in taken or attribute in functions:
-            raise ConfigError(f"reward.functions: {name}: another component is called {attribute}, rename the function")
+            raise ConfigError(f"reward.functions: {name}: {module.__file__ or module_name} has no function {attribute}")
+        if attribute in (*taken, *_MEASURED, *functions):
+            raise ConfigError(f"reward.functions: {name}: another number is called {attribute}, rename the function")
         functions[attribute] = function
     return functions
 
 
 def sources(functions: Mapping[str, RewardFunction]) -> dict[str, str]:
-    """SHA-256 of the file that each function is written in."""
-    files = {name: inspect.getsourcefile(inspect.unwrap(function)) for name, function in functions.items()}
+    """SHA-256 of the file that each function is written in; of those that are written in one."""
+    files = {name: _file(function) for name, function in functions.items()}
     return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
+
+
+def _file(function: Callable[..., Any]) -> str | None:
+    written = inspect.unwrap(function)
+    if isinstance(written, functools.partial):
+        return _file(written.func)
+    try:
+        return inspect.getsourcefile(written if inspect.isroutine(written) else type(written))
+    except TypeError:  # built in
+        return None
+
+
+def check_same_files(found: Mapping[str, str], pod: Pod) -> None:
+    """Raises ConfigError on all hosts where one has another file of a function than the first: each scores some rows.
+
+    Args:
+      found: ``sources``; nothing where this host has none, which it is to say itself.
+    """
+    said: list[dict[str, str]] = [
+        json.loads(text) for text in pod.exchange("reward functions", json.dumps(dict(found)))
+    ]
+    for host, theirs in enumerate(said):
+        other = next((name for name in theirs.keys() & said[0].keys() if theirs[name] != said[0][name]), None)
+        if other is not None:
+            raise ConfigError(
+                f"reward.functions: the file of {other} "
+                f"on {pod.host(host)} is not that on {pod.host(0)}; copy one to all hosts"
+            )
 
 
 def measure(functions: Mapping[str, RewardFunction], answer: Answer) -> dict[str, float]:
@@ -83,7 +119,7 @@ def measure(functions: Mapping[str, RewardFunction], answer: Answer) -> dict[str
         except Exception as error:
             error.add_note(f"in {where}, answer {answer.text!r}")
             raise
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float | np.integer | np.floating | np.bool_) or not math.isfinite(value):
             raise ValueError(f"{where}: expected a finite number, got {value!r}")
         values[name] = float(value)
     return values

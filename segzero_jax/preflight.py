@@ -43,11 +43,13 @@ from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.tensor_files import find_tensors
 from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, check_fits, read_dims
+from segzero_jax.own_rewards import check_same_files, load_functions, sources
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.processor import PromptTooLong
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.reward_channel import RewardServerError, read_access
 from segzero_jax.reward_client import RewardClient
+from segzero_jax.rewards import component_names
 from segzero_jax.run_dir import check_keep_best, run_directory
 from segzero_jax.shared_storage import probe
 from segzero_jax.types import Frame, ObjectPrompt
@@ -103,7 +105,7 @@ def run(config: Config, pod: Pod) -> int:
             bad = [said[0][1]]
         wrong += bool(bad)
         if pod.first:
-            print(f"{'FAILED' if bad else 'ok':<7} {name:<15} {'; '.join(bad) or said[0][1]}", flush=True)
+            print(f"{'FAILED' if bad else 'ok':<7} {name:<16} {'; '.join(bad) or said[0][1]}", flush=True)
     if pod.first:
         print(f"{wrong} of {len(CHECKS)} checks failed" if wrong else "all is well", flush=True)
     return wrong
@@ -278,8 +280,24 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
+def check_functions(config: Config, pod: Pod) -> str:
+    """Rewards of one's own can be called, and are the same everywhere."""
+    names, problem, found = config.reward.functions, "", {}
+    try:
+        found = sources(load_functions(names, component_names(config.reward.recipe, True)))
+    except ConfigError as error:
+        problem = str(error)
+    try:
+        check_same_files(found, pod)
+    except ConfigError as error:
+        problem = problem or str(error)
+    if problem:
+        raise CheckFailed(problem)
+    return ", ".join(names) or "none"
+
+
 def check_rewards(config: Config, pod: Pod) -> str:
-    """The reward servers serve one model, and let this host have a mask."""
+    """All reward servers serve one model, and let this host have a mask."""
     try:
         access = read_access(config.reward)
         if config.reward.server == "none":
@@ -289,7 +307,11 @@ def check_rewards(config: Config, pod: Pod) -> str:
                 raise CheckFailed(f"reward.server=local: {missing}; or reward.server=none or host:port")
             return "local: starts with the run"
         with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
-            infos = client.wait_until_serving(config.reward.timeout_s)
+            said: list[str] = []
+            infos = client.wait_until_serving(config.reward.timeout_s, said.append)
+            if {info.address for info in infos} != set(config.reward.server.split(",")):
+                # A run would; but now is the time to find out.
+                raise CheckFailed(said[-1])
             picture, box = io.BytesIO(), ObjectPrompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
             Image.new("RGB", (64, 48)).save(picture, "PNG")
             start = time.monotonic()
@@ -314,6 +336,7 @@ CHECKS: dict[str, Check] = {
     "data": check_data,
     "checkpoints": check_checkpoints,
     "disks": check_disks,
+    "reward functions": check_functions,
     "reward servers": check_rewards,
 }
 

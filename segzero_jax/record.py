@@ -84,15 +84,15 @@ def metric_keys(config: Config) -> list[str]:
 
 
 def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """What the updates of a step measured, on the host: means over those that were finite, None where none was.
+    """What the updates of a step measured, on the host: means over those that were made, None where none was.
 
-    ``update/skipped`` counts those that were not.
+    ``update/skipped`` counts those that were not: a loss can be finite where its gradient is not.
     """
     numbers: dict[str, float | None] = {}
+    made = [update for update in updates if not update["update/skipped"]]
     for name in updates[0] if updates else ():
-        values = [float(update[name]) for update in updates if math.isfinite(update[name])]
-        numbers[name] = sum(values) / len(values) if values else None
-    return numbers | ({"update/skipped": sum(float(one["update/skipped"]) for one in updates)} if updates else {})
+        numbers[name] = sum(float(update[name]) for update in made) / len(made) if made else None
+    return numbers | ({"update/skipped": float(len(updates) - len(made))} if updates else {})
 
 
 def unscored_groups(scored: Scored) -> str:

@@ -160,7 +160,8 @@ class PendingRewards:
     def _score(self, patience: Patience | None, drop: bool) -> Scored:
         masks = self._masks(patience, drop)
         weight = self.config.mask_iou_weight if masks is not None else 0.0
-        needs_mask = "mask_iou" in rewards.component_names(self.config.recipe, weight > 0)
+        recipe_needs_mask = "mask_iou" in rewards.component_names(self.config.recipe, weight > 0)
+        needs_mask = recipe_needs_mask or (masks is not None and bool(self.functions))
         totals = np.full((len(self.texts), len(self.texts[0]) if self.texts else 0), np.nan)
         components: list[list[dict[str, float]]] = []
         for b, (group, target) in enumerate(zip(self.texts, self.solutions, strict=True)):

@@ -30,7 +30,7 @@ from segzero_jax.mesh import MeshError, make_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, SilentWriter
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.weights import CheckpointError
-from segzero_jax.own_rewards import RewardFunction, load_functions, sources
+from segzero_jax.own_rewards import RewardFunction, check_same_files, load_functions, sources
 from segzero_jax.patience import Patience
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
@@ -272,6 +272,7 @@ def _continue(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         splits = open_splits(config, pod)
+        check_same_files(sources(functions), pod)
         job, state, reference = prepare(config, mesh, pod, partial(check_splits, splits, config))
         batches = stack.enter_context(
             contextlib.closing(

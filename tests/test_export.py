@@ -32,6 +32,7 @@ from segzero_jax.model.policy import Pass, prompt_logits
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
 
+ROOT = Path(__file__).parents[1]
 RELATIVE = 1e-4
 STEPS = (9, 10)
 # What an earlier version did not write of how a run asks and scores, none of it as by default.
@@ -124,6 +125,15 @@ def test_everything_beside_the_weights_comes_along(run: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(written, wanted)
 
 
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_masks_of_an_export_are_by_the_sam2_that_its_run_s_are_by(preset: Path, tmp_path: Path) -> None:
+    run = configs.load(preset)
+    (tmp_path / asking.ORIGIN).write_text(json.dumps({"asked": asking.asked(run)}))
+    exported = asking._as_released(str(tmp_path), None)
+    assert asking.default_sam(exported) == asking.default_sam(run)
+    assert (asking.default_sam(run) == "toy") == (run.model.path == "toy")
+
+
 def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert export.main(["--run", str(run), "--out", str(out)]) == 0
@@ -134,6 +144,7 @@ def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh("1x1")):
         config = asking.load(str(out)).config
         assert (config.data, config.rollout, config.reward) == (as_trained.data, as_trained.rollout, as_trained.reward)
+        assert config.model.compute_dtype == "float32"
         earlier = origin | {"asked": {key: value for key, value in origin["asked"].items() if key not in HOW}}
         (out / "segzero_jax.json").write_text(json.dumps(earlier))
         config = asking.load(str(out)).config

@@ -319,6 +319,8 @@ def test_a_released_checkpoint_is_asked_and_scored_as_its_name_says(
         for given in (named, ".", tmp_path / "link"):
             config = asking.load(str(given)).config
             assert (config.data.prompt, config.reward.recipe) == (wording, recipe)
+            own = asking.load(str(given), prompt="Box {question}.").config
+            assert (own.data.prompt, own.reward.recipe) == ("Box {question}.", recipe)
             assert config.reward.mask_iou_weight == 0, "the papers score text alone"
 
 
@@ -354,7 +356,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--checkpoint": "absent"}, ("absent: expected a run directory", "'toy'")),
         ({"--checkpoint": "damaged"}, ("damaged", "cut short")),
         ({"--image-size": "100"}, ("data.image_size=100", "multiple of 28")),
-        ({"--prompt": "poem"}, ("--prompt", "'poem'", "vision_reasoner")),
+        ({"--prompt": "poem"}, ("--prompt: poem: expected toy", "vision_reasoner or a text with {question}")),
         ({"--out": "taken"}, ("--out=taken: is a file",)),
         ({"--server": "nowhere"}, ("'nowhere': expected host:port",)),
         ({"--server": "127.0.0.1:1"}, ("127.0.0.1:1: unreachable", "reward.server")),

@@ -5,16 +5,22 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_scoring import BROKEN, FRAME, GOOD, TARGET, Answered, example, scored
+from thread_pod import on_hosts
 
-from segzero_jax import rewards
+from segzero_jax import own_rewards, rewards
 from segzero_jax.config import Config, ConfigError, RewardConfig
-from segzero_jax.own_rewards import Answer, load_functions, measure, sources
+from segzero_jax.own_rewards import Answer, check_same_files, load_functions, measure, sources
 from segzero_jax.record import metric_keys
 from segzero_jax.scoring import Scorer
 
 MODULE = """
+import functools
+
+import numpy as np
+
 seen = []
 
 def short(answer):
@@ -30,8 +36,17 @@ def wrong(answer):
 def nothing(answer):
     return float("nan")
 
-accuracy = short
+accuracy = mean = short
 number = 3
+numpy_says = lambda answer: [np.float32(0.5), np.True_, np.int64(2)][int(answer.text)]
+better = functools.partial(numpy_says)
+
+class Kept:
+    def __call__(self, answer):
+        return 1
+
+kept = Kept()
+built_in = hash
 """
 
 
@@ -66,6 +81,10 @@ def test_where_a_score_is_missing_nobody_is_asked(module: str) -> None:
     result = scorer.send([example(TARGET)], [[GOOD, GOOD]]).result()
     assert math.isnan(result.rewards_bg[0, 0])
     assert len(functions["seen_by"].__globals__["seen"]) == 1
+    unweighted = RewardConfig(mask_iou_weight=0)
+    scorer = Scorer(unweighted, FRAME, Answered([scored(None, "away"), scored(0.5)]), functions=functions)
+    assert np.isnan(scorer.send([example(TARGET)], [[GOOD, GOOD]]).result().rewards_bg).tolist() == [[True, False]]
+    assert [answer.mask_iou for answer in functions["seen_by"].__globals__["seen"]] == [0.5, 0.5]
     text_alone = Scorer(RewardConfig(server="none"), FRAME, None, functions=functions)
     assert text_alone.send([example(TARGET)], [[GOOD]]).result().components[0][0]["seen_by"] == 1
 
@@ -85,7 +104,9 @@ def test_their_names_are_keys_of_every_line(module: str) -> None:
         ("{}.deeper:short", "there is no module {}.deeper"),
         ("{}:absent", "has no function absent"),
         ("{}:number", "has no function number"),
-        ("{}:accuracy", "another component is called accuracy"),
+        ("{}:accuracy", "another number is called accuracy"),
+        ("{}:mean", "another number is called mean"),
+        (".{}:short", "expected module:function"),
     ],
 )
 def test_what_cannot_be_called_is_one_line(module: str, name: str, said: str) -> None:
@@ -97,7 +118,7 @@ def test_what_cannot_be_called_is_one_line(module: str, name: str, said: str) ->
 
 
 def test_one_name_is_one_function(module: str) -> None:
-    with pytest.raises(ConfigError, match="another component is called short"):
+    with pytest.raises(ConfigError, match="another number is called short"):
         load_functions([f"{module}:short", f"{module}:short"])
 
 
@@ -116,6 +137,27 @@ def test_a_mistake_keeps_its_traceback_and_names_the_answer(module: str) -> None
         measure(load_functions([f"{module}:nothing"]), Answer("hm", example(TARGET), (), None))
 
 
+def test_numbers_of_numpy_are_numbers(module: str) -> None:
+    functions = load_functions([f"{module}:numpy_says"])
+    for text, value in (("0", 0.5), ("1", 1.0), ("2", 2.0)):
+        measured = measure(functions, Answer(text, example(TARGET), (), None))["numpy_says"]
+        assert (measured, type(measured)) == (value, float)
+
+
 def test_a_function_is_known_by_its_file(module: str, tmp_path: Path) -> None:
-    found = sources(load_functions([f"{module}:short"]))
-    assert found == {"short": hashlib.sha256((tmp_path / f"{module}.py").read_bytes()).hexdigest()}
+    names = ("short", "better", "kept")
+    found = sources(load_functions([f"{module}:{name}" for name in (*names, "built_in")]))
+    assert found == dict.fromkeys(names, hashlib.sha256((tmp_path / f"{module}.py").read_bytes()).hexdigest())
+
+
+def test_hosts_that_would_score_by_other_files_are_refused() -> None:
+    for end in on_hosts(3, lambda pod: check_same_files({"short": "ab" if pod.index < 2 else "cd"}, pod)):
+        with pytest.raises(ConfigError, match=r"the file of short on host 2 \(w-2\) is not that on host 0 \(w-0\)"):
+            end.result()
+    for same in ({}, {"short": "ab"}):
+        assert [end.result() for end in on_hosts(3, lambda pod, same=same: check_same_files(same, pod))] == [None] * 3
+
+
+def test_the_run_s_own_numbers_are_no_names_for_functions() -> None:
+    measured = {key.removeprefix("reward/") for key in metric_keys(Config()) if key.startswith("reward/")}
+    assert measured - set(rewards.component_names("vision_reasoner", True)) == set(own_rewards._MEASURED)

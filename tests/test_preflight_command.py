@@ -57,7 +57,7 @@ def test_all_is_well_and_nothing_is_left_behind(
     with serving(fake) as address:
         assert preflight.run(config(tmp_path, **{"reward.server": address, "data.dir": data_dir}), Pod()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:23].split(maxsplit=1)[1].strip() for line in lines[:-1]] == list(CHECKS)
+    assert [line[:24].split(maxsplit=1)[1].strip() for line in lines[:-1]] == list(CHECKS)
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert "16 x cpu as 4x4, and they sum up to 16" in lines[1]
     assert "toy: 2048 questions to train on, 4 splits to evaluate" in lines[3]
@@ -73,7 +73,7 @@ def test_every_failure_is_told_and_counted(tmp_path: Path, data_dir: str, capsys
     assert [line.split()[1] for line in lines if line.startswith("FAILED")] == ["model", "reward"]
     assert "do not divide by tensor = 3" in lines[2]
     assert "unreachable" in lines[-2]
-    assert lines[-1] == "2 of 7 checks failed"
+    assert lines[-1] == "2 of 8 checks failed"
 
 
 def test_a_mesh_larger_than_the_job(tmp_path: Path) -> None:
@@ -225,6 +225,24 @@ def test_a_local_reward_server_without_its_packages(
     said = failure("reward servers", given)
     assert said.startswith(f"reward.server=local: {absent} is not installed: ")
     assert said.endswith("; or reward.server=none or host:port")
+
+
+def test_one_of_several_reward_servers_that_is_away(tmp_path: Path) -> None:
+    with serving(Fake()) as address:
+        given = config(tmp_path, **{"reward.server": f"{address},127.0.0.1:{free_port()}", "reward.timeout_s": 0.1})
+        assert "going on without reward server 127.0.0.1:" in failure("reward servers", given)
+
+
+def test_reward_functions_that_are_not_there_or_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "functions_of_preflight.py").write_text("def short(answer):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = config(tmp_path, **{"reward.functions": ["functions_of_preflight:short"]})
+    assert CHECKS["reward functions"](given, Pod()) == "functions_of_preflight:short"
+    assert CHECKS["reward functions"](config(tmp_path), Pod()) == "none"
+    said = failure("reward functions", given, Neighbour(reward_functions=json.dumps({"short": "0123"})))
+    assert said.startswith("reward.functions: the file of short on host 1 (b) is not that on host 0 (a)")
+    absent = config(tmp_path, **{"reward.functions": ["functions_of_preflight:long"]})
+    assert "has no function long" in failure("reward functions", absent)
 
 
 def test_a_reward_server_with_another_token(tmp_path: Path) -> None:

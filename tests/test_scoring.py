@@ -147,6 +147,9 @@ def test_the_updates_of_a_step_are_one_line() -> None:
     assert update_metrics([good]) == good
     assert update_metrics([good, bad, {**good, "loss": 2.0}]) == {"loss": 1.5, "grad_norm": 3.0, "update/skipped": 1.0}
     assert update_metrics([bad, bad]) == {"loss": None, "grad_norm": None, "update/skipped": 2.0}
+    overflown = {"loss": 0.1, "grad_norm": np.float32(math.inf), "update/skipped": np.float32(1.0)}
+    assert update_metrics([good, overflown]) == {**good, "update/skipped": 1.0}
+    assert update_metrics([overflown]) == {"loss": None, "grad_norm": None, "update/skipped": 1.0}
     assert update_metrics([]) == {}
 
 

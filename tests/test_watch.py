@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from segzero_jax import watch
 from segzero_jax.config import ConfigError, WatchConfig
 from segzero_jax.profiling import parse_steps
+from segzero_jax.record import update_metrics
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.watch import HUNG, CollapseWatch, Diverged, FiniteWatch, HangWatch
 
@@ -49,6 +50,14 @@ def test_skipped_updates_are_told_and_too_many_end_the_run():
     assert "step 32" in str(error.value)
     assert "3 steps in a row, from step 29 on; last good checkpoint: runs/x/checkpoints/20;" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_steps_whose_gradient_alone_is_not_finite_end_the_run_too():
+    found = FiniteWatch(most=2)
+    overflown = update_metrics([{"loss": 0.1, "grad_norm": float("inf"), "update/skipped": 1.0}])
+    assert "(1 in a row; 2 end the run)" in found.look(1, overflown, (), "runs/x")
+    with pytest.raises(Diverged):
+        found.look(2, overflown, (), "runs/x")
 
 
 @pytest.mark.parametrize(

@@ -106,17 +106,20 @@ def test_the_same_numbers_as_on_one_device(one: Phases, many: tuple[str, Phases]
     jax.tree.map(assert_same_step, found.policy, one.policy, one.gradients)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_mini_batches_are_spread_as_batches_are(mesh: str) -> None:
-    """Every device has its part of each, out of what it holds."""
+@pytest.mark.parametrize("mesh", [*MESHES, "2x1x2", "4x1x1"])
+@pytest.mark.parametrize("most", [False, True])
+def test_mini_batches_are_spread_as_batches_are(mesh: str, most: bool) -> None:
+    """Every device has its part of each, out of what it holds; with the ``most`` of them, one row."""
+    data, fsdp, _ = (1, *map(int, mesh.split("x")))[-3:]
+    parts = 32 // (data * fsdp) if most else 2
     rng = np.random.default_rng(0)
     with jax.set_mesh(make_mesh(mesh)):
         whole = rng.standard_normal((32, GROUP)).astype(np.float32)
         batch = UpdateBatch(*place((prompts(32, PROCESSOR), None, whole, whole > 0, None)))
         for part in range(2):
-            found = grpo._take_part(batch, part, 2)
-            np.testing.assert_array_equal(found.advantages_bg, whole[part::2])
-            np.testing.assert_array_equal(found.prompts.tokens_bp, np.asarray(batch.prompts.tokens_bp)[part::2])
+            found = grpo._take_part(batch, part, parts)
+            np.testing.assert_array_equal(found.advantages_bg, whole[part::parts])
+            np.testing.assert_array_equal(found.prompts.tokens_bp, np.asarray(batch.prompts.tokens_bp)[part::parts])
             assert found.advantages_bg.sharding == batch.advantages_bg.sharding
             mine = {shard.device: set(np.ravel(shard.data)) for shard in batch.advantages_bg.addressable_shards}
             for shard in found.advantages_bg.addressable_shards:
