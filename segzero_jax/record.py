@@ -12,6 +12,7 @@ from rich.table import Table
 from segzero_jax import jsonl
 from segzero_jax.answers import thinking
 from segzero_jax.config import Config
+from segzero_jax.dynamic_sampling import Draw, Learnt
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.grpo import UPDATE_METRICS, advantages
 from segzero_jax.rewards import component_names
@@ -21,12 +22,13 @@ from segzero_jax.types import Example, Frame, Rollout
 from segzero_jax.watch import ALARMS
 
 _ENDS = 10
+_BATCHES, _GROUPS = "dynamic_sampling/batches", "dynamic_sampling/groups"
 # So many prompts of a step are kept with picture and masks.
 DRAWN_PROMPTS = 1
 
 
 class Step(NamedTuple):
-    """One step's prompts, responses and scores, on the host.
+    """One step's prompts, responses and scores, on the host; of all batches that were sampled for it.
 
     Attributes:
       step: its number, from 1.
@@ -34,7 +36,7 @@ class Step(NamedTuple):
       texts: responses, ``[b][g]``.
       rollout: their tokens, as numpy arrays.
       scored: their rewards.
-      advantages_bg: what the update learnt from.
+      advantages_bg: what the update learnt from; 0 for what it did not.
     """
 
     step: int
@@ -43,6 +45,25 @@ class Step(NamedTuple):
     rollout: Rollout
     scored: Scored
     advantages_bg: np.ndarray
+
+
+def step_of(step: int, draws: Sequence[Draw], learnt: Learnt) -> Step:
+    """What a step has made."""
+    masks = [draw.scored.masks for draw in draws]
+    scored = Scored(
+        np.concatenate([draw.scored.rewards_bg for draw in draws]),
+        [group for draw in draws for group in draw.scored.components],
+        None if masks[0] is None else [group for part in masks for group in part or ()],
+    )
+    advantages_bg = np.concatenate([draw.advantages_bg for draw in draws])
+    return Step(
+        step,
+        [example for draw in draws for example in draw.examples],
+        [group for draw in draws for group in draw.texts],
+        Rollout(*map(np.concatenate, zip(*(draw.rollout for draw in draws), strict=True))),
+        scored,
+        np.where(learnt.used[:, None], advantages_bg, 0.0),
+    )
 
 
 def step_metrics(made: Step) -> dict[str, float | int | None]:
@@ -68,6 +89,11 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
     return metrics
 
 
+def sampling_metrics(draws: Sequence[Draw], learnt: Learnt) -> dict[str, int]:
+    """What dynamic sampling did for a step."""
+    return {_BATCHES: len(draws), _GROUPS: int(learnt.used.sum())}
+
+
 def metric_keys(config: Config) -> list[str]:
     """The keys that every line of ``metrics.jsonl`` has, the step's number and times beside the steps apart."""
     scored = config.reward.server != "none"
@@ -79,6 +105,7 @@ def metric_keys(config: Config) -> list[str]:
         *("reward/mean", "reward/std", *(f"reward/{name}" for name in components), "reward/zero_std_groups"),
         *("missing_scores", *(("mask_iou/mean",) if scored else ())),
         *("response_length/mean", "response_length/min", "response_length/max", "empty_thinking", "finished"),
+        *((_BATCHES, _GROUPS) if config.rollout.max_batches > 1 else ()),
         *(*learnt, "lr", "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
     ]
 

@@ -1,4 +1,4 @@
-"""The main job: ``python -m segzero_jax.train --mesh=4x4``. ``train`` reads as the algorithm.
+"""The main job: ``python -m segzero_jax.train --mesh=4x4``. ``draw`` and ``train`` read as the algorithm.
 
 For every batch of prompts: sample G responses each, send their prompts to SAM 2, run the reference policy while SAM 2
 works, turn rewards into advantages relative to the group, learn from them.
@@ -22,6 +22,7 @@ from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, checksums, open_split, split_name, training_batches
+from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
@@ -39,10 +40,11 @@ from segzero_jax.profiling import Profiler, parse_steps
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.record import (
     DRAWN_PROMPTS,
-    Step,
     print_summary,
     rollout_rows,
+    sampling_metrics,
     step_metrics,
+    step_of,
     unscored_groups,
     update_metrics,
 )
@@ -80,6 +82,8 @@ USER_ERRORS = (
     RewardServerError,
 )
 _TRAIN_KEY = 0
+# Of a step's further batches; what is below is for tokens.
+_DRAW_KEY = 2**31
 
 # (step, weights in rollout layout)
 Evaluation = Callable[[int, Policy], None]
@@ -91,6 +95,66 @@ def _crop(rollout: Rollout, longest: int) -> Rollout:
     multiple = padding_multiple(limit)
     length = min(limit, -(-longest // multiple) * multiple)
     return rollout._replace(tokens_bgr=rollout.tokens_bgr[..., :length], logps_bgr=rollout.logps_bgr[..., :length])
+
+
+def draw(
+    job: Job,
+    state: TrainState,
+    reference: Policy | None,
+    batches: Batches[tuple[list[Example], PromptBatch]],
+    scorer: Scorer,
+    keeper: Keeper,
+    writer: MetricsWriter,
+    preemption: Preemption,
+    watch: Watch,
+    step: int,
+    before: int,
+) -> tuple[Draw, Groups]:
+    """The next batch, sampled and scored; the reference policy runs while SAM 2 works.
+
+    Args:
+      before: batches that were drawn for this step before.
+    """
+    config = job.config
+    with watch.phase("data"):
+        mine, encoded = next(batches)
+        prompts = job.join(encoded)
+        examples = job.share(mine)
+    with watch.phase("rollout"):
+        if config.model.freeze_vision:
+            # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
+            prompts = embed_images(state.policy, prompts, setup=job.train_pass)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
+        if before:
+            key = jax.random.fold_in(key, _DRAW_KEY + before)
+        # The copy in rollout layout lives no longer than the call.
+        rollout = sample(job.to_rollout(state.policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
+        said = job.fetch(rollout)
+        texts = job.texts(said)
+    preemption.check()
+    pending = scorer.send(examples, texts, masks=0 if before else DRAWN_PROMPTS, rows=job.rows.own)
+    with watch.phase("reference"):
+        rollout = _crop(rollout, int(said.length_bg.max()))
+        setup = job.train_pass._replace(remat=False)
+        logps_of = partial(policy_logps, prompts=prompts, tokens_bgr=rollout.tokens_bgr, setup=setup, settings=job.loss)
+        ref_logps = None if reference is None else logps_of(reference)
+        # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
+        old_logps = None if config.updates_per_rollout == 1 else logps_of(state.policy)
+        jax.block_until_ready((ref_logps, old_logps))
+    with (
+        watch.phase("reward_wait"),
+        Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
+    ):
+        scored = pending.result(patience, drop=config.reward.missing == "drop")
+    preemption.check()
+    unscored = unscored_groups(scored)
+    if unscored:
+        writer.message(f"step {step}: {unscored}")
+    keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
+    advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
+    groups = Groups(prompts, rollout, ref_logps, old_logps)
+    tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
+    return Draw(examples, texts, said, scored, advantages_bg, keep_bg, tokens), groups
 
 
 def train(
@@ -111,48 +175,23 @@ def train(
     for step in range(first_step, config.train.steps + 1):
         preemption.check()
         watch.begin(step)
-        with watch.phase("data"):
-            mine, encoded = next(batches)
-            prompts = job.join(encoded)
-            examples = job.share(mine)
-        with watch.phase("rollout"):
-            if config.model.freeze_vision:
-                # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
-                prompts = embed_images(state.policy, prompts, setup=job.train_pass)
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
-            # The copy in rollout layout lives no longer than the call.
-            rollout = sample(job.to_rollout(state.policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
-            said = job.fetch(rollout)
-            texts = job.texts(said)
-        preemption.check()
-        pending = scorer.send(examples, texts, masks=DRAWN_PROMPTS, rows=job.rows.own)
-        with watch.phase("reference"):
-            rollout = _crop(rollout, int(said.length_bg.max()))
-            setup = job.train_pass._replace(remat=False)
-            logps_of = partial(
-                policy_logps, prompts=prompts, tokens_bgr=rollout.tokens_bgr, setup=setup, settings=job.loss
+        draws: list[Draw] = []
+        drawn: list[Groups] = []
+        while not draws or (len(draws) < config.rollout.max_batches and not enough(draws)):
+            scores, groups = draw(
+                job, state, reference, batches, scorer, keeper, writer, preemption, watch, step, len(draws)
             )
-            ref_logps = None if reference is None else logps_of(reference)
-            # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
-            old_logps = None if config.updates_per_rollout == 1 else logps_of(state.policy)
-            jax.block_until_ready((ref_logps, old_logps))
-        with (
-            watch.phase("reward_wait"),
-            Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
-        ):
-            scored = pending.result(patience, drop=config.reward.missing == "drop")
-        preemption.check()
-        unscored = unscored_groups(scored)
-        if unscored:
-            writer.message(f"step {step}: {unscored}")
+            draws.append(scores)
+            drawn.append(groups)
         with watch.phase("update"):
-            keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
-            advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
-            learnt, kept = job.place((advantages_bg, keep_bg), range(config.train.batch_size))
+            learnt = whole(draws[0]) if config.rollout.max_batches == 1 else choose(draws)
+            prompts, rollout, ref_logps, old_logps = take(drawn, learnt.rows_b, job.processor.pad_id)
+            drawn.clear()
+            advantages_bg, keep_bg = job.place((learnt.advantages_bg, learnt.keep_bg), range(config.train.batch_size))
             state, losses = learn(
                 state,
-                UpdateBatch(prompts, rollout, learnt, kept, ref_logps, old_logps),
-                keep_bg,
+                UpdateBatch(prompts, rollout, advantages_bg, keep_bg, ref_logps, old_logps),
+                learnt.keep_bg,
                 optimizer=job.optimizer,
                 setup=job.train_pass,
                 settings=job.loss,
@@ -160,13 +199,17 @@ def train(
                 micro_batches=config.train.micro_batches,
             )
             losses = jax.device_get(losses)
-        if not losses and np.isfinite(scored.rewards_bg).any():
-            writer.message(f"step {step}: nothing is learnt from this step, all scored responses were cut off")
-        made = Step(step, examples, texts, said, scored, advantages_bg)
+        made = step_of(step, draws, learnt)
+        if not losses and np.isfinite(made.scored.rewards_bg).any():
+            kept = any(scores.keep_bg.any() for scores in draws)
+            why = "no group has any spread of rewards" if kept else "all scored responses were cut off"
+            writer.message(f"step {step}: nothing is learnt from this step, {why}")
         # Of the step's last update.
         lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
         numbers = {**step_metrics(made), **update_metrics(losses), "lr": lr, "checkpoint/failed": keeper.failed}
-        tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
+        if config.rollout.max_batches > 1:
+            numbers |= sampling_metrics(draws, learnt)
+        tokens = sum(scores.tokens for scores in draws)
         writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
         watch.check(step, numbers)

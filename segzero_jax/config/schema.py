@@ -91,6 +91,8 @@ class RolloutConfig:
       top_k: sample from so many tokens; 0 is all.
       max_prompt_tokens: a longer prompt is refused, never cut.
       max_response_tokens: responses end here at the latest.
+      max_batches: batches sampled for a step at most: groups whose rewards are all alike teach nothing and make way for
+        groups of the next one (DAPO's dynamic sampling); 1 learns from the batch as it is.
     """
 
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -99,6 +101,7 @@ class RolloutConfig:
     top_k: Count = 0
     max_prompt_tokens: Positive = 64
     max_response_tokens: Positive = 64
+    max_batches: Positive = 1
 
 
 @dataclass(frozen=True, config=_STRICT)

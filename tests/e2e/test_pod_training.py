@@ -21,7 +21,7 @@ HOSTS, STEPS, CALLS = 4, 3, 4
 pytestmark = pytest.mark.timeout(1800)  # Sixteen devices on two cores, up to four processes that compile.
 OPTIONS = ["--mesh=4x4", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4", "--rollout.max_response_tokens=48"]
-OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
+OPTIONS += ["--rollout.max_batches=2", "--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,11 @@ def test_four_hosts_train_as_one(
     # What was said, and what it was worth, is the same to the letter and in the same order.
     assert rollouts == expected_rollouts
     assert evaluations == expected_evaluations
-    # No call is made twice: one a question of the two evaluations, one a prompt of each step.
+    # No call is made twice: one a question of the two evaluations, one a prompt of each batch that was sampled.
     calls = [request.request_id for request in fake.seen]
-    assert len(calls) == (2 + STEPS) * CALLS
+    batches = [row["dynamic_sampling/batches"] for row in metrics]
+    assert len(calls) == (2 + sum(batches)) * CALLS
+    assert max(batches) > 1
     assert [said(run, host) for host in range(HOSTS)] == [[]] * HOSTS
 
 

@@ -136,6 +136,46 @@ def test_what_a_step_learns_from(tmp_path: Path, data_dir: str, monkeypatch: pyt
 
 
 @pytest.mark.slow
+def test_a_step_samples_until_all_its_groups_teach_something(
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch is of other questions and draws other noise; a run that goes on samples what it would have."""
+    seen = []
+
+    def watched(state: TrainState, batch: UpdateBatch, keep_bg: np.ndarray, **how: Any) -> Any:
+        run = {"setup": how["setup"], "settings": how["settings"]}
+        old = policy_logps(state.policy, batch.prompts, batch.rollout.tokens_bgr, **run)
+        mask = np.arange(old.shape[2]) < np.array(batch.rollout.length_bg)[..., None]
+        gap = np.abs(np.where(mask, np.array(old) - np.array(batch.rollout.logps_bgr), 0)).max()
+        seen.append((np.array(batch.advantages_bg), keep_bg, gap))
+        return learn(state, batch, keep_bg, **how)
+
+    monkeypatch.setattr(train, "learn", watched)
+    arguments = [*SMALL, f"--data.dir={data_dir}", "--reward.server=none", "--rollout.max_batches=3"]
+    arguments += ["--train.checkpoint_every=2", "--rollout.max_response_tokens=47"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main([*arguments, "--train.steps=4", f"--run.dir={whole}"]) == 0
+    rows = lines(whole / "metrics.jsonl")
+    assert [keys(row) for row in rows] == [set(metric_keys(configs.load(whole / "config.yaml")))] * 4
+    for row, (advantages_bg, keep_bg, gap) in zip(rows, seen, strict=True):
+        rollouts = lines(whole / f"rollouts/{row['step']}.jsonl")
+        batches = row["dynamic_sampling/batches"]
+        assert len(rollouts) == batches * 4 * 2
+        teaching = (advantages_bg != 0).any(axis=1)
+        assert teaching.sum() == row["dynamic_sampling/groups"] == (~(keep_bg == 0).all(axis=1)).sum()
+        assert teaching.all() or batches == 3
+        assert np.count_nonzero([one["advantage"] for one in rollouts]) == np.count_nonzero(advantages_bg)
+        assert gap < 1e-4, "each group has its own prompt and its own answers"
+        assert row["reward/mean"] == pytest.approx(np.mean([one["reward"] for one in rollouts])), "of all, not of these"
+        assert len({one["id"] for one in rollouts}) == batches * 4
+    assert max(row["dynamic_sampling/batches"] for row in rows) > 1
+    assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}"]) == 0
+    assert train.main([*arguments, "--train.steps=4", f"--run.dir={parts}", "--resume"]) == 0
+    for step in range(1, 5):
+        assert lines(parts / f"rollouts/{step}.jsonl") == lines(whole / f"rollouts/{step}.jsonl")
+
+
+@pytest.mark.slow
 def test_a_reward_of_one_s_own_is_learnt_from_and_its_changes_are_told(
     tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

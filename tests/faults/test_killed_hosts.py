@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.longest, pytest.mark.timeout(3600)]
 HOSTS, STEPS, LOST = 2, 10, 4
 OPTIONS = ["--mesh=2x1x1", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--rollout.group_size=2", "--rollout.max_response_tokens=48", "--train.checkpoint_every=2"]
+OPTIONS += ["--rollout.max_batches=2"]
 OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]", "--model.freeze_vision=true"]
 
 # Two chains of ten kills, and whom they hit: each start goes on where the one before was cut off. The first host alone

@@ -1,0 +1,150 @@
+"""Dynamic sampling: groups that teach nothing make way for others that were sampled after them.
+
+Where all responses of a group earn the same, their advantages are zero. DAPO (arXiv 2503.14476, section 3.2) samples on
+until a batch holds groups with a spread alone; surplus groups of the last batch are dropped.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segzero_jax.scoring import Scored
+from segzero_jax.types import Array, Example, PromptBatch, Rollout
+
+
+class Groups(NamedTuple):
+    """The groups of a batch on the mesh (a pytree; every array begins with ``b``).
+
+    Attributes:
+      prompts, rollout: what was asked and answered.
+      ref_logps_bgr: float32, under the reference policy; None without one.
+      old_logps_bgr: float32, under the policy that sampled; None where that is the one that learns.
+    """
+
+    prompts: PromptBatch
+    rollout: Rollout
+    ref_logps_bgr: Array | None
+    old_logps_bgr: Array | None
+
+
+class Draw(NamedTuple):
+    """A batch as it was sampled and scored, on the host.
+
+    Attributes:
+      examples: ``b`` prompts.
+      texts: responses, ``[b][g]``.
+      rollout: their tokens, as long as responses may be.
+      scored: their rewards.
+      advantages_bg: float32.
+      keep_bg: bool, False for a response that is no part of the loss; its advantage is 0.
+      tokens: of prompts and responses.
+    """
+
+    examples: Sequence[Example]
+    texts: list[list[str]]
+    rollout: Rollout
+    scored: Scored
+    advantages_bg: np.ndarray
+    keep_bg: np.ndarray
+    tokens: int
+
+
+class Learnt(NamedTuple):
+    """What a step learns from.
+
+    Attributes:
+      rows_b: int32, its groups by number, counted through all batches that were drawn.
+      advantages_bg, keep_bg: theirs, as those of a Draw.
+      used: bool, for every group that was drawn whether it is among them.
+    """
+
+    rows_b: np.ndarray
+    advantages_bg: np.ndarray
+    keep_bg: np.ndarray
+    used: np.ndarray
+
+
+def enough(draws: Sequence[Draw]) -> bool:
+    """Whether as many groups teach something as a batch has."""
+    return sum(int(_teaches(draw).sum()) for draw in draws) >= len(draws[0].examples)
+
+
+def whole(draw: Draw) -> Learnt:
+    """All groups of a batch, those that teach nothing too: they count in the loss's mean, its KL and its entropy."""
+    size = len(draw.examples)
+    return Learnt(np.arange(size, dtype=np.int32), draw.advantages_bg, draw.keep_bg, np.ones(size, bool))
+
+
+def choose(draws: Sequence[Draw]) -> Learnt:
+    """As many groups as a batch has, of those that teach something the ones that were sampled first.
+
+    Such a group keeps its row of the first batch; into the rows of the others go those of later batches, in order.
+    Where these are too few, what is left is no part of the loss.
+    """
+    rows_b, taught_b = _chosen_rows(np.stack([_teaches(draw) for draw in draws]))
+    used = np.zeros(len(draws) * len(rows_b), bool)
+    used[rows_b[taught_b]] = True
+    advantages_bg = np.concatenate([draw.advantages_bg for draw in draws])[rows_b]
+    keep_bg = np.concatenate([draw.keep_bg for draw in draws])[rows_b]
+    return Learnt(rows_b, advantages_bg, keep_bg & taught_b[:, None], used)
+
+
+def _teaches(draw: Draw) -> np.ndarray:
+    return (draw.advantages_bg != 0).any(axis=1)
+
+
+def _chosen_rows(teaches_kb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of a batch the number of its group, counted through ``k`` batches, and whether that one teaches."""
+    size = teaches_kb.shape[1]
+    rows_b, taught_b = np.arange(size, dtype=np.int32), teaches_kb[0].copy()
+    others = size + np.flatnonzero(teaches_kb[1:])
+    free = np.flatnonzero(~taught_b)[: len(others)]
+    rows_b[free], taught_b[free] = others[: len(free)], True
+    return rows_b, taught_b
+
+
+def take(batches: Sequence[Groups], rows_b: np.ndarray, pad_id: int) -> Groups:
+    """Some groups of several batches as one batch on the mesh; of a single batch all of them.
+
+    Args:
+      batches: all of one size; prompts and responses may be padded to different lengths.
+      rows_b: int32, numbers of groups, counted through all batches.
+      pad_id: token that prompts and responses are padded with.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    p = max(batch.prompts.tokens_bp.shape[1] for batch in batches)
+    r = max(batch.rollout.tokens_bgr.shape[2] for batch in batches)
+    # Lengthened one by one: a program for each combination of lengths would be many.
+    return _take(tuple(_lengthened(batch, p, r, pad_id) for batch in batches), rows_b)
+
+
+def _lengthened(groups: Groups, p: int, r: int, pad_id: int) -> Groups:
+    def last(x: Array, length: int, value: int = 0) -> Array:
+        more = length - x.shape[-1]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=value) if more else x
+
+    prompts, rollout = groups.prompts, groups.rollout
+    return Groups(
+        prompts._replace(
+            tokens_bp=last(prompts.tokens_bp, p, pad_id),
+            positions_b3p=last(prompts.positions_b3p, p),
+            image_index_bp=last(prompts.image_index_bp, p, -1),
+        ),
+        rollout._replace(tokens_bgr=last(rollout.tokens_bgr, r, pad_id), logps_bgr=last(rollout.logps_bgr, r)),
+        None if groups.ref_logps_bgr is None else last(groups.ref_logps_bgr, r),
+        None if groups.old_logps_bgr is None else last(groups.old_logps_bgr, r),
+    )
+
+
+@jax.jit
+def _take(batches: tuple[Groups, ...], rows_b: Array) -> Groups:
+    def pick(*parts: jax.Array) -> jax.Array:
+        # Stacked: the axis that is divided over the mesh stays that of a batch.
+        return jnp.stack(parts).at[batch_b, row_b].get(out_sharding=jax.typeof(parts[0]).sharding.spec)
+
+    batch_b, row_b = jnp.divmod(jnp.asarray(rows_b), len(rows_b))
+    return jax.tree.map(pick, *batches)
