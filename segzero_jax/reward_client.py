@@ -8,6 +8,7 @@ again.
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -46,6 +47,8 @@ _PROBE_S = 5.0
 _INFO_S = 15.0
 # How often a wait without answers looks around, and the least pause before a call is sent again.
 _TICK_S = 1.0
+# A server that failed at one group so often, while the service answered others, will fail at it again.
+_STRIKES = 5
 _PLAIN = Access()
 
 
@@ -90,7 +93,8 @@ class PendingScores:
     def result(self, patience: Listener | None = None, drop: bool = False) -> list[list[CandidateScore]]:
         """Waits for all answers: per group, in order, one score per candidate.
 
-        A group that the server refuses (a damaged image, a mask of another size) has its reason in every score.
+        A group that the server refuses (a damaged image, a mask of another size) has its reason in every score; so has
+        one at which it fails time and again, with patience, while it answers others.
 
         Args:
           patience: what the service did not answer is asked again, for as long as this does not raise; without it a
@@ -105,6 +109,7 @@ class PendingScores:
         """
         failed: set[int] = set()  # To be sent again.
         reasons: dict[int, str] = {}  # Why the groups failed last that are still asked for.
+        strikes: Counter[int] = Counter()
         heard = False
         try:
             while len(self._answers) < len(self._requests):
@@ -124,8 +129,12 @@ class PendingScores:
                 except RewardServiceAway as error:
                     if patience is None or self._client._is_lost(self._calls[i]):
                         raise
-                    failed.add(i)
                     reasons[i] = str(error)
+                    strikes[i] += self._calls[i].code() == grpc.StatusCode.INTERNAL
+                    if heard and strikes[i] >= _STRIKES:
+                        self._answers[i] = refusal(self._requests[i], reasons.pop(i))
+                    else:
+                        failed.add(i)
                 else:
                     reasons.pop(i, None)
                     heard = True

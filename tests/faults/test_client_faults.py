@@ -16,6 +16,7 @@ import pytest
 from fake_reward_server import Fake, free_port, serving
 
 from reward_server import reward_pb2
+from segzero_jax import reward_client
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import PendingScores, RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
@@ -138,6 +139,38 @@ def test_without_end_the_wait_ends_when_patience_does() -> None:
             pending.result(Waiter(limit_s=1))
         assert str(error.value).startswith(f"gave up: reward server {address}: unreachable")
         assert pending.done(), "nothing is left on its way"
+
+
+def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another is answered meanwhile; one that it fails at now and then is asked again."""
+    monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
+    fake, failures = Fake(), {"group-1": 100, "group-2": 3}
+
+    def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+        if failures.get(request.request_id, 0) > 0:
+            failures[request.request_id] -= 1
+            context.abort(grpc.StatusCode.INTERNAL, "the server failed: its log says how")
+
+    fake.before = fail
+    asked = groups(3)
+    with serving(fake) as address, RewardClient(address, 10) as client:
+        scores = client.score(asked).result(Waiter())
+    expected = healthy_scores(asked)
+    assert (scores[0], scores[2]) == (expected[0], expected[2])
+    for score in scores[1]:
+        assert score.iou is None
+        assert "INTERNAL: the server failed" in score.error
+    assert failures == {"group-1": 95, "group-2": 0}
+
+
+def test_a_server_that_fails_at_all_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
+    fake = Fake()
+    fake.before = lambda request, context: context.abort(grpc.StatusCode.INTERNAL, "out of order")
+    with serving(fake) as address, RewardClient(address, 10) as client, pytest.raises(RewardServiceAway) as error:
+        client.score(groups(2)).result(Waiter(limit_s=1))
+    assert "INTERNAL: out of order" in str(error.value)
+    assert len(fake.seen) > 10
 
 
 def test_drop_leaves_out_what_was_not_answered_in_time() -> None:
