@@ -34,7 +34,7 @@ from segzero_jax.checkpoint import checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_same
-from segzero_jax.data.pipeline import DataError, checksums, open_split, split_name
+from segzero_jax.data.pipeline import DataError, open_splits, questions
 from segzero_jax.grpo import initial_state, make_optimizer
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.local_path import is_url
@@ -192,11 +192,10 @@ def _missing_bytes(path: str) -> int:
 
 def check_data(config: Config, pod: Pod) -> str:
     """The data set's splits are built here, from the same source as elsewhere, and training takes their questions."""
-    name, problem, found = config.data.name, "", {}
+    problem, found = "", {}
     try:
-        wanted = [(name, "train"), *(split_name(split, name) for split in config.data.eval_splits)]
-        splits = [open_split(*split, config.data.dir) for split in wanted]
-        found = checksums(splits)
+        splits = open_splits(config.data.name, config.data.eval_splits, config.data.dir)
+        found = splits.checksums()
         check_splits(splits, config, load_processor(config, f"model.path={config.model.path}"))
     except (DataError, PromptTooLong, ConfigError, OSError) as error:
         problem = str(error)
@@ -208,7 +207,8 @@ def check_data(config: Config, pod: Pod) -> str:
         problem = problem or str(error)
     if problem:
         raise CheckFailed(problem)
-    return f"{name}: {len(splits[0])} questions to train on, {len(splits) - 1} splits to evaluate"
+    told = f"{len(questions(splits))} questions to train on, {len(splits.held_out)} splits to evaluate"
+    return f"{config.data.name}: {told}"
 
 
 def check_checkpoints(config: Config, pod: Pod) -> str:

@@ -3,7 +3,6 @@
 The processor alone is needed for it, no weights.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,24 @@ import numpy as np
 from segzero_jax import rewards
 from segzero_jax.config import Config
 from segzero_jax.data.checks import check_held_out, check_prompts, counted_once
-from segzero_jax.data.pipeline import DataError, Source
+from segzero_jax.data.pipeline import DataError, Source, Splits
 from segzero_jax.processor import Processor
 
 _NAMED = 5
 
 
-def check_splits(splits: Sequence[Source], config: Config, processor: Processor) -> None:
-    """A look at all questions: of the split to train on, and behind it those that are evaluated.
+def check_splits(splits: Splits, config: Config, processor: Processor) -> None:
+    """A look at all questions of a run.
 
     Raises:
       PromptTooLong: some do not fit into ``max_prompt_tokens``.
       DataError: the recipe cannot compare with some targets, or some pictures to train on are held out.
     """
-    for split in splits:
+    for split in (*splits.train, *splits.held_out):
         check_prompts(split, processor, config.data.dir)
-    check_targets(splits[0], config.reward.recipe, config.data.dir)
-    check_held_out(splits[0], splits[1:])
+    for split in splits.train:
+        check_targets(split, config.reward.recipe, config.data.dir)
+        check_held_out(split, splits.held_out)
 
 
 def check_targets(source: Source, recipe: str, data_dir: str | Path) -> None:

@@ -21,7 +21,7 @@ from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, ch
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_same
-from segzero_jax.data.pipeline import Batches, DataError, Source, checksums, open_split, split_name, training_batches
+from segzero_jax.data.pipeline import Batches, DataError, Source, Splits, open_splits, questions, training_batches
 from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.identity import Identity, fingerprint
@@ -223,11 +223,10 @@ def train(
     return state
 
 
-def open_splits(config: Config, pod: Pod) -> list[Source]:
-    """The questions to train on, and behind them the splits that are evaluated. Raises DataError as ``check_same``."""
-    names = [(config.data.name, "train"), *(split_name(name, config.data.name) for name in config.data.eval_splits)]
-    splits = [open_split(*name, config.data.dir) for name in names]
-    check_same(checksums(splits), pod)
+def open_questions(config: Config, pod: Pod) -> Splits:
+    """What the run asks, the same on all hosts. Raises DataError as ``open_split`` and ``check_same``."""
+    splits = open_splits(config.data.name, config.data.eval_splits, config.data.dir)
+    check_same(splits.checksums(), pod)
     return splits
 
 
@@ -314,13 +313,13 @@ def _continue(
     profiled = range(0) if profile is None else parse_steps(profile, first_step, config.train.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        splits = open_splits(config, pod)
+        splits = open_questions(config, pod)
         check_same_files(sources(functions), pod)
         job, state, reference = prepare(config, mesh, pod, partial(check_splits, splits, config))
         batches = stack.enter_context(
             contextlib.closing(
                 training_batches(
-                    splits[0],
+                    questions(splits),
                     config.train.batch_size,
                     config.seed,
                     job.rows.held,
@@ -336,7 +335,7 @@ def _continue(
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
         start, sam2 = fingerprint(state.policy, job.train_pass.dtype), client.checkpoint_sha256 if client else None
-        identity = Identity(start, sam2, checksums(splits), sources(functions))
+        identity = Identity(start, sam2, splits.checksums(), sources(functions))
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
         best = partial(score, config, run_dir)
@@ -359,7 +358,7 @@ def _continue(
         keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod, functions)
-        evaluate = make_evaluation(job, splits[1:], scorer, keeper, writer, preemption, timer)
+        evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
         preemption.begin(writer.message)

@@ -14,7 +14,7 @@ from segzero_jax.data import build
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same
 from segzero_jax.data.pipeline import DataError, Source, open_split
 from segzero_jax.processor import Processor, PromptTooLong
-from segzero_jax.train import open_splits
+from segzero_jax.train import open_questions
 
 TEXTS = ["mug", "the <|image_pad|> that looks most like a café", "A Thing. " * 20, "…", "<|im_end|> 漢字", "left" * 50]
 
@@ -145,8 +145,8 @@ def test_a_pod_whose_hosts_have_built_different_sets_does_not_train(built: Path,
         configs.replace(Config(), **{"data.name": "r", "data.dir": str(place), "data.eval_splits": []})
         for place in (built, tmp_path)
     ]
-    for end in on_hosts(2, lambda pod: open_splits(given[pod.index], pod)):
+    for end in on_hosts(2, lambda pod: open_questions(given[pod.index], pod)):
         with pytest.raises(DataError, match=r"^r/train: checksum \w{12} on host 0 \(w-0\), \w{12} on host 1 \(w-1\); "):
             end.result()
-    for end in on_hosts(2, lambda pod: open_splits(given[0], pod)):
-        assert [split.name for split in end.result()] == ["r/train"]
+    for end in on_hosts(2, lambda pod: open_questions(given[0], pod)):
+        assert [split.name for split in end.result().train] == ["r/train"]

@@ -1,12 +1,14 @@
 """Batches: every example once an epoch, the same order for the same seed, an exact resume, any number of processes."""
 
 import json
+import pickle
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import question_sources as sources
 from segzero_jax.config import Config
 from segzero_jax.data import build
 from segzero_jax.data.hub_sets import build_command
-from segzero_jax.data.pipeline import Batches, DataError, open_split, training_batches
+from segzero_jax.data.pipeline import Batches, DataError, open_split, open_splits, questions, training_batches
 from segzero_jax.processor import ImageError
 from segzero_jax.types import Example, Frame
 
@@ -54,6 +56,30 @@ def test_a_set_that_is_not_built_is_told_with_the_command_that_builds_it(
         f"data set {name!r}: not in {tmp_path}, expected toy; "
         f"python -m segzero_jax.data.{command.replace('FOLDER', str(tmp_path))} makes one"
     )
+
+
+def test_several_sets_are_one_and_keep_their_names(tmp_path: Path) -> None:
+    """ "val" is of the first; one that is named twice counts twice."""
+    for name, source in {
+        "mugs": sources.lines(tmp_path / "mugs-source"),
+        "r": sources.solution_parquet(tmp_path / "r-source"),
+    }.items():
+        assert build.main([name, f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
+    splits = open_splits("mugs, r,mugs", ["val", "r/train"], tmp_path)
+    assert [split.name for split in splits.train] == ["mugs/train", "r/train", "mugs/train"]
+    assert [split.name for split in splits.held_out] == ["mugs/val", "r/train"]
+    assert splits.checksums().keys() == {"mugs/train", "r/train", "mugs/val"}
+    mixed = pickle.loads(pickle.dumps(questions(splits)))
+    mugs, r = splits.train[:2]
+    assert len(mixed) == 2 * len(mugs) + len(r)
+    expected = [replace(one, id=f"mugs/{one.id}") for one in mugs], [replace(one, id=f"r/{one.id}") for one in r]
+    assert list(mixed) == [*expected[0], *expected[1], *expected[0]]
+    for outside in (-1, len(mixed)):
+        with pytest.raises(IndexError, match="mugs/train and r/train and mugs/train: example"):
+            mixed[outside]
+    with closing(training_batches(mixed, len(mixed), seed=1)) as batches:
+        assert Counter(one.id for one in next(batches)) == Counter(one.id for one in mixed)
+    assert questions(open_splits("r", [], tmp_path)).checksum == r.checksum, "one set is itself"
 
 
 def test_the_folder_that_a_build_takes_by_itself_is_not_in_its_command() -> None:

@@ -16,11 +16,11 @@ from segzero_jax.answers import read_solution
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.config.schema import check_answer_form
 from segzero_jax.data import build
-from segzero_jax.data.pipeline import DataError, Source, open_split
-from segzero_jax.pods import ALONE
+from segzero_jax.data.pipeline import DataError, Source, open_split, open_splits, questions
 from segzero_jax.processor import Processor
 from segzero_jax.prompt import WORDINGS
 from segzero_jax.recipe_check import check_splits, check_targets
+from segzero_jax.types import Example
 
 ROOT = Path(__file__).parents[1]
 MASKS = [["one"], [], ["one"], ["left", "right"], ["one"], ["one", "left", "right"], ["right"]]
@@ -109,17 +109,20 @@ def test_training_refuses_what_its_recipe_cannot_compare_with(tmp_path: Path) ->
     split(tmp_path, "single", [["left"]], first=3)
     processor = Processor.load("toy", 56, "toy", 1000)
 
-    def opened(**changes: Any) -> Source:
+    def opened(**changes: Any) -> Sequence[Example]:
         config = configs.replace(Config(), **{"data.dir": str(tmp_path), "data.eval_splits": [], **changes})
-        splits = train.open_splits(config, ALONE)
+        splits = open_splits(config.data.name, config.data.eval_splits, config.data.dir)
         check_splits(splits, config, processor)
-        return splits[0]
+        return questions(splits)
 
     strict = {"reward.recipe": "seg_zero_strict"}
     assert len(opened(**{"data.name": "own"})) == len(MASKS)
     with pytest.raises(DataError, match="q1 with 0"):
         opened(**{"data.name": "own", **strict})
     assert len(opened(**{"data.name": "single", "data.eval_splits": ["own/train"], **strict})) == 1
+    assert len(opened(**{"data.name": "single,own"})) == 1 + len(MASKS)
+    with pytest.raises(DataError, match=r"own/train: .*q1 with 0"):
+        opened(**{"data.name": "single,own", **strict})
 
 
 def test_questions_are_looked_at_before_weights_are_read(

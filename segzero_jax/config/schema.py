@@ -63,13 +63,15 @@ class DataConfig:
     """What is asked.
 
     Attributes:
-      name: "toy", or a data set that ``python -m segzero_jax.data.build`` has made.
+      name: "toy", or a data set that ``python -m segzero_jax.data.build`` has made; several with commas between them
+        are shuffled together, one that is named twice counts twice.
       dir: where built data sets are kept.
       image_size: pictures are squashed to this many pixels squared; answers are in this frame.
       prompt: the wording of the question, "toy", "seg_zero", "vision_reasoner", or one's own, with "{question}" in its
         text. ``reward.recipe`` has to score the form of answer that it asks for.
       workers: processes on each host that prepare batches ahead; 0 prepares them in threads of the trainer.
-      eval_splits: held-out splits that are evaluated: "val" of the same data set, "ReasonSeg/val" of another.
+      eval_splits: held-out splits that are evaluated: "val" of the same data set, of several the first, "ReasonSeg/val"
+        of another.
     """
 
     name: Text = "toy"

@@ -1,13 +1,16 @@
 """From stored data sets to batches of examples: random access, a seeded shuffle, an exactly resumable position."""
 
+import bisect
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -117,15 +120,61 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     )
 
 
-def checksums(splits: Iterable[Source]) -> dict[str, str]:
-    """Of each split, by its name."""
-    return {split.name: split.checksum for split in splits}
+class Splits(NamedTuple):
+    """What a run asks.
+
+    Attributes:
+      train: the splits that it learns from.
+      held_out: those that it is evaluated on, in the order of ``data.eval_splits``.
+    """
+
+    train: list[Source]
+    held_out: list[Source]
+
+    def checksums(self) -> dict[str, str]:
+        """Of each split, by its name."""
+        return {split.name: split.checksum for split in (*self.train, *self.held_out)}
 
 
-def split_name(text: str, data_set: str) -> tuple[str, str]:
-    """Data set and split of ``eval_splits``: "val" is a split of the run's own data set, "ReasonSeg/val" of another."""
-    name, _, split = text.rpartition("/")
-    return name or data_set, split
+def open_splits(name: str, eval_splits: Iterable[str], data_dir: str | Path) -> Splits:
+    """Opens what a run asks, as ``open_split``.
+
+    Args:
+      name: a data set, or several with commas between them.
+      eval_splits: "val" is a split of the run's own data set, of several the first, "ReasonSeg/val" of another.
+      data_dir: where built data sets are kept.
+    """
+    own = [one.strip() for one in name.split(",")]
+    held_out = []
+    for text in eval_splits:
+        other, _, split = text.rpartition("/")
+        held_out.append(open_split(other or own[0], split, data_dir))
+    return Splits([open_split(one, "train", data_dir) for one in own], held_out)
+
+
+class Mixture(Sequence[Example]):
+    """The examples of several splits as one. Ids of two data sets may be equal, so each begins with its set's name."""
+
+    def __init__(self, splits: Sequence[Source]) -> None:
+        self.name = " and ".join(split.name for split in splits)
+        self._splits = splits
+        self._ends = list(itertools.accumulate(map(len, splits)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index}, expected 0 to {len(self) - 1}")
+        number = bisect.bisect_right(self._ends, index)
+        split = self._splits[number]
+        example = split[index - self._ends[number] + len(split)]
+        return replace(example, id=f"{split.name.rpartition('/')[0]}/{example.id}")
+
+
+def questions(splits: Splits) -> Sequence[Example]:
+    """All that a run learns from."""
+    return splits.train[0] if len(splits.train) == 1 else Mixture(splits.train)
 
 
 def _open_toy(split: str, data_dir: str | Path) -> Source:
