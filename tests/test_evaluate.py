@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.evaluate import __main__ as command
 from segzero_jax.evaluate import evaluator, respondent
 from segzero_jax.evaluate.results import choose, is_validation
+from segzero_jax.evaluate.work import EvaluateError, Task, work
+from segzero_jax.file_lock import hold
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
@@ -169,6 +172,61 @@ def test_a_split_is_evaluated_and_goes_on_where_it_was_cut_off(
     complaint = capsys.readouterr().err
     assert "holds another evaluation (batch 2; now 32)" in complaint
     assert complaint.count("\n") == 1
+
+
+def test_two_commands_do_not_work_on_the_same_answers(
+    source: Source, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "toy-val" / "toy"
+    arguments = ["--dataset=toy/val", "--checkpoint=toy", f"--out={tmp_path}", f"--server={address}", "--batch=2"]
+    with hold(folder, "evaluation"):
+        assert command.main(arguments) == 2
+    complaint = capsys.readouterr().err
+    assert f"{folder}: process {os.getpid()} on " in complaint
+    assert complaint.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "anew"),
+    [
+        (lambda rows: [row for row in rows for _ in "ab"], 0),  # two commands in step
+        (lambda rows: rows[:5] + rows[3:], 2),  # one that went on where another already was
+        (lambda rows: rows + rows, None),  # one after the other: whole at its end
+        (lambda rows: [*rows[:9], {"some": "thing"}, *rows[10:]], 4),
+    ],
+)
+def test_answers_that_are_not_in_their_places_are_asked_for_again(
+    spoil: Callable[[list[Any]], list[Any]], anew: int | None, source: Source, tmp_path: Path
+) -> None:
+    """``anew``: the first question that is asked again."""
+    asked: list[int] = []
+
+    def judge(examples: Sequence[Example], start: int) -> Callable[[], list[dict[str, Any]]]:
+        asked.append(start)
+        return lambda: [
+            {"index": start + q, "sample": a, "id": one.id} for q, one in enumerate(examples) for a in (0, 1)
+        ]
+
+    task = Task("toy", "val", "made up", QUESTIONS, "toy", 2, {"batch": 2})
+    rows = work(task, tmp_path, source, judge, lambda text: None)
+    samples = task.folder(tmp_path) / "samples.jsonl"
+    whole = samples.read_bytes()
+    assert [(row["index"], row["sample"]) for row in rows] == [(q, a) for q in range(QUESTIONS) for a in (0, 1)]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in spoil(rows)))
+    asked.clear()
+    assert work(task, tmp_path, source, judge, lambda text: None) == rows
+    assert samples.read_bytes() == whole
+    assert asked == ([] if anew is None else [start for start in (0, 2, 4, 6) if start >= anew])
+
+
+def test_answers_that_are_no_json_are_told(source: Source, tmp_path: Path) -> None:
+    task = Task("toy", "val", "made up", QUESTIONS, "toy", 0, {"batch": 2})
+    task.folder(tmp_path).mkdir(parents=True)
+    (task.folder(tmp_path) / "task.json").write_text(json.dumps(asdict(task)))
+    (task.folder(tmp_path) / "samples.jsonl").write_text('{"index": 0, {"index": 0}\n')
+    with pytest.raises(EvaluateError, match=r"samples.jsonl:1: .*; delete the file to evaluate anew"):
+        work(task, tmp_path, source, lambda *_: lambda: [], lambda text: None)
 
 
 def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: Path) -> None:

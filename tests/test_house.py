@@ -21,7 +21,7 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 # Each may import the ones before it, never one after it. A name stands for a module or a whole sub-package; a module
 # that is not named here may stand anywhere as long as no circle arises.
 ORDER = (
-    *("config", "terminal"),
+    *("config", "terminal", "file_lock"),
     *("hub", "mesh", "pods", "types", "jsonl", "answers", "prompt", "frames", "processor", "data", "model"),
     *("rollout", "rewards", "reward_channel", "reward_messages", "reward_probe", "reward_client"),
     *("local_server", "reward_service"),

@@ -28,7 +28,7 @@ from segzero_jax.data.forms.form import Form, Part, SourceError
 from segzero_jax.data.leaks import Leak, find_leaks
 from segzero_jax.data.records import BUILT, FEATURES, VERSION, built_directory, index_path, read_index
 from segzero_jax.data.shards import Shard, Written
-from segzero_jax.data.toy import turn
+from segzero_jax.file_lock import turn
 
 # A source of which more than this share cannot be used is not what it is taken for.
 _MOST_LEFT_OUT = 0.1

@@ -4,12 +4,11 @@ The training split holds 2048 pictures with one question each, every evaluation 
 they hold out). Coordinates are pixels of the stored picture, boxes inclusive.
 """
 
-import fcntl
 import io
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segzero_jax.data.scenes import SPLITS, make_example_scene
+from segzero_jax.file_lock import turn
 from segzero_jax.local_path import local_path
 
 SIZES = {split: 2048 if split == "train" else 256 for split in SPLITS}
@@ -106,11 +106,3 @@ def prepared_builder(data_dir: str | Path) -> ToyShapes:
             with redirect_stdout(io.StringIO()):
                 builder.download_and_prepare()
     return builder
-
-
-@contextmanager
-def turn(path: Path) -> Iterator[None]:
-    """Waits until no other process is here; the lock goes with its process, however that ends."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

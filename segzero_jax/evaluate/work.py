@@ -8,6 +8,7 @@ from typing import Any
 
 from segzero_jax import jsonl
 from segzero_jax.evaluate.judging import Judge, Pending
+from segzero_jax.file_lock import hold
 from segzero_jax.metrics import safe_name
 from segzero_jax.types import Example
 
@@ -57,14 +58,15 @@ class Task:
 def done_rows(task: Task, out: Path) -> list[dict[str, Any]]:
     """Rows of an earlier run of the same task, whole batches only; forgets what comes after them.
 
+    Rows count as far as each answer stands in its place: what two commands at once have written does not.
+
     Raises:
-      EvaluateError: the folder holds another evaluation.
+      EvaluateError: the folder holds another evaluation, or rows that are none.
     """
     folder = task.folder(out)
     settings, samples = folder / "task.json", folder / "samples.jsonl"
     ours = json.loads(json.dumps(asdict(task)))
     if not settings.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         samples.unlink(missing_ok=True)
         jsonl.replace(settings, (json.dumps(ours, indent=1) + "\n").encode())
         return []
@@ -77,12 +79,23 @@ def done_rows(task: Task, out: Path) -> list[dict[str, Any]]:
             f"{folder}: holds another evaluation ({', '.join(f'{k} {old.get(k)!r}' for k in differing)}; now "
             f"{', '.join(f'{new.get(k)!r}' for k in differing)}): choose another --out, or delete the folder"
         )
-    rows = jsonl.read(samples) if samples.exists() else []
-    whole = task.options["batch"] * task.answers
-    kept = rows if len(rows) == task.count * task.answers else rows[: len(rows) // whole * whole]
+    try:
+        rows = jsonl.read(samples) if samples.exists() else []
+    except jsonl.JsonLinesError as error:
+        raise EvaluateError(f"{error}; delete the file to evaluate anew") from None
+    whole, wanted = task.options["batch"] * task.answers, task.count * task.answers
+    fine = 0
+    while fine < min(len(rows), wanted) and _place(rows[fine]) == divmod(fine, task.answers):
+        fine += 1
+    kept = rows[: fine if fine == wanted else fine // whole * whole]
     if samples.exists():
         jsonl.write(samples, kept)
     return kept
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, Any]:
+    """Which question a row is about, and which of its answers."""
+    return row.get("index"), row.get("sample")
 
 
 def work(
@@ -95,7 +108,18 @@ def work(
     Args:
       task: whose ``done_rows`` are taken as they are.
       say: is told how far it is, now and then.
+
+    Raises:
+      EvaluateError: see ``done_rows``.
+      FolderHeld: another process is at the same task.
     """
+    with hold(task.folder(out), "evaluation"):
+        return _work(task, out, source, judge, say)
+
+
+def _work(
+    task: Task, out: Path, source: Sequence[Example], judge: Judge, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     rows = done_rows(task, out)
     batch, path = task.options["batch"], task.folder(out) / "samples.jsonl"
     scoring: Pending | None = None
