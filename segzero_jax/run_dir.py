@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
+from segzero_jax.file_lock import hold
 from segzero_jax.local_path import local_path
 from segzero_jax.metrics import MetricsWriter
 from segzero_jax.pods import Pod
@@ -25,10 +27,12 @@ class Beginning(NamedTuple):
     Attributes:
       step: steps done before it; the checkpoint of that step is restored, None is a run from the start.
       done: no step and no evaluation is left.
+      saved: steps that had checkpoints by then.
     """
 
     step: int | None
     done: bool
+    saved: tuple[int, ...] = ()
 
 
 def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
@@ -75,6 +79,7 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
       StorageError: a host cannot write where checkpoints go.
     """
     check_keep_best(config)
+    saved = tuple(complete_steps(checkpoint_directory(config)))
     beginning, passed_over = look(config, resume)
     seen = pod.exchange("the newest checkpoint", str(beginning.step))
     other = next((host for host, step in enumerate(seen) if step != seen[0]), None)
@@ -90,7 +95,7 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
     if not done:
         # At a first start none has a checkpoint, whatever they share.
         check_shared(checkpoint_directory(config), pod)
-    return Beginning(beginning.step, done)
+    return Beginning(beginning.step, done, saved)
 
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:
@@ -180,6 +185,24 @@ def _scores(config: Config) -> list[str]:
     numbers = summary_names(scored=config.reward.server != "none")
     evaluated = [f"{split}/{mode}/{number}" for split in splits for mode in MODES for number in numbers]
     return evaluated + metric_keys(config)
+
+
+@contextmanager
+def held(config: Config, beginning: Beginning) -> Iterator[None]:
+    """Opens the run directory, for this process alone as long as it trains.
+
+    Raises:
+      FolderHeld: another process of this machine, or of one that shares the disk, trains there.
+      ConfigError: one has, between this process's ``begin`` and now.
+    """
+    with hold(run_directory(config), "run"):
+        directory = checkpoint_directory(config)
+        if tuple(complete_steps(directory)) != beginning.saved:
+            raise ConfigError(
+                f"{directory}: another process has saved or deleted there meanwhile; start this run again"
+            )
+        open_run(config)
+        yield
 
 
 def open_run(config: Config) -> Path:

@@ -23,6 +23,7 @@ from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, Splits, open_splits, questions, training_batches
 from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
+from segzero_jax.file_lock import FolderHeld
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
@@ -54,12 +55,13 @@ from segzero_jax.reward_service import reward_service
 from segzero_jax.rewards import component_names
 from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import (
+    Beginning,
     begin,
     checkpoint_due,
     complete,
     evaluation_due,
+    held,
     missing_splits,
-    open_run,
     say_missing,
     score,
     split_label,
@@ -76,6 +78,7 @@ USER_ERRORS = (
     MeshError,
     PodError,
     CheckpointError,
+    FolderHeld,
     MetricsError,
     ImageError,
     PromptTooLong,
@@ -290,7 +293,7 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
         if beginning.done:
             complete(config, beginning, pod, print)
         else:
-            _continue(config, mesh, access, functions, beginning.step, pod, preemption, profile, timer)
+            _continue(config, mesh, access, functions, beginning, pod, preemption, profile, timer)
         if pod.first:
             run_dir = Path(config.run.dir).expanduser()
             print_summary(run_dir)
@@ -302,13 +305,14 @@ def _continue(
     mesh: jax.sharding.Mesh,
     access: Access,
     functions: Mapping[str, RewardFunction],
-    begun: int | None,
+    beginning: Beginning,
     pod: Pod,
     preemption: Preemption,
     profile: str | None,
     timer: PhaseTimer,
 ) -> None:
-    """Trains from the checkpoint of step ``begun``, or from the start, to the end."""
+    """Trains from the last checkpoint, or from the start, to the end."""
+    begun = beginning.step
     first_step = (begun or 0) + 1
     profiled = range(0) if profile is None else parse_steps(profile, first_step, config.train.steps)
     with contextlib.ExitStack() as stack:
@@ -330,7 +334,7 @@ def _continue(
         )
         run_dir = Path(config.run.dir).expanduser()
         if pod.first:
-            open_run(config)
+            stack.enter_context(held(config, beginning))
         # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))

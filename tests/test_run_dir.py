@@ -1,6 +1,7 @@
 """Whether a directory is begun in, gone on with, or refused; and which of a run's steps is the best."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.pods import ALONE
-from segzero_jax.run_dir import Beginning, begin, check_keep_best, checkpoint_due, look, missing_splits, open_run, score
+from segzero_jax.run_dir import (
+    Beginning,
+    begin,
+    check_keep_best,
+    checkpoint_due,
+    held,
+    look,
+    missing_splits,
+    open_run,
+    score,
+)
 
 
 @pytest.fixture
@@ -63,6 +74,32 @@ def test_a_run_in_a_bucket_is_refused_before_anything_is_written(
         "run.checkpoint_dir is what may lie in a bucket\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_which_another_process_trains_is_refused(
+    config: Config, data_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that was given twice, or a job that was queued again while it ran."""
+    arguments = [f"--run.dir={config.run.dir}", "--reward.server=none", f"--data.dir={data_dir}"]
+    with held(config, begin(config, resume=False, pod=ALONE)):
+        before = {path: path.read_bytes() for path in Path(config.run.dir).rglob("*") if path.is_file()}
+        assert train.main([*arguments, "--train.steps=4", "--data.eval_splits=[val]"]) == 2
+        assert {path: path.read_bytes() for path in Path(config.run.dir).rglob("*") if path.is_file()} == before
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith(f"segzero_jax.train: {config.run.dir}: process {os.getpid()} on ")
+    assert line.endswith(" works on this run; wait until it ends, or choose another folder")
+
+
+def test_a_run_that_another_process_has_made_meanwhile_is_not_made_again(config: Config) -> None:
+    beginning = begin(config, resume=False, pod=ALONE)
+    save(config, 2, 4)
+    with (
+        pytest.raises(ConfigError, match="another process has saved or deleted there meanwhile"),
+        held(config, beginning),
+    ):
+        pytest.fail("it is held")
+    with held(config, begin(config, resume=False, pod=ALONE)):
+        assert (Path(config.run.dir) / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("place", ["", "elsewhere"])
