@@ -227,9 +227,10 @@ class Segmenter:
                 repeat_image=len(prompts) > 1,
                 high_res_features=list(embedding.levels[:-1]),
             )
-        # On the host, because on a GPU torch's argmax does not promise the first of equal scores, as numpy's does.
+        # Of equal scores, which bfloat16 often makes, the last: Seg-Zero's evaluation takes argsort(scores)[::-1][0].
+        # On the host, because on a GPU torch's argmax does not promise the first of those it sees, as numpy's does.
         found = scores.float().cpu().numpy()
-        best = found.argmax(1)
+        best = found.shape[1] - 1 - found[:, ::-1].argmax(1)
         rows = np.arange(len(prompts))
         return logits[rows, best][:, None].float(), found[rows, best]
 

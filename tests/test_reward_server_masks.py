@@ -1,6 +1,8 @@
 """Masks are the plain SAM2ImagePredictor's, whatever is computed together; models come from where they are said to."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,21 @@ def segmenter() -> Segmenter:
 def masks_of(segmenter: Segmenter, image: np.ndarray, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
     decoded = segmenter.decode(segmenter.embed([image])[0], prompts)
     return segmenter.masks(decoded.logits, *image.shape[:2]).numpy(), decoded.scores
+
+
+@contextlib.contextmanager
+def scored(segmenter: Segmenter, scores: tuple[float, ...]) -> Iterator[None]:
+    """Within it the mask decoder gives its masks, and these scores of the three for every prompt."""
+
+    def rated(module: object, arguments: object, found: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        masks, own, *rest = found
+        return (masks, torch.tensor(scores).expand_as(own), *rest)
+
+    handle = segmenter.model.sam_mask_decoder.register_forward_hook(rated)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class TestMasks:
@@ -73,6 +90,34 @@ class TestMasks:
                 torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
             # Its own memory, so that forgetting it frees it.
             assert all(level.untyped_storage().nbytes() == level.nbytes for level in embedding.levels)
+
+    @pytest.mark.parametrize(
+        ("given", "chosen"),
+        [((0.5, 0.5, 0.5), 2), ((0.7, 0.7, 0.5), 1), ((0.7, 0.5, 0.7), 2), ((0.7, 0.5, 0.6), 0)],
+        ids=["all equal", "the first two", "the outer two", "none"],
+    )
+    def test_are_the_last_of_those_with_the_highest_score(
+        self, segmenter: Segmenter, given: tuple[float, ...], chosen: int
+    ) -> None:
+        """As Seg-Zero's evaluation takes the predictor's: scores in bfloat16 are often equal."""
+        picture = scene()
+        (prompt, *_) = prompts_of(picture)
+        with scored(segmenter, given):
+            segmenter.predictor.set_image(picture.image)
+            _, scores, logits = segmenter.predictor.predict(
+                point_coords=np.array(prompt.points), point_labels=np.ones(1), box=np.array(prompt.box)
+            )
+            assert np.argsort(scores, kind="stable")[::-1][0] == chosen
+            decoded = segmenter.decode(segmenter.embed([picture.image])[0], [prompt])
+        assert decoded.scores == pytest.approx(max(given))
+        apart = [np.abs(decoded.logits[0, 0].clamp(-32, 32).numpy() - its).max() for its in logits]
+        assert [off < 1e-3 for off in apart] == [place == chosen for place in range(3)]
+
+    @pytest.mark.parametrize("given", [(np.nan, 0.5, 0.5), (0.9, np.nan, 0.5), (np.nan,) * 3])
+    def test_keep_a_score_that_is_no_number(self, segmenter: Segmenter, given: tuple[float, ...]) -> None:
+        with scored(segmenter, given):
+            _, scores = masks_of(segmenter, scene().image, prompts_of(scene())[:1])
+        assert np.isnan(scores).all()
 
     def test_take_one_decoder_call_for_equally_many_points(self, segmenter: Segmenter) -> None:
         batches = []
