@@ -4,7 +4,7 @@ import hmac
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,14 @@ class TokenCheck(grpc.ServerInterceptor):
         if len(brought) == 1 and hmac.compare_digest(brought[0].encode(), self._expected):
             return continuation(details)
 
-        def refuse(request: bytes, context: grpc.ServicerContext) -> None:
+        def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> None:
             self._note(details.method, context.peer())
             reason = "expected the metadata authorization: Bearer TOKEN, with this server's"
             context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
 
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        # As a stream, whatever the method is: for a single request gRPC waits before it calls the handler, in one of
+        # the threads that all calls share, and a stranger need not send one.
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 def _load(what: str, load: Callable[[], object]) -> None:

@@ -92,6 +92,30 @@ class TestToken:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
+    @pytest.mark.parametrize("token", [None, "Bearer wrong"])
+    def test_strangers_who_send_nothing_keep_nobody_out(self, token: str | None) -> None:
+        """More of them than there are threads for calls, each a call that never brings its request."""
+        server, silent = RewardServer(Settings(access=Access(token=SECRET))), threading.Event()
+        metadata = [("authorization", token)] if token else []
+
+        def nothing() -> Iterator[bytes]:
+            silent.wait()
+            yield from ()
+
+        try:
+            with grpc.insecure_channel(server.address) as theirs, grpc.insecure_channel(server.address) as channel:
+                score = theirs.stream_unary("/segzero.reward.v1.RewardService/Score")
+                calls = [score.future(nothing(), timeout=PATIENCE_S, metadata=metadata) for _ in range(320)]
+                asked = health_pb2.HealthCheckRequest()
+                answer = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=PATIENCE_S / 2)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                assert {call.code() for call in calls} == {grpc.StatusCode.UNAUTHENTICATED}
+            labels = {"method": "Score", "code": "UNAUTHENTICATED"}
+            assert server.metrics.registry.get_sample_value("segzero_reward_requests_total", labels) == len(calls)
+        finally:
+            silent.set()
+            server.stop()
+
 
 @pytest.fixture(scope="module")
 def tls_server(ours: Authority) -> Iterator[RewardServer]:
