@@ -16,6 +16,8 @@ from reward_server.telemetry import Metrics
 
 # Of masks that are being brought to the picture's size, float32 and bool side by side: 320 MiB.
 _PIXELS_AT_ONCE = 2**26
+# Versions of the compiled encoder: at most ten a device, which is one for each size of batch and one more.
+_COMPILED_AT_MOST = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +111,11 @@ class Engine:
         """Runs the model on every batch size that it is compiled for, else on the smallest and the largest."""
         sizes = [1, max_batch]
         if self.segmenter.compiled:
+            # Past eight versions of a function, which all devices share, torch goes on without compiling and says so
+            # in a warning alone. In newer versions of torch the limits are a thread's own: here the model runs. The
+            # names are those that every version knows.
+            torch._dynamo.config.cache_size_limit = _COMPILED_AT_MOST
+            torch._dynamo.config.accumulated_cache_size_limit = _COMPILED_AT_MOST
             # Twice each: the first call fills SAM 2's own cache of position encodings, for which torch compiles anew.
             sizes = [2**n for n in range((max_batch - 1).bit_length() + 1) for _ in range(2)]
         box = Prompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))

@@ -1,5 +1,6 @@
 """What a device does with a batch: one encoding a picture, one decoding, and every error stays with its cause."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -262,6 +263,30 @@ class TestFaults:
         with pytest.raises(ClosedError, match="dead"):
             queue.submit(job(0), time.monotonic() + 60)
         workers.stop(patience_s=10)
+
+
+class TestCompiled:
+    @pytest.mark.slow
+    def test_encoders_are_compiled_for_every_size_of_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Past a limit torch goes on without compiling: here one version, in place of eight.
+
+        A backend that makes no code stands in for the one that takes a minute.
+        """
+        sizes: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+            sizes.append(next(len(value) for value in inputs if value.shape[1:] == (3, 256, 256)))
+            return graph.forward
+
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        engine = Engine(Segmenter.load("toy", "cpu", compiled=True), 0, Metrics())
+        torch.compiler.reset()
+        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+            engine.warm_up(2)
+            assert set(sizes) == {1, 2}
+            compiled = len(sizes)
+            engine.segmenter.embed([scene().image] * 2)
+        assert len(sizes) == compiled, "what is compiled before it serves is all that is asked for"
 
 
 class TestDevices:
