@@ -20,7 +20,7 @@ from reward_server.batcher import Batcher, ClosedError, NotServedError, Ticket, 
 from reward_server.codec import encode_mask
 from reward_server.engine import DeviceMemoryError, Job, Outcome
 from reward_server.telemetry import Metrics
-from reward_server.validation import RequestError, job_from, limits, status
+from reward_server.validation import MAX_ID_CHARACTERS, RequestError, job_from, limits, status
 from reward_server.worker import Workers
 
 # Another process may hold the memory that was missing; it does not let go of it within milliseconds.
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Call:
-    """What a call's log line says."""
+    """What a call's log line says; ``request_id`` is cut where it is longer than a request's may be."""
 
     method: str
     request_id: str
@@ -93,7 +93,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         word: Callable[[str, list[reward_pb2.Status], Outcome], Response],
     ) -> Response:
         """Answers a call, or ends it with the status that says why not; either way it is counted and logged."""
-        call = _Call(method, request.request_id, time.monotonic(), len(request.candidates), len(request.image.data))
+        name = request.request_id[:MAX_ID_CHARACTERS]
+        call = _Call(method, name, time.monotonic(), len(request.candidates), len(request.image.data))
         try:
             statuses, outcome = self._run(request, context, call)
             response = word(request.request_id, statuses, outcome)

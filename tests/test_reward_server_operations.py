@@ -189,6 +189,15 @@ class TestLogs:
         # A request cannot write lines of its own.
         assert all("\n" not in record.getMessage() for record in records)
 
+    def test_hold_no_more_of_a_name_than_a_request_may_have(self, caplog: pytest.LogCaptureFixture) -> None:
+        with serving() as (_, stub):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Score(request_for(scene(), request_id="x" * 2**20))
+            assert refused.value.details() == "request_id: 1048576 characters, expected at most 256"
+        (record,) = [record for record in caplog.records if hasattr(record, "fields")]
+        assert record.fields["request_id"] == "x" * 256
+        assert len(JsonLines().format(record)) < 1000
+
     def test_as_json_hold_tracebacks(self) -> None:
         try:
             raise ValueError("why")
