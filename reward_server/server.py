@@ -13,7 +13,7 @@ from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.access import Access, TokenCheck, bracketed
 from reward_server.batcher import Batcher
 from reward_server.engine import Engine, Job, Outcome
-from reward_server.segmenter import Segmenter
+from reward_server.segmenter import ModelError, Segmenter
 from reward_server.service import RewardService
 from reward_server.telemetry import Metrics, expose
 from reward_server.worker import Workers
@@ -127,7 +127,12 @@ class RewardServer:
         self._server.start()
 
     def serve(self, segmenters: Sequence[Segmenter]) -> None:
-        """Warms up a loaded model on each of its devices and reports ready."""
+        """Warms up a loaded model on each of its devices and reports ready.
+
+        Raises:
+          ModelError: devices compute in several dtypes, or their weights differ: scores would depend on who is free.
+        """
+        _check_alike(segmenters)
         engines = [Engine(segmenter, self._settings.cache_bytes, self.metrics) for segmenter in segmenters]
         self.metrics.watch(
             "cache_bytes", "Bytes of embeddings kept", lambda: sum(engine.embeddings.nbytes for engine in engines)
@@ -170,6 +175,16 @@ class RewardServer:
     def _die(self) -> None:
         for name in ("", SERVICE_NAME):
             self._health.set(name, _NOT_SERVING)
+
+
+def _check_alike(segmenters: Sequence[Segmenter]) -> None:
+    """Raises ModelError unless all give the same scores, as those of one server must."""
+    if len({segmenter.dtype for segmenter in segmenters}) > 1:
+        found = ", ".join(f"{segmenter.device} computes in {segmenter.dtype}" for segmenter in segmenters)
+        raise ModelError(f"devices: {found}; expected one dtype: give --device GPUs alone, or cpu")
+    if len({segmenter.checkpoint_sha256 for segmenter in segmenters}) > 1:
+        found = ", ".join(f"{segmenter.device} {segmenter.checkpoint_sha256[:12]}" for segmenter in segmenters)
+        raise ModelError(f"model {segmenters[0].name!r}: its file changed while it was loaded: {found}; start again")
 
 
 def _nothing() -> None:

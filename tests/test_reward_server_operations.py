@@ -30,7 +30,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from sam_calls import candidate, group_request, image_message, request_for, scene, serving
 
 from reward_server import reward_pb2, reward_pb2_grpc, validation
-from reward_server.segmenter import TOY, Prompt, Segmenter
+from reward_server.segmenter import TOY, ModelError, Prompt, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
 from reward_server.telemetry import JsonLines, Metrics
 
@@ -224,6 +224,29 @@ class TestReflection:
             with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as refused:
                 ProtoReflectionDescriptorDatabase(channel).get_services()
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        finally:
+            server.stop()
+
+
+class TestDevices:
+    @pytest.mark.parametrize(
+        ("differs", "reason"),
+        [
+            ({"dtype": "bfloat16"}, "devices: cpu computes in float32, cpu computes in bfloat16; expected one dtype"),
+            ({"checkpoint_sha256": "ab" * 32}, "model 'toy': its file changed while it was loaded: cpu "),
+        ],
+    )
+    def test_that_would_give_different_scores_are_not_served(self, differs: dict[str, str], reason: str) -> None:
+        first, second = (Segmenter.load("toy", "cpu") for _ in range(2))
+        for name, value in differs.items():
+            setattr(second, name, value)
+        server = RewardServer()
+        try:
+            with pytest.raises(ModelError, match=re.escape(reason)) as refused:
+                server.serve([first, second])
+            assert "\n" not in str(refused.value)
+            with grpc.insecure_channel(server.address) as channel:
+                assert health(channel) == [SERVING, NOT_SERVING]
         finally:
             server.stop()
 
