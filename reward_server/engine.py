@@ -106,6 +106,8 @@ class Engine:
         self.segmenter = segmenter
         self.embeddings = Embeddings(cache_bytes)
         self._metrics = metrics
+        # Pictures that were encoded for calls which wait for their answer: those calls did not find them encoded.
+        self._fresh: set[bytes] = set()
 
     def warm_up(self, max_batch: int) -> None:
         """Runs the model on every batch size that it is compiled for, else on the smallest and the largest."""
@@ -134,6 +136,7 @@ class Engine:
         Raises:
           RuntimeError: the device no longer computes; tickets may be left without an outcome.
         """
+        self._fresh.clear()
         if self._fits(batch, PROMPTS_PER_CALL):
             return
         # Past the handler, since a caught error keeps its frames alive, and these the memory that was too much.
@@ -184,7 +187,13 @@ class Engine:
             for ticket in tickets:
                 start, end = end, end + sum(map(len, ticket.item.groups))
                 logits, scores = decoded.logits[start:end], decoded.scores[start:end]
-                ticket.future.set_result(self._outcome(ticket.item, embeddings[key], logits, scores))
+                outcome = self._outcome(ticket.item, embeddings[key], logits, scores)
+                # Here, once for each answer: after an error calls are run again.
+                if key in self._fresh:
+                    self._fresh.remove(key)
+                else:
+                    self._metrics.hits.inc()
+                ticket.future.set_result(outcome)
 
     def _embed(self, by_picture: dict[bytes, list[Job]]) -> dict[bytes, Embedding]:
         """The embedding of every picture; those that are nowhere yet are encoded together, each once."""
@@ -200,8 +209,8 @@ class Engine:
             found.update(zip(missing, self.segmenter.embed(list(missing.values())), strict=True))
         for key, embedding in found.items():
             self.embeddings.put(key, embedding)
+        self._fresh.update(missing)
         self._metrics.encoded.inc(len(missing))
-        self._metrics.hits.inc(sum(map(len, by_picture.values())) - len(missing))
         return found
 
     def _outcome(self, job: Job, embedding: Embedding, logits: torch.Tensor, scores: np.ndarray) -> Outcome:

@@ -233,9 +233,13 @@ class TestFaults:
             return decode(embedding, prompts, prompts_per_call)
 
         monkeypatch.setattr(segmenter, "decode", recorded)
-        found = outcomes(engine, job(0), job(1))
-        assert asked == [128, 128, 64]
-        assert len(found) == 2
+        found = outcomes(engine, job(0), job(1), job(1, 2))
+        assert asked == [128, 128, 64, 64]
+        assert len(found) == 3
+        # Each call is counted once, however often it was run: the third alone found its picture encoded.
+        registry = engine._metrics.registry
+        assert registry.get_sample_value("segzero_reward_images_encoded_total") == 2
+        assert registry.get_sample_value("segzero_reward_cache_hits_total") == 1
 
     def test_a_dead_device_ends_the_worker_and_everybody_is_told(
         self, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
