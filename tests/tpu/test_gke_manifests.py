@@ -122,6 +122,11 @@ def test_probes_ask_for_what_the_server_tells() -> None:
     assert probes == [ready, ready, alive]
 
 
+def test_a_new_server_comes_once_the_old_one_is_gone() -> None:
+    """With one GPU it would wait for it for ever, with more two checkpoints would score one run."""
+    assert KINDS["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_images_are_those_that_are_named() -> None:
     images = {image["name"] for image in yaml.safe_load((GKE / "kustomization.yaml").read_text())["images"]}
     assert images == {TRAIN["image"], SERVER["image"]}
