@@ -25,7 +25,7 @@ _EXAMPLES = """
 examples:
   python -m reward_server --model toy
       the small model in this package, for this machine alone
-  python -m reward_server --host 0.0.0.0 --tls-cert chain.pem --tls-key key.pem --token-file token
+  python -m reward_server --device cuda --host 0.0.0.0 --tls-cert chain.pem --tls-key key.pem --token-file token
       SAM 2.1 large on a GPU, encrypted, for whoever has the token
   python -m reward_server --model sam2.1_hiera_large.pt --device cuda:0,cuda:1 --metrics-port 9090
       a checkpoint file on two GPUs, with a page for Prometheus

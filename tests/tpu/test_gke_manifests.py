@@ -1,11 +1,16 @@
 """The manifests of tpu/gke as data: fields that JobSet knows, parts that fit together, options that exist."""
 
+import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from reward_server import reward_pb2
+from reward_server.__main__ import _parse as server_options
 from segzero_jax import config as configs
 from segzero_jax.mesh import parse_mesh
 from segzero_jax.watch import DIVERGED
@@ -120,6 +125,17 @@ def test_probes_ask_for_what_the_server_tells() -> None:
     ready, alive = {"port": 50051, "service": SERVICE}, {"port": 50051}
     probes = [SERVER[name]["grpc"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert probes == [ready, ready, alive]
+
+
+def test_servers_that_are_deployed_take_a_gpu_or_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of those who name none may be the CPU."""
+    image = (GKE.parents[1] / "reward_server/Dockerfile").read_text()
+    (documented,) = re.findall(r"^#   docker run .* segzero-reward ((?:.*\\\n)?.*)$", image, re.MULTILINE)
+    (installed,) = re.findall(r'^ENTRYPOINT \["python", "-m", "reward_server", (.*)\]$', image, re.MULTILINE)
+    for given in (SERVER["args"], re.sub(r"\\\n#", "", documented).split()):
+        monkeypatch.setattr(sys, "argv", ["reward_server", *json.loads(f"[{installed}]"), *given])
+        options = server_options()
+        assert (options.device, options.host) == ("cuda", "0.0.0.0")
 
 
 def test_a_new_server_comes_once_the_old_one_is_gone() -> None:
