@@ -56,16 +56,23 @@ bring() {
   fi
 }
 
-# What systemd knows of the training, as one word.
+# What systemd knows of the training, as one word; "failed" has the exit code with it, 128 + N where signal N ended it.
 state() {
-  local active sub code
-  [[ -f .revision ]] || { echo new && return; }
+  local active sub how code
   active=$(systemctl show "$UNIT" --property=ActiveState --value)
   sub=$(systemctl show "$UNIT" --property=SubState --value)
+  how=$(systemctl show "$UNIT" --property=ExecMainCode --value)
   code=$(systemctl show "$UNIT" --property=ExecMainStatus --value)
+  # CLD_KILLED and CLD_DUMPED of waitid(2). The status is the signal then: 2 and 5 would be read as exit codes.
+  [[ $how != [23] ]] || code=$((128 + code))
   case $active/$sub in
-    active/running | activating/* | deactivating/*) echo running ;;
-    active/exited) echo 'done' ;;
+    # Also while another commit is being set up.
+    active/running | activating/* | deactivating/*) echo running && return ;;
+  esac
+  [[ -f .revision ]] || { echo new && return; }
+  case $active/$sub in
+    # systemd counts an end by SIGINT or SIGTERM as success.
+    active/exited) if ((code)); then echo "failed $code"; else echo 'done'; fi ;;
     failed/*) echo "failed $code" ;;
     *) echo idle ;;
   esac

@@ -66,13 +66,14 @@ class Machine:
             "uv",
             f"{record}[[ $1 != venv ]] || {{ mkdir -p .venv/bin; cp $0 .venv/bin/python; }}",
         )
-        self.unit("inactive", "dead", 0)
+        self.unit("inactive", "dead", 0, 0)
         self.environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "USER": "me"}
 
-    def unit(self, active: str, sub: str, code: int) -> None:
-        """What systemd says of the training."""
+    def unit(self, active: str, sub: str, how: int, code: int) -> None:
+        """What systemd says of the training; ``how`` it ended as waitid's si_code, ``code`` as its si_status."""
         answers = (
-            f"case $* in *ActiveState*) echo {active} ;; *SubState*) echo {sub} ;; *ExecMain*) echo {code} ;; esac"
+            f"case $* in *ActiveState*) echo {active} ;; *SubState*) echo {sub} ;;\n"
+            f"*ExecMainCode*) echo {how} ;; *ExecMainStatus*) echo {code} ;; esac"
         )
         tool(self.bin, "systemctl", f'[[ $1 == show ]] || echo "systemctl $*" >>{self.calls}\n{answers}')
 
@@ -110,14 +111,18 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("unit", "word"),
         [
-            (("active", "running", 0), "running"),
-            (("deactivating", "stop-sigterm", 0), "running"),
-            (("active", "exited", 0), "done"),
-            (("failed", "failed", 3), "failed 3"),
-            (("inactive", "dead", 0), "idle"),
+            (("active", "running", 0, 0), "running"),
+            (("deactivating", "stop-sigterm", 0, 0), "running"),
+            (("active", "exited", os.CLD_EXITED, 0), "done"),
+            (("failed", "failed", os.CLD_EXITED, 3), "failed 3"),
+            (("failed", "failed", os.CLD_KILLED, signal.SIGKILL), "failed 137"),
+            # Not an end with code 2 or 5, which babysit leaves to people.
+            (("active", "exited", os.CLD_KILLED, signal.SIGINT), "failed 130"),
+            (("failed", "failed", os.CLD_DUMPED, signal.SIGTRAP), "failed 133"),
+            (("inactive", "dead", 0, 0), "idle"),
         ],
     )
-    def test_tells_what_systemd_knows(self, unit: tuple[str, str, int], word: str, tmp_path: Path) -> None:
+    def test_tells_what_systemd_knows(self, unit: tuple[str, str, int, int], word: str, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
         machine.worker("install", "abc")
         machine.unit(*unit)
