@@ -12,18 +12,29 @@ UV_VERSION=0.9.7
 METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
 cd "$ROOT"
 
-# Packages, then data sets. What says that the machine is set up comes last: until then it counts as new.
+# Packages, then data sets. What says that the machine is set up comes last: until then it counts as new, also where it was set
+# up for an earlier commit, whose packages may be others.
 install() {
   local set
+  rm -f .revision
+  remove_old_files
   install_packages
   for set in "${@:3}"; do bring "$2" "$set"; done
   echo "$1" >.revision
+}
+
+# What an earlier commit brought and this one has no more: unpacking only adds.
+remove_old_files() {
+  tar -tzf "$ROOT.tar.gz" | sed -n 's|^[^/]*/||; /[^/]$/p' | LC_ALL=C sort >.files.new
+  [[ ! -f .files ]] || LC_ALL=C comm -23 .files .files.new | tr '\n' '\0' | xargs -0 rm -f
+  mv .files.new .files
 }
 
 install_packages() {
   if [[ -x .venv/bin/python && $(cat .installed 2>/dev/null) == "$(cat constraints.txt pyproject.toml | sha256sum)" ]]; then
     return
   fi
+  rm -f .installed
   # The images bring Python 3.10; uv brings its own 3.11.
   [[ -x $HOME/.local/bin/uv ]] || curl -LsSf "https://astral.sh/uv/$UV_VERSION/install.sh" | sh
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.11 .venv

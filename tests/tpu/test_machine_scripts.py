@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Machine:
         shutil.copy(ROOT / "tpu/worker.sh", self.root / "tpu")
         for name in ("constraints.txt", "pyproject.toml"):
             (self.root / name).write_text("what is installed")
+        self.archive = folder / "segzero-jax.tar.gz"
+        self.unpack()
         self.calls.write_text("")
         record = f'echo "${{0##*/}} $*" >>{self.calls}\n'
         tool(self.bin, "sudo", '"$@"')
@@ -68,6 +71,16 @@ class Machine:
         )
         self.unit("inactive", "dead", 0, 0)
         self.environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "USER": "me"}
+
+    def unpack(self, *files: str) -> None:
+        """A commit with these files, where tpu/setup.sh leaves it."""
+        with tarfile.open(self.archive, "w:gz") as archive:
+            archive.add(self.root, self.root.name, recursive=False)
+            for name in ("tpu", "tpu/worker.sh", "constraints.txt", "pyproject.toml", *files):
+                path = self.root / name
+                path.parent.mkdir(exist_ok=True, parents=True)
+                path.touch()
+                archive.add(path, f"{self.root.name}/{name}", recursive=False)
 
     def unit(self, active: str, sub: str, how: int, code: int) -> None:
         """What systemd says of the training; ``how`` it ended as waitid's si_code, ``code`` as its si_status."""
@@ -107,6 +120,35 @@ class TestWorker:
         (machine.root / "constraints.txt").write_text("something else")
         machine.worker("install", "ghi")
         assert len(machine.called()) == 2
+
+    def test_is_new_again_where_another_version_could_not_be_set_up(self, tmp_path: Path) -> None:
+        """Its code is there by then, and the packages are still those of the version before."""
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        (machine.root / "constraints.txt").write_text("something else")
+        tool(tmp_path / ".local/bin", "uv", "exit 1")
+        assert machine.worker("install", "def")[0] == 1
+        assert machine.worker("state") == (0, "segzero new\n")
+        assert machine.worker(*START)[0] == 2
+        machine.unit("active", "running", 0, 0)
+        assert machine.worker("state") == (0, "segzero running\n"), "what runs goes on"
+        # Some packages may be the new ones by now, so the version before is set up anew as well.
+        (machine.root / "constraints.txt").write_text("what is installed")
+        assert machine.worker("install", "abc")[0] == 1
+
+    def test_keeps_of_an_earlier_version_what_it_made_itself(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        machine.unpack("segzero_jax/kept.py", "segzero_jax/gone.py", "two words/gone", "gone.py")
+        machine.worker("install", "abc")
+        made = ("runs/n/metrics.jsonl", "segzero_jax/cache.pyc", "train.log", ".run")
+        for name in made:
+            (machine.root / name).parent.mkdir(exist_ok=True, parents=True)
+            (machine.root / name).touch()
+        machine.unpack("segzero_jax/kept.py", "segzero_jax/more.py")
+        assert machine.worker("install", "def")[0] == 0
+        assert {path.name for path in machine.root.rglob("gone*")} == set()
+        for name in (*made, "segzero_jax/kept.py", "segzero_jax/more.py", "tpu/worker.sh", ".venv/bin/python"):
+            assert (machine.root / name).exists(), name
 
     @pytest.mark.parametrize(
         ("unit", "word"),
@@ -263,7 +305,6 @@ class TestData:
         (machine.sets / "mugs").mkdir(parents=True)
         (machine.sets / "mugs/build.json").touch()
         machine.worker("install", "abc")
-        (machine.root / ".revision").unlink()
         broken = {
             "the list cannot be read": machine.trouble,
             "the copy breaks off": machine.sets / "mugs/breaks-off",
