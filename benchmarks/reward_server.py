@@ -84,7 +84,7 @@ def plain_loop(segmenter: Segmenter, groups: int, once: bool) -> None:
                 masks, scores, _ = predictor.predict(
                     point_coords=np.array(prompt.points), point_labels=np.ones(1), box=np.array(prompt.box)
                 )
-                _ = masks[scores.argmax()] > 0
+                _ = masks[np.argsort(scores)[::-1][0]] > 0
     predictor.reset_predictor()
 
 

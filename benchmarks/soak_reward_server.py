@@ -63,7 +63,7 @@ def right_masks(segmenter: Segmenter, index: int, size: int) -> list[np.ndarray]
         found, scores, _ = predictor.predict(
             point_coords=np.array(prompt.points), point_labels=np.ones(1), box=np.array(prompt.box)
         )
-        masks.append(found[scores.argmax()] > 0)
+        masks.append(found[np.argsort(scores)[::-1][0]] > 0)
     return masks
 
 

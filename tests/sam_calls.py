@@ -110,4 +110,5 @@ def plain_mask(segmenter: Segmenter, prompt: Prompt) -> tuple[np.ndarray, float]
         box=np.array(prompt.box),
         multimask_output=True,
     )
-    return masks[scores.argmax()] > 0, float(scores.max())
+    # As Seg-Zero picks: of equal scores the last.
+    return masks[np.argsort(scores)[::-1][0]] > 0, float(scores.max())
