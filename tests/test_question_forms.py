@@ -154,6 +154,36 @@ def test_polygons_of_any_size_are_painted_from_large_to_small() -> None:
     np.testing.assert_array_equal(np.argwhere(ignore), [[9, 9]])
 
 
+@pytest.mark.parametrize(
+    ("points", "shown"),
+    [
+        (None, "null, expected [[x, y], [x, y], ...]"),
+        ([[1, 2, 3]], "[1, 2, 3], expected [x, y]"),
+        ([20, 30, 60, 80], "20, expected [x, y]"),
+        ([["a", "b"]], '["a", "b"], expected [x, y]'),
+        ([[float("nan"), 1], [2, 3]], "[NaN, 1], expected [x, y]"),
+        ([[1e12, 1e12], [0, 0], [5, 9]], "[1000000000000.0, 1000000000000.0], expected [x, y]"),
+    ],
+)
+def test_a_polygon_of_reason_seg_that_is_none_leaves_its_questions_out(points: Any, shown: str, tmp_path: Path) -> None:
+    folder = sources.reason_seg(tmp_path / "s")
+    shapes = [sources.shape("target", 10, 10, 60, 50), {"label": "target", "points": points}]
+    (folder / "train/100_a.json").write_text(json.dumps({"text": ["q"], "shapes": shapes}))
+    out = built(tmp_path, "ReasonSeg", folder)
+    assert left_out(out, "ReasonSeg") == {"train-100_a": f"shape 1: points {shown}"}
+    assert ids(open_split("ReasonSeg", "train", out)) == ["train-101_b"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpeg", ".webp", ".JPG"])
+def test_pictures_of_reason_seg_in_other_formats(suffix: str, tmp_path: Path) -> None:
+    folder = sources.reason_seg(tmp_path / "s")
+    (folder / "train/100_a.jpg").rename(folder / f"train/100_a{suffix}")
+    out = built(tmp_path, "ReasonSeg", folder)
+    first = open_split("ReasonSeg", "train", out)[0]
+    assert (first.id, first.image_id) == ("train-100_a", "ReasonSeg:train/100_a")
+    assert box(first) == (10, 10, 60, 50)
+
+
 def test_ones_own_folder(tmp_path: Path) -> None:
     out = built(tmp_path, "mine", sources.lines(tmp_path / "s"))
     mug, mugs = open_split("mine", "train", out)
@@ -509,6 +539,26 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
     ),
     "not JSON": (sources.reason_seg, write("val/102_c.json", "{"), "102_c.json: not JSON"),
     "no text": (sources.reason_seg, write("val/102_c.json", '{"shapes": []}'), "102_c.json: no 'text', found shapes"),
+    **{
+        f"ReasonSeg's {name} is {value}": (
+            sources.reason_seg,
+            write("val/102_c.json", json.dumps({"text": "q", "shapes": [{"label": "target", "points": []}]} | value)),
+            f"102_c.json: {expected}",
+        )
+        for name, value, expected in (
+            ("text", {"text": None}, "text: expected text, found None"),
+            ("text", {"text": 3}, "text: expected text, found 3"),
+            ("text", {"text": []}, "no text, expected a question"),
+            ("text", {"text": [None]}, "text: expected text, found None"),
+            ("text", {"text": ["q", 1]}, "text: expected text, found 1"),
+            ("text", {"text": "\ud800"}, 'text: expected text, found halves of characters in "\\ud800"'),
+            ("shapes", {"shapes": {}}, "shapes: expected a list, found {}"),
+            ("shapes", {"shapes": None}, "shapes: expected a list, found None"),
+            ("shapes", {"shapes": [3]}, "shape 0: no 'label', found int"),
+            ("label", {"shapes": [{"label": None, "points": []}]}, "shape 0: label: expected text, found None"),
+            ("points", {"shapes": [{"label": "target"}]}, "shape 0: no 'points', found label"),
+        )
+    },
     "not a line of JSON": (sources.lines, write("train.jsonl", "{}\n{"), "train.jsonl:2: not JSON"),
     "no image": (sources.lines, write("train.jsonl", '{"question": "q"}'), "train.jsonl:1: no 'image', found question"),
     "two targets": (

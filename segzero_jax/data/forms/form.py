@@ -165,7 +165,15 @@ def key(row: Mapping[str, Any], name: str, where: str) -> int | str:
 
 def text(row: Mapping[str, Any], name: str, where: str) -> str:
     """Text that must be there. Raises SourceError."""
-    return _of_kind(field(row, name, where), str, f"{where}: {name}: expected text")
+    value = _of_kind(field(row, name, where), str, f"{where}: {name}: expected text")
+    if not is_text(value):
+        raise SourceError(f"{where}: {name}: expected text, found halves of characters in {json.dumps(value)[:80]}")
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text that can be stored: JSON can spell halves of characters, which UTF-8 has not."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def coordinates(value: Any, form: str, where: str) -> tuple[float, ...]:

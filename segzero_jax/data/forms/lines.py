@@ -36,6 +36,7 @@ from segzero_jax.data.forms.form import (
     coco_id,
     coordinates,
     field,
+    is_text,
     unique,
 )
 from segzero_jax.data.pictures import upright_size
@@ -169,23 +170,18 @@ def _has_no_point(given: Any) -> bool:
 def _check(row: Any, where: str) -> None:
     """Raises SourceError, which names the place, for a line that is not as it should be."""
     for name in ("image", "question"):
-        if not _is_text(field(row, name, where)):
+        if not is_text(field(row, name, where)):
             raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
     if sum(key in row for key in _TARGETS) != 1:
         raise SourceError(f"{where}: expected one of {', '.join(_TARGETS)}, found {', '.join(row)}")
     for name in ("mask", "ignore"):
-        if row.get(name) is not None and not _is_text(row[name]):
+        if row.get(name) is not None and not is_text(row[name]):
             raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
     masks = row.get("masks", [])
-    if not isinstance(masks, list) or not all(map(_is_text, masks)):
+    if not isinstance(masks, list) or not all(map(is_text, masks)):
         raise SourceError(f"{where}: masks {_shown(masks)}, expected a list of text")
     if not isinstance(row.get("objects", []), list):
         raise SourceError(f"{where}: objects {_shown(row['objects'])}, expected a list")
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is text that can be stored: JSON can spell halves of characters, which UTF-8 has not."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _shown(value: Any) -> str:

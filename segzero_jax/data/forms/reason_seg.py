@@ -5,6 +5,7 @@ that a small one labelled "ignore" cuts a hole into a large target; edges belong
 mean nothing. Where a picture has several sentences, LISA's evaluation asks the first; for training there is each.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,24 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, field, read_json
-from segzero_jax.data.pictures import PictureError, upright_size
+from segzero_jax.data.forms.form import (
+    Asked,
+    Part,
+    Shown,
+    SourceError,
+    Unreadable,
+    coordinates,
+    field,
+    read_json,
+    rows,
+    text,
+)
+from segzero_jax.data.pictures import upright_size
 from segzero_jax.types import Frame
 
 _SPLITS = ("train", "val", "test")
+# Of pictures; LISA's are the first.
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", ".WEBP")
 
 
 @dataclass(frozen=True)
@@ -44,36 +58,61 @@ class ReasonSeg:
         found: dict[str, list[Part]] = {}
         for path in self.files():
             content = read_json(path)
-            texts = field(content, "text", str(path))
-            texts = [texts] if isinstance(texts, str) else list(texts)
             split = path.parent.name
+            texts = _texts(content, path)
             texts = texts if split == "train" else texts[:1]
-            if not texts:
-                raise SourceError(f"{path}: no text, expected a question")
             name = f"{split}-{path.stem}"
             ids = tuple(name if n == 0 else f"{name}-sentence-{n + 1}" for n in range(len(texts)))
-            shapes = [(field(s, "label", str(path)), field(s, "points", str(path))) for s in content["shapes"]]
-            picture = str(path.with_suffix(".jpg").relative_to(self.root))
+            shapes = [_shape(shape, f"{path}: shape {n}") for n, shape in enumerate(rows(content, "shapes", str(path)))]
+            picture = str(_picture(path).relative_to(self.root))
             found.setdefault(split, []).append(Part(ids, (picture,), (texts, shapes)))
         return found
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
-        texts, shapes = part.content
+        texts, outlined = part.content
         data = (self.root / part.pictures[0]).read_bytes()
         name = f"{self.name}:{Path(part.pictures[0]).with_suffix('')}"
         try:
             frame = upright_size(data)
-        except PictureError as error:
+            shapes = [(label, _corners(points, f"shape {n}: points")) for n, (label, points) in enumerate(outlined)]
+        except ValueError as error:
             yield Unreadable(part.ids, str(error))
             return
         target, ignore = paint(shapes, frame)
         # Nothing but "ignore" or "flag" is a question without a target.
         masks = (target,) if any(_kind(label) == "target" for label, _ in shapes) else ()
         asked = [
-            Asked(own, text, name, masks, ignore=ignore if ignore.any() else None)
-            for own, text in zip(part.ids, texts, strict=True)
+            Asked(own, question, name, masks, ignore=ignore if ignore.any() else None)
+            for own, question in zip(part.ids, texts, strict=True)
         ]
         yield Shown(data, name, part.pictures[0], frame, tuple(asked))
+
+
+def _texts(content: Any, path: Path) -> list[str]:
+    """The sentences, of which each is a question. Raises SourceError."""
+    found = field(content, "text", str(path))
+    sentences = found if isinstance(found, list) else [found]
+    if not sentences:
+        raise SourceError(f"{path}: no text, expected a question")
+    return [text({"text": sentence}, "text", str(path)) for sentence in sentences]
+
+
+def _shape(shape: Any, where: str) -> tuple[str, Any]:
+    """Label and points, the latter as they stand there. Raises SourceError."""
+    return text(shape, "label", where), field(shape, "points", where)
+
+
+def _picture(path: Path) -> Path:
+    """The picture beside a JSON file; where there is none, what LISA would call it."""
+    places = [path.with_suffix(suffix) for suffix in _SUFFIXES]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _corners(points: Any, where: str) -> list[tuple[float, ...]]:
+    """Raises ValueError, which shows what is there instead of corners."""
+    if not isinstance(points, list):
+        raise ValueError(f"{where} {json.dumps(points)[:80]}, expected [[x, y], [x, y], ...]")
+    return [coordinates(point, "[x, y]", where) for point in points]
 
 
 def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.ndarray]:
