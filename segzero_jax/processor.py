@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.hub import model_directory
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
@@ -122,13 +122,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             raise ImageError(f"{name}: image of {image.width}x{image.height} pixels, expected at most {_MAX_PIXELS}")
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
-    # What Pillow raises on hostile or truncated files, from its format plugins up.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         if isinstance(error, ImageError):
             raise
-        # Pillow names the buffer by its address, which is another one in every run.
-        cause = re.sub(r" <_io\.BytesIO object at \w+>", "", " ".join(str(error).split()))
-        raise ImageError(f"{name}: image cannot be read ({cause}), expected a PNG, JPEG or WebP") from None
+        raise ImageError(f"{name}: image cannot be read ({cause(error)}), expected a PNG, JPEG or WebP") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

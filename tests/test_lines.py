@@ -148,6 +148,23 @@ def test_a_mask_that_no_decoder_takes_costs_its_own_question_alone(tmp_path: Pat
     assert [example.id for example in opened(tmp_path)] == ["a", "c"]
 
 
+def test_damaged_pictures_are_told_by_their_files_and_counted_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sources.lines(tmp_path / "s")
+    whole = (folder / "images/0.jpg").read_bytes()
+    damaged = {"a.jpg": b"none", "b.jpg": b"neither", "c.jpg": whole[:-700], "d.jpg": whole[:-900]}
+    for name, data in damaged.items():
+        (folder / "images" / name).write_bytes(data)
+    write(folder, [line()] * 40 + [line(id=name, image=f"images/{name}") for name in damaged])
+    assert run(tmp_path, folder) == 0
+    reasons = left_out(tmp_path)
+    assert reasons["a.jpg"] == "picture cannot be read (cannot identify image file), in images/a.jpg"
+    assert reasons["b.jpg"] == reasons["a.jpg"].replace("a.jpg", "b.jpg")
+    assert reasons["c.jpg"].endswith("not processed)), in images/c.jpg"), reasons["c.jpg"]
+    assert "left out: 4 (picture cannot be read)\n" in capsys.readouterr().out
+
+
 def test_masks_and_boxes_of_one_picture(tmp_path: Path) -> None:
     """A mask has two points, a box one: both kinds are kept, in whatever order the lines are."""
     folder = sources.lines(tmp_path / "s")

@@ -452,7 +452,8 @@ def test_masks_that_are_wrong_are_left_out_by_name(tmp_path: Path) -> None:
     made = sources.mask_parquet(tmp_path / "s", rows=30, image=images, **columns)
     out = built(tmp_path, "r", made)
     assert left_out(out, "r") == {
-        "test-image_id3-ann_id3": "picture of 128x96 pixels, expected the annotated 50x50",
+        "test-image_id3-ann_id3": "picture of 128x96 pixels, expected the annotated 50x50, "
+        "in test-00000-of-00001.parquet: test-image_id3-ann_id3",
         "test-image_id5-ann_id5": "a mask whose rows have different lengths",
         "test-image_id7-ann_id7": "no mask",
     }

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -392,10 +393,10 @@ def _pieces(
 
 
 def _counted(left_out: Sequence[dict[str, str]]) -> dict[str, int]:
-    """By reason, without the numbers that are a row's own."""
+    """By reason, without what is a row's own: after a comma, or in brackets."""
     counts: dict[str, int] = {}
     for row in left_out:
-        reason = row["reason"].split(",")[0]
+        reason = re.split(r"[,(]", row["reason"])[0].strip()
         counts[reason] = counts.get(reason, 0) + 1
     return counts
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.types import Frame
 
 # A reward server takes no larger ones; larger pictures are scaled down, with their masks.
@@ -77,11 +78,10 @@ def read_picture(data: bytes, annotated: Frame | None) -> Picture:
             image, stored = _written_again(image if unturned else ImageOps.exif_transpose(image), image.format)
         frame = Frame(image.width, image.height)
         return Picture(stored, frame, original, hashlib.sha256(data).hexdigest(), fingerprint(image))
-    # What Pillow raises on hostile or truncated files, from its format plugins up.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         if isinstance(error, PictureError):
             raise
-        raise PictureError(f"picture cannot be read ({' '.join(str(error).split())})") from None
+        raise PictureError(f"picture cannot be read ({cause(error)})") from None
 
 
 def _too_large(image: Image.Image, data: bytes) -> bool:
@@ -144,5 +144,5 @@ def upright_size(data: bytes) -> Frame:
         with Image.open(io.BytesIO(data)) as image:
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return Frame(image.height, image.width) if turned else Frame(image.width, image.height)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise PictureError(f"picture cannot be read ({' '.join(str(error).split())})") from None
+    except UNDECODABLE as error:
+        raise PictureError(f"picture cannot be read ({cause(error)})") from None

@@ -136,7 +136,7 @@ def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[
     try:
         picture = read_picture(shown.image, shown.annotated)
     except PictureError as error:
-        left_out += [(asked.id, str(error)) for asked in shown.questions]
+        left_out += [(asked.id, f"{error}, in {shown.source}") for asked in shown.questions]
         return None
     targets: dict[int, tuple[ObjectPrompt, ...]] = {}
     questions = []

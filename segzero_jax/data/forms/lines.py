@@ -40,11 +40,10 @@ from segzero_jax.data.forms.form import (
     unique,
 )
 from segzero_jax.data.pictures import upright_size
+from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.types import Frame, ObjectPrompt
 
 _TARGETS = ("mask", "masks", "objects")
-# What a mask may raise: that of Pillow's format plugins too, and of files that are far too large.
-_UNREADABLE = (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Lines:
         for own, row in zip(part.ids, part.content, strict=True):
             try:
                 question = self._question(own, row, name)
-            except _UNREADABLE as error:
-                yield Unreadable((own,), " ".join(str(error).split()))
+            except UNDECODABLE as error:
+                yield Unreadable((own,), cause(error))
                 continue
             (boxed if question.masks is None else masked).append(question)
         data = (self.root / file).read_bytes()
@@ -144,7 +143,7 @@ def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:
         upright = upright_size(data)
         with Image.open(io.BytesIO(data)) as image:
             unturned = Frame(image.width, image.height)
-    except _UNREADABLE:
+    except UNDECODABLE:
         return None  # Whoever decodes it says why.
     found = (unturned.height, unturned.width) in sizes and (upright.height, upright.width) not in sizes
     return unturned if found else None

@@ -26,7 +26,7 @@ from segzero_jax.data.forms.form import (
     rows,
     text,
 )
-from segzero_jax.data.pictures import upright_size
+from segzero_jax.data.pictures import PictureError, upright_size
 from segzero_jax.types import Frame
 
 _SPLITS = ("train", "val", "test")
@@ -75,6 +75,9 @@ class ReasonSeg:
         try:
             frame = upright_size(data)
             shapes = [(label, _corners(points, f"shape {n}: points")) for n, (label, points) in enumerate(outlined)]
+        except PictureError as error:
+            yield Unreadable(part.ids, f"{error}, in {part.pictures[0]}")
+            return
         except ValueError as error:
             yield Unreadable(part.ids, str(error))
             return
