@@ -144,7 +144,7 @@ def test_a_mask_that_no_decoder_takes_costs_its_own_question_alone(tmp_path: Pat
     Image.new("1", (14_000, 13_000)).save(folder / "masks/huge.png")  # More than Pillow decodes unasked.
     write(folder, [line(id="a"), line(id="b", mask="masks/huge.png"), line(id="c")])
     assert run(tmp_path, folder) == 0
-    assert left_out(tmp_path)["b"].startswith("Image size (182000000 pixels) exceeds limit")
+    assert left_out(tmp_path)["b"].startswith("a mask cannot be read (Image size (182000000 pixels) exceeds limit")
     assert [example.id for example in opened(tmp_path)] == ["a", "c"]
 
 
@@ -216,17 +216,23 @@ def test_a_box_without_a_point_has_its_centre(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((built_directory("mine", tmp_path / "built") / "build.json").read_text())["centred"] == 2
 
 
-def test_a_set_whose_boxes_all_have_points_is_what_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once, a box without a point cost its question: such sets alone are other ones now."""
+def test_a_set_that_is_read_as_it_always_was_is_what_it_was(tmp_path: Path) -> None:
+    """Once, a box without a point cost its question, and a mask in JPEG did not: such sets alone are other ones now."""
     digests = []
-    for name, objects in {"with": BOX, "without": [{"bbox_2d": [1, 2, 30, 40]}]}.items():
+    for name, row in {
+        "with": without_mask(objects=BOX),
+        "without": without_mask(objects=[{"bbox_2d": [1, 2, 30, 40]}]),
+        "mask": line(),
+        "JPEG": line(mask="masks/one.JPG"),
+    }.items():
         folder = sources.lines(tmp_path / name)
-        write(folder, [without_mask(objects=objects)])
+        (folder / "masks/one.JPG").write_bytes((folder / "masks/one.png").read_bytes())
+        write(folder, [row])
         plan = builder.make_plan(build.find_form("mine", [folder], None))
         cut = [(shard.name, shard.rows) for shard in plan.shards]
         told = json.dumps([plan.files, cut, records.VERSION, builder._READING])
         digests.append(plan.digest == hashlib.sha256(told.encode()).hexdigest())
-    assert digests == [True, False]
+    assert digests == [True, False, True, False]
 
 
 MALFORMED = {

@@ -221,6 +221,35 @@ def test_a_mask_file_of_any_kind(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(pixels(mug.mask), rectangle(1, 2, 3, 4))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("m.jpg", {"quality": 100}), ("m.webp", {"quality": 90}), ("m.png", {"format": "JPEG"}), ("film.webp", {})],
+)
+def test_a_mask_in_a_lossy_format_is_refused(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """What looks like 0 around its object is 1 or 2."""
+    folder = sources.lines(tmp_path / "s")
+    mask = Image.fromarray(rectangle(11, 13, 50, 45).astype(np.uint8) * 255)
+    film = {"save_all": True, "append_images": [Image.new("L", mask.size)]} if name == "film.webp" else {}
+    mask.save(folder / "masks" / name, **options, **film)
+    row = {"image": "images/0.jpg", "question": "the red mug", "mask": f"masks/{name}", "id": "lossy"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    out = built(tmp_path, "mine", folder)
+    kind = "WEBP" if name.endswith("webp") else "JPEG"
+    assert left_out(out, "mine") == {"lossy": f"a mask in a lossy format, expected PNG: masks/{name} is {kind}"}
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_mask_in_webp_without_loss_is_taken(alpha: bool, tmp_path: Path) -> None:
+    folder = sources.lines(tmp_path / "s")
+    mask = rectangle(11, 13, 50, 45).astype(np.uint8) * 255
+    image = Image.fromarray(np.dstack([mask, mask, mask, mask]) if alpha else mask)
+    # With EXIF the pixels are not in the file's first part.
+    image.save(folder / "masks/one.png", "WEBP", lossless=True, exif=Image.Exif().tobytes())
+    mug = open_split("mine", "train", built(tmp_path, "mine", folder))[0]
+    np.testing.assert_array_equal(pixels(mug.mask), rectangle(11, 13, 50, 45))
+
+
 def test_cocos_json_with_questions(tmp_path: Path) -> None:
     out = built(tmp_path, "c", sources.coco_json(tmp_path / "s"))
     dogs, unicorn = open_split("c", "train", out)

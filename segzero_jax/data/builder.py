@@ -69,6 +69,8 @@ class Plan:
         told: list[object] = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION, _READING]
         if self.centred:  # Such boxes were once left out: only sets that have some are read into other rows.
             told.append(self.centred)
+        if any(digest and Path(file).suffix.lower() in (".jpg", ".jpeg") for file, _, digest in self.files):
+            told.append("masks in JPEG")  # Once they were taken, with what JPEG puts around an object.
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -8,9 +8,9 @@ A line is one question, its paths relative to the folder:
     {"image": "images/b.jpg", "question": "the chair", "objects": [{"bbox_2d": [10, 20, 90, 80]}]}
     {"image": "images/b.jpg", "question": "the mug", "masks": []}
 
-A mask is a picture of the same size, 0 where the object is not. No masks mean that nothing answers the question.
-Objects are in pixels of the upright picture, both corners of a box inclusive; of a box without a point the centre
-is taken.
+A mask is a picture of the same size, in a format without loss, 0 where the object is not. No masks mean that nothing
+answers the question. Objects are in pixels of the upright picture, both corners of a box inclusive; of a box without a
+point the centre is taken.
 Optional: ``id``, ``instance`` (the same for several questions about the same thing), ``ignore`` (a mask of pixels that
 do not count).
 """
@@ -39,6 +39,7 @@ from segzero_jax.data.forms.form import (
     is_text,
     unique,
 )
+from segzero_jax.data.mask_files import read_mask
 from segzero_jax.data.pictures import upright_size
 from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.types import Frame, ObjectPrompt
@@ -115,22 +116,7 @@ class Lines:
         return Asked(own, row["question"], instance, masks, ignore=ignore)
 
     def _mask(self, file: str) -> np.ndarray:
-        return read_mask(self.folder / file)
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """A mask from a picture file, bool [H, W]: True where any colour is above 0; what is transparent is not the object.
-
-    Raises OSError for a file that is no picture.
-    """
-    with Image.open(path) as image:
-        if image.mode == "P":  # The number of a colour is what counts, not how it looks.
-            return np.asarray(image) > 0
-        pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
-    if pixels.ndim == 2:
-        return pixels > 0
-    seen = (pixels[..., :3] > 0).max(axis=-1)
-    return seen & (pixels[..., 3] > 0) if pixels.shape[-1] == 4 else seen
+        return read_mask((self.folder / file).read_bytes(), file)
 
 
 def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:

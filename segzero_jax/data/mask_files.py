@@ -1,0 +1,52 @@
+"""Masks that come as picture files."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from segzero_jax.decoding import UNDECODABLE, cause
+
+_LOSSY = ("JPEG", "MPO", "AVIF")
+
+
+class MaskError(ValueError):
+    """A mask that cannot be taken as one; one line."""
+
+
+def read_mask(data: bytes, name: str) -> np.ndarray:
+    """A mask from a picture, bool [H, W]: True where any colour is above 0; what is transparent is not the object.
+
+    Args:
+      name: of the file, for messages.
+
+    Raises MaskError for what is no picture, and for a lossy one: around an object that is above 0 too.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format in _LOSSY or (image.format == "WEBP" and _is_lossy_webp(data)):
+                raise MaskError(f"a mask in a lossy format, expected PNG: {name} is {image.format}")
+            if image.mode == "P":  # The number of a colour is what counts, not how it looks.
+                return np.asarray(image) > 0
+            pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
+    except UNDECODABLE as error:
+        if isinstance(error, MaskError):
+            raise
+        raise MaskError(f"a mask cannot be read ({cause(error)}), in {name}") from None
+    if pixels.ndim == 2:
+        return pixels > 0
+    seen = (pixels[..., :3] > 0).max(axis=-1)
+    return seen & (pixels[..., 3] > 0) if pixels.shape[-1] == 4 else seen
+
+
+def _is_lossy_webp(data: bytes) -> bool:
+    """Whether the picture, or the first of a film, is in a "VP8 " chunk; "VP8L" is without loss (RFC 9649)."""
+    chunk = 12
+    while chunk + 8 <= len(data):
+        kind = data[chunk : chunk + 4]
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind == b"VP8 "
+        size = int.from_bytes(data[chunk + 4 : chunk + 8], "little")
+        # A frame of a film has 16 bytes of its own before the chunks in it.
+        chunk += 8 + 16 if kind == b"ANMF" else 8 + size + size % 2
+    return False
