@@ -489,6 +489,102 @@ def test_masks_that_are_wrong_are_left_out_by_name(tmp_path: Path) -> None:
     assert open_split("r", "test", out)[5].objects == (), "a mask without pixels is a question without a target"
 
 
+ENCODED_MASK = encoded(Image.fromarray(rectangle(10, 20, 70, 60)), "PNG")
+TYPES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a picture's path": (sources.solution_parquet, {"image": ["a.png"] * 6}, "column image: string, expected encoded"),
+    "lists of pictures": (
+        sources.mask_parquet,
+        {"image": [[PNG]] * 4},
+        "column image: list<element: binary>, expected encoded pictures, binary or {bytes, path}",
+    ),
+    "paths alone": (
+        sources.mask_parquet,
+        {"image": [{"path": "a"}] * 4},
+        "column image: struct<path: string>, expected",
+    ),
+    "a solution that is a list": (
+        sources.solution_parquet,
+        {"solution": [[{"bbox_2d": [4, 10, 40, 60]}]] * 6},
+        "column solution: list<element: struct<bbox_2d: list<element: int64>>>, expected text",
+    ),
+    "no problem": (sources.solution_parquet, {"problem": [None] * 6}, "column problem: null, expected text"),
+    "questions that are numbers": (sources.mask_parquet, {"text": [[1]] * 4}, "column text: list<element: int64>"),
+    "a flat mask": (
+        sources.mask_parquet,
+        {"mask": [[True] * 9] * 4},
+        "column mask: list<element: bool>, expected rows of bool or of whole numbers, or encoded pictures",
+    ),
+    "a mask of probabilities": (
+        sources.mask_parquet,
+        {"mask": [[[0.5, 0.0]]] * 4},
+        "column mask: list<element: list<element: double>>, expected rows of bool",
+    ),
+    "a mask of nothing": (
+        sources.mask_parquet,
+        {"mask": [[[None]]] * 4},
+        "column mask: list<element: list<element: null",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_a_column_of_another_type_is_told_before_anything_is_read(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, columns, expected = TYPES[case]
+    folder = make(tmp_path / "s", **columns)
+    assert build.main(["r", "--source", str(folder), "--data-dir", str(tmp_path / "out")]) == 2
+    complaint = capsys.readouterr().err
+    assert f"-00000-of-0000{2 if make is sources.solution_parquet else 1}.parquet: {expected}" in complaint
+    assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pa.array([rectangle(10, 20, 70, 60).tolist()] * 4, pa.large_list(pa.large_list(pa.bool_()))),
+        pa.array([rectangle(10, 20, 70, 60).tolist()] * 4, pa.list_(pa.list_(pa.bool_(), WIDTH), HEIGHT)),
+        pa.array([(255 * rectangle(10, 20, 70, 60).astype(int)).tolist()] * 4, pa.list_(pa.list_(pa.uint8()))),
+        pa.array([ENCODED_MASK] * 4),
+        pa.array([ENCODED_MASK] * 4, pa.large_binary()),
+        pa.array([{"bytes": ENCODED_MASK, "path": "m.png"}] * 4),
+    ],
+    ids=lambda mask: str(mask.type)[:40],
+)
+def test_a_mask_in_parquet_of_any_kind(mask: pa.Array, tmp_path: Path) -> None:
+    out = built(tmp_path, "r", sources.mask_parquet(tmp_path / "s", mask=mask))
+    np.testing.assert_array_equal(pixels(open_split("r", "test", out)[3].mask), rectangle(10, 20, 70, 60))
+
+
+def test_the_question_of_a_parquet_with_masks_may_have_a_solution_too(tmp_path: Path) -> None:
+    out = built(tmp_path, "r", sources.mask_parquet(tmp_path / "s", solution=["a crow"] * 4))
+    assert box(open_split("r", "test", out)[0]) == (10, 20, 70, 60)
+
+
+NULLS: dict[str, tuple[dict[str, Any], str]] = {
+    "pixels": (
+        {"mask": [[None] * WIDTH, *rectangle(10, 20, 70, 60).tolist()[1:]]},
+        f"a mask with pixels that are null, {WIDTH} of {WIDTH * HEIGHT}",
+    ),
+    "a row": ({"mask": [None, *rectangle(10, 20, 70, 60).tolist()[1:]]}, "a mask with rows that are null"),
+    "a mask": ({"mask": None}, "no mask"),
+    "bytes": ({"image": {"bytes": None, "path": "a.png"}}, "no picture but its path, a.png: expected its bytes"),
+    "a picture": ({"image": None}, "no picture"),
+}
+
+
+@pytest.mark.parametrize("case", NULLS)
+def test_what_is_null_in_parquet_is_no_answer(case: str, tmp_path: Path) -> None:
+    """Read as 0, a mask of nulls would say that nothing in the picture answers the question."""
+    ((column, value),), reason = NULLS[case][0].items(), NULLS[case][1]
+    table = pa.parquet.read_table(sources.mask_parquet(tmp_path / "first"))
+    values = table[column].to_pylist()
+    values[2] = value
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()}) if column == "image" else table[column].type
+    out = built(tmp_path, "r", sources.mask_parquet(tmp_path / "s", **{column: pa.array(values, kind)}))
+    assert left_out(out, "r") == {"test-picture_2-2": reason}
+
+
 def test_an_object_without_pixels_is_left_out(tmp_path: Path) -> None:
     folder = sources.refer(tmp_path / "s")
     path = folder / "refcoco/instances.json"

@@ -3,21 +3,24 @@
 Training sets (refCOCOg_9k_840, VisionReasoner_multi_object_7k_840) have ``id``, ``problem``, ``solution``, ``image``,
 ``img_height``, ``img_width``; the picture is squashed to 840 x 840 already, the solution is in its pixels, and the
 height and width are those it had before. Evaluation sets (ReasonSeg_val, refcoco_testA) have ``text``, ``image``,
-``image_id``, ``ann_id`` and a ``mask`` of nested lists of bool in the size of the picture.
+``image_id``, ``ann_id`` and a ``mask`` of nested lists of bool in the size of the picture. Masks may also be encoded
+pictures, as the pictures are.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, unique
+from segzero_jax.data.mask_files import read_mask
 from segzero_jax.prompt import parse_solution
 from segzero_jax.types import Frame
 
@@ -49,7 +52,7 @@ class HubParquet:
         names: dict[str, list[str]] = defaultdict(list)
         for split, path in self.tables:
             with _open(path) as file:
-                columns = _columns(path, file.schema_arrow.names)
+                columns = _columns(path, file.schema_arrow)
                 for group in range(file.num_row_groups):
                     rows = file.read_row_group(group, columns=columns)
                     groups[split].append((path, group, rows.num_rows))
@@ -73,15 +76,13 @@ class HubParquet:
     def _row(self, split: str, path: Path, batch: pa.RecordBatch, row: int, name: str) -> Shown | Unreadable:
         at = f"{path.name}: {name}"
         image = batch["image"][row].as_py()
-        data = image.get("bytes") if isinstance(image, dict) else image
-        if not data:
-            return Unreadable((name,), "no picture")
         try:
-            if "solution" in batch.schema.names:
+            data = _encoded(image, "picture")
+            if _has_solutions(batch.schema):
                 objects = parse_solution(batch["solution"][row].as_py())
                 asked = Asked(name, _text(batch["problem"][row].as_py()), f"{self.name}:{name}", objects=objects)
                 return Shown(data, self._picture(split, batch, row, image, name), at, None, (asked,))
-            mask = _nested_mask(batch["mask"][row])
+            mask = _mask(batch["mask"][row])
         except ValueError as error:
             return Unreadable((name,), str(error))
         picture = self._picture(split, batch, row, image, name)
@@ -123,9 +124,9 @@ def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParqu
             if held.setdefault(split, source) != source:
                 raise SourceError(f"split {split}: in {held[split]} and in {source}; build two data sets of them")
         tables |= found
-    for path in tables:
+    for path in sorted(tables):
         with _open(path) as file:
-            _columns(path, file.schema_arrow.names)
+            _columns(path, file.schema_arrow)
     return HubParquet(name, sources[0], tuple((tables[path], path) for path in sorted(tables))) if tables else None
 
 
@@ -142,13 +143,62 @@ def _open(path: Path) -> pq.ParquetFile:
         raise SourceError(f"{path}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
 
 
-def _columns(path: Path, names: list[str]) -> list[str]:
-    """Those that name a row."""
-    if not (set(names) >= set(_SOLUTION) or set(names) >= set(_MASK)):
+def _columns(path: Path, schema: pa.Schema) -> list[str]:
+    """Those that name a row. Raises SourceError where one that is needed is not there, or of another type."""
+    names = schema.names
+    if not (_has_solutions(schema) or set(names) >= set(_MASK)):
         raise SourceError(
             f"{path}: columns {', '.join(names)}; expected {', '.join(_SOLUTION)} or {', '.join(_MASK)} among them"
         )
+    for column in (name for name in (_SOLUTION if _has_solutions(schema) else _MASK) if name in _TYPES):
+        expected, fits = _TYPES[column]
+        if not fits(_plain(schema.field(column).type)):
+            raise SourceError(f"{path}: column {column}: {str(schema.field(column).type)[:80]}, expected {expected}")
     return [name for name in ("id", "image_id", "ann_id") if name in names] or ["text"]
+
+
+def _has_solutions(schema: pa.Schema) -> bool:
+    return set(schema.names) >= set(_SOLUTION)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_question(kind: pa.DataType) -> bool:
+    return _is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        # Of a column that has paths alone, what is written says that there are bytes, none of them there.
+        return at >= 0 and (pa.types.is_null(kind.field(at).type) or _is_encoded(kind.field(at).type))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_mask(kind: pa.DataType) -> bool:
+    rows = kind.value_type if _is_list(kind) else kind
+    pixels = rows.value_type if _is_list(kind) and _is_list(rows) else None
+    return _is_encoded(kind) or (pixels is not None and (pa.types.is_boolean(pixels) or pa.types.is_integer(pixels)))
+
+
+# What is expected of a column, and whether a type is it.
+_TYPES: Mapping[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+    "problem": ("text", _is_question),
+    "text": ("text", _is_question),
+    "solution": ("text", _is_text),
+    "image": ("encoded pictures, binary or {bytes, path}", _is_encoded),
+    "mask": ("rows of bool or of whole numbers, or encoded pictures, binary or {bytes, path}", _is_mask),
+}
 
 
 def _names(name: str, split: str, rows: pa.Table, start: int) -> list[str]:
@@ -171,16 +221,33 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _nested_mask(scalar: Any) -> np.ndarray:
-    """A mask stored as a list of rows, each a list of bool or of 0 and 1, as bool [H, W].
+def _encoded(value: Any, what: str) -> bytes:
+    """The bytes of a picture. Raises ValueError where there are none."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data:
+        return data
+    path = value.get("path") if isinstance(value, dict) else None
+    raise ValueError(f"no {what} but its path, {path}: expected its bytes" if path else f"no {what}")
 
-    Raises ValueError for rows of different lengths, or no rows.
+
+def _mask(scalar: Any) -> np.ndarray:
+    """A mask as bool [H, W]: an encoded picture, or a list of rows, each a list of bool or of whole numbers.
+
+    Raises ValueError for rows of different lengths, pixels that are null, or no rows.
     """
+    if not _is_list(scalar.type):
+        value = scalar.as_py()
+        named = value.get("path") if isinstance(value, dict) else None
+        return read_mask(_encoded(value, "mask"), named or "column mask")
     rows = scalar.values
     if rows is None or not len(rows):
         raise ValueError("no mask")
-    widths = np.diff(rows.offsets.to_numpy())
-    if (widths != widths[0]).any() or not widths[0] or rows.null_count:
+    if rows.null_count:
+        raise ValueError("a mask with rows that are null")
+    widths = pc.list_value_length(rows).to_numpy()
+    if (widths != widths[0]).any() or not widths[0]:
         raise ValueError("a mask whose rows have different lengths")
-    flat = rows.flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(bool).reshape(len(rows), int(widths[0]))
+    flat = rows.flatten()
+    if flat.null_count:
+        raise ValueError(f"a mask with pixels that are null, {flat.null_count} of {len(flat)}")
+    return flat.to_numpy(zero_copy_only=False).astype(bool).reshape(len(rows), int(widths[0]))
