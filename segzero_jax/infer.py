@@ -21,7 +21,7 @@ from PIL import Image
 from segzero_jax.answering import Answered, Picture, answer_question, reasoning_so_far
 from segzero_jax.asking import default_sam, find_checkpoint, load
 from segzero_jax.config import ConfigError, OneLineParser
-from segzero_jax.local_path import local_path
+from segzero_jax.local_path import home_path, local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.options import (
@@ -222,9 +222,9 @@ def _parser() -> OneLineParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--image", type=Path, metavar="F", help="a PNG, JPEG or WebP, or a folder of them")
+    add("--image", type=home_path, metavar="F", help="a PNG, JPEG or WebP, or a folder of them")
     add("--query", action="append", default=[], type=_query, metavar="T", help="what to find; may be given often")
-    add("--queries", type=Path, metavar="FILE", help="more questions, one a line")
+    add("--queries", type=home_path, metavar="FILE", help="more questions, one a line")
     add("--demo", action="store_true", help="a web page on this machine in place of --image and --query")
     add("--port", type=int, default=7860, metavar="N", help="of --demo [%(default)s]")
     add(

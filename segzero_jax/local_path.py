@@ -27,3 +27,8 @@ def local_path(path: str | Path, key: str, instead: str) -> Path:
     if is_url(path):
         raise ConfigError(f"{key}={path}: expected a folder on this machine's disk, got a URL; {instead}")
     return Path(path).expanduser()
+
+
+def home_path(text: str) -> Path:
+    """A path for argparse, ``~`` being the home folder: in ``--image=~/a.jpg`` no shell sees it."""
+    return Path(text).expanduser()

@@ -8,10 +8,10 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from segzero_jax import jsonl, rewards
+from segzero_jax.local_path import home_path
 
 
 class RescoreError(ValueError):
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command. On bad input: one line, exit code 2, nothing written."""
     parser = argparse.ArgumentParser(prog="python -m segzero_jax.rescore", description="Scores stored responses again.")
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(rewards.RECIPES)}")
-    parser.add_argument("--input", required=True, type=Path, metavar="F.jsonl", help="rows with text and solution")
-    parser.add_argument("--output", required=True, type=Path, metavar="F.jsonl", help="may be the input")
+    parser.add_argument("--input", required=True, type=home_path, metavar="F.jsonl", help="rows with text and solution")
+    parser.add_argument("--output", required=True, type=home_path, metavar="F.jsonl", help="may be the input")
     parser.add_argument("--mask-iou-weight", type=float, default=0.0, metavar="W", help="of each row's mask_iou [0]")
     parser.add_argument("--mask-iou-mode", default="raw", metavar="MODE", help="raw, threshold or tiered [raw]")
     args = parser.parse_args(argv)

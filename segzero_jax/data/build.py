@@ -28,7 +28,7 @@ from segzero_jax.data.forms.refer import Refer
 from segzero_jax.data.hub_sets import HUB
 from segzero_jax.data.records import built_directory, index_path
 from segzero_jax.hub import HubError, data_directory
-from segzero_jax.local_path import local_path
+from segzero_jax.local_path import home_path, local_path
 
 _FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
 
@@ -81,7 +81,9 @@ def _parser() -> OneLineParser:
         metavar="DIR",
         help="a directory, or ids of data sets on the Hugging Face hub; the papers' sets know their own",
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures lie, when not below the source")
+    parser.add_argument(
+        "--images", type=home_path, metavar="DIR", help="where the pictures lie, when not below the source"
+    )
     parser.add_argument("--data-dir", default=Config().data.dir, metavar="DIR", help="data.dir (%(default)s)")
     parser.add_argument(
         "--against",
