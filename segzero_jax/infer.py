@@ -88,12 +88,16 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def find_pictures(path: Path) -> list[Path]:
-    """The picture, or the pictures in a folder by name. Raises InferError where there is none."""
+    """The picture, or the pictures in a folder by name, without hidden files. Raises InferError where there is none.
+
+    On disks of other systems macOS leaves a ``._a.jpg`` beside each ``a.jpg``, which is no picture.
+    """
     if not path.exists():
         raise InferError(f"--image={path}: no such file, expected a PNG, JPEG or WebP, or a folder of them")
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file())
+    named = (file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+    found = sorted(file for file in named if file.is_file())
     if not found:
         raise InferError(f"--image={path}: no picture in this folder, expected files in {', '.join(_SUFFIXES)}")
     return found

@@ -206,6 +206,7 @@ def test_several_pictures_and_questions(
     for name in ("a.png", "b.png", "b.jpg"):
         (folder / name).write_bytes(encoded(PICTURE, "JPEG" if name.endswith("jpg") else "PNG"))
     (folder / "notes.txt").write_text("no picture")
+    (folder / "._a.png").write_bytes(b"Mac OS X")
     (tmp_path / "more.txt").write_text("the square\n\nthe star\n")
     said = ["<think> it", "<think> it is</th", "<think> it is here </think><answer>[]</answer>"]
 
