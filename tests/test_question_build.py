@@ -410,6 +410,9 @@ BAD = {
     "no directory": (["r", "--source", "nowhere"], "--source nowhere: no such directory"),
     "two directories": (["r", "--source", "segzero_jax", "docs"], "2 directories, expected one"),
     "toy": (["toy", "--source", "docs"], "toy: a name of its own is expected"),
+    "the folder itself": ([".", "--source", "docs"], ".: a name of its own is expected"),
+    "the folder above": (["..", "--source", "docs"], "..: a name of its own is expected"),
+    "no name": (["", "--source", "docs"], "'': a name of its own is expected"),
     "nothing built": (["r", "--check"], "data set r: not in"),
     "unknown against": (["r", "--source", "docs", "--against", "x/val"], "--against x/val: expected NAME/SPLIT"),
     "no such hub set": (
