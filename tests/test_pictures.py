@@ -91,6 +91,13 @@ def test_a_damaged_file_is_told(kind: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_picture_without_a_white_point_is_told() -> None:
+    """Pillow makes black of numbers from 0 to 1."""
+    numbers = encoded(Image.fromarray(np.linspace(0, 1, 128 * 96, dtype=np.float32).reshape(96, 128)), "TIFF")
+    with pytest.raises(PictureError, match="picture of floating-point numbers, expected 8 or 16 bits a channel"):
+        read_picture(numbers, None)
+
+
 def test_too_large_pictures_are_scaled_down_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "MAX_PIXELS", 4000)
     stored = read_picture(KINDS["png"], Frame(128, 96))

@@ -104,7 +104,12 @@ def _written_again(image: Image.Image, source_format: str | None) -> tuple[Image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16 bits keep the upper eight, what is transparent is white."""
+    """8-bit RGB: 16 bits keep the upper eight, what is transparent is white.
+
+    Raises PictureError for numbers that are not whole, of which nothing says how bright they are.
+    """
+    if image.mode == "F":
+        raise PictureError("picture of floating-point numbers, expected 8 or 16 bits a channel")
     image.load()
     if image.mode.startswith("I"):
         grey = np.asarray(image)
