@@ -207,6 +207,12 @@ def read(*argv: str) -> tuple[argparse.Namespace, Config]:
     return config.parse_command_line(parser, argv)
 
 
+def test_a_preset_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "train: {steps: 3}\n")
+    assert read("--config=~/preset.yaml")[1].train.steps == 3
+
+
 def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_path):
     path = write(tmp_path, "train: {steps: 3}\nseed: 1\n")
     args, loaded = read("--resume", "--config", str(path), "--mesh=4x4", "--train.lr", "1e-5")

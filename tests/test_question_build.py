@@ -410,6 +410,7 @@ BAD = {
     "no directory": (["r", "--source", "nowhere"], "--source nowhere: no such directory"),
     "two directories": (["r", "--source", "segzero_jax", "docs"], "2 directories, expected one"),
     "toy": (["toy", "--source", "docs"], "toy: a name of its own is expected"),
+    "two": (["mugs,cups", "--source", "docs"], "mugs,cups: a name of its own is expected, without / and commas"),
     "the folder itself": ([".", "--source", "docs"], ".: a name of its own is expected"),
     "the folder above": (["..", "--source", "docs"], "..: a name of its own is expected"),
     "no name": (["", "--source", "docs"], "'': a name of its own is expected"),

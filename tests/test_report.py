@@ -391,9 +391,11 @@ def test_a_long_run_stays_small(tmp_path):
     assert "Thin: means of 21 steps" in page.words()
 
 
-def test_the_command_says_what_it_wrote(copied, capsys):
-    assert main([str(copied)]) == 0
-    assert capsys.readouterr().out == f"wrote {copied / 'report.html'}\n"
+def test_the_command_says_what_it_wrote(copied, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(copied.parent))
+    for run in (str(copied), f"~/{copied.name}"):
+        assert main([run]) == 0
+        assert capsys.readouterr().out == f"wrote {copied / 'report.html'}\n"
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):

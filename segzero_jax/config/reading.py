@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,12 @@ def parse_command_line(
         add_help=False,  # the parent's
         allow_abbrev=False,  # --train.step is a mistake, not --train.steps
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML preset, see configs/; without it the embedded toy run")
+    parser.add_argument(
+        "--config",
+        type=os.path.expanduser,  # no shell does, in --config=~/a.yaml
+        metavar="FILE",
+        help="a YAML preset, see configs/; without it the embedded toy run",
+    )
     keys = parser.add_argument_group("configuration (default in brackets)")
     for key, default in all_keys().items():
         typed = ",".join(default) if isinstance(default, list) else default

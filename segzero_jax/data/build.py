@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         data_dir = local_path(args.data_dir, "--data-dir", "build it on a disk and copy it from there")
-        if "/" in args.name or args.name in ("", ".", "..", "toy"):
-            raise SourceError(f"{args.name or repr(args.name)}: a name of its own is expected, without /")
+        if set("/,") & set(args.name) or args.name in ("", ".", "..", "toy"):
+            raise SourceError(f"{args.name or repr(args.name)}: a name of its own is expected, without / and commas")
         return _check(args.name, data_dir) if args.check else _build(args, data_dir)
     except (SourceError, LeakError, HubError, ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
