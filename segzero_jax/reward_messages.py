@@ -9,6 +9,9 @@ from segzero_jax.types import Frame, ObjectPrompt, RleMask
 
 # google.rpc.Code, as in reward.proto's Status.
 _OUT_OF_RANGE = 11
+# As in reward.proto: a request with a longer id is refused as a whole.
+_MOST_ID_CHARACTERS = 256
+_KEPT_ID_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class ScoreRequest:
     """One image and the responses to one question about it.
 
     Attributes:
-      id: comes back with the answer and stands in the server's log.
+      id: comes back with the answer and stands in the server's log; a long one is cut there.
       image: the encoded picture, as stored.
       frame: what all coordinates here refer to; usually the stored picture's size.
       target: the mask to be compared with, of the stored picture's size, or objects whose mask SAM 2 makes.
@@ -141,7 +144,7 @@ def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:
     else:
         target = reward_pb2.Target(objects=_candidate(group.target))
     return reward_pb2.ScoreRequest(
-        request_id=group.id,
+        request_id=_request_id(group.id),
         image=_image(group.image),
         frame=reward_pb2.Frame(width=group.frame.width, height=group.frame.height),
         target=target,
@@ -156,11 +159,18 @@ def segment_request(
 ) -> reward_pb2.SegmentRequest:
     """The message that asks for masks alone."""
     return reward_pb2.SegmentRequest(
-        request_id=id,
+        request_id=_request_id(id),
         image=_image(image),
         frame=reward_pb2.Frame(width=frame.width, height=frame.height),
         candidates=[_candidate(objects) for objects in candidates],
     )
+
+
+def _request_id(id: str) -> str:
+    """An id as short as a server takes it. It is for logs and for matching answers: what is cut differs by its hash."""
+    if len(id) <= _MOST_ID_CHARACTERS:
+        return id
+    return f"{id[:_KEPT_ID_CHARACTERS]}-{hashlib.sha256(id.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
 def _image(data: bytes) -> reward_pb2.Image:
