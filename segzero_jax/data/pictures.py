@@ -22,6 +22,7 @@ MAX_PIXELS = 16_000_000
 _MAX_DECODED = 200_000_000
 _STORED = ("PNG", "JPEG", "WEBP")
 _EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # Orientations that exchange width and height; 2, 3 and 4 keep them.
 _SIDE = 16
 
 
@@ -48,13 +49,15 @@ class Picture:
     fingerprint: bytes
 
 
-def read_picture(data: bytes, annotated: Frame | None) -> Picture:
+def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False) -> Picture:
     """Checks a picture and brings it into the stored form.
 
     Args:
       data: the file in the source.
       annotated: the size that annotations speak of; None where they are in the pixels of the upright picture. A picture
-        with an EXIF rotation is turned upright, unless the annotations were made on the unturned pixels.
+        with an EXIF rotation is turned upright, unless this size says that they were made on the unturned pixels.
+      as_in_file: annotations of the file's size were made on its unturned pixels, also where EXIF mirrors the picture
+        or turns it over, of which no size tells. A square picture is turned upright all the same.
 
     Raises:
       PictureError: damaged, of another size than annotated, or too large to decode.
@@ -66,7 +69,8 @@ def read_picture(data: bytes, annotated: Frame | None) -> Picture:
         turn = image.getexif().get(_EXIF_ORIENTATION, 1)
         plain = image.format in _STORED and image.mode in ("RGB", "L") and "transparency" not in image.info
         size = Frame(image.width, image.height)
-        unturned = annotated == size and size.width != size.height
+        as_annotated = annotated == size and size.width != size.height
+        unturned = as_annotated and (as_in_file or turn in _SIDEWAYS)
         original = size if unturned else upright_size(data)
         if annotated is not None and original != annotated:
             raise PictureError(
@@ -147,7 +151,7 @@ def upright_size(data: bytes) -> Frame:
     """The size of a picture after its EXIF rotation, without decoding it. Raises PictureError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _SIDEWAYS
             return Frame(image.height, image.width) if turned else Frame(image.width, image.height)
     except UNDECODABLE as error:
         raise PictureError(f"picture cannot be read ({cause(error)})") from None

@@ -134,7 +134,7 @@ def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[
         left_out += [(name, shown.reason) for name in shown.ids]
         return None
     try:
-        picture = read_picture(shown.image, shown.annotated)
+        picture = read_picture(shown.image, shown.annotated, shown.as_in_file)
     except PictureError as error:
         left_out += [(asked.id, f"{error}, in {shown.source}") for asked in shown.questions]
         return None

@@ -207,7 +207,7 @@ class CocoJson:
         # Two records: a mask has two points, a box one, and in a record all objects have as many.
         for asked in (masked, boxed):
             if asked:
-                yield Shown(data, name, part.pictures[0], frame, tuple(asked))
+                yield Shown(data, name, part.pictures[0], frame, tuple(asked), as_in_file=True)
 
 
 def by_id(content: Any, name: str, path: Path) -> dict[Any, Any]:

@@ -49,6 +49,8 @@ class Shown:
       image_id: its name, in no other split that of another picture; "coco:391895" for a picture of COCO.
       source: its file in the source, and the row where that holds several.
       annotated: the size that masks and objects speak of; None where they are in pixels of the upright picture.
+      as_in_file: whether what speaks of the file's size speaks of its pixels as they lie in it, whatever EXIF says:
+        COCO's tools do not look at EXIF.
     """
 
     image: bytes
@@ -56,6 +58,7 @@ class Shown:
     source: str
     annotated: Frame | None
     questions: tuple[Asked, ...]
+    as_in_file: bool = False
 
 
 @dataclass(frozen=True)

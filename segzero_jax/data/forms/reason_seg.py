@@ -2,7 +2,8 @@
 
 Source: dvlab-research/LISA, ``utils/data_processing.py``. Polygons are painted from the largest to the smallest, so
 that a small one labelled "ignore" cuts a hole into a large target; edges belong to the polygon; those labelled "flag"
-mean nothing. Where a picture has several sentences, LISA's evaluation asks the first; for training there is each.
+mean nothing. They are in pixels of the upright picture, as OpenCV reads it for LISA. Where a picture has several
+sentences, LISA's evaluation asks the first; for training there is each.
 """
 
 import json
@@ -88,7 +89,7 @@ class ReasonSeg:
             Asked(own, question, name, masks, ignore=ignore if ignore.any() else None)
             for own, question in zip(part.ids, texts, strict=True)
         ]
-        yield Shown(data, name, part.pictures[0], frame, tuple(asked))
+        yield Shown(data, name, part.pictures[0], None, tuple(asked))
 
 
 def _texts(content: Any, path: Path) -> list[str]:

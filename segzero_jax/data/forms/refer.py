@@ -130,7 +130,7 @@ class Refer:
                 continue
             asked.append(Asked(own, question, f"{self.name}:ref-{reference}", (masks[reference],)))
         file = part.pictures[0]
-        yield Shown((self.root / file).read_bytes(), name, file, frame, tuple(asked))
+        yield Shown((self.root / file).read_bytes(), name, file, frame, tuple(asked), as_in_file=True)
 
 
 def _find_pictures(folder: Path, source: Path) -> Path:
