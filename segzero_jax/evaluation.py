@@ -15,6 +15,7 @@ from pycocotools import mask as coco
 from scipy.optimize import linear_sum_assignment
 
 from segzero_jax.answers import tagged_json
+from segzero_jax.intervals import bootstrap_interval, by_picture
 from segzero_jax.patience import Patience
 from segzero_jax.prompt import parse_answer
 from segzero_jax.reward_messages import CandidateScore
@@ -22,8 +23,6 @@ from segzero_jax.rewards import thinking_format
 from segzero_jax.scoring import Scored, Scorer, answered_objects, solution
 from segzero_jax.types import Box, Example, Frame, ObjectPrompt, RleMask
 
-_RESAMPLES = 1000
-_CONFIDENCE = 0.95
 # How a split is answered, and what is measured of it; SAM 2 alone tells the first two.
 MODES = ("greedy", "sampled")
 _MASK_NUMBERS = ("giou", "ciou")
@@ -65,6 +64,7 @@ class Judged:
       rewards_qa: what an answer earns; 0 where it has no reward.
       rewarded_qa: whether it has one.
       has_target_q: whether there is anything to find.
+      pictures_q: the picture that each question is about, by any name; None where each has one of its own.
     """
 
     ious_qa: np.ndarray | None
@@ -76,6 +76,7 @@ class Judged:
     rewards_qa: np.ndarray
     rewarded_qa: np.ndarray
     has_target_q: np.ndarray
+    pictures_q: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -83,6 +84,7 @@ class Judged:
         measured: Sequence[Sequence[Measured]],
         has_target: Sequence[bool],
         rewards_qa: np.ndarray | None = None,
+        pictures: Sequence[str] | None = None,
     ) -> "Judged":
         """From single answers, ``[q][a]``; ``rewards_qa`` are NaN for answers without a reward, or None for all."""
 
@@ -101,6 +103,7 @@ class Judged:
             rewards_qa=np.nan_to_num(given, nan=0.0),
             rewarded_qa=np.isfinite(given),
             has_target_q=np.array(has_target, bool),
+            pictures_q=None if pictures is None else np.array(pictures),
         )
 
 
@@ -125,6 +128,11 @@ def box_hits(answer: Sequence[ObjectPrompt], target: Sequence[ObjectPrompt]) -> 
 def has_target(example: Example) -> bool:
     """Whether there is anything to find: its mask has pixels, or without a mask there are objects."""
     return bool(example.objects) if example.mask is None else _area(example.mask) > 0
+
+
+def picture_of(example: Example) -> str:
+    """What names the picture of a question: the question itself where its source names none."""
+    return example.image_id or example.id
 
 
 @dataclass(frozen=True)
@@ -192,39 +200,14 @@ def failure(response: Response, score: CandidateScore | None) -> str:
     return "not_json" if tagged_json(response.text) is None else "not_objects"
 
 
-def bootstrap_interval(
-    numerators_q: np.ndarray, denominators_q: np.ndarray | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (95%) of a ratio of sums over questions, from a fixed seed.
-
-    Questions are drawn with replacement, as many as there are, and the ratio is computed anew each time. A draw in
-    which nothing is counted (all its denominators are 0) is left out.
-
-    Args:
-      numerators_q: one a question.
-      denominators_q: the same; without it each question counts 1, and the ratio is the mean.
-    """
-    count = len(numerators_q)
-    denominators_q = np.ones(count) if denominators_q is None else denominators_q
-    rng = np.random.default_rng(seed)
-    ratios = []
-    for _ in range(_RESAMPLES):
-        drawn = rng.integers(0, count, count)
-        below = denominators_q[drawn].sum()
-        if below > 0:
-            ratios.append(numerators_q[drawn].sum() / below)
-    low, high = np.quantile(ratios, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def summary(judged: Judged) -> dict[str, float | int | None]:
     """The numbers of a mode; None for what was not measured.
 
     Returns:
       ``giou``, ``ciou``, ``box_accuracy`` and ``format_rate``; ``reward``, the mean over answers that have one;
       ``n_acc``, the share of questions without a target for which nothing was pointed out, and ``t_acc``, the share of
-      those with one for which something was; each with its interval in ``*_low`` and ``*_high``. ``count`` is
-      questions, ``no_target`` how many of them have no target.
+      those with one for which something was; each with its interval over pictures in ``*_low`` and ``*_high``.
+      ``count`` is questions, ``no_target`` how many of them have no target.
     """
     scored = judged.ious_qa is not None
     ones = np.ones(len(judged.format_qa))
@@ -244,7 +227,9 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
     for name, parts in ratios.items():
         value, low, high = None, None, None
         if parts is not None and parts[1].sum() > 0:
-            value, (low, high) = float(parts[0].sum() / parts[1].sum()), bootstrap_interval(*parts)
+            value = float(parts[0].sum() / parts[1].sum())
+            above, below = (by_picture(part, judged.pictures_q) for part in parts)
+            low, high = bootstrap_interval(above, below)
         numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
     numbers["count"] = len(judged.format_qa)
     numbers["no_target"] = int(nothing.sum())
@@ -258,8 +243,11 @@ def summary_names(scored: bool) -> list[str]:
 
 
 def per_instance(judged: Judged, instances: Sequence[str]) -> Judged:
-    """The same with one row an instance, the mean over its expressions; ``instances`` names each question's."""
-    _, index = np.unique(np.array(instances), return_inverse=True)
+    """The same with one row an instance, the mean over its expressions; ``instances`` names each question's.
+
+    An instance is in the picture of its first expression.
+    """
+    _, first, index = np.unique(np.array(instances), return_index=True, return_inverse=True)
     counts = np.bincount(index)
 
     def mean(values_qa: np.ndarray) -> np.ndarray:
@@ -269,7 +257,9 @@ def per_instance(judged: Judged, instances: Sequence[str]) -> Judged:
 
     columns = {name: value for name, value in vars(judged).items() if name.endswith("_qa") and value is not None}
     target = mean(judged.has_target_q[:, None])[:, 0] > 0
-    return replace(judged, **{name: mean(value) for name, value in columns.items()}, has_target_q=target)
+    pictures = None if judged.pictures_q is None else judged.pictures_q[first]
+    means = {name: mean(value) for name, value in columns.items()}
+    return replace(judged, **means, has_target_q=target, pictures_q=pictures)
 
 
 def sample_row(
@@ -284,6 +274,7 @@ def sample_row(
     return {
         "id": example.id,
         "instance": example.instance_id or example.id,
+        "image_id": picture_of(example),
         "question": example.question,
         "text": response.text,
         "solution": target,
@@ -310,12 +301,16 @@ def rewarded(scored: Scored, q: int, a: int) -> dict[str, Any]:
 def judge_rows(rows: Sequence[Mapping[str, Any]], answers: int) -> Judged:
     """The numbers in rows of ``sample_row``, ``answers`` after one another for each question.
 
-    Rows that have been ``rewarded`` have a reward.
+    Rows that have been ``rewarded`` have a reward. Where a row does not name its picture, as none did once, each
+    question counts as if it had one of its own.
     """
     measured = [Measured(**{name: row[name] for name in Measured.__dataclass_fields__}) for row in rows]
     groups = [measured[start : start + answers] for start in range(0, len(measured), answers)]
     rewards_qa = np.array([row.get("reward") for row in rows], np.float64).reshape(-1, answers)  # None becomes NaN
-    return Judged.of(groups, [row["has_target"] for row in rows[::answers]], rewards_qa)
+    asked = rows[::answers]
+    named = all(row.get("image_id") for row in asked)
+    pictures = [row["image_id"] for row in asked] if named else None
+    return Judged.of(groups, [row["has_target"] for row in asked], rewards_qa, pictures)
 
 
 def object_rows(objects: Sequence[ObjectPrompt]) -> list[dict[str, Any]]:
@@ -361,9 +356,9 @@ def evaluate_split(
     measured = [
         [measure(example, *answered) for answered in group] for example, group in zip(examples, groups, strict=True)
     ]
-    targets = [has_target(example) for example in examples]
+    targets, pictures = [has_target(example) for example in examples], [picture_of(example) for example in examples]
     summaries = {
-        mode: summary(Judged.of([group[which] for group in measured], targets, scored.rewards_bg[:, which]))
+        mode: summary(Judged.of([group[which] for group in measured], targets, scored.rewards_bg[:, which], pictures))
         for mode, which in zip(MODES, (slice(0, 1), slice(1, None)), strict=True)
     }
     rows = [

@@ -249,7 +249,7 @@ def make_evaluation(
     waiting = lambda seconds: timer.move(seconds, "reward_wait")  # noqa: E731
     config = job.config
     splits = {
-        split_label(name): [source[i] for i in range(min(config.eval.examples, len(source)))]
+        split_label(name): [source[i] for i in source.first(config.eval.examples)]
         for name, source in zip(config.data.eval_splits, held_out, strict=True)
     }
 

@@ -39,6 +39,7 @@ from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.overlay import decode_mask
+from segzero_jax.processor import decode_image
 from segzero_jax.report.gallery import choose_cases
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
@@ -76,6 +77,10 @@ class Source(list):
     """A split in memory."""
 
     checksum = "made up"
+
+    def first(self, count: int) -> list[int]:
+        """As if the second question were about the picture of the first."""
+        return [0, *range(2, QUESTIONS), 1][:count]
 
 
 @pytest.fixture
@@ -227,6 +232,27 @@ def test_answers_that_are_no_json_are_told(source: Source, tmp_path: Path) -> No
     (task.folder(tmp_path) / "samples.jsonl").write_text('{"index": 0, {"index": 0}\n')
     with pytest.raises(EvaluateError, match=r"samples.jsonl:1: .*; delete the file to evaluate anew"):
         work(task, tmp_path, source, lambda *_: lambda: [], lambda text: None)
+
+
+def test_a_limit_takes_of_every_picture_one_question_first(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other questions than the first ones are another evaluation, and the page shows the pictures that were asked."""
+    shown = []
+    monkeypatch.setattr(command, "decode_image", lambda data, name: shown.append(name) or decode_image(data, name))
+    (limited,) = run(tmp_path, "none", "--limit=3")["evaluations"]
+    assert [row["id"] for row in lines(tmp_path / "toy-val/toy/samples.jsonl")] == ["q0", "q2", "q3"]
+    assert set(shown) == {"q0", "q2", "q3"}
+    assert limited["options"]["order"] == "of every picture one"
+    (first,) = run(tmp_path / "first", "none", "--limit=1")["evaluations"]
+    assert "order" not in first["options"], "the first one, as ever"
+    task = tmp_path / "toy-val/toy/task.json"
+    older = json.loads(task.read_text())
+    del older["options"]["order"]
+    task.write_text(json.dumps(older))
+    options = ["--dataset=toy/val", "--checkpoint=toy", f"--out={tmp_path}", "--server=none", "--batch=2", "--limit=3"]
+    assert command.main(options) == 2
+    assert "holds another evaluation (order None; now 'of every picture one')" in capsys.readouterr().err
 
 
 def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluation numbers against independent computations; every question counts."""
 
 import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from segzero_jax.evaluation import (
     Judged,
     Measured,
     Response,
-    bootstrap_interval,
     box_hits,
     box_iou,
     evaluate_split,
@@ -26,6 +26,7 @@ from segzero_jax.evaluation import (
     summary,
     summary_names,
 )
+from segzero_jax.intervals import bootstrap_interval
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -173,6 +174,62 @@ def test_an_interval_covers_what_it_should() -> None:
     assert bootstrap_interval(np.ones(5), np.ones(5) * 4) == (0.25, 0.25)
 
 
+def joined(parts: list[Judged]) -> Judged:
+    names = [field.name for field in fields(Judged) if field.name != "pictures_q"]
+    return Judged(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    """Seven times the same question about each picture tell no more than one, whatever order they stand in."""
+    judged, _ = draw_judged(3)
+    one_each = [f"picture {9 * q % 40:02d}" for q in range(40)]
+    expected = summary(judged)
+    assert summary(replace(judged, pictures_q=np.array(one_each))) == expected, "to the last bit"
+    for times in ([7] * 40, [1 + q % 7 for q in range(40)]):
+        rows = np.repeat(np.arange(40), times)
+        columns = {name: value[rows] for name, value in vars(judged).items() if value is not None}
+        repeated = Judged(**columns, pictures_q=np.array(one_each)[rows])
+        numbers = summary(repeated)
+        assert numbers["giou_high"] - numbers["giou_low"] > 0.8 * (expected["giou_high"] - expected["giou_low"])
+        by_instance = summary(per_instance(repeated, [f"thing {row:02d}" for row in rows]))
+        for name in ("giou", "t_acc", "giou_low", "giou_high", "t_acc_low", "t_acc_high"):
+            assert by_instance[name] == pytest.approx(expected[name], abs=1e-12), name
+    interleaved = summary(replace(joined([judged] * 7), pictures_q=np.array(one_each * 7)))
+    for name in summary_names(scored=True):
+        if not name.startswith("reward"):  # these answers have none
+            assert interleaved[name] == pytest.approx(expected[name], abs=1e-12), name
+    assert interleaved["count"] == 280
+
+
+def test_things_in_one_picture_are_drawn_together_by_instance_too() -> None:
+    judged, _ = draw_judged(4)
+    twice = replace(joined([judged] * 2), pictures_q=np.array([f"picture {q:02d}" for q in range(40)] * 2))
+    numbers = summary(per_instance(twice, [f"thing {q:02d}" for q in range(80)]))
+    expected = summary(judged)
+    assert numbers["count"] == 80
+    for name in ("giou_low", "giou_high", "ciou_low", "ciou_high"):
+        assert numbers[name] == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_rows_name_the_picture_and_older_ones_count_each_for_itself() -> None:
+    _, rows = evaluate(GREEDY)
+    assert [row["image_id"] for row in rows] == ["q0", "q1", "q2", "q3"]
+    together = [row | {"image_id": "one"} for row in rows]
+    assert summary(judge_rows(together, 1))["giou_low"] == summary(judge_rows(rows, 1))["giou"], "one picture, one draw"
+    older = [{name: value for name, value in row.items() if name != "image_id"} for row in rows]
+    assert summary(judge_rows(older, 1)) == summary(judge_rows(rows, 1))
+    assert summary(judge_rows([*older[:2], *together[2:]], 1)) == summary(judge_rows(rows, 1)), "a run that went on"
+
+
+def test_training_s_evaluation_draws_pictures_as_well() -> None:
+    example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
+    examples = [replace(example, id=f"q{i}", image_id="one") for i in range(4)]
+    right = [[GREEDY[0]], [GREEDY[2]]] * 2
+    scorer = Scorer(RewardConfig(), FRAME, BoxSegmenter())
+    numbers, _ = evaluate_split(examples, lambda *_: right, scorer, FRAME, "vision_reasoner", lambda _: "")
+    assert [numbers["greedy"][name] for name in ("giou", "giou_low", "giou_high")] == [0.5] * 3
+
+
 def test_an_instance_is_the_mean_of_its_expressions() -> None:
     judged = Judged(
         ious_qa=np.array([[1.0], [0.0], [0.4]]),
@@ -277,10 +334,11 @@ def test_numbers_from_rows_are_the_numbers() -> None:
     """What is kept as JSON gives the same numbers, to the last bit."""
     example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
     rows, measured = [], []
-    for text, iou in ((answer((2, 2, 5, 5)), 1 / 3), ("hm", 0.1), (answer((1, 1, 2, 2)), 0.7), ("<answer>", 0.2)):
+    texts = ((answer((2, 2, 5, 5)), 1 / 3), ("hm", 0.1), (answer((1, 1, 2, 2)), 0.7), ("<answer>", 0.2))
+    for n, (text, iou) in enumerate(texts):
         response = read_response(text, example, FRAME)
         score = CandidateScore(iou, 1, 3, 0.5, rle(pixels(BOXES[0])), "")
-        rows.append(json.loads(jsonl.dump(sample_row(example, response, score, ""))))
+        rows.append(json.loads(jsonl.dump(sample_row(replace(example, id=f"q{n // 2}"), response, score, ""))))
         measured.append(measure(example, response, score))
     assert summary(judge_rows(rows, 2)) == summary(Judged.of([measured[:2], measured[2:]], [True, True]))
 

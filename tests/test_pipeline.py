@@ -86,6 +86,21 @@ def test_the_folder_that_a_build_takes_by_itself_is_not_in_its_command() -> None
     assert build_command("mugs", "val", Config().data.dir) == "python -m segzero_jax.data.build mugs --source DIR"
 
 
+def test_the_first_questions_are_of_as_many_pictures_as_there_are(tmp_path: Path) -> None:
+    """REFER's stand picture by picture, four about each; where a picture has one question, the order is the stored."""
+    made = sources.refer(tmp_path / "refer", splits=("val",) * 3)
+    for name, source in (("refcoco", made), ("mine", sources.lines(tmp_path / "lines"))):
+        assert build.main([name, f"--source={source}", f"--data-dir={tmp_path / 'built'}", "--workers=1"]) == 0
+    source = open_split("refcoco", "val", tmp_path / "built")
+    assert len({example.image_id for example in source}) == 6
+    source._rows = ()  # No picture is read from here on.
+    by_picture = [place for n in range(4) for place in range(n, 24, 4)]
+    assert [source.first(count) for count in (1, 6, 9, 23)] == [by_picture[:count] for count in (1, 6, 9, 23)]
+    assert source.first(24) == source.first(99) == list(range(24)), "all of them, as they stand"
+    assert open_split("mine", "train", tmp_path / "built").first(1) == [0]
+    assert open_split("toy", "val", tmp_path).first(5) == [0, 1, 2, 3, 4]
+
+
 def test_every_example_once_an_epoch_in_an_order_of_its_own() -> None:
     flat = [name for batch in take(15) for name in batch]
     epochs = [flat[n : n + 10] for n in range(0, 60, 10)]

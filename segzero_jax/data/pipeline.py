@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,21 @@ class Source(Sequence[Example]):
         if index is None:
             return [(example.id, example.question) for example in self]
         return list(zip(index["id"].to_pylist(), index["text"].to_pylist(), strict=True))
+
+    def first(self, count: int) -> list[int]:
+        """The places of so many examples, of every picture one before any picture's second; no picture is read.
+
+        Otherwise they stand as they are stored: where each has a picture of its own, these are the first ones.
+        """
+        index = self.contents()
+        if index is None or count >= len(self):
+            return list(range(min(count, len(self))))
+        before: Counter[str] = Counter()
+        rounds = []
+        for example, picture in zip(index["id"].to_pylist(), index["image_id"].to_pylist(), strict=True):
+            rounds.append(before[picture or example])
+            before[picture or example] += 1
+        return np.argsort(rounds, kind="stable")[:count].tolist()
 
     def object_counts(self) -> np.ndarray:
         """How many objects every example has, int32 in order; reads each record once where one follows the other."""

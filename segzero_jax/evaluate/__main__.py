@@ -12,7 +12,7 @@ from PIL import Image
 from segzero_jax import jsonl
 from segzero_jax.asking import find_checkpoints
 from segzero_jax.config import Config, ConfigError, OneLineParser
-from segzero_jax.data.pipeline import DataError, Source
+from segzero_jax.data.pipeline import DataError
 from segzero_jax.evaluate.evaluator import Evaluator, How, Questions, open_questions
 from segzero_jax.evaluate.results import choose, is_validation, write_results
 from segzero_jax.evaluate.work import ORACLE, EvaluateError
@@ -87,9 +87,9 @@ def _shown(evaluator: Evaluator, sets: Sequence[Questions], checkpoint: str) -> 
         one, rows = found[questions.dataset, questions.split, checkpoint]
         _, ceiling = found.get((questions.dataset, questions.split, ORACLE), (None, []))
 
-        def picture(index: int, source: Source = questions.source) -> Image.Image | None:
+        def picture(index: int, asked: Questions = questions) -> Image.Image | None:
             try:
-                return decode_image(source[index].image, source[index].id)
+                return decode_image(asked[index].image, asked[index].id)
             except ImageError:
                 return None
 
@@ -133,7 +133,7 @@ def _parser() -> OneLineParser:
     add("--oracle", action="store_true", help="also what SAM 2 makes of the target boxes and points: its ceiling")
     add("--samples", type=_count, default=0, metavar="N", help="draw N answers to each question [one greedy answer]")
     add("--seed", type=seed, default=0, metavar="N", help="of --samples [%(default)s]")
-    add("--limit", type=_count, metavar="N", help="the first N questions of each split [all]")
+    add("--limit", type=_count, metavar="N", help="N questions of each split, of every picture one first [all]")
     add("--batch", type=_count, default=32, metavar="N", help="questions at once, over the mesh [%(default)s]")
     add("--mesh", default="1x1", type=_mesh, help="FSDPxTENSOR or DATAxFSDPxTENSOR, as in training [%(default)s]")
     add_server_options(parser)

@@ -22,7 +22,7 @@ from segzero_jax.reward_channel import Access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.scoring import Scorer
 from segzero_jax.segmenting import connected
-from segzero_jax.types import Frame
+from segzero_jax.types import Example, Frame
 
 # SAM 2 may take minutes for a batch where it has no GPU; a silence of so long means that it does not come back.
 _PATIENCE_S = 1800.0
@@ -30,17 +30,23 @@ _SHOWN_NUMBERS = (("giou", "gIoU"), ("ciou", "cIoU"), ("box_accuracy", "box accu
 
 
 @dataclass(frozen=True)
-class Questions:
-    """A split, or its first questions."""
+class Questions(Sequence[Example]):
+    """A split, or some of its questions, at these places of it."""
 
     dataset: str
     split: str
     source: Source
-    count: int
+    places: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self.source[self.places[index]]
 
 
 def open_questions(name: str, data_dir: str | Path, limit: int | None = None) -> Questions:
-    """The questions of "NAME" or "NAME/SPLIT", by default of its split "val"; the first ``limit`` of them.
+    """The questions of "NAME" or "NAME/SPLIT", by default of its split "val"; of them ``Source.first(limit)``.
 
     Raises:
       DataError: there is no such set or split.
@@ -48,10 +54,10 @@ def open_questions(name: str, data_dir: str | Path, limit: int | None = None) ->
     """
     dataset, _, split = name.partition("/")
     source = open_split(dataset, split or "val", data_dir)
-    count = min(limit or len(source), len(source))
-    if not count:
+    if not len(source):
         raise EvaluateError(f"data set {name}: no questions in it")
-    return Questions(dataset, split or "val", source, count)
+    places = range(len(source)) if limit is None or limit >= len(source) else source.first(limit)
+    return Questions(dataset, split or "val", source, places)
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,12 @@ class Evaluator:
             self._one(questions, ORACLE, 0, self._options(sam), OracleJudge(client, self._patience))
 
     def _one(self, questions: Questions, checkpoint: str, samples: int, options: dict[str, Any], judge: Judge) -> None:
-        dataset, split, source = questions.dataset, questions.split, questions.source
-        task = Task(dataset, split, source.checksum, questions.count, checkpoint, samples, options)
+        dataset, split, count = questions.dataset, questions.split, len(questions)
+        # Once, the first ones were taken as they stand: where these are others, it is another evaluation.
+        order = {} if list(questions.places) == list(range(count)) else {"order": "of every picture one"}
+        task = Task(dataset, split, questions.source.checksum, count, checkpoint, samples, options | order)
         say(f"evaluating {task.name}")
-        rows = work(task, self._out, source, judge, say)
+        rows = work(task, self._out, questions, judge, say)
         self.rows.append(rows)
         self.results.append(result(task, rows))
         numbers = self.results[-1]["expression"]

@@ -25,7 +25,7 @@ class Task:
 
     Attributes:
       dataset, split: the questions; ``checksum`` stands for their content.
-      count: so many of them, from the first.
+      count: so many of them.
       checkpoint: who answers, or "oracle" for the targets themselves.
       samples: 0 for greedy answers.
       options: what else the answers depend on.

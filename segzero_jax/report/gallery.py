@@ -56,7 +56,7 @@ class Shown:
       result: its entry in ``results.json``.
       rows: of ``samples.jsonl``; the first answer to each question is shown.
       ceiling: rows of the oracle on the same questions, where it was asked for.
-      picture: the picture of a question, by its place in the split.
+      picture: the picture of a question, by its ``index`` in the rows.
       recipe: of the rewards, for the most that a component can be.
     """
 
@@ -87,7 +87,7 @@ def build_gallery(title: str, shown: Sequence[Shown], results: Mapping[str, Any]
         f"<nav>{links}</nav></header><main>{_table(results)}{sections}</main>"
         f"<footer><p>Made by segzero-jax {text(__version__)}. gIoU: mean of the IoUs of single questions. cIoU: all "
         "intersections together over all unions together. N-acc.: questions without a target that were answered so. "
-        "T-acc.: questions with a target for which something was pointed out. Intervals: bootstrap over questions, "
+        "T-acc.: questions with a target for which something was pointed out. Intervals: bootstrap over pictures, "
         "95%.</p></footer></body></html>\n"
     )
 

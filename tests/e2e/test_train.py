@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -284,6 +287,23 @@ def test_a_checkpoint_without_tokenizer_is_named(
     assert "tokenizer.json: no such file" in complaint
     assert len(complaint.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_asks_of_every_picture_one_question_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked follows from data and configuration alone: a run that goes on asks the same."""
+
+    class Split(list):
+        def first(self, count: int) -> list[int]:
+            return [0, 2, 1][:count]
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(train.evaluation, "evaluate_split", lambda examples, *_: asked.append(examples) or ({}, []))
+    monkeypatch.setattr(train, "Patience", lambda *_, **__: nullcontext())
+    config = configs.replace(Config(), **{"data.eval_splits": ["val"], "eval.examples": 2})
+    job = SimpleNamespace(config=config, frame=None, pod=SimpleNamespace(from_first=lambda *_: ["val"]))
+    evaluate = train.make_evaluation(job, [Split("abc")], None, Mock(), Mock(), Mock(), Mock())
+    evaluate(0, None)
+    assert asked == [["a", "c"]]
 
 
 def test_a_second_run_does_not_mix_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,41 @@
+"""How sure a number is that is a sum over questions divided by another: bootstrap intervals over pictures."""
+
+import numpy as np
+
+_RESAMPLES = 1000
+_CONFIDENCE = 0.95
+
+
+def bootstrap_interval(
+    numerators_u: np.ndarray, denominators_u: np.ndarray | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (95%) of a ratio of sums over units, from a fixed seed.
+
+    Units are drawn with replacement, as many as there are, and the ratio is computed anew each time. A draw in which
+    nothing is counted (all its denominators are 0) is left out. A unit is what is independent of the others: all
+    questions about a picture together.
+
+    Args:
+      numerators_u: one a unit.
+      denominators_u: the same; without it each unit counts 1, and the ratio is the mean.
+    """
+    count = len(numerators_u)
+    denominators_u = np.ones(count) if denominators_u is None else denominators_u
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(_RESAMPLES):
+        drawn = rng.integers(0, count, count)
+        below = denominators_u[drawn].sum()
+        if below > 0:
+            ratios.append(numerators_u[drawn].sum() / below)
+    low, high = np.quantile(ratios, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def by_picture(values_q: np.ndarray, pictures_q: np.ndarray | None) -> np.ndarray:
+    """Sums over the questions about each picture, the pictures in the order of their first questions."""
+    if pictures_q is None:
+        return values_q
+    places: dict[str, int] = {}
+    index = [places.setdefault(picture, len(places)) for picture in pictures_q.tolist()]
+    return np.bincount(index, weights=values_q)
