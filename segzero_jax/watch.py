@@ -88,16 +88,18 @@ class CollapseWatch:
     def __init__(self, config: WatchConfig) -> None:
         self._config = config
         self._held = dict.fromkeys(_COLLAPSES, 0)
+        self._measured: set[str] = set()
 
     def look(self, row: Row) -> dict[str, int]:
         """``alarm/<state>``: 1 where the state has held for ``watch.alarm_after`` steps, this one included, else 0.
 
         Feed it every step in order, those before a restart too.
         """
-        for name, (key, holds, _) in _COLLAPSES.items():
-            # What a step could not measure neither prolongs a state nor ends it.
-            if row.get(key) is not None and row.get("reward/mean") is not None:
-                self._held[name] = self._held[name] + 1 if holds(row, self._config) else 0
+        # What a step could not measure neither prolongs a state nor ends it.
+        scored = row.get("reward/mean") is not None
+        self._measured = {name for name, (key, *_) in _COLLAPSES.items() if scored and row.get(key) is not None}
+        for name in self._measured:
+            self._held[name] = self._held[name] + 1 if _COLLAPSES[name][1](row, self._config) else 0
         return {f"alarm/{name}": int(held >= self._config.alarm_after) for name, held in self._held.items()}
 
     def onsets(self, step: int) -> list[str]:
@@ -106,7 +108,7 @@ class CollapseWatch:
         return [
             f"step {step}: alarm: {words.format(floor=self._config.entropy_floor)}, for {after} steps now"
             for name, (_, _, words) in _COLLAPSES.items()
-            if self._held[name] == after
+            if name in self._measured and self._held[name] == after
         ]
 
 

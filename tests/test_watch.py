@@ -96,6 +96,19 @@ def test_a_step_that_measured_nothing_neither_prolongs_nor_ends_a_state():
     assert [row["alarm/no_spread"] for row in seen] == [0, 0, 0, 0]
 
 
+def test_an_alarm_is_not_told_again_by_steps_that_measured_nothing():
+    found = CollapseWatch(WatchConfig(alarm_after=2))
+    low = HEALTHY | {"entropy": 0.0}
+    unscored = HEALTHY | {"reward/mean": None}
+    without_update = HEALTHY | {"entropy": None}
+    told, alarms = [], []
+    for step, row in enumerate((low, low, unscored, without_update, unscored, low), start=1):
+        alarms.append(found.look(row)["alarm/low_entropy"])
+        told += found.onsets(step)
+    assert [line.partition(":")[0] for line in told] == ["step 2"]
+    assert alarms == [0, 1, 1, 1, 1, 1]
+
+
 @given(st.lists(st.sampled_from([*COLLAPSED, "healthy"]), max_size=40), st.integers(0, 40), st.integers(1, 4))
 def test_a_restart_changes_no_alarm(states, cut, after):
     steps = [HEALTHY | COLLAPSED.get(state, {}) for state in states]
