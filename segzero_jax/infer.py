@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 from segzero_jax.answering import Answered, Picture, answer_question, reasoning_so_far
 from segzero_jax.asking import default_sam, find_checkpoint, load
 from segzero_jax.config import ConfigError, OneLineParser
+from segzero_jax.data.forms.form import unique
 from segzero_jax.local_path import home_path, local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
@@ -108,7 +110,8 @@ def find_questions(queries: Sequence[str], file: Path | None) -> list[str]:
     questions = list(queries)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(), which takes characters within a question, such as U+2028, for ends of lines.
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise InferError(f"--queries={file}: expected UTF-8 text, a question on each line: {error}") from None
         questions += [line for line in lines if line.strip(" \t\r.")]
@@ -139,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
 
                 serve(loaded, segmenter, args.port)
                 return
-            for path in paths:
+            for path, own in zip(paths, stems(paths), strict=True):
                 picture = Picture.read(path.read_bytes(), str(path))
                 for number, question in enumerate(questions, 1):
                     if len(paths) * len(questions) > 1:
@@ -151,13 +154,18 @@ def run(args: argparse.Namespace) -> None:
                     )
                     reasoning.end()
                     _say_answer(answered, loaded.config.rollout.max_response_tokens)
-                    stem = _stem(path, paths) + (f"_{number}" if len(questions) > 1 else "")
+                    stem = own + (f"_{number}" if len(questions) > 1 else "")
                     _write(answered, Path(args.out).expanduser(), stem, name)
 
 
-def _stem(path: Path, paths: Sequence[Path]) -> str:
-    """What a picture's files are named by: its name without ending, unless another picture has the same."""
-    return path.stem if sum(other.stem == path.stem for other in paths) == 1 else path.name.replace(".", "-")
+def stems(paths: Sequence[Path]) -> list[str]:
+    """What the files of each picture are named by, no two alike.
+
+    It is the picture's name without its ending; with it (``a-png``) where that is another picture's too, and with a
+    number behind it where a picture is called so already.
+    """
+    shared = Counter(path.stem for path in paths)
+    return unique([path.stem if shared[path.stem] == 1 else path.name.replace(".", "-") for path in paths])
 
 
 def _write(answered: Answered, out: Path, stem: str, checkpoint: str) -> None:

@@ -232,6 +232,26 @@ def test_several_pictures_and_questions(
     refused(capsys, ["--image", str(folder), "--out", str(tmp_path / "new")], "no question, expected --query")
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.png", "b.jpg"], ["a", "b"]),
+        (["a.jpg", "a.png"], ["a-jpg", "a-png"]),
+        (["a-png.png", "a.jpg", "a.png"], ["a-png", "a-jpg", "a-png-2"]),
+        (["a-png-2.png", "a-png.png", "a.jpg", "a.png"], ["a-png-2", "a-png", "a-jpg", "a-png-3"]),
+    ],
+)
+def test_the_files_of_no_picture_take_the_place_of_another_s(names: list[str], expected: list[str]) -> None:
+    assert infer.stems([Path("folder") / name for name in names]) == expected
+
+
+def test_a_file_of_questions_is_read_line_by_line(tmp_path: Path) -> None:
+    """With the mark that Windows puts in front, its ends of lines, and a separator that is part of a question."""
+    file = tmp_path / "questions.txt"
+    file.write_bytes("\ufeffthe dog\r\nthe cat\u2028on the mat\n\n.\nthe mouse".encode())
+    assert infer.find_questions(["first"], file) == ["first", "the dog", "the cat\u2028on the mat", "the mouse"]
+
+
 def differing(path: Path) -> np.ndarray:
     """bool [h, w]: where a drawing shows on the picture, which drawing softens a little."""
     return np.abs(np.asarray(Image.open(path), int) - SCENE.image).max(-1) > 48
