@@ -472,6 +472,30 @@ def test_only_the_chosen_checkpoint_sees_the_other_splits(
     assert json.loads((tmp_path / "out/results.json").read_text())["chosen"]["checkpoint"] == f"{every}/2"
 
 
+def test_the_page_counts_components_by_the_recipe_of_the_checkpoint_that_it_shows(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chosen one's, whichever was asked last."""
+    recipes = {"1": "vision_reasoner", "2": "seg_zero_strict", "3": "vision_reasoner"}
+
+    def policy(self: evaluator.Evaluator, checkpoint: str, sets: list[evaluator.Questions]) -> None:
+        step = checkpoint[-1]
+        for one in sets:
+            found = evaluated(checkpoint, one.split, 0.3 if step == "2" else 0.2)
+            self.results.append(found | {"options": {"recipe": recipes[step]}})
+            self.rows.append([])
+
+    shown = []
+    monkeypatch.setattr(evaluator.Evaluator, "policy", policy)
+    monkeypatch.setattr(command, "build_gallery", lambda title, sections, results: shown.extend(sections) or "page")
+    (tmp_path / "out").mkdir()
+    for step in recipes:
+        (tmp_path / "run/checkpoints" / step / "manifest").mkdir(parents=True)
+    checkpoints = f"--checkpoint={tmp_path}/run/checkpoints"
+    assert command.main(["--dataset=d/val", checkpoints, f"--out={tmp_path}/out", "--server=none"]) == 0
+    assert [(one.result["checkpoint"][-1], one.recipe) for one in shown] == [("2", "seg_zero_strict")]
+
+
 def test_cases_are_the_ends_and_some_at_random() -> None:
     rows = [{"index": i, "sample": 0, "iou": i / 20, "box_accuracy": 0.0} for i in range(20)]
     rows += [{"index": i, "sample": 1, "iou": 1.0, "box_accuracy": 0.0} for i in range(20)]

@@ -93,7 +93,7 @@ def _shown(evaluator: Evaluator, sets: Sequence[Questions], checkpoint: str) -> 
             except ImageError:
                 return None
 
-        shown.append(Shown(one, rows, ceiling, picture, evaluator.recipe))
+        shown.append(Shown(one, rows, ceiling, picture, one["options"]["recipe"]))
     return shown
 
 

@@ -93,7 +93,6 @@ class Evaluator:
         self._sam: tuple[RewardClient, str] | None = None
         waits = RewardConfig(checkpoint_after_s=_PATIENCE_S, patience_s=_PATIENCE_S)
         self._patience = Patience(waits, say, lambda: False, advice="the same command goes on once it is back")
-        self.recipe = Config().reward.recipe
         self.results: list[dict[str, Any]] = []
         self.rows: list[list[dict[str, Any]]] = []
 
@@ -120,7 +119,6 @@ class Evaluator:
             respondent, Scorer(config.reward, frame, client), frame, config.reward.recipe, self._patience
         )
         options = self._options(sam) | asked_how | {"seed": how.seed if how.samples else 0}
-        self.recipe = config.reward.recipe
         for questions in sets:
             self._one(questions, checkpoint, how.samples, options, judge)
 
