@@ -40,7 +40,7 @@ from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.overlay import decode_mask
 from segzero_jax.processor import decode_image
-from segzero_jax.report.gallery import choose_cases
+from segzero_jax.report.gallery import Shown, _blame, choose_cases
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 QUESTIONS = 7
@@ -494,6 +494,20 @@ def test_the_page_counts_components_by_the_recipe_of_the_checkpoint_that_it_show
     checkpoints = f"--checkpoint={tmp_path}/run/checkpoints"
     assert command.main(["--dataset=d/val", checkpoints, f"--out={tmp_path}/out", "--server=none"]) == 0
     assert [(one.result["checkpoint"][-1], one.recipe) for one in shown] == [("2", "seg_zero_strict")]
+
+
+def test_whose_error_it_is_counts_every_drawn_answer() -> None:
+    """As the table does: a question is its mean over the drawn answers."""
+    rows = [
+        {"index": index, "sample": sample, "iou": iou}
+        for index, ious in enumerate(((1.0, 0.2), (0.9, 0.0), (0.1, 0.9)))
+        for sample, iou in enumerate(ious)
+    ]
+    ceiling = [{"index": index, "sample": 0, "iou": iou} for index, iou in enumerate((0.9, 0.8, 0.4))]
+    words = _blame(Shown({}, rows, ceiling, lambda index: None, "vision_reasoner"))
+    assert "gIoU 0.700" in words
+    assert "0.300 is the segmenter's and 0.183 the policy's" in words  # 0.700 - 3.1 / 6
+    assert "are 1 questions that the oracle gets right and 1 that it gets wrong" in words
 
 
 def test_cases_are_the_ends_and_some_at_random() -> None:

@@ -184,7 +184,11 @@ def _blame(one: Shown) -> str:
     if not one.ceiling:
         return ""
     ceiling = {row["index"]: _quality(row) for row in one.ceiling}
-    pairs = [(_quality(row), ceiling[row["index"]]) for row in one.rows if row["sample"] == 0]
+    answers: dict[int, list[float]] = {}
+    for row in one.rows:
+        answers.setdefault(row["index"], []).append(_quality(row))
+    # Of several drawn answers the mean, as in the table.
+    pairs = [(sum(got) / len(got), ceiling[index]) for index, got in answers.items()]
     ours, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
     segmenter = sum(best < 0.5 for _, best in pairs)
     policy = sum(got < 0.5 <= best for got, best in pairs)
