@@ -1,10 +1,12 @@
 """``python -m segzero_jax.infer --demo``: a page to ask a policy on, with Gradio; nothing comes from elsewhere."""
 
+import contextlib
 import io
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before Gradio is imported: it would ask its makers for the newest version, and tell them of this one.
@@ -14,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +28,7 @@ from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import PictureTooLarge, Segmenter
 
+_READABLE = ("PNG", "JPEG", "MPO", "WEBP")
 _FONTS = ["system-ui", "sans-serif"]
 _TROUBLE = (ImageError, PictureTooLarge, PromptTooLong, RewardServerError)
 # The browser refuses whatever Gradio's page would load from elsewhere (fonts, a script for embedding).
@@ -82,13 +85,11 @@ def make_ask(loaded: Loaded, segmenter: Segmenter) -> Ask:
 def make_page(ask: Ask, policy: str) -> gr.Blocks:
     """The page: picture and question in; reasoning while it grows, drawing, mask and JSON out."""
 
-    def respond(image: Image.Image | None, question: str) -> Iterator[tuple[Any, ...]]:
+    def respond(image: str | None, question: str) -> Iterator[tuple[Any, ...]]:
         if image is None or not question.strip(" \t\r\n."):
             raise gr.Error("A picture and a question are needed, such as 'the red circle'.", print_exception=False)
         try:
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            for state in ask(Picture.read(buffer.getvalue(), "the picture"), question):
+            for state in ask(_uploaded(Path(image)), question):
                 yield _shown(state)
         except _TROUBLE as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -97,7 +98,8 @@ def make_page(ask: Ask, policy: str) -> gr.Blocks:
         gr.Markdown(f"## What is meant?\nThe policy `{policy}` reasons and points; SAM 2 makes the mask.")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="pil", label="picture", sources=["upload", "clipboard"])
+                # Without a mode, Gradio hands on the uploaded file itself.
+                image = gr.Image(type="filepath", image_mode=None, label="picture", sources=["upload", "clipboard"])
                 question = gr.Textbox(label="question", placeholder="the red circle")
                 button = gr.Button("Ask", variant="primary")
             with gr.Column():
@@ -109,6 +111,17 @@ def make_page(ask: Ask, policy: str) -> gr.Blocks:
         outputs = [reasoning, drawn, mask, numbers]
         gr.on([button.click, question.submit], respond, [image, question], outputs, api_name="ask")
     return page
+
+
+def _uploaded(path: Path) -> Picture:
+    """The file as it was uploaded; a picture in another format than the policy's as PNG. Raises ImageError."""
+    data = path.read_bytes()
+    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
+        if image.format not in _READABLE:
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "PNG")
+            data = buffer.getvalue()
+    return Picture.read(data, "the picture")
 
 
 def _shown(state: str | Answered) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from segzero_jax.data.pictures import MAX_BYTES, written
 from segzero_jax.local_server import local_server
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import RewardClient
@@ -18,6 +19,8 @@ from segzero_jax.types import Frame, ObjectPrompt, RleMask
 STARTUP_S = 600.0
 _ANSWER_S = 300.0
 _HELLO_S = 15.0
+# MPO: a JPEG with further pictures behind it, such as a depth or a brightness map; so telephones store photographs.
+_PHOTOGRAPHS = ("JPEG", "MPO")
 
 
 class PictureTooLarge(ValueError):
@@ -119,19 +122,14 @@ class Segmenter:
 def as_seen(data: bytes, upright: Image.Image) -> bytes:
     """The picture for the server, which takes pictures as stored and drops transparency.
 
-    Where that is not what the policy sees (a rotation in the EXIF data, transparent or 16-bit pixels), the picture is
-    encoded anew as it is seen: a JPEG as JPEG, since a photograph may be too large for the server as PNG.
+    Where that is not what the policy sees (a rotation in the EXIF data, transparent or 16-bit pixels), or is too large
+    a file for the server, the picture is encoded anew as it is seen: a JPEG as JPEG, as is what is too large as PNG.
     """
     stored = Image.open(io.BytesIO(data))
     pixels = stored.convert("RGB")
-    if pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
+    if len(data) <= MAX_BYTES and pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
         return data
-    buffer = io.BytesIO()
-    if stored.format == "JPEG":
-        upright.save(buffer, "JPEG", quality=95, subsampling=0)
-    else:
-        upright.save(buffer, "PNG")
-    return buffer.getvalue()
+    return written(upright, lossy=stored.format in _PHOTOGRAPHS)
 
 
 def segment(client: RewardClient, name: str, image: bytes, frame: Frame, objects: tuple[ObjectPrompt, ...]) -> Found:

@@ -1,5 +1,6 @@
 """The page of ``infer --demo`` over HTTP: an answer that grows, errors in words, nothing from elsewhere."""
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from box_server import FRAME, PICTURE, QUESTION, encoded
+from box_server import FRAME, PICTURE, QUESTION, encoded, rotated
 from fake_reward_server import free_port
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -21,10 +22,12 @@ from segzero_jax.types import ObjectPrompt
 
 TEXT = '<think> a circle at top left </think>\n<answer>[{"bbox_2d": [1,2,30,40], "point_2d": [9,9]}]</answer>'
 ASKED: list[tuple[tuple[int, int], str]] = []
+STORED: list[bytes] = []
 
 
 def ask(picture: Picture, question: str) -> Iterator[str | Answered]:
     ASKED.append((picture.upright.size, question))
+    STORED.append(picture.stored)
     if question == "the server":
         raise demo.RewardServerError("reward server: unreachable")
     yield TEXT[:14]
@@ -61,6 +64,35 @@ def test_a_question_is_answered_while_one_watches(address: str, tmp_path: Path) 
     for question, words in (("", "A picture and a question are needed"), ("the server", "reward server: unreachable")):
         with pytest.raises(AppError, match=words):
             client.predict(handle_file(path), question, api_name="/ask")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("photo.jpg", rotated("JPEG", quality=95)),
+        ("photo.jpg", rotated("MPO", quality=95, save_all=True, append_images=[PICTURE])),
+        ("grey.png", encoded(PICTURE.convert("L"))),
+        ("scene.webp", encoded(PICTURE, "WEBP")),
+    ],
+    ids=["turned JPEG", "turned MPO", "grey PNG", "WebP"],
+)
+def test_a_picture_is_asked_about_as_it_was_uploaded(address: str, tmp_path: Path, name: str, data: bytes) -> None:
+    """A photograph written again as PNG would be too large for SAM 2's server."""
+    (tmp_path / name).write_bytes(data)
+    client = Client(address, verbose=False, analytics_enabled=False)
+    client.predict(handle_file(tmp_path / name), QUESTION, api_name="/ask")
+    assert STORED[-1] == data
+    assert ASKED[-1] == (PICTURE.size, QUESTION), "upright"
+
+
+def test_a_picture_in_another_format_is_asked_about_too(address: str, tmp_path: Path) -> None:
+    (tmp_path / "scene.bmp").write_bytes(encoded(PICTURE, "BMP"))
+    (tmp_path / "scene.svg").write_text("<svg/>")
+    client = Client(address, verbose=False, analytics_enabled=False)
+    client.predict(handle_file(tmp_path / "scene.bmp"), QUESTION, api_name="/ask")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(STORED[-1]))), np.asarray(PICTURE))
+    with pytest.raises(AppError, match="the picture: "):
+        client.predict(handle_file(tmp_path / "scene.svg"), QUESTION, api_name="/ask")
 
 
 def test_nothing_comes_from_elsewhere(address: str) -> None:

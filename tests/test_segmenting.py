@@ -14,6 +14,7 @@ from PIL import Image
 
 from reward_server.codec import decode_image
 from segzero_jax import segmenting
+from segzero_jax.data import pictures
 from segzero_jax.processor import decode_image as decode_picture
 from segzero_jax.reward_channel import Access, RewardServiceAway
 from segzero_jax.segmenting import Segmenter
@@ -29,10 +30,12 @@ OBJECTS = (ObjectPrompt((1.0, 2.0, 30.0, 40.0), ((9.0, 9.0),)),)
         (encoded(PICTURE, "JPEG"), None),
         (encoded(PICTURE.convert("L")), None),
         (rotated("JPEG", quality=95), "JPEG"),
+        (rotated("MPO", quality=95, save_all=True, append_images=[PICTURE]), "JPEG"),
+        (encoded(PICTURE, "MPO", quality=95, save_all=True, append_images=[PICTURE]), None),
         (rotated("WEBP", lossless=True), "PNG"),
         (encoded(Image.fromarray(np.full((5, 7), 40_000, np.uint16))), "PNG"),
     ],
-    ids=["PNG", "JPEG", "grey", "rotated JPEG", "rotated WebP", "16 bits"],
+    ids=["PNG", "JPEG", "grey", "rotated JPEG", "rotated MPO", "MPO", "rotated WebP", "16 bits"],
 )
 def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, kind: str | None) -> None:
     upright = decode_picture(data, "it")
@@ -42,6 +45,21 @@ def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, k
         assert Image.open(io.BytesIO(sent)).format == kind
     difference = np.abs(decode_image(sent).astype(int) - np.asarray(upright))
     assert difference.mean() < (3 if kind == "JPEG" else 1e-9)
+
+
+def test_what_is_too_large_for_the_server_is_sent_as_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large PNG, upright or not; a JPEG that is small enough stays as it is."""
+    turned, upright = rotated("PNG"), encoded(PICTURE)
+    photograph = encoded(PICTURE, "JPEG", quality=95)
+    monkeypatch.setattr(segmenting, "MAX_BYTES", len(photograph))
+    monkeypatch.setattr(pictures, "MAX_BYTES", len(photograph))
+    assert len(photograph) < min(len(turned), len(upright))
+    for data in (turned, upright):
+        sent = segmenting.as_seen(data, decode_picture(data, "it"))
+        assert Image.open(io.BytesIO(sent)).format == "JPEG"
+        # A scene is noisy, and noise is what JPEG changes most.
+        assert np.abs(decode_image(sent).astype(int) - np.asarray(decode_picture(data, "it"))).mean() < 5
+    assert segmenting.as_seen(photograph, decode_picture(photograph, "it")) is photograph
 
 
 def test_a_local_server_that_dies_is_told_in_words_for_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,13 +98,18 @@ def _written_again(image: Image.Image, source_format: str | None) -> tuple[Image
     if pixels.width * pixels.height > MAX_PIXELS:
         shrink = (MAX_PIXELS / (pixels.width * pixels.height)) ** 0.5
         pixels = pixels.resize((int(pixels.width * shrink), int(pixels.height * shrink)), Image.Resampling.LANCZOS)
+    return pixels, written(pixels, lossy)
+
+
+def written(pixels: Image.Image, lossy: bool) -> bytes:
+    """RGB pixels as a file: a PNG where that is small enough for a server; a JPEG otherwise, and where ``lossy``."""
     file = io.BytesIO()
     if not lossy:
         pixels.save(file, "PNG")
     if lossy or file.tell() > MAX_BYTES:
         file = io.BytesIO()
         pixels.save(file, "JPEG", quality=95, subsampling=0)
-    return pixels, file.getvalue()
+    return file.getvalue()
 
 
 def _rgb(image: Image.Image) -> Image.Image:
