@@ -39,7 +39,7 @@ class Measured:
       iou: of the masks; None without a reward server.
       intersection, union: pixels, without those to ignore.
       box_accuracy: share of the boxes that match a target's at IoU above 0.5, see ``box_hits``.
-      well_formed: whether reasoning and answer are in the form asked for.
+      well_formed: whether reasoning and answer stand in their tags, the answer in a form that can be read.
       found: whether something was pointed out: a mask with pixels, or without a server an object.
     """
 
@@ -142,7 +142,7 @@ class Response:
     Attributes:
       objects: what it points out, in pixels of the stored picture.
       readable: whether the answer could be read; one that could not is wrong even where nothing was to be found.
-      in_form: whether the whole response has the form asked for.
+      in_form: whether reasoning and answer stand in their tags, the answer in a form that can be read.
       finished: whether it ended by itself rather than at the limit of tokens.
       problem: why the question could not even be asked; empty where it could.
     """
