@@ -22,7 +22,7 @@ from segzero_jax.report import RunError, charts, write_report
 from segzero_jax.report.__main__ import main
 from segzero_jax.report.cases import Case, choose
 from segzero_jax.report.charts import Series
-from segzero_jax.report.markup import MINUS, NOTHING, show
+from segzero_jax.report.markup import MINUS, NOTHING, label, show
 from segzero_jax.report.run import ends, read_run, reward_maxima
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -433,6 +433,45 @@ def test_the_page_needs_no_jax():
     code = "import sys, segzero_jax.report.__main__; print(sorted({'jax', 'torch', 'flax'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("count", [10, 240, 1000, 5003])
+def test_the_axis_of_a_chart_begins_and_ends_with_the_first_and_the_last_step(count):
+    """Also where each point is the mean of several; the points lie within."""
+    steps = range(7, 7 + count)
+    drawn = [
+        charts.line_chart(steps, [Series("it", [float(step) for step in steps])], "it"),
+        charts.stacked_chart(steps, [Series("it", [1.0] * count)], "it"),
+    ]
+    for drawing in drawn:
+        marks = re.findall(r'<text class="tick" x="([\d.]+)" y="184"[^>]*>(?:step )?(\d+)</text>', drawing)
+        along = [(float(x), int(step)) for x, step in marks]
+        assert "step 7</text>" in drawing
+        assert (min(along)[1], max(along)[1]) == (7, 6 + count)
+        (path,) = re.findall(r'<path class="(?:line s0|layer l0)" d="([^"]*)"', drawing)
+        places = [float(x) for x, _ in re.findall(r"[ML]([\d.]+) ([\d.]+)", path)]
+        assert min(along)[0] <= min(places)
+        assert max(places) <= max(along)[0]
+        assert max(places) - min(places) > 0.98 * (max(along)[0] - min(along)[0])
+
+
+def test_the_names_of_numbers_are_spelt_as_in_the_text():
+    assert [label(name) for name in ("giou", "mask_iou", "box_l1", "box_accuracy")] == [
+        *("gIoU", "mask IoU", "box L1", "box accuracy")
+    ]
+
+
+def test_two_groups_about_one_question_are_two(copied):
+    """A step with more questions than the set has asks one of them again; only one group is shown."""
+    file = copied / "rollouts" / "24.jsonl"
+    found = rows(copied, "rollouts/24.jsonl")
+    assert [row["sample"] for row in found] == [0, 1, 2, 3] * 2
+    for row in found:
+        row.update(id=found[0]["id"], question=found[0]["question"], reward=float(row["sample"]))
+    jsonl.write(file, found)
+    page = report(copied)
+    assert "4 responses to one training question" in page.words()
+    assert sum(attrs.get("class") == "response" for attrs in page.all("div") + page.all("article")) == 4
 
 
 @given(qualities=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30), paired=st.booleans())

@@ -182,9 +182,23 @@ def _late_group(run: Run) -> list[dict[str, Any]]:
     groups = []
     for step in reversed(run.rollout_steps[-5:]):
         rows = run.rollouts(step)
-        pictured = next((row.get("id") for row in rows if row.get("image")), None)
-        group = [row for row in rows if row.get("id") == pictured]
+        pictured = next((place for place, row in enumerate(rows) if row.get("image")), None)
         if pictured is not None:
-            groups.append(group)
+            groups.append(_group_at(rows, pictured))
     differing = [group for group in groups if len({row.get("reward") for row in group}) > 1]
     return next(iter(differing or groups), [])
+
+
+def _group_at(rows: Sequence[dict[str, Any]], start: int) -> list[dict[str, Any]]:
+    """The responses from ``start`` on to the same question, asked once.
+
+    A step with more questions than the set has asks one of them again, and counts its samples anew.
+    """
+    group: list[dict[str, Any]] = []
+    for row in rows[start:]:
+        if row.get("id") != rows[start].get("id"):
+            continue
+        if row.get("sample") is not None and row["sample"] in [earlier.get("sample") for earlier in group]:
+            break
+        group.append(row)
+    return group

@@ -66,7 +66,7 @@ def line_chart(
     size = size or Size()
     thin = [_thin(steps, line) for line in series]
     shown_steps = _bins(steps, steps)
-    plot = _Plot.around(size, shown_steps, thin, floor, maximum, several=len(series) > 1)
+    plot = _Plot.around(size, shown_steps, (steps[0], steps[-1]), thin, floor, maximum, several=len(series) > 1)
     parts = [*plot.axes(maximum)]
     for index, line in enumerate(thin):
         if line.low:
@@ -91,7 +91,7 @@ def stacked_chart(steps: Sequence[int], layers: Sequence[Series], description: s
     ceiling = min(float(heights[-1].max()), 3 * float(np.median(heights[-1]))) or 1.0
     clipped = np.minimum(heights, ceiling).tolist()
     top = Series("all", clipped[-1])
-    plot = _Plot.around(size, shown_steps, [top], 0.0, None, several=False)
+    plot = _Plot.around(size, shown_steps, (steps[0], steps[-1]), [top], 0.0, None, several=False)
     parts = [*plot.axes(None)]
     below = [0.0] * len(shown_steps)
     for index, line in enumerate(clipped):
@@ -107,7 +107,7 @@ def span_chart(
 ) -> str:
     """Stretches of steps as bars, one named row each; a stretch of one step has a width that one can see."""
     left = 12 + 6.6 * max(len(name) for name, _ in rows)
-    plot = _Plot(left, size.width - 10, 8, size.height - 24, steps, 0.0, 1.0, [])
+    plot = _Plot(left, size.width - 10, 8, size.height - 24, steps, (steps[0], steps[-1]), 0.0, 1.0, [])
     height = (plot.bottom - plot.top) / len(rows)
     each = (plot.right - plot.left) / max(1, steps[-1] - steps[0])
     parts = [*plot.axes(None)]
@@ -170,13 +170,19 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 @dataclass(frozen=True)
 class _Plot:
-    """Where steps and values lie in the drawing."""
+    """Where steps and values lie in the drawing.
+
+    Attributes:
+      steps: of the points; of a long run each is the mean of several, and they lie within ``ends``.
+      ends: the first and the last step.
+    """
 
     left: float
     right: float
     top: float
     bottom: float
     steps: Sequence[float]
+    ends: tuple[int, int]
     low: float
     high: float
     y_ticks: Sequence[float]
@@ -186,6 +192,7 @@ class _Plot:
         cls,
         size: Size,
         steps: Sequence[float],
+        ends: tuple[int, int],
         series: Sequence[Series],
         floor: float | None,
         maximum: float | None,
@@ -204,11 +211,11 @@ class _Plot:
         marks = ticks(low, high)
         widest = max(len(_tick(mark, marks)) for mark in marks)
         right = size.width - (9 + 6.6 * max(len(line.label) for line in series) if several else 10)
-        return cls(12 + 6.8 * widest, right, 20, size.height - 24, steps, low, high, marks)
+        return cls(12 + 6.8 * widest, right, 20, size.height - 24, steps, ends, low, high, marks)
 
     def x(self, index: int) -> float:
-        span = self.steps[-1] - self.steps[0]
-        share = (self.steps[index] - self.steps[0]) / span if span else 0.5
+        first, last = self.ends
+        share = (self.steps[index] - first) / (last - first) if last > first else 0.5
         return round(self.left + share * (self.right - self.left), 1)
 
     def y(self, value: float) -> float:
@@ -222,7 +229,7 @@ class _Plot:
             yield f'<line class="{kind}" x1="{self.left}" x2="{self.right}" y1="{y}" y2="{y}"/>'
             words = _tick(mark, self.y_ticks)
             yield f'<text class="tick" x="{self.left - 7}" y="{y + 4}" text-anchor="end">{words}</text>'
-        first, last = self.steps[0], self.steps[-1]
+        first, last = self.ends
         wanted = max(2, int((self.right - self.left) / 75))
         inner = [mark for mark in ticks(first, last, wanted) if mark == int(mark)] if last > first else []
         reach = (last - first) * 42 / (self.right - self.left)

@@ -10,6 +10,7 @@ from segzero_jax.report.run import number
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_SHORT = {"iou": "IoU", "giou": "gIoU", "ciou": "cIoU", "l1": "L1"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -41,7 +42,7 @@ def bound(value: float) -> str:
 def label(name: Any) -> str:
     """The name of a component or phase in words."""
     words = text(name).replace("_", " ")
-    return re.sub(r"\b(iou|l1)\b", lambda match: {"iou": "IoU", "l1": "L1"}[match.group()], words)
+    return re.sub(rf"\b({'|'.join(_SHORT)})\b", lambda match: _SHORT[match.group()], words)
 
 
 def fixed(value: Any) -> str:

@@ -69,6 +69,7 @@ figure { margin: 0; min-width: 0; }
   margin-top: 28px; }
 .hero { margin-top: 24px; } .hero .narrow { display: none; }
 .chart-head { display: flex; justify-content: space-between; align-items: baseline; gap: 12px; }
+.chart-head h3 { min-width: 0; overflow-wrap: anywhere; }
 .chart-head .now { font-size: 14px; color: var(--soft); white-space: nowrap; }
 figcaption { font-size: 13px; line-height: 1.5; color: var(--soft); margin-top: 4px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; font-family: var(--sans); font-size: 12px; }
@@ -126,7 +127,7 @@ td .range { color: var(--soft); }
 .legend span { display: inline-flex; align-items: center; gap: 9px; }
 .legend svg { width: 30px; height: 18px; flex: none; }
 .case { border-top: 2px solid var(--ink); margin-top: 52px; padding-top: 14px; }
-.case > .kind { font-size: 14px; color: var(--soft); }
+.case > .kind { font-size: 14px; color: var(--soft); overflow-wrap: anywhere; }
 .case > .question { font: 400 22px/1.35 var(--serif); margin: 2px 0 20px; max-width: 36em; overflow-wrap: anywhere; }
 .sides { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 40px; }
 .side { display: grid; grid-template-columns: minmax(0, 250px) minmax(0, 1fr); gap: 22px; align-items: start; }
