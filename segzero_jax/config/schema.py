@@ -236,7 +236,7 @@ class EvalConfig:
 
     Attributes:
       every: steps between evaluations, 0 for only before and after.
-      examples: questions per split.
+      examples: questions per split, of every picture one before any picture's second.
       samples: sampled answers per question, beside the greedy one.
     """
 

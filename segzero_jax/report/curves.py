@@ -14,6 +14,8 @@ _SIGNALS = (
     ("grad_norm", "Gradient norm", "Before clipping."),
     ("loss", "Loss", "Near zero by construction in on-policy GRPO: it gives a direction, not a score."),
     ("reward/zero_std_groups", "Groups without spread", "All responses scored alike, so nothing is learned from them."),
+    ("dynamic_sampling/batches", "Batches sampled", "For a step, until enough groups have a spread of rewards."),
+    ("dynamic_sampling/groups", "Groups learnt from", "Those with a spread of rewards."),
     ("empty_thinking", "Without reasoning", "Share of responses in which nothing stands between the thinking tags."),
     ("finished", "Finished", "Share of responses that ended by themselves before the length limit."),
     ("kl_old", "KL within a step", "How far a step's updates move the policy that sampled, per token, in nats."),
