@@ -17,13 +17,13 @@ from segzero_jax import config as configs
 from segzero_jax.checkpoint import complete_steps, load_policy, locate
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, RolloutConfig
-from segzero_jax.hub import is_checkpoint, model_directory
+from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import TRAIN
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.precision import compute_dtype
-from segzero_jax.model.weights import CheckpointError
+from segzero_jax.model.weights import CheckpointError, resolve
 from segzero_jax.processor import Processor
 from segzero_jax.prompt import WORDINGS
 from segzero_jax.rollout import Sampling, padding_multiple, sample_in_parts
@@ -143,7 +143,7 @@ def _as_released(name: str, prompt: str | None) -> Config:
       prompt: the wording that it is asked in anyway; a known one goes with a recipe, else the name decides.
     """
     settings: dict[str, Any] = {**_RELEASED, "model.path": name}
-    directory = model_directory(name)
+    directory = resolve(name)
     named = any(_SEG_ZERO_NAME.search(_model_name(path)) for path in (directory.absolute(), directory.resolve()))
     if prompt == "seg_zero" or (named and prompt not in WORDINGS):
         settings |= _SEG_ZERO

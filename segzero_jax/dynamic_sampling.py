@@ -4,6 +4,7 @@ Where all responses of a group earn the same, their advantages are zero. DAPO (a
 until a batch holds groups with a spread alone; surplus groups of the last batch are dropped.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from segzero_jax.scoring import Scored
 from segzero_jax.types import Array, Example, PromptBatch, Rollout
+
+_PIECES = 16
 
 
 class Groups(NamedTuple):
@@ -142,9 +145,22 @@ def _lengthened(groups: Groups, p: int, r: int, pad_id: int) -> Groups:
 
 @jax.jit
 def _take(batches: tuple[Groups, ...], rows_b: Array) -> Groups:
-    def pick(*parts: jax.Array) -> jax.Array:
-        # Stacked: the axis that is divided over the mesh stays that of a batch.
-        return jnp.stack(parts).at[batch_b, row_b].get(out_sharding=jax.typeof(parts[0]).sharding.spec)
-
     batch_b, row_b = jnp.divmod(jnp.asarray(rows_b), len(rows_b))
+
+    def pick(*parts: jax.Array) -> jax.Array:
+        b, *rest = parts[0].shape
+        spec = jax.typeof(parts[0]).sharding.spec
+        size = math.prod(rest)
+        count = _PIECES if size % _PIECES == 0 else 1
+        # Stacked, not joined: the axis that is divided over the mesh stays that of a batch.
+        flat_kbn = jnp.stack([part.reshape(b, size) for part in parts])
+
+        def piece(i: jax.Array) -> jax.Array:
+            some_kbn = jax.lax.dynamic_slice_in_dim(flat_kbn, i * (size // count), size // count, axis=2)
+            return some_kbn.at[batch_b, row_b].get(out_sharding=jax.sharding.PartitionSpec(spec[0], None))
+
+        # XLA may gather all rows to pick some: of a piece at a time, or all pictures would lie on every device.
+        pieces_ibn = jax.lax.map(piece, jnp.arange(count))
+        return jnp.reshape(jnp.moveaxis(pieces_ibn, 0, 1), (b, *rest), out_sharding=spec)
+
     return jax.tree.map(pick, *batches)

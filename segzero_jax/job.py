@@ -22,7 +22,7 @@ from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import check_fits, load_hf, read_dims
 from segzero_jax.pods import Pod
 from segzero_jax.processor import Processor
-from segzero_jax.record import DRAWN_PROMPTS
+from segzero_jax.record import PICTURED_PROMPTS
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, Frame, PromptBatch, Rollout
 
@@ -89,7 +89,7 @@ class Job:
         The first pictures, which a run keeps for its report, come along.
         """
         held = dict(zip(self.rows.held, examples, strict=True))
-        mine = {row: held[row] if row < DRAWN_PROMPTS else replace(held[row], image=b"") for row in self.rows.own}
+        mine = {row: held[row] if row < PICTURED_PROMPTS else replace(held[row], image=b"") for row in self.rows.own}
         parts = self.pod.exchange("the batch", _EXAMPLES.dump_json(mine).decode())
         others = {row: example for part in parts for row, example in _EXAMPLES.validate_json(part).items()}
         return [held.get(row, others[row]) for row in range(len(others))]

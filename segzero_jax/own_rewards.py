@@ -4,7 +4,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,16 +96,11 @@ def check_same_files(found: Mapping[str, str], pod: Pod) -> None:
     Args:
       found: ``sources``; nothing where this host has none, which it is to say itself.
     """
-    said: list[dict[str, str]] = [
-        json.loads(text) for text in pod.exchange("reward functions", json.dumps(dict(found)))
-    ]
-    for host, theirs in enumerate(said):
-        other = next((name for name in theirs.keys() & said[0].keys() if theirs[name] != said[0][name]), None)
-        if other is not None:
-            raise ConfigError(
-                f"reward.functions: the file of {other} "
-                f"on {pod.host(host)} is not that on {pod.host(0)}; copy one to all hosts"
-            )
+    if other := pod.difference("reward functions", found):
+        name, host, _, _ = other
+        raise ConfigError(
+            f"reward.functions: the file of {name} on {pod.host(host)} is not that on {pod.host(0)}; copy it to all"
+        )
 
 
 def measure(functions: Mapping[str, RewardFunction], answer: Answer) -> dict[str, float]:

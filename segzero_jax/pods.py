@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -104,6 +104,23 @@ class Pod:
         # Whoever has come here has read what was said the last time.
         self._client.key_value_delete(f"segzero/round/{self._rounds - 1}/{self.index}")
         return [parts[str(i)] for i in range(self.count)]
+
+    def difference(self, what: str, found: Mapping[str, str]) -> tuple[str, int, str, str] | None:
+        """Of things with names, the first that is another one on a host than on the first host.
+
+        Args:
+          what: names the place in the program for messages.
+          found: what this host has, by name; what one of two does not have is not compared.
+
+        Returns:
+          Its name, that host, what the first host has and what that one has; None where all have the same.
+        """
+        said: list[dict[str, str]] = [json.loads(text) for text in self.exchange(what, json.dumps(dict(found)))]
+        for host, theirs in enumerate(said):
+            for name in said[0]:
+                if theirs.get(name, said[0][name]) != said[0][name]:
+                    return name, host, said[0][name], theirs[name]
+        return None
 
     def from_first(self, what: str, ask: Callable[[], T]) -> T:
         """The first host's answer (fit for JSON), for what only that one can see, such as its files."""

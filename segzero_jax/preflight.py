@@ -47,7 +47,7 @@ from segzero_jax.own_rewards import check_same_files, load_functions, sources
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.processor import PromptTooLong
 from segzero_jax.recipe_check import check_splits
-from segzero_jax.reward_channel import RewardServerError, read_access
+from segzero_jax.reward_channel import RewardServerError, addresses, read_access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.rewards import component_names
 from segzero_jax.run_dir import check_keep_best, run_directory
@@ -309,7 +309,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
         with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
             said: list[str] = []
             infos = client.wait_until_serving(config.reward.timeout_s, said.append)
-            if {info.address for info in infos} != set(config.reward.server.split(",")):
+            if {info.address for info in infos} != set(addresses(config.reward.server)):
                 # A run would; but now is the time to find out.
                 raise CheckFailed(said[-1])
             picture, box = io.BytesIO(), ObjectPrompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))

@@ -24,7 +24,7 @@ from segzero_jax.watch import ALARMS
 _ENDS = 10
 _BATCHES, _GROUPS = "dynamic_sampling/batches", "dynamic_sampling/groups"
 # So many prompts of a step are kept with picture and masks.
-DRAWN_PROMPTS = 1
+PICTURED_PROMPTS = 1
 
 
 class Step(NamedTuple):
@@ -133,10 +133,20 @@ def unscored_groups(scored: Scored) -> str:
     return f"{what}, they have no scores: {reason}"
 
 
+def unlearnt(made: Step) -> str:
+    """One line on why a step made no update; empty where that is for lack of scores."""
+    scored = made.scored.rewards_bg
+    if not np.isfinite(scored).any():
+        return ""
+    flat = (advantages(scored) == 0).all()
+    why = "no group has any spread of rewards" if flat else "what had any spread of rewards was cut off"
+    return f"nothing is learnt from this step, {why}"
+
+
 def rollout_rows(
     made: Step, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
 ) -> Iterator[dict[str, Any]]:
-    """A row per response; those of the first DRAWN_PROMPTS also hold what a picture of them needs.
+    """A row per response; those of the first PICTURED_PROMPTS also hold what a picture of them needs.
 
     Args:
       frame: that the policy answers in.
@@ -145,7 +155,7 @@ def rollout_rows(
     """
     for b, example in enumerate(made.examples):
         target = solution(example, frame, recipe)
-        image = store_image(example.id, example.image) if b < DRAWN_PROMPTS else ""
+        image = store_image(example.id, example.image) if b < PICTURED_PROMPTS else ""
         for g, text in enumerate(made.texts[b]):
             score = made.scored.masks[b][g] if made.scored.masks is not None else None
             reward = float(made.scored.rewards_bg[b, g])
@@ -164,7 +174,7 @@ def rollout_rows(
                 "finished": bool(made.rollout.finished_bg[b, g]),
                 "advantage": float(made.advantages_bg[b, g]),
             }
-            if b < DRAWN_PROMPTS:
+            if b < PICTURED_PROMPTS:
                 row |= {
                     "image": image,
                     "frame": [example.frame.width, example.frame.height],

@@ -130,8 +130,9 @@ class PendingScores:
                     if patience is None or self._client._is_lost(self._calls[i]):
                         raise
                     reasons[i] = str(error)
-                    strikes[i] += self._calls[i].code() == grpc.StatusCode.INTERNAL
-                    if heard and strikes[i] >= _STRIKES:
+                    # Before any answer the service is to blame, not the group.
+                    strikes[i] += heard and self._calls[i].code() == grpc.StatusCode.INTERNAL
+                    if strikes[i] >= _STRIKES:
                         self._answers[i] = refusal(self._requests[i], reasons.pop(i))
                     else:
                         failed.add(i)

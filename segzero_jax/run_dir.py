@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from segzero_jax import config as configs
 from segzero_jax import jsonl
-from segzero_jax.checkpoint import Checkpoints, checkpoint_directory, complete_steps, differing_runs
+from segzero_jax.checkpoint import Checkpoints, StorageError, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
 from segzero_jax.file_lock import hold
@@ -193,12 +193,12 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
 
     Raises:
       FolderHeld: another process of this machine, or of one that shares the disk, trains there.
-      ConfigError: one has, between this process's ``begin`` and now.
+      StorageError: one has, between this process's ``begin`` and now; the same command begins with what it left.
     """
     with hold(run_directory(config), "run"):
         directory = checkpoint_directory(config)
         if tuple(complete_steps(directory)) != beginning.saved:
-            raise ConfigError(
+            raise StorageError(
                 f"{directory}: another process has saved or deleted there meanwhile; start this run again"
             )
         open_run(config)
@@ -216,7 +216,8 @@ def open_run(config: Config) -> Path:
 def complete(config: Config, beginning: Beginning, pod: Pod, say: Callable[[str], None]) -> None:
     """Of a run that is done: says so, and adds what its directory here lacks and the last checkpoint has.
 
-    On a machine that did not make the run, that is the configuration and the last lines.
+    On a machine that did not make the run, that is the configuration and the last lines. Raises FolderHeld where
+    another process trains there, for more steps.
     """
     step, directory = beginning.step, checkpoint_directory(config)
     assert step is not None, "a run that is done has a checkpoint"
@@ -224,16 +225,17 @@ def complete(config: Config, beginning: Beginning, pod: Pod, say: Callable[[str]
         lines = checkpoints.lines(step)
     if not pod.first:
         return
-    steps = config.train.steps
-    say(f"{config.run.dir}: all {steps} steps are done, checkpoints are in {directory}; raise train.steps to go on")
-    run_dir = Path(config.run.dir).expanduser()
-    if not (run_dir / "config.yaml").exists():
-        open_run(config)
-    with MetricsWriter(run_dir, steps, show_progress=False) as writer:
-        if writer.add_missing(lines):
-            # For TensorBoard's files, which are made anew; there is nothing to forget.
-            writer.truncate_after(max(step, writer.last_step or 0))
-        say_missing(writer, step, say)
+    with hold(run_directory(config), "run"):
+        steps = config.train.steps
+        say(f"{config.run.dir}: all {steps} steps are done, checkpoints are in {directory}; raise train.steps to go on")
+        run_dir = Path(config.run.dir).expanduser()
+        if not (run_dir / "config.yaml").exists():
+            open_run(config)
+        with MetricsWriter(run_dir, steps, show_progress=False) as writer:
+            if writer.add_missing(lines):
+                # For TensorBoard's files, which are made anew; there is nothing to forget.
+                writer.truncate_after(max(step, writer.last_step or 0))
+            say_missing(writer, step, say)
 
 
 def say_missing(writer: MetricsWriter, step: int, say: Callable[[str], None]) -> None:

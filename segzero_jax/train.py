@@ -40,12 +40,13 @@ from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.record import (
-    DRAWN_PROMPTS,
+    PICTURED_PROMPTS,
     print_summary,
     rollout_rows,
     sampling_metrics,
     step_metrics,
     step_of,
+    unlearnt,
     unscored_groups,
     update_metrics,
 )
@@ -135,7 +136,7 @@ def draw(
         said = job.fetch(rollout)
         texts = job.texts(said)
     preemption.check()
-    pending = scorer.send(examples, texts, masks=0 if before else DRAWN_PROMPTS, rows=job.rows.own)
+    pending = scorer.send(examples, texts, masks=0 if before else PICTURED_PROMPTS, rows=job.rows.own)
     with watch.phase("reference"):
         rollout = _crop(rollout, int(said.length_bg.max()))
         setup = job.train_pass._replace(remat=False)
@@ -150,9 +151,6 @@ def draw(
     ):
         scored = pending.result(patience, drop=config.reward.missing == "drop")
     preemption.check()
-    unscored = unscored_groups(scored)
-    if unscored:
-        writer.message(f"step {step}: {unscored}")
     keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
     advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
     groups = Groups(prompts, rollout, ref_logps, old_logps)
@@ -186,14 +184,21 @@ def train(
             )
             draws.append(scores)
             drawn.append(groups)
+            del groups
         with watch.phase("update"):
             learnt = whole(draws[0]) if config.rollout.max_batches == 1 else choose(draws)
-            prompts, rollout, ref_logps, old_logps = take(drawn, learnt.rows_b, job.processor.pad_id)
+            groups = take(drawn, learnt.rows_b, job.processor.pad_id)
+            rows = range(config.train.batch_size)
+            advantages_bg, keep_bg = job.place((learnt.advantages_bg, learnt.keep_bg), rows)
+            batch = UpdateBatch(
+                groups.prompts, groups.rollout, advantages_bg, keep_bg, groups.ref_logps_bgr, groups.old_logps_bgr
+            )
+            # Pictures take memory that the update, and the next rollout, may need.
             drawn.clear()
-            advantages_bg, keep_bg = job.place((learnt.advantages_bg, learnt.keep_bg), range(config.train.batch_size))
+            del groups
             state, losses = learn(
                 state,
-                UpdateBatch(prompts, rollout, advantages_bg, keep_bg, ref_logps, old_logps),
+                batch,
                 learnt.keep_bg,
                 optimizer=job.optimizer,
                 setup=job.train_pass,
@@ -202,11 +207,11 @@ def train(
                 micro_batches=config.train.micro_batches,
             )
             losses = jax.device_get(losses)
+            del batch
         made = step_of(step, draws, learnt)
-        if not losses and np.isfinite(made.scored.rewards_bg).any():
-            kept = any(scores.keep_bg.any() for scores in draws)
-            why = "no group has any spread of rewards" if kept else "all scored responses were cut off"
-            writer.message(f"step {step}: nothing is learnt from this step, {why}")
+        for line in (unscored_groups(made.scored), "" if losses else unlearnt(made)):
+            if line:
+                writer.message(f"step {step}: {line}")
         # Of the step's last update.
         lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
         numbers = {**step_metrics(made), **update_metrics(losses), "lr": lr, "checkpoint/failed": keeper.failed}

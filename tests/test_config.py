@@ -245,6 +245,10 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
                 "expected reward.recipe=vision_reasoner or sam_r1, or data.prompt=seg_zero",
             ],
         ),
+        (
+            ["--data.prompt=Please find it.\n" + "Think. " * 20],
+            ["data.prompt=Please find it. Think. ", "…: expected toy"],
+        ),
         (["--data.prompt=seg_zer"], ["data.prompt=seg_zer: expected toy, seg_zero, ", "a text with {question}"]),
         (["--reward.recipe=seg_zero_strict"], ["data.prompt=toy: asks for a list", "or data.prompt=seg_zero"]),
     ],

@@ -12,8 +12,9 @@ from segzero_jax import config as configs
 from segzero_jax.config import Config
 from segzero_jax.data import build
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same
-from segzero_jax.data.pipeline import DataError, Source, open_split
+from segzero_jax.data.pipeline import DataError, Source, Splits, open_split
 from segzero_jax.processor import Processor, PromptTooLong
+from segzero_jax.recipe_check import check_splits
 from segzero_jax.train import open_questions
 
 TEXTS = ["mug", "the <|image_pad|> that looks most like a café", "A Thing. " * 20, "…", "<|im_end|> 漢字", "left" * 50]
@@ -100,6 +101,10 @@ def test_pictures_of_one_camera_are_trained_on_and_evaluated(
     check_held_out(train, [val])
     with pytest.raises(DataError, match="looks the same"):
         check_held_out(train, [open_split("other", "val", tmp_path)])
+    config = configs.replace(Config(), **{"data.dir": str(tmp_path), "rollout.max_prompt_tokens": 999})
+    check_splits(Splits([train], [val]), config, processor())
+    with pytest.raises(DataError, match="1 of 1 questions of other/train are about pictures of camera/val"):
+        check_splits(Splits([train, open_split("other", "train", tmp_path)], [val]), config, processor())
     assert build.main([*arguments, "--rebuild", "--against", "camera/val"]) == 2
     assert "looks the same" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segzero_jax import dynamic_sampling
 from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.record import sampling_metrics, step_of
@@ -127,6 +128,24 @@ def test_groups_of_several_batches_are_one_batch_in_its_shards(mesh: str, parts:
         columns = [np.asarray(jax.tree_util.tree_leaves_with_path(batch)[index_of(batch, path)][1]) for batch in given]
         expected = np.concatenate([longer(column, *pads[name]) if name in pads else column for column in columns])
         np.testing.assert_array_equal(np.asarray(jnp.asarray(x)), expected[rows], err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", ["16x1", "4x4"])
+def test_no_device_holds_a_whole_batch_of_pictures(mesh: str) -> None:
+    """Sixteen prompts of 840 x 840 pixels, in what XLA makes of it."""
+    with jax.set_mesh(make_mesh(mesh)):
+        around = jax.sharding.get_mesh()
+
+        def like(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape = (16, 1, 3600, 1176) if x.shape[-1] == 5 and x.ndim == 4 else (16, *x.shape[1:])
+            spec = TRAIN.spec("batch", *(None,) * (x.ndim - 1))
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=jax.sharding.NamedSharding(around, spec))
+
+        given = tuple(jax.tree.map(like, groups(8, 4, 5, seed, False)) for seed in range(3))
+        pictures = given[0].prompts.patches_bisc
+        assert pictures.shape == (16, 1, 3600, 1176)
+        compiled = dynamic_sampling._take.lower(given, jax.ShapeDtypeStruct((16,), np.int32)).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.8 * pictures.size * 4
 
 
 def index_of(tree: Groups, path: tuple) -> int:

@@ -128,6 +128,7 @@ def test_everything_beside_the_weights_comes_along(run: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_masks_of_an_export_are_by_the_sam2_that_its_run_s_are_by(preset: Path, tmp_path: Path) -> None:
     run = configs.load(preset)
+    (tmp_path / "config.json").touch()
     (tmp_path / asking.ORIGIN).write_text(json.dumps({"asked": asking.asked(run)}))
     exported = asking._as_released(str(tmp_path), None)
     assert asking.default_sam(exported) == asking.default_sam(run)

@@ -366,6 +366,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
     ("changes", "parts"),
     [
         ({"--image": "absent.png"}, ("absent.png: no such file",)),
+        ({"--checkpoint": "nobody/nothing"}, ("nobody/nothing", "hub")),
         ({"--image": "hollow"}, ("--image=hollow: no picture in this folder",)),
         ({"--demo": None}, ("--demo asks on its page",)),
         ({"--image": "text.png"}, ("text.png: image cannot be read",)),

@@ -80,6 +80,8 @@ def test_several_sets_are_one_and_keep_their_names(tmp_path: Path) -> None:
     with closing(training_batches(mixed, len(mixed), seed=1)) as batches:
         assert Counter(one.id for one in next(batches)) == Counter(one.id for one in mixed)
     assert questions(open_splits("r", [], tmp_path)).checksum == r.checksum, "one set is itself"
+    with pytest.raises(DataError, match=r"^data set 'mugs,': expected a name, or several with commas between them"):
+        open_splits("mugs,", [], tmp_path)
 
 
 def test_the_folder_that_a_build_takes_by_itself_is_not_in_its_command() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from segzero_jax import config as configs
 from segzero_jax import train
-from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.checkpoint import Checkpoints, StorageError
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
@@ -94,7 +94,7 @@ def test_a_run_that_another_process_has_made_meanwhile_is_not_made_again(config:
     beginning = begin(config, resume=False, pod=ALONE)
     save(config, 2, 4)
     with (
-        pytest.raises(ConfigError, match="another process has saved or deleted there meanwhile"),
+        pytest.raises(StorageError, match="another process has saved or deleted there meanwhile"),
         held(config, beginning),
     ):
         pytest.fail("it is held")

@@ -13,7 +13,9 @@ from pycocotools import mask as coco
 from question_sources import HEIGHT, WIDTH, polygon, rectangle
 
 from segzero_jax.data import build
+from segzero_jax.data.pictures import read_picture
 from segzero_jax.data.pipeline import open_split
+from segzero_jax.types import Frame
 
 BOX = (8, 12, 47, 70)
 # For each EXIF orientation what an upright picture goes through to lie as it is stored.
@@ -27,6 +29,8 @@ STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+# And what brings it upright again.
+UPRIGHT = STORED | {6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
 SIDEWAYS = (5, 6, 7, 8)
 
 
@@ -105,3 +109,17 @@ def test_a_mask_lies_on_its_thing_in_every_orientation(tmp_path: Path, kind: str
         mask = coco.decode({"size": [one.mask.height, one.mask.width], "counts": one.mask.counts}).astype(bool)
         assert red[mask].mean() > 240, one.id
         assert red[~mask].mean() < 5, one.id
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_square_picture_whose_masks_lie_as_its_file_does_stays_so(orientation: int) -> None:
+    """No size tells, and COCO's tools do not look at EXIF."""
+    square = Image.fromarray(rectangle(0, 0, 20, 30)[:64, :64, None] * np.array([255, 0, 0], np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = sources.encoded(square, exif=exif, quality=95, subsampling=0)
+    for as_in_file, turn in ((True, None), (False, UPRIGHT[orientation])):
+        picture = read_picture(data, Frame(64, 64), as_in_file)
+        found = np.asarray(Image.open(io.BytesIO(picture.data)).convert("RGB")).astype(int)
+        wanted = np.asarray(square if turn is None else square.transpose(turn)).astype(int)
+        assert np.abs(found - wanted).max() < 40

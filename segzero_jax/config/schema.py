@@ -309,7 +309,9 @@ class Config:
 def check_wording(wording: str, key: str = "") -> None:
     """Raises ConfigError where it is none, ``key`` before its text: neither a known name nor a text with a question."""
     if wording not in _ASKED and QUESTION not in wording:
-        raise ConfigError(f"{key}{wording}: expected {', '.join(_ASKED)} or a text with {QUESTION} where that goes")
+        shown = " ".join(wording.split())
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+        raise ConfigError(f"{key}{shown}: expected {', '.join(_ASKED)} or a text with {QUESTION} where that goes")
 
 
 def check_answer_form(config: Config) -> None:

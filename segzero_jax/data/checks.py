@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -62,14 +61,12 @@ def check_same(found: Mapping[str, str], pod: Pod) -> None:
     Args:
       found: name and checksum of each split; nothing where this host has none, which it is to say itself.
     """
-    said: list[dict[str, str]] = [json.loads(text) for text in pod.exchange("data", json.dumps(dict(found)))]
-    for host, theirs in enumerate(said):
-        other = next((name for name in theirs.keys() & said[0].keys() if theirs[name] != said[0][name]), None)
-        if other is not None:
-            raise DataError(
-                f"{other}: checksum {said[0][other][:12]} on {pod.host(0)}, {theirs[other][:12]} on {pod.host(host)}; "
-                "build it on all hosts from the same source, in the same way"
-            )
+    if other := pod.difference("data", found):
+        name, host, first, theirs = other
+        raise DataError(
+            f"{name}: checksum {first[:12]} on {pod.host(0)}, {theirs[:12]} on {pod.host(host)}; build it on all hosts "
+            "from the same source, in the same way"
+        )
 
 
 def _counts(source: Source, processor: Processor, cache: Path) -> np.ndarray:

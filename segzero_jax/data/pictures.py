@@ -56,8 +56,8 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
       data: the file in the source.
       annotated: the size that annotations speak of; None where they are in the pixels of the upright picture. A picture
         with an EXIF rotation is turned upright, unless this size says that they were made on the unturned pixels.
-      as_in_file: annotations of the file's size were made on its unturned pixels, also where EXIF mirrors the picture
-        or turns it over, of which no size tells. A square picture is turned upright all the same.
+      as_in_file: annotations of the file's size were made on its unturned pixels, also where no size tells: EXIF
+        mirrors the picture or turns it over, or it is square.
 
     Raises:
       PictureError: damaged, of another size than annotated, or too large to decode.
@@ -69,8 +69,8 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
         turn = image.getexif().get(_EXIF_ORIENTATION, 1)
         plain = image.format in _STORED and image.mode in ("RGB", "L") and "transparency" not in image.info
         size = Frame(image.width, image.height)
-        as_annotated = annotated == size and size.width != size.height
-        unturned = as_annotated and (as_in_file or turn in _SIDEWAYS)
+        told_by_size = turn in _SIDEWAYS and size.width != size.height
+        unturned = annotated == size and (as_in_file or told_by_size)
         original = size if unturned else upright_size(data)
         if annotated is not None and original != annotated:
             raise PictureError(

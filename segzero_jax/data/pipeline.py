@@ -161,6 +161,8 @@ def open_splits(name: str, eval_splits: Iterable[str], data_dir: str | Path) -> 
       data_dir: where built data sets are kept.
     """
     own = [one.strip() for one in name.split(",")]
+    if not all(own):
+        raise DataError(f"data set {name!r}: expected a name, or several with commas between them, such as mugs,toy")
     held_out = []
     for text in eval_splits:
         other, _, split = text.rpartition("/")

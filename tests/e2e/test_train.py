@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,8 +21,10 @@ from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, UpdateBatch, learn, policy_logps, update
 from segzero_jax.hub import model_directory
 from segzero_jax.model.weights import load_hf
+from segzero_jax.processor import Processor
 from segzero_jax.record import metric_keys
 from segzero_jax.report.run import read_run, reward_maxima
+from segzero_jax.rollout import sample
 from segzero_jax.time_account import BESIDE
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +34,12 @@ SMALL += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def pictures_alive() -> int:
+    """Batches of pictures on the devices."""
+    channels = Processor.load("toy", 112, "toy", 64).vision.channels
+    return sum(x.ndim == 4 and x.shape[-1] == channels for x in jax.live_arrays())
 
 
 def keys(row: dict) -> set[str]:
@@ -151,9 +160,16 @@ def test_a_step_samples_until_all_its_groups_teach_something(
         mask = np.arange(old.shape[2]) < np.array(batch.rollout.length_bg)[..., None]
         gap = np.abs(np.where(mask, np.array(old) - np.array(batch.rollout.logps_bgr), 0)).max()
         seen.append((np.array(batch.advantages_bg), keep_bg, gap))
+        assert pictures_alive() == 1, "of what was sampled, what is learnt from"
         return learn(state, batch, keep_bg, **how)
 
+    def sampled(*given: Any, **how: Any) -> Any:
+        alive.append(pictures_alive())
+        return sample(*given, **how)
+
+    alive: list[int] = []
     monkeypatch.setattr(train, "learn", watched)
+    monkeypatch.setattr(train, "sample", sampled)
     arguments = [*SMALL, f"--data.dir={data_dir}", "--reward.server=none", "--rollout.max_batches=3"]
     arguments += ["--train.checkpoint_every=2", "--rollout.max_response_tokens=47"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -171,7 +187,9 @@ def test_a_step_samples_until_all_its_groups_teach_something(
         assert gap < 1e-4, "each group has its own prompt and its own answers"
         assert row["reward/mean"] == pytest.approx(np.mean([one["reward"] for one in rollouts])), "of all, not of these"
         assert len({one["id"] for one in rollouts}) == batches * 4
-    assert max(row["dynamic_sampling/batches"] for row in rows) > 1
+    batches = [row["dynamic_sampling/batches"] for row in rows]
+    assert max(batches) > 1
+    assert alive == [n + 1 for count in batches for n in range(count)], "no pictures of the step before"
     assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}"]) == 0
     assert train.main([*arguments, "--train.steps=4", f"--run.dir={parts}", "--resume"]) == 0
     for step in range(1, 5):

@@ -163,6 +163,22 @@ def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypat
     assert failures == {"group-1": 95, "group-2": 0}
 
 
+def test_failures_while_nothing_was_answered_count_against_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service was out of order for a while; one group it fails at some times more."""
+    monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
+    fake, failures = Fake(), {"group-0": 6, "group-1": 9}
+
+    def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+        if failures[request.request_id] > 0:
+            failures[request.request_id] -= 1
+            context.abort(grpc.StatusCode.INTERNAL, "out of order")
+
+    fake.before = fail
+    asked = groups(2)
+    with serving(fake) as address, RewardClient(address, 10) as client:
+        assert client.score(asked).result(Waiter()) == healthy_scores(asked)
+
+
 def test_a_server_that_fails_at_all_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
     fake = Fake()
