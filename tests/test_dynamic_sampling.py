@@ -145,7 +145,7 @@ def test_no_device_holds_a_whole_batch_of_pictures(mesh: str) -> None:
         pictures = given[0].prompts.patches_bisc
         assert pictures.shape == (16, 1, 3600, 1176)
         compiled = dynamic_sampling._take.lower(given, jax.ShapeDtypeStruct((16,), np.int32)).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 0.8 * pictures.size * 4
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * pictures.size * 4
 
 
 def index_of(tree: Groups, path: tuple) -> int:
