@@ -133,13 +133,17 @@ def unscored_groups(scored: Scored) -> str:
     return f"{what}, they have no scores: {reason}"
 
 
-def unlearnt(made: Step) -> str:
+def unlearnt(draws: Sequence[Draw]) -> str:
     """One line on why a step made no update; empty where that is for lack of scores."""
-    scored = made.scored.rewards_bg
-    if not np.isfinite(scored).any():
+    rewards_bg = np.concatenate([draw.scored.rewards_bg for draw in draws])
+    if not np.isfinite(rewards_bg).any():
         return ""
-    flat = (advantages(scored) == 0).all()
-    why = "no group has any spread of rewards" if flat else "what had any spread of rewards was cut off"
+    if not any(draw.keep_bg.any() for draw in draws):
+        why = "all scored responses were cut off"
+    elif (advantages(rewards_bg) == 0).all():
+        why = "no group has any spread of rewards"
+    else:
+        why = "all groups with a spread of rewards were cut off"
     return f"nothing is learnt from this step, {why}"
 
 

@@ -209,7 +209,7 @@ def train(
             losses = jax.device_get(losses)
             del batch
         made = step_of(step, draws, learnt)
-        for line in (unscored_groups(made.scored), "" if losses else unlearnt(made)):
+        for line in (unscored_groups(made.scored), "" if losses else unlearnt(draws)):
             if line:
                 writer.message(f"step {step}: {line}")
         # Of the step's last update.

@@ -1,5 +1,6 @@
 """Which groups a step learns from when it samples on, and that they are put together as they were sampled."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from segzero_jax import dynamic_sampling
 from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.record import sampling_metrics, step_of
+from segzero_jax.record import sampling_metrics, step_of, unlearnt
 from segzero_jax.scoring import Scored
 from segzero_jax.types import PromptBatch, Rollout
 
@@ -74,6 +75,19 @@ def test_a_step_tells_of_all_that_was_sampled_for_it() -> None:
     # The last group was one too many.
     assert made.advantages_bg[:, 1].tolist() == [1, 0, 0, 0, 5, 0]
     assert sampling_metrics(draws, found) == {"dynamic_sampling/batches": 3, "dynamic_sampling/groups": 2}
+
+
+def test_why_nothing_was_learnt_is_said_in_a_line() -> None:
+    flat, nothing = draw([False]), draw([False])._replace(keep_bg=np.zeros((1, GROUP), bool))
+    spread = flat._replace(scored=replace(flat.scored, rewards_bg=np.array([[1.0, 2.0, 1.0]])))
+    unscored = flat._replace(scored=replace(flat.scored, rewards_bg=np.full((1, GROUP), np.nan)))
+    for draws, why in (
+        ([flat, nothing], "no group has any spread of rewards"),
+        ([nothing, nothing], "all scored responses were cut off"),
+        ([spread, flat], "all groups with a spread of rewards were cut off"),
+    ):
+        assert unlearnt(draws) == f"nothing is learnt from this step, {why}"
+    assert unlearnt([unscored, unscored]) == ""
 
 
 @cache
