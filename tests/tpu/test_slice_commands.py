@@ -159,7 +159,9 @@ class Cloud:
         fake.write_text(
             "#!/usr/bin/env bash\n"
             f'echo "$*" >>{self.log}\n'
-            f'next() {{ [[ -s $1 ]] && head -n 1 "$1" && {{ (($(wc -l <"$1") < 2)) || sed -i 1d "$1"; }}; }}\n'
+            # Machines are asked side by side: one after the other takes its line.
+            'next() { (flock 9 && take "$1") 9>"$1.turn"; }\n'
+            'take() { [[ -s $1 ]] && head -n 1 "$1" && { (($(wc -l <"$1") < 2)) || sed -i 1d "$1"; }; }\n'
             'case "$*" in\n'
             f"  *queued-resources\\ describe*value\\(state.state\\)*|*list-instances*value\\(instanceStatus\\)*)\n"
             f"    state=$(next {self.states})\n"
