@@ -152,13 +152,16 @@ def _take(batches: tuple[Groups, ...], rows_b: Array) -> Groups:
         spec = jax.typeof(parts[0]).sharding.spec
         size = math.prod(rest)
         count = _PIECES if size % _PIECES == 0 else 1
-        flat = [part.reshape(b, size) for part in parts]
+        if not size:  # No patches, where pictures are embedded already.
+            return parts[0]
+        flat_spec = jax.sharding.PartitionSpec(spec[0], None)
+        flat = [jnp.reshape(part, (b, size), out_sharding=flat_spec) for part in parts]
 
         def piece(i: jax.Array) -> jax.Array:
             start, length = i * (size // count), size // count
             # Stacked, not joined: the axis that is divided over the mesh stays that of a batch.
             some_kbn = jnp.stack([jax.lax.dynamic_slice_in_dim(x_bn, start, length, axis=1) for x_bn in flat])
-            return some_kbn.at[batch_b, row_b].get(out_sharding=jax.sharding.PartitionSpec(spec[0], None))
+            return some_kbn.at[batch_b, row_b].get(out_sharding=flat_spec)
 
         # XLA may gather all rows to pick some: of a piece at a time, or all pictures would lie on every device.
         pieces_ibn = jax.lax.map(piece, jnp.arange(count))

@@ -95,9 +95,10 @@ def groups(size: int, p: int, r: int, seed: int, parts: bool) -> Groups:
     rng = np.random.default_rng(seed)
     numbers = lambda *shape: rng.integers(0, 8, shape, dtype=np.int32)  # noqa: E731
     real = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    i = 0 if parts else 1  # pictures that are embedded already have no patches
     prompts = PromptBatch(
         *(numbers(size, p), numbers(size), numbers(size, 3, p), numbers(size), numbers(size, p)),
-        *(real(size, 1, 4, 5), numbers(size, 1, 4, 2), numbers(size, 1, 4) > 3, real(size, 2, 3) if parts else None),
+        *(real(size, i, 4, 5), numbers(size, i, 4, 2), numbers(size, i, 4) > 3, real(size, 2, 3) if parts else None),
     )
     rollout = Rollout(numbers(size, GROUP, r), numbers(size, GROUP), real(size, GROUP, r), numbers(size, GROUP) > 3)
     return Groups(prompts, rollout, real(size, GROUP, r), real(size, GROUP, r) if parts else None)
@@ -107,7 +108,7 @@ def longer(x: np.ndarray, length: int, value: int) -> np.ndarray:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])], constant_values=value)
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "4x4", "2x4x2", "4x1x1"])
+@pytest.mark.parametrize("mesh", ["1x1", "4x4", "2x4x2", "4x1x1", "2x1x1"])
 @pytest.mark.parametrize("parts", [False, True])
 def test_groups_of_several_batches_are_one_batch_in_its_shards(mesh: str, parts: bool) -> None:
     given = [groups(8, p, r, seed, parts) for seed, (p, r) in enumerate([(4, 5), (6, 3), (4, 5)])]
