@@ -46,9 +46,11 @@ class Waiter:
         self._end = time.monotonic() + limit_s
         self._at_first = at_first
         self.heard_count = self.silent_count = 0
+        self.answered = threading.Event()
 
     def heard(self) -> None:
         self.heard_count += 1
+        self.answered.set()
 
     def silent(self, why: Callable[[], str]) -> None:
         self.silent_count += 1
@@ -144,17 +146,18 @@ def test_without_end_the_wait_ends_when_patience_does() -> None:
 def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another is answered meanwhile; one that it fails at now and then is asked again."""
     monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
-    fake, failures = Fake(), {"group-1": 100, "group-2": 3}
+    fake, failures, waiter = Fake(), {"group-1": 100, "group-2": 3}, Waiter()
 
     def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
         if failures.get(request.request_id, 0) > 0:
+            waiter.answered.wait(30)  # What fails before any answer counts against no group.
             failures[request.request_id] -= 1
             context.abort(grpc.StatusCode.INTERNAL, "the server failed: its log says how")
 
     fake.before = fail
     asked = groups(3)
     with serving(fake) as address, RewardClient(address, 10) as client:
-        scores = client.score(asked).result(Waiter())
+        scores = client.score(asked).result(waiter)
     expected = healthy_scores(asked)
     assert (scores[0], scores[2]) == (expected[0], expected[2])
     for score in scores[1]:
@@ -166,11 +169,13 @@ def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypat
 def test_failures_while_nothing_was_answered_count_against_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service was out of order for a while; one group it fails at some times more."""
     monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
-    fake, failures = Fake(), {"group-0": 6, "group-1": 9}
+    fake, failures = Fake(), 9
 
     def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
-        if failures[request.request_id] > 0:
-            failures[request.request_id] -= 1
+        nonlocal failures
+        failures -= request.request_id == "group-1"
+        # The other is answered once this one has failed six times.
+        if failures >= (0 if request.request_id == "group-1" else 3):
             context.abort(grpc.StatusCode.INTERNAL, "out of order")
 
     fake.before = fail
