@@ -85,8 +85,13 @@ def shown(text: str) -> str:
 
 def complain(parser: OneLineParser, error: BaseException) -> int:
     """Says on standard error what is wrong, in one line; returns the exit code, 2."""
-    sys.stderr.write(f"{parser.prog}: {' '.join(str(error).split())[:500]}\n")
+    sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")
     return 2
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for standard error."""
+    return " ".join(str(error).split())[:500]
 
 
 def _wording(text: str) -> str:

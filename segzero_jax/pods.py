@@ -26,6 +26,8 @@ _FAREWELL_S = 15.0
 # Where a host says its exit code and why.
 _LEFT = "segzero/left/"
 T = TypeVar("T")
+# A deadline for what may rightly take hours on one host; should that one die, the others end all the same.
+WHATEVER_IT_TAKES_S = 30 * 86400.0
 # Exit code of a process that another host of its run was lost to.
 HOST_LOST = 4
 
@@ -122,9 +124,9 @@ class Pod:
                     return name, host, said[0][name], theirs[name]
         return None
 
-    def from_first(self, what: str, ask: Callable[[], T]) -> T:
+    def from_first(self, what: str, ask: Callable[[], T], deadline_s: float = _DEADLINE_S) -> T:
         """The first host's answer (fit for JSON), for what only that one can see, such as its files."""
-        return json.loads(self.exchange(what, json.dumps(ask() if self.first else None))[0])
+        return json.loads(self.exchange(what, json.dumps(ask() if self.first else None), deadline_s)[0])
 
     def leave(self, code: int, line: str = "") -> int:
         """Ends this host's part of the run and gives ``code`` back: with 0 once all are here, else the others stop too.

@@ -22,6 +22,7 @@ import tiny
 from box_server import BoxServer, encoded, serving
 from PIL import Image
 from pycocotools import mask as coco
+from thread_pod import on_hosts
 
 from reward_server import reward_pb2
 from segzero_jax import config as configs
@@ -39,6 +40,7 @@ from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.overlay import decode_mask
+from segzero_jax.pods import Pod
 from segzero_jax.processor import decode_image
 from segzero_jax.report.gallery import Shown, _blame, choose_cases
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -470,6 +472,58 @@ def test_only_the_chosen_checkpoint_sees_the_other_splits(
     assert command.main(arguments) == 0
     assert asked == [(f"{every}/{n}", ("val",)) for n in (1, 2, 3)] + [(f"{every}/2", ("test",))]
     assert json.loads((tmp_path / "out/results.json").read_text())["chosen"]["checkpoint"] == f"{every}/2"
+
+
+def test_all_hosts_go_on_with_what_the_first_one_finds_and_chooses(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are on the first host alone; the second sees a newer checkpoint."""
+    asked: dict[int, list[tuple[str, tuple[str, ...]]]] = {0: [], 1: []}
+
+    def policy(self: evaluator.Evaluator, checkpoint: str, sets: list[evaluator.Questions]) -> None:
+        host = self._pod.index
+        asked[host].append((checkpoint, tuple(one.split for one in sets)))
+        for one in sets if host == 0 else []:
+            giou = 0.3 if checkpoint.endswith("2") else 0.2
+            self.results.append(evaluated(checkpoint, one.split, giou) | {"failed": [], "failures": {}, "samples": 0})
+            self.rows.append([])
+
+    monkeypatch.setattr(evaluator.Evaluator, "policy", policy)
+    monkeypatch.setattr(command, "build_gallery", lambda *_: "page")
+    monkeypatch.setattr(command, "_shown", lambda *_: [])
+    for host, steps in ((0, (1, 2)), (1, (1, 2, 3))):
+        for step in steps:
+            (tmp_path / str(host) / "checkpoints" / str(step) / "manifest").mkdir(parents=True)
+
+    def act(pod: Pod) -> None:
+        arguments = ["--dataset", "d/test", "d/val", f"--checkpoint={tmp_path}/{pod.index}/checkpoints"]
+        out = f"--out={tmp_path}/out{pod.index}"
+        command.run(command._parser().parse_args([*arguments, out, "--server=none"]), pod)
+
+    (tmp_path / "out0").mkdir()
+    for ended in on_hosts(2, act):
+        ended.result()
+    every = f"{tmp_path}/0/checkpoints"
+    assert asked[0] == asked[1] == [*((f"{every}/{n}", ("val",)) for n in (1, 2)), (f"{every}/2", ("test",))]
+    assert (tmp_path / "out0/results.json").exists()
+    assert not (tmp_path / "out1").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--batch", "4", "--batch: 32 on host 0 (w-0), 4 on host 1 (w-1)"),
+        ("--limit", "4", "--limit: None on host 0 (w-0), 4 on host 1 (w-1)"),
+    ],
+)
+def test_hosts_with_other_options_are_told(option: str, value: str, words: str, source: Source, tmp_path: Path) -> None:
+    def act(pod: Pod) -> None:
+        more = [f"{option}={value}"] if pod.index else []
+        command.run(command._parser().parse_args(["--dataset=toy", f"--out={tmp_path}/out", *more]), pod)
+
+    for ended in on_hosts(2, act):
+        with pytest.raises(EvaluateError, match=re.escape(words)):
+            ended.result()
 
 
 def test_the_page_counts_components_by_the_recipe_of_the_checkpoint_that_it_shows(

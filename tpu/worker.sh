@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# tpu/worker.sh install REVISION [STORED SET...] | run MODULE OPTION... | start STORE RUN_DIR OPTION... | stop | state | fetch |
-# copy: one machine's part.
+# tpu/worker.sh install REVISION [STORED SET...] | run MODULE OPTION... | start STORE RUN_DIR OPTION... |
+# evaluate STORE OUT OPTION... | stop | state | fetch | copy: one machine's part.
 #
-# The commands beside it call it on every machine. systemd keeps the training: it outlives the connection, is told to stop
-# when the machine is about to be taken away, and leaves its exit code behind.
+# The commands beside it call it on every machine. systemd keeps the training, or the evaluation: it outlives the connection, is
+# told to stop when the machine is about to be taken away, and leaves its exit code behind.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -101,15 +101,20 @@ run() {
   exec .venv/bin/python -m "$@"
 }
 
-start() {
-  local where=("$1" "$2")
-  shift 2
+start() { launch segzero_jax.train "$1" "$2" run config.yaml "${@:3}"; }
+
+evaluate() { launch segzero_jax.evaluate "$1" "$2" evaluate . "${@:3}"; }
+
+# launch MODULE STORE DIR FOLDER MARK OPTION...: its files, in DIR once MARK is there, are kept in FOLDER of the bucket's STORE.
+launch() {
+  local module=$1 where=("${@:2:4}")
+  shift 5
   [[ $(state) != new ]] || { echo "tpu/worker.sh: not set up: tpu/setup.sh" >&2 && exit 2; }
   [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
   # The timer's service as well: a copy that still runs would have the name that the next one is to get.
   sudo systemctl stop "$UNIT" "$UNIT-copy.timer" "$UNIT-copy.service" 2>/dev/null || true
   sudo systemctl reset-failed "$UNIT" "$UNIT-copy" 2>/dev/null || true
-  printf 'STORE=%q RUN_DIR=%q\n' "${where[@]}" >.run
+  printf 'STORE=%q DIR=%q FOLDER=%q MARK=%q\n' "${where[@]}" >.run
   if is_first; then
     fetch
     sudo systemd-run --quiet --unit="$UNIT-copy" --uid="$USER" --setenv=HOME="$HOME" --on-active=60 --on-unit-active=60 \
@@ -123,10 +128,10 @@ start() {
     --property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity \
     --property=StandardOutput=append:"$ROOT/train.log" --property=StandardError=append:"$ROOT/train.log" \
     --property=ExecStopPost="$ROOT/tpu/worker.sh copy" \
-    "$ROOT/.venv/bin/python" -m segzero_jax.train "$@"
+    "$ROOT/.venv/bin/python" -m "$module" "$@"
 }
 
-# Process 0 alone writes the run's files; JAX numbers processes by this as well.
+# Process 0 alone writes files; JAX numbers processes by this as well.
 is_first() {
   local number
   number=$(curl -sf --retry 5 -H Metadata-Flavor:Google "$METADATA") || {
@@ -136,37 +141,38 @@ is_first() {
   [[ $number == 0 ]]
 }
 
-# The run's files from the bucket, where this machine has none: it replaces one that was taken away. All or none of them, for
-# what lies here is what is copied to the bucket.
+# The files from the bucket, where this machine has none: it replaces one that was taken away. All or none of them, for what
+# lies here is what is copied to the bucket.
 fetch() {
   # shellcheck disable=SC1091
   source .run
-  [[ ! -e $RUN_DIR/config.yaml ]] || return 0
+  [[ ! -e $DIR/$MARK ]] || return 0
   local answer
-  if ! answer=$(gcloud storage ls "$STORE/run/" 2>&1); then
+  if ! answer=$(gcloud storage ls "$STORE/$FOLDER/" 2>&1); then
     [[ $answer == *'matched no objects'* ]] && return 0
-    printf 'tpu/worker.sh: %s: cannot be read now, so nothing is started: %s\n' "$STORE/run" "$answer" >&2
+    printf 'tpu/worker.sh: %s: cannot be read now, so nothing is started: %s\n' "$STORE/$FOLDER" "$answer" >&2
     exit 1
   fi
-  rm -rf "$RUN_DIR.part"
-  mkdir -p "$RUN_DIR.part"
-  gcloud storage rsync --recursive "$STORE/run" "$RUN_DIR.part"
-  rm -rf "$RUN_DIR"
-  mv "$RUN_DIR.part" "$RUN_DIR"
+  rm -rf "$DIR.part"
+  mkdir -p "$DIR.part"
+  gcloud storage rsync --recursive "$STORE/$FOLDER" "$DIR.part"
+  rm -rf "$DIR"
+  mv "$DIR.part" "$DIR"
 }
 
-# The run's files into the bucket, checkpoints excepted, which the trainer writes there itself.
+# The files into the bucket, checkpoints excepted, which the trainer writes there itself.
 copy() {
   # shellcheck disable=SC1091
   source .run
-  is_first && [[ -e $RUN_DIR/config.yaml ]] || return 0
-  gcloud storage rsync --quiet --recursive --exclude='^checkpoints/.*' "$RUN_DIR" "$STORE/run"
+  is_first && [[ -e $DIR/$MARK ]] || return 0
+  gcloud storage rsync --quiet --recursive --exclude='^checkpoints/.*' "$DIR" "$STORE/$FOLDER"
 }
 
 case ${1-} in
   install) install "${@:2}" ;;
   run) run "${@:2}" ;;
   start) start "${@:2}" ;;
+  evaluate) evaluate "${@:2}" ;;
   stop) sudo systemctl stop "$UNIT" ;;
   state) echo "segzero $(state)" ;;
   fetch) fetch ;;

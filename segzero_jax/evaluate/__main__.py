@@ -1,10 +1,14 @@
-"""The command. Checkpoints are compared on validation splits; other splits are for the chosen one alone."""
+"""The command. Checkpoints are compared on validation splits; other splits are for the chosen one alone.
+
+On several hosts all ask the same, and the first one scores, writes and speaks.
+"""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from PIL import Image
@@ -12,6 +16,7 @@ from PIL import Image
 from segzero_jax import jsonl
 from segzero_jax.asking import find_checkpoints
 from segzero_jax.config import Config, ConfigError, OneLineParser
+from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError
 from segzero_jax.evaluate.evaluator import Evaluator, How, Questions, open_questions
 from segzero_jax.evaluate.results import choose, is_validation, write_results
@@ -19,19 +24,25 @@ from segzero_jax.evaluate.work import ORACLE, EvaluateError
 from segzero_jax.local_path import local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
-from segzero_jax.options import access_from, add_policy_options, add_server_options, complain, say, seed
+from segzero_jax.options import access_from, add_policy_options, add_server_options, one_line, say, seed
+from segzero_jax.pods import HOST_LOST, WHATEVER_IT_TAKES_S, HostLost, Pod, PodError, join
 from segzero_jax.processor import ImageError, decode_image
 from segzero_jax.report.gallery import Shown, build_gallery
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.segmenting import greet
 
-_USER_ERRORS = (EvaluateError, ConfigError, DataError, MeshError, CheckpointError, RewardServerError, OSError)
+_USER_ERRORS = (EvaluateError, ConfigError, DataError, MeshError, PodError, CheckpointError, RewardServerError, OSError)
+# What hosts have to be told alike: the rest concerns the first one alone, or differs, as where data sets lie.
+_ALIKE = ("dataset", "limit", "batch", "samples", "seed", "mesh", "image_size", "prompt")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, pod: Pod) -> None:
     """From the command line to ``results.json`` and the page."""
+    check_alike(args, pod)
     sets = [open_questions(name, args.data_dir, args.limit) for name in args.dataset]
-    checkpoints = find_checkpoints(args.checkpoint or [None])
+    check_same({f"{one.dataset}/{one.split}": one.source.checksum for one in sets}, pod)
+    # The newest of a run may be another one a moment later.
+    checkpoints = pod.from_first("checkpoints", lambda: find_checkpoints(args.checkpoint or [None]))
     validation = [questions for questions in sets if is_validation(questions.split)]
     if len(checkpoints) > 1 and not validation:
         raise EvaluateError(
@@ -40,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         )
     access = access_from(args)
     try:
-        greet(args.server, access)
+        if pod.first:
+            greet(args.server, access)
     except RewardServiceAway as error:
         raise EvaluateError(str(error)) from None  # nothing has begun that could go on later
     out = Path(args.out).expanduser()
@@ -56,20 +68,40 @@ def run(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         prompt=args.prompt,
     )
-    with jax.set_mesh(make_mesh(args.mesh)), Evaluator(how, out) as evaluator:
+    with jax.set_mesh(make_mesh(args.mesh)), Evaluator(how, out, pod) as evaluator:
         if len(checkpoints) == 1:
             evaluator.policy(checkpoints[0], sets)
         else:
             for checkpoint in checkpoints:
                 evaluator.policy(checkpoint, validation)
-            chosen = choose(evaluator.results, checkpoints)
-            say(f"chosen by {chosen['by']} on {', '.join(chosen['on'])}: {chosen['checkpoint']}")
+            chosen = pod.from_first("the choice", lambda: choose(evaluator.results, checkpoints), WHATEVER_IT_TAKES_S)
+            if pod.first:
+                say(f"chosen by {chosen['by']} on {', '.join(chosen['on'])}: {chosen['checkpoint']}")
             evaluator.policy(chosen["checkpoint"], [one for one in sets if one not in validation])
         if args.oracle:
             evaluator.oracle(sets)
+    if pod.first:
+        _write(out, evaluator, sets, chosen, checkpoints[0])
+    pod.exchange("the results", "", WHATEVER_IT_TAKES_S)
+
+
+def check_alike(args: argparse.Namespace, pod: Pod) -> None:
+    """Raises EvaluateError on all hosts where one has other options than the first: they would not answer together."""
+    if other := pod.difference("options", {name: str(getattr(args, name)) for name in _ALIKE}):
+        name, host, first, theirs = other
+        raise EvaluateError(
+            f"--{name.replace('_', '-')}: {first} on {pod.host(0)}, {theirs} on {pod.host(host)}; expected the same "
+            "command on all hosts"
+        )
+
+
+def _write(
+    out: Path, evaluator: Evaluator, sets: Sequence[Questions], chosen: dict[str, Any] | None, checkpoint: str
+) -> None:
+    """The files that speak of all evaluations. Without a choice the page shows ``checkpoint``."""
     path = write_results(out, evaluator.results, chosen)
     page = out / "index.html"
-    shown = _shown(evaluator, sets, chosen["checkpoint"] if chosen else checkpoints[0])
+    shown = _shown(evaluator, sets, chosen["checkpoint"] if chosen else checkpoint)
     title = ", ".join(f"{questions.dataset}/{questions.split}" for questions in sets)
     html = build_gallery(title, shown, {"evaluations": evaluator.results, "chosen": chosen})
     jsonl.replace(page, html.encode("utf-8", "replace"))
@@ -116,7 +148,8 @@ def _parser() -> OneLineParser:
         prog="python -m segzero_jax.evaluate",
         description="Asks a policy the questions of a data set: gIoU, cIoU, box accuracy, format and no-target rates "
         "with intervals, every answer, and a page of cases. The same command goes on where it was cut off.",
-        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away; 130 stopped.",
+        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away; "
+        f"{HOST_LOST} another host was lost; 130 stopped.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -147,20 +180,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.oracle and args.server == "none":
         parser.error("--oracle: asks SAM 2, expected --server=local or host:port, got none")
+    pod = Pod(prog=parser.prog)
     try:
         if local_path(args.out, "--out", "write to a disk and copy it from there").is_file():
             raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
-        prepare_cpu(args.mesh)
-        run(args)
+        pod = join(parser.prog, "the same command goes on")
+        prepare_cpu(args.mesh, pod.count)
+        run(args, pod)
+        return pod.leave(0)
     except RewardServiceAway as error:
-        return complain(parser, error) and 3
+        return pod.leave(3, one_line(error))
+    except HostLost as error:
+        return pod.leave(HOST_LOST, one_line(error))
     except _USER_ERRORS as error:
-        return complain(parser, error)
+        return pod.leave(2, one_line(error))
     except KeyboardInterrupt:
-        sys.stderr.write(f"{parser.prog}: stopped; the same command goes on\n")
-        return 130
-    return 0
+        return pod.leave(130, "stopped; the same command goes on")
+    except BaseException as error:
+        pod.await_blame(error)
+        pod.leave(1, f"{type(error).__name__}: {error}")
+        raise
 
 
 if __name__ == "__main__":

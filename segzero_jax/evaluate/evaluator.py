@@ -18,6 +18,7 @@ from segzero_jax.evaluate.work import ORACLE, EvaluateError, Task, work
 from segzero_jax.identity import fingerprint
 from segzero_jax.options import say
 from segzero_jax.patience import Patience
+from segzero_jax.pods import ALONE, WHATEVER_IT_TAKES_S, Pod
 from segzero_jax.reward_channel import Access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.scoring import Scorer
@@ -84,11 +85,14 @@ class How:
 
 
 class Evaluator:
-    """Evaluates policies one after another with one SAM 2, and keeps what it found. Use it as a context manager."""
+    """Evaluates policies one after another with one SAM 2, and keeps what it found. Use it as a context manager.
 
-    def __init__(self, how: How, out: Path) -> None:
+    On several hosts all make the same calls and answer together; the first one asks SAM 2, writes, and has the results.
+    """
+
+    def __init__(self, how: How, out: Path, pod: Pod = ALONE) -> None:
         """Nothing is loaded or started yet; the ambient mesh is ``how.mesh``."""
-        self._how, self._out = how, out
+        self._how, self._out, self._pod = how, out, pod
         self._stack = contextlib.ExitStack()
         self._sam: tuple[RewardClient, str] | None = None
         waits = RewardConfig(checkpoint_after_s=_PATIENCE_S, patience_s=_PATIENCE_S)
@@ -107,23 +111,33 @@ class Evaluator:
         if not sets:
             return
         how = self._how
-        say(f"policy: {checkpoint}")
+        if self._pod.first:
+            say(f"policy: {checkpoint}")
         loaded = load(checkpoint, how.image_size, how.prompt)
         config = loaded.config
-        client, sam = self._segmenter(config)
-        respondent = Respondent(loaded, how.batch, how.samples, how.seed)
+        # Hosts that are ahead wait for a local server here rather than in a program.
+        sam = self._pod.from_first("the reward service", lambda: self._segmenter(config)[1], WHATEVER_IT_TAKES_S)
+        respondent = Respondent(loaded, how.batch, how.samples, how.seed, self._pod)
         asked_how = _asked_how(loaded, drawn=how.samples > 0)
         del loaded  # The respondent has its own copy of the weights, and device memory is for one.
+        if not self._pod.first:
+            for questions in sets:
+                respondent.follow(questions)
+            return
         frame = Frame(config.data.image_size, config.data.image_size)
+        client, _ = self._segmenter(config)
         judge = PolicyJudge(
             respondent, Scorer(config.reward, frame, client), frame, config.reward.recipe, self._patience
         )
         options = self._options(sam) | asked_how | {"seed": how.seed if how.samples else 0}
         for questions in sets:
             self._one(questions, checkpoint, how.samples, options, judge)
+            respondent.finished()
 
     def oracle(self, sets: Sequence[Questions]) -> None:
-        """Evaluates the targets' own boxes and points."""
+        """Evaluates the targets' own boxes and points, for which the first host is enough."""
+        if not self._pod.first:
+            return
         client, sam = self._segmenter(Config())
         assert client is not None, "checked with the options"
         for questions in sets:

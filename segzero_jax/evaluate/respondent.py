@@ -1,9 +1,13 @@
-"""A policy that answers questions in batches on the mesh, in the layout of rollout, with the prompt of training."""
+"""A policy that answers questions in batches on the mesh, in the layout of rollout, with the prompt of training.
+
+On several hosts the first one decides what is asked next, and the others answer along.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 from segzero_jax.asking import Loaded, make_sampling
 from segzero_jax.mesh import ROLLOUT
@@ -11,6 +15,7 @@ from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import check_fits
+from segzero_jax.pods import ALONE, WHATEVER_IT_TAKES_S, Pod
 from segzero_jax.processor import EncodedPrompt, ImageError, PromptTooLong
 from segzero_jax.rollout import padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, PromptBatch
@@ -30,7 +35,7 @@ class Reply(NamedTuple):
 class Respondent:
     """Answers batches of questions: greedily, or with ``samples`` drawn answers each."""
 
-    def __init__(self, loaded: Loaded, batch: int, samples: int, seed: int) -> None:
+    def __init__(self, loaded: Loaded, batch: int, samples: int, seed: int, pod: Pod = ALONE) -> None:
         """Lays the weights out for rollout.
 
         Args:
@@ -38,6 +43,7 @@ class Respondent:
           batch: questions at once; a shorter batch is filled up, so that every batch has one shape.
           samples: 0 for one greedy answer.
           seed: of the draw.
+          pod: the hosts that the mesh is on; each reads and encodes all questions, which takes little beside answering.
 
         Raises:
           MeshError: the mesh divides neither the policy nor the batch.
@@ -45,7 +51,7 @@ class Respondent:
         mesh = jax.sharding.get_mesh()
         check_fits(mesh, loaded.dims, batch, batch)
         dtype = compute_dtype(loaded.config.model.compute_dtype)
-        self._batch = batch
+        self._batch, self._pod = batch, pod
         self._processor = loaded.processor
         self._mesh = mesh
         self._weights = rollout_layout(loaded.dims, dtype)(loaded.policy)
@@ -56,7 +62,27 @@ class Respondent:
         self._key = jax.random.fold_in(jax.random.key(seed), _EVALUATE_KEY)
 
     def __call__(self, examples: Sequence[Example], start: int) -> list[Reply]:
-        """Answers at most ``batch`` questions; ``start`` is the place of the first one in its split."""
+        """Answers at most ``batch`` questions; ``start`` is the place of the first one in its split.
+
+        The first host's call: the others ``follow``.
+        """
+        self._next(start)
+        return self._answer(examples, start)
+
+    def follow(self, questions: Sequence[Example]) -> None:
+        """Answers along with the first host, which has the same questions, until that one has ``finished``."""
+        while (start := self._next(None)) is not None:
+            self._answer([questions[i] for i in range(start, min(start + self._batch, len(questions)))], start)
+
+    def finished(self) -> None:
+        """Tells the hosts that follow that there is no more to ask."""
+        self._next(None)
+
+    def _next(self, start: int | None) -> int | None:
+        # Between batches the first host may wait for SAM 2, or find all answers there already.
+        return self._pod.from_first("the next questions", lambda: start, WHATEVER_IT_TAKES_S)
+
+    def _answer(self, examples: Sequence[Example], start: int) -> list[Reply]:
         answers = self._sampling.group
         encoded = [self._encode(example) for example in examples]
         asked = [prompt for prompt in encoded if isinstance(prompt, EncodedPrompt)]
@@ -76,7 +102,8 @@ class Respondent:
         filled = prompts + prompts[:1] * (self._batch - len(prompts))
         batch = self._place(self._processor.batch(filled, multiple=self._multiple))
         key = jax.random.fold_in(self._key, start)
-        drawn = jax.device_get(sample(self._weights, batch, key, setup=self._setup, sampling=self._sampling))
+        drawn = sample(self._weights, batch, key, setup=self._setup, sampling=self._sampling)
+        drawn = multihost_utils.process_allgather(drawn, tiled=True)
         lengths = drawn.length_bg
         return [
             Reply(
@@ -89,6 +116,7 @@ class Respondent:
     def _place(self, batch: PromptBatch) -> PromptBatch:
         def put(x: jax.Array) -> jax.Array:
             spec = ROLLOUT.spec("batch", *(None,) * (x.ndim - 1))
-            return jax.device_put(x, jax.sharding.NamedSharding(self._mesh, spec))
+            sharding = jax.sharding.NamedSharding(self._mesh, spec)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return jax.tree.map(put, batch)

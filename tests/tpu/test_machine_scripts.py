@@ -101,6 +101,7 @@ class Machine:
 
 
 INSTALL = ("install", "abc", "gs://b/data")
+EVALUATE = ("evaluate", "gs://b/n", "evaluate/n", "--dataset", "my set/val")
 START = ("start", "gs://b/n", "runs/n", "--mesh=4x4", "--data.name=two words")
 
 
@@ -197,6 +198,25 @@ class TestWorker:
         assert "KillMode=mixed" in run
         assert "LimitMEMLOCK=infinity" in run
         assert f"--setenv=JAX_COMPILATION_CACHE_DIR={START[1]}/compiled" in run
+
+    def test_evaluates_under_systemd_and_keeps_what_is_written(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path)
+        assert machine.worker(*EVALUATE)[0] == 2
+        machine.worker("install", "abc")
+        machine.stored.mkdir()
+        (machine.stored / "samples.jsonl").write_text("of a machine that is gone")
+        assert machine.worker(*EVALUATE) == (0, "")
+        calls = machine.called()
+        run = next(line for line in calls if line.startswith("systemd-run") and "--unit=segzero " in line)
+        assert run.endswith("/.venv/bin/python -m segzero_jax.evaluate --dataset my set/val")
+        assert [line for line in calls if "rsync" in line] == [
+            "gcloud storage rsync --recursive gs://b/n/evaluate evaluate/n.part"
+        ]
+        machine.worker("copy")
+        (copy,) = machine.called()
+        assert copy.endswith(" evaluate/n gs://b/n/evaluate")
+        assert machine.worker(*EVALUATE) == (0, "")
+        assert not [line for line in machine.called() if "rsync" in line], "its own are newer"
 
     def test_ends_a_copy_that_still_runs_before_the_next_timer_gets_its_name(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)

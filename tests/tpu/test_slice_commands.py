@@ -18,7 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("create", "setup", "preflight", "run", "status", "logs", "babysit", "delete")
+COMMANDS = ("create", "setup", "preflight", "run", "status", "logs", "babysit", "evaluate", "delete")
+NEEDED = {"evaluate": ("--", "--dataset", "ReasonSeg/val", "my set/val", "--mesh=4x4")}
 SLICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v6e:1x1")
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 # What gcloud itself says each command takes (`gcloud COMMAND --help`), and what all commands take.
@@ -52,7 +53,8 @@ def dry_runs(folder: Path, tpu: str) -> str:
             (tools / tool).symlink_to(shutil.which(tool) or tool)
     lines = []
     for name in COMMANDS:
-        done = command(name, "--dry-run", "--settings", path, env={"PATH": str(tools), "HOME": str(folder)})
+        options = ("--dry-run", "--settings", path, *NEEDED.get(name, ()))
+        done = command(name, *options, env={"PATH": str(tools), "HOME": str(folder)})
         assert (done.returncode, done.stderr) == (0, ""), f"{name}: {done.stderr}"
         lines += [f"## tpu/{name}.sh", done.stdout]
     return "\n".join(lines)
@@ -130,6 +132,8 @@ def test_a_mistake_in_the_settings_is_one_line(changes: dict[str, str], said: st
         (("create", "--wiat"), "create.sh: --wiat: unexpected; --help lists the options"),
         (("delete", "it"), "delete.sh: it: unexpected"),
         (("run", "--train.steps=2"), "run.sh: --train.steps=2: unexpected; options of the training come after --"),
+        (("evaluate", "--dataset", "toy"), "evaluate.sh: --dataset: unexpected; options of the evaluation come after --"),
+        (("evaluate", "--"), "evaluate.sh: nothing to ask; expected -- --dataset NAME/SPLIT --mesh FSDPxTENSOR"),
         (("logs", "--worker", "first"), "logs.sh: --worker first: expected a number"),
         (("babysit", "--tries"), "babysit.sh: --tries (nothing): expected a number"),
         (("status", "--settings"), "status.sh: --settings: expected a file"),
