@@ -132,7 +132,10 @@ def test_a_mistake_in_the_settings_is_one_line(changes: dict[str, str], said: st
         (("create", "--wiat"), "create.sh: --wiat: unexpected; --help lists the options"),
         (("delete", "it"), "delete.sh: it: unexpected"),
         (("run", "--train.steps=2"), "run.sh: --train.steps=2: unexpected; options of the training come after --"),
-        (("evaluate", "--dataset", "toy"), "evaluate.sh: --dataset: unexpected; options of the evaluation come after --"),
+        (
+            ("evaluate", "--dataset", "toy"),
+            "evaluate.sh: --dataset: unexpected; options of the evaluation come after --",
+        ),
         (("evaluate", "--"), "evaluate.sh: nothing to ask; expected -- --dataset NAME/SPLIT --mesh FSDPxTENSOR"),
         (("logs", "--worker", "first"), "logs.sh: --worker first: expected a number"),
         (("babysit", "--tries"), "babysit.sh: --tries (nothing): expected a number"),
