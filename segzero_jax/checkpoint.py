@@ -1,8 +1,9 @@
 """Checkpoints with Orbax: weights, optimizer, data position, configuration and identity, in one atomic save.
 
-A checkpoint has four items: ``policy`` (all that inference needs), ``optimizer``, ``run`` (JSON: configuration, data
-position, identity, code, last lines) and ``manifest``. Arrays are stored under their path in the tree, so a file can be
-read without our classes. The reference policy is not among them: it is ``model.path``, known by its fingerprint.
+A checkpoint has four items: ``policy`` (all that inference needs; of LoRA the adapters), ``optimizer``, ``run`` (JSON:
+configuration, data position, identity, code, last lines) and ``manifest``. Arrays are stored under their path in the
+tree, so a file can be read without our classes. The reference policy, which LoRA's adapters are on, is not among them:
+it is ``model.path``, known by its fingerprint.
 """
 
 import contextlib
@@ -23,12 +24,15 @@ from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import is_checkpoint
-from segzero_jax.identity import Identity
+from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.model.dims import Dims
+from segzero_jax.model.lora import Adapters, abstract_adapters, adapt
 from segzero_jax.model.policy import Policy
+from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, load_hf, read_dims
 
 T = TypeVar("T")
+L = TypeVar("L", Policy, Adapters, Policy | Adapters)
 # A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
 _FREE_KEYS = (
     *("mesh", "run.", "eval.", "watch.", "data.dir", "data.workers", "model.path"),
@@ -301,9 +305,13 @@ class Checkpoints:
         lines: dict[str, Any] = self._run(step)["lines"]
         return lines
 
-    def policy(self, step: int, like: Policy) -> Policy:
-        """The weights alone, in the shardings of ``like``. Raises CheckpointError when they are another model's."""
+    def policy(self, step: int, like: L) -> L:
+        """What learns alone, in the shardings of ``like``. Raises CheckpointError when it is of another model."""
         return self._tree(step, "policy", like)
+
+    def reference(self, step: int) -> str:
+        """The fingerprint of the policy that the run began with."""
+        return Identity(**self._run(step)["identity"]).reference
 
     def _check_identity(self, step: int, saved: Identity, now: Identity, config: Config) -> None:
         if saved.reference != now.reference:
@@ -477,8 +485,25 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
             raise CheckpointError(f"{directory}/{step}: is damaged ({problem}); other steps there: {others}")
         config = checkpoints.config(step)
         dims = read_dims(config.model.path)
-        policy = checkpoints.policy(step, abstract_policy(dims))
+        if config.model.lora_rank:
+            policy = _adapted(checkpoints, step, config, dims, dtype)
+        else:
+            policy = checkpoints.policy(step, abstract_policy(dims))
     return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
+
+
+def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims, dtype: Any) -> Policy:
+    """The policy that a run began with, and its adapters on it."""
+    model = config.model
+    base, _ = load_hf(model.path, dtype=dtype)
+    found, expected = fingerprint(base, compute_dtype(model.compute_dtype)), checkpoints.reference(step)
+    if found != expected:
+        raise CheckpointError(
+            f"{checkpoints.directory}/{step}: its adapters are for weights with fingerprint {expected}, model.path="
+            f"{model.path} has {found}; expected the weights that the run began with"
+        )
+    adapters = checkpoints.policy(step, abstract_adapters(dims, model.lora_rank))
+    return adapt(base, adapters, model.lora_alpha / model.lora_rank)
 
 
 def _sam2(identity: Identity) -> str:

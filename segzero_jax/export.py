@@ -23,6 +23,7 @@ from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.local_path import is_url, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
+from segzero_jax.model.lora import merge
 from segzero_jax.model.weights import CheckpointError, StorageError
 
 
@@ -52,6 +53,7 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str) -> list[Pat
     name = _find(run, step)
     try:
         policy, dims, config = load_policy(name, jnp.float32)
+        policy = merge(policy)
     except (CheckpointError, ConfigError):
         raise
     except (ValueError, KeyError, OSError) as error:  # what Orbax raises on damaged files

@@ -18,6 +18,7 @@ import optax
 
 from segzero_jax.config import Config, GrpoConfig, TrainConfig
 from segzero_jax.model.logprobs import response_logps
+from segzero_jax.model.lora import Adapters, adapt
 from segzero_jax.model.policy import Pass, Policy, group_hidden
 from segzero_jax.types import Array, PromptBatch, Rollout
 
@@ -29,18 +30,18 @@ class TrainState(NamedTuple):
     """What an update changes; donated to it.
 
     Attributes:
-      policy: float32 master weights.
+      policy: what learns, in float32: all weights, or the adapters of LoRA.
       optimizer: AdamW's moments and counts.
       updates: int32, updates made.
     """
 
-    policy: Policy
+    policy: Policy | Adapters
     optimizer: optax.OptState
     updates: jax.Array
 
 
 # Gradients and metrics, summed over micro-batches.
-Total = tuple[Policy, dict[str, jax.Array]]
+Total = tuple[Policy | Adapters, dict[str, jax.Array]]
 
 
 # What ``update`` measures.
@@ -48,20 +49,25 @@ UPDATE_METRICS = ("loss", "kl", "kl_old", "entropy", "clip_fraction", "sampler_g
 
 
 class LossSettings(NamedTuple):
-    """The static part of the loss; ``max_tokens`` is the length that responses are cut off at."""
+    """The static part of the loss; ``max_tokens`` is the length that responses are cut off at.
+
+    ``lora_scale`` is what adapters count times, where they are what learns.
+    """
 
     grpo: GrpoConfig
     temperature: float
     banned_ids: tuple[int, ...]
     freeze_vision: bool
     max_tokens: int
+    lora_scale: float | None = None
 
 
 def loss_settings(config: Config, banned_ids: tuple[int, ...]) -> LossSettings:
     """Those of a run; ``banned_ids`` are the tokens that it never samples."""
-    limits = config.rollout
-    freeze_vision = config.model.freeze_vision
-    return LossSettings(config.grpo, limits.temperature, banned_ids, freeze_vision, limits.max_response_tokens)
+    limits, model = config.rollout, config.model
+    scale = model.lora_alpha / model.lora_rank if model.lora_rank else None
+    frozen, longest = model.freeze_vision, limits.max_response_tokens
+    return LossSettings(config.grpo, limits.temperature, banned_ids, frozen, longest, scale)
 
 
 class UpdateBatch(NamedTuple):
@@ -202,6 +208,14 @@ def group_loss(
     return metrics["loss"], metrics
 
 
+def whole_policy(learning: Policy | Adapters, base: Policy | None, settings: LossSettings) -> Policy:
+    """The policy that weights which learn are, or are a part of."""
+    if isinstance(learning, Policy):
+        return learning
+    assert base is not None, "adapters are on something"
+    return adapt(base, learning, settings.lora_scale)
+
+
 def learning_rate(config: TrainConfig, done: int | jax.Array) -> float | jax.Array:
     """The rate of the update after ``done`` others: ``lr``, in a warm-up a part of it, then as ``lr_decay`` says."""
     rate: float | jax.Array = config.lr
@@ -247,6 +261,7 @@ def update(
     setup: Pass,
     settings: LossSettings,
     micro_batches: int,
+    base: Policy | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradients of the loss of all groups, accumulated over micro-batches, clip, AdamW.
 
@@ -255,6 +270,7 @@ def update(
     Args:
       state: donated.
       micro_batches: how many parts the batch is worked through in; the result does not depend on it.
+      base: what the state's adapters are on; None where all weights learn.
 
     Returns:
       The new state and float32 scalars: ``loss`` and the means of ``group_loss``, ``grad_norm`` before clipping, and
@@ -264,9 +280,11 @@ def update(
     # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
     setup = setup._replace(written_out=setup.kernel == "cudnn" and not setup.remat)
 
+    def loss_of(learning: Policy | Adapters, part: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return group_loss(whole_policy(learning, base, settings), part, counts, setup, settings)
+
     def gradients_of(part: UpdateBatch) -> Total:
-        gradient_of = jax.value_and_grad(group_loss, has_aux=True)
-        (_, metrics), gradients = gradient_of(state.policy, part, counts, setup, settings)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.policy, part)
         return gradients, metrics
 
     if micro_batches == 1:
@@ -302,6 +320,7 @@ def learn(
     settings: LossSettings,
     mini_batches: int,
     micro_batches: int,
+    base: Policy | None = None,
 ) -> tuple[TrainState, list[dict[str, jax.Array]]]:
     """The updates of one rollout: ``grpo.iterations`` times through the batch, one for each mini-batch.
 
@@ -312,7 +331,7 @@ def learn(
       batch: with ``old_logps_bgr`` where there is more than one update.
       keep_bg: its own, on the host.
       mini_batches: how many parts the batch is learnt from in; groups stay whole.
-      micro_batches: see ``update``; of each mini-batch.
+      micro_batches, base: see ``update``; micro-batches of each mini-batch.
 
     Returns:
       The new state, and what each update measured.
@@ -323,7 +342,13 @@ def learn(
         for part in learnt:
             chosen = batch if mini_batches == 1 else _take_part(batch, part, mini_batches)
             state, made = update(
-                state, chosen, optimizer=optimizer, setup=setup, settings=settings, micro_batches=micro_batches
+                state,
+                chosen,
+                base=base,
+                optimizer=optimizer,
+                setup=setup,
+                settings=settings,
+                micro_batches=micro_batches,
             )
             # One after another: parts that waited for their turn would lie in memory together.
             metrics.append(jax.block_until_ready(made))
@@ -339,6 +364,6 @@ def policy_logps(
     return response_logps(policy, hidden, tokens_bgr, setup, settings.temperature, settings.banned_ids)[0]
 
 
-def initial_state(policy: Policy, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(policy: Policy | Adapters, optimizer: optax.GradientTransformation) -> TrainState:
     """A state before its first update, made in one program: the update then compiles once for it and its successors."""
     return TrainState(policy, *jax.jit(lambda policy: (optimizer.init(policy), jnp.int32(0)))(policy))

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from segzero_jax.model.policy import Policy
-
 _SPREAD = 2654435761  # Knuth's multiplicative hash: neighbouring places get unlike weights
 
 
@@ -31,13 +29,13 @@ class Identity(NamedTuple):
     functions: Mapping[str, str] | None = None
 
 
-def fingerprint(policy: Policy, dtype: jnp.dtype) -> str:
+def fingerprint(weights: Any, dtype: jnp.dtype) -> str:
     """Sixteen hexadecimal digits that depend on every bit of every weight as ``dtype``, its name, and the dtype.
 
     Computed where the weights lie, in one pass without a copy, and the same on every mesh.
     """
-    sums = jax.device_get(_sums(policy, dtype))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(policy)
+    sums = jax.device_get(_sums(weights, dtype))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
     digest = hashlib.sha256()
     for (path, leaf), total in zip(leaves, jax.tree.leaves(sums), strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {dtype} {leaf.shape} {int(total)}\n".encode())

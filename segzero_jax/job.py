@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -14,9 +15,10 @@ from pydantic import ConfigDict, TypeAdapter
 from segzero_jax.asking import load_processor, make_sampling
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config
-from segzero_jax.grpo import LossSettings, TrainState, initial_state, loss_settings, make_optimizer
+from segzero_jax.grpo import LossSettings, TrainState, initial_state, loss_settings, make_optimizer, whole_policy
 from segzero_jax.mesh import ROLLOUT, TRAIN, Rows, batch_rows
 from segzero_jax.model.attention import choose_kernel
+from segzero_jax.model.lora import Adapters, adapt
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import check_fits, load_hf, read_dims
@@ -27,12 +29,13 @@ from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, samp
 from segzero_jax.types import Example, Frame, PromptBatch, Rollout
 
 _EVAL_KEY = 1
+_LORA_KEY = 3
 _EXAMPLES = TypeAdapter(dict[int, Example], config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same during a run."""
+    """What stays the same during a run; of LoRA the policy that it starts from, ``base``, as well."""
 
     config: Config
     mesh: jax.sharding.Mesh
@@ -46,6 +49,11 @@ class Job:
     to_rollout: Callable[[Policy], Policy]
     pod: Pod
     rows: Rows
+    base: Policy | None = None
+
+    def policy(self, state: TrainState) -> Policy:
+        """The policy as it stands."""
+        return whole_policy(state.policy, self.base, self.loss)
 
     def place(self, tree: Any, rows: Sequence[int]) -> Any:
         """Host arrays with a leading batch axis onto the mesh.
@@ -127,9 +135,19 @@ def prepare(
     check(processor)
     dtype = compute_dtype(config.model.compute_dtype)
     kernel = choose_kernel(mesh, dtype)
-    policy, _ = load_hf(config.model.path)
-    # A second reading rather than a copy: the state's buffers are donated to the update.
-    reference = load_hf(config.model.path, dtype=dtype)[0] if config.grpo.kl_coef else None
+    rank = config.model.lora_rank
+    learning: Policy | Adapters
+    if rank:
+        base = load_hf(config.model.path, dtype=dtype)[0]
+        key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
+        learning = jax.jit(lambda key: Adapters(dims, TRAIN, rank, key))(key)
+        # With adapters too, of nothing: sums are then rounded where the policy's are, and the first KL is 0.
+        nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), learning)
+        reference = adapt(base, nothing) if config.grpo.kl_coef else None
+    else:
+        base, (learning, _) = None, load_hf(config.model.path)
+        # A second reading rather than a copy: the state's buffers are donated to the update.
+        reference = load_hf(config.model.path, dtype=dtype)[0] if config.grpo.kl_coef else None
     job = Job(
         config=config,
         mesh=mesh,
@@ -140,11 +158,12 @@ def prepare(
         sampling=make_sampling(config.rollout, processor),
         loss=loss_settings(config, processor.visual_ids),
         optimizer=make_optimizer(config.train, config.model.freeze_vision),
-        to_rollout=rollout_layout(dims, dtype),
+        to_rollout=rollout_layout(dims, dtype, rank),
         pod=pod,
         rows=batch_rows(mesh, config.train.batch_size, pod.index),
+        base=base,
     )
-    return job, initial_state(policy, job.optimizer), reference
+    return job, initial_state(learning, job.optimizer), reference
 
 
 def answer(

@@ -41,6 +41,7 @@ from segzero_jax.local_path import is_url
 from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.dims import Dims
+from segzero_jax.model.lora import abstract_adapters
 from segzero_jax.model.tensor_files import find_tensors
 from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, check_fits, read_dims
 from segzero_jax.own_rewards import check_same_files, load_functions, sources
@@ -268,11 +269,13 @@ def _needs(config: Config) -> Iterator[_Need]:
 
 
 def _state_bytes(config: Config) -> int:
-    """Of policy and optimizer, as a checkpoint holds them."""
+    """Of what learns and of the optimizer, as a checkpoint holds them."""
     dims = read_dims(config.model.path)
     optimizer = make_optimizer(config.train, config.model.freeze_vision)
     with jax.set_mesh(_fitting_mesh(config, dims)):
-        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), abstract_policy(dims))
+        rank = config.model.lora_rank
+        learning = abstract_adapters(dims, rank) if rank else abstract_policy(dims)
+        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), learning)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

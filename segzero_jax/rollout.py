@@ -12,8 +12,8 @@ from segzero_jax.mesh import ROLLOUT
 from segzero_jax.model.attention import KeyValue
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.logprobs import log_probability, sampling_logits
+from segzero_jax.model.lora import abstract_adapted
 from segzero_jax.model.policy import DecodeCache, Pass, Policy, decode, empty_cache, logits, prefill
-from segzero_jax.model.weights import abstract_policy
 from segzero_jax.types import PromptBatch, Rollout
 
 
@@ -60,9 +60,9 @@ def cache_lengths(limit: int) -> tuple[int, ...]:
     return (*(room for room in (_FIRST_ROOM << n for n in range(limit.bit_length())) if 3 * room <= 2 * limit), limit)
 
 
-def rollout_layout(dims: Dims, dtype: jnp.dtype) -> jax.stages.Wrapped:
+def rollout_layout(dims: Dims, dtype: jnp.dtype, lora_rank: int = 0) -> jax.stages.Wrapped:
     """A jitted ``Policy -> Policy`` that lays weights out for rollout under the ambient mesh: cast, put where used."""
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_policy(dims, ROLLOUT))
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_adapted(dims, lora_rank, ROLLOUT))
     return jax.jit(
         lambda policy: jax.tree.map(lambda x, spec: jax.sharding.reshard(x.astype(dtype), spec), policy, specs)
     )

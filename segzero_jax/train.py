@@ -119,20 +119,20 @@ def draw(
     Args:
       before: batches that were drawn for this step before.
     """
-    config = job.config
+    config, policy = job.config, job.policy(state)
     with watch.phase("data"):
         mine, encoded = next(batches)
         prompts = job.join(encoded)
         examples = job.share(mine)
     with watch.phase("rollout"):
-        if config.model.freeze_vision:
+        if config.model.vision_stays:
             # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
-            prompts = embed_images(state.policy, prompts, setup=job.train_pass)
+            prompts = embed_images(policy, prompts, setup=job.train_pass)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
         if before:
             key = jax.random.fold_in(key, _DRAW_KEY + before)
         # The copy in rollout layout lives no longer than the call.
-        rollout = sample(job.to_rollout(state.policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
+        rollout = sample(job.to_rollout(policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
         said = job.fetch(rollout)
         texts = job.texts(said)
     preemption.check()
@@ -143,7 +143,7 @@ def draw(
         logps_of = partial(policy_logps, prompts=prompts, tokens_bgr=rollout.tokens_bgr, setup=setup, settings=job.loss)
         ref_logps = None if reference is None else logps_of(reference)
         # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
-        old_logps = None if config.updates_per_rollout == 1 else logps_of(state.policy)
+        old_logps = None if config.updates_per_rollout == 1 else logps_of(policy)
         jax.block_until_ready((ref_logps, old_logps))
     with (
         watch.phase("reward_wait"),
@@ -205,6 +205,7 @@ def train(
                 settings=job.loss,
                 mini_batches=config.train.mini_batches,
                 micro_batches=config.train.micro_batches,
+                base=job.base,
             )
             losses = jax.device_get(losses)
             del batch
@@ -227,7 +228,7 @@ def train(
                 keeper.save()
         if evaluation_due(config, step):
             with watch.phase("evaluation"):
-                evaluate(step, job.to_rollout(state.policy))
+                evaluate(step, job.to_rollout(job.policy(state)))
     return state
 
 
@@ -343,7 +344,8 @@ def _continue(
         # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
-        start, sam2 = fingerprint(state.policy, job.train_pass.dtype), client.checkpoint_sha256 if client else None
+        start = fingerprint(state.policy if job.base is None else job.base, job.train_pass.dtype)
+        sam2 = client.checkpoint_sha256 if client else None
         identity = Identity(start, sam2, splits.checksums(), sources(functions))
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
@@ -374,7 +376,7 @@ def _continue(
         try:
             if pod.from_first("evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))):
                 with watch.phase("evaluation"):
-                    evaluate(begun or 0, job.to_rollout(state.policy))
+                    evaluate(begun or 0, job.to_rollout(job.policy(state)))
             train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, watch, first_step)
         except Stopped:
             keeper.keep_or_fail()

@@ -116,6 +116,25 @@ def test_several_updates_run_on_mini_batches_and_need_old_log_probabilities():
         assert tokens.shape[0] == 16
 
 
+def test_adapters_are_planned_with_one_policy_that_they_and_the_reference_share():
+    run = configs.replace(configs.Config(), **{"model.lora_rank": 4, "model.compute_dtype": "bfloat16"})
+    bytes_of = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    with jax.set_mesh(make_mesh("1x1")):
+        step = Step(run, find_dims("toy"), jax.sharding.get_mesh())
+        programs = {name: (lower, beside) for name, _, lower, beside in step.programs()}
+        assert list(programs) == ["vision", "reshard", "rollout", "reference", "update"]
+        policy, adapters = bytes_of(step.base), bytes_of(step.state.policy)
+        assert bytes_of(step.state) == pytest.approx(3 * adapters, rel=1e-3), "with two moments"
+        assert 8 * adapters < policy
+        held = {name: bytes_of(lower().args_info) + bytes_of(beside) for name, (lower, beside) in programs.items()}
+        # The policy once, the state, and the reference's own adapters in bfloat16, or while it works the policy's.
+        pictures, prompts = bytes_of(step.patches), bytes_of(step.prompts)
+        assert held["reference"] == pytest.approx(policy + 3.5 * adapters + prompts, rel=0.01)
+        assert held["update"] == pytest.approx(policy + 3.5 * adapters + prompts, rel=0.02)
+        assert held["vision"] == pytest.approx(policy + 3.5 * adapters + pictures, rel=0.01)
+        assert held["rollout"] == pytest.approx(2 * policy + 4 * adapters + prompts, rel=0.01)
+
+
 THE_7B = """
 import json, sys, jax
 from dataclasses import asdict

@@ -50,12 +50,22 @@ class ModelConfig:
         always float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       freeze_vision: leave the vision tower and merger untouched.
+      lora_rank: of low-rank adapters (LoRA), which learn in place of the decoder's matrices; all else stays as it is.
+        0 trains all weights.
+      lora_alpha: what an adapter adds counts lora_alpha / lora_rank times.
     """
 
     path: Text = "toy"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     freeze_vision: bool = False
+    lora_rank: Count = 0
+    lora_alpha: Above0 = 32.0
+
+    @property
+    def vision_stays(self) -> bool:
+        """Whether pictures are embedded the same in all steps."""
+        return self.freeze_vision or self.lora_rank > 0
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -54,7 +54,7 @@ class Respondent:
         self._batch, self._pod = batch, pod
         self._processor = loaded.processor
         self._mesh = mesh
-        self._weights = rollout_layout(loaded.dims, dtype)(loaded.policy)
+        self._weights = rollout_layout(loaded.dims, dtype, loaded.config.model.lora_rank)(loaded.policy)
         self._setup = Pass(loaded.dims, ROLLOUT, dtype, kernel=choose_kernel(mesh, dtype))
         sampling = make_sampling(loaded.config.rollout, loaded.processor)
         self._sampling = sampling._replace(greedy=samples == 0, group=max(1, samples))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from segzero_jax.mesh import Layout, kv_copies
 from segzero_jax.model.attention import Kernel, KeyValue, Stream, attend, attend_stream
@@ -33,7 +34,7 @@ from segzero_jax.types import Array, PromptBatch
 
 
 class DecoderBlock(nnx.Module):
-    """All decoder blocks, stacked on a leading layer axis."""
+    """All decoder blocks, stacked on a leading layer axis; ``adapters`` are LoRA's (``model/lora.py``), if any."""
 
     def __init__(self, dims: Dims, layout: Layout, key: jax.Array):
         layers, d, n, k, h, f = dims.layers, dims.hidden, dims.heads, dims.kv_heads, dims.head_width, dims.mlp
@@ -53,6 +54,7 @@ class DecoderBlock(nnx.Module):
         self.gate_df = normal_param(keys[4], (layers, d, f), spec(None, "embed", "mlp"))
         self.up_df = normal_param(keys[5], (layers, d, f), spec(None, "embed", "mlp"))
         self.down_fd = normal_param(keys[6], (layers, f, d), spec(None, "mlp", "embed"))
+        self.adapters: nnx.Module | None = nnx.data(None)
 
 
 class Policy(nnx.Module):
@@ -89,6 +91,27 @@ class Pass(NamedTuple):
     written_out: bool = False
 
 
+def _linear(
+    subscripts: str, x: jax.Array, block: DecoderBlock, name: str, bias: jax.Array | None, out_sharding: PartitionSpec
+) -> jax.Array:
+    """``linear`` with a matrix of the block, and its adapter's product on top."""
+    weight = getattr(block, name)[...]
+    if block.adapters is None:
+        return linear(subscripts, x, weight, bias, out_sharding)
+    adapter = getattr(block.adapters, name)
+    x_letters, rest = subscripts.split(",")
+    w_letters, out = rest.split("->")
+    inputs = "".join(letter for letter in w_letters if letter not in out)
+    outputs = "".join(letter for letter in w_letters if letter in out)
+    narrow = "".join(letter for letter in x_letters if letter not in inputs) + "r"
+    # Rows of the result; the rank is in one place.
+    rows = PartitionSpec(out_sharding[0], *(None,) * (len(narrow) - 1))
+    x_btr = linear(f"{x_letters},{inputs}r->{narrow}", x, adapter.down[...], None, rows)
+    # The sum is rounded once: what an adapter changes is often less than a rounded product can hold.
+    change = linear(f"{narrow},r{outputs}->{out}", x_btr, adapter.up[...], None, out_sharding, jnp.float32)
+    return (linear(subscripts, x, weight, bias, out_sharding, jnp.float32) + change).astype(x.dtype)
+
+
 def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
     spec, dims = setup.layout.spec, setup.dims
     copies = kv_copies(dims.kv_heads)
@@ -98,9 +121,9 @@ def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pa
     @recomputed
     def project(x_btd: jax.Array, block: DecoderBlock) -> tuple[jax.Array, jax.Array, jax.Array]:
         y = rms_norm(x_btd, block.norm1_d[...], dims.norm_eps)
-        q = linear("btd,dnh->btnh", y, block.q_dnh[...], block.q_bias_nh[...], heads)
-        k = linear("btd,dkh->btkh", y, block.k_dkh[...], block.k_bias_kh[...], kv)
-        return q, k, linear("btd,dkh->btkh", y, block.v_dkh[...], block.v_bias_kh[...], kv)
+        q = _linear("btd,dnh->btnh", y, block, "q_dnh", block.q_bias_nh[...], heads)
+        k = _linear("btd,dkh->btkh", y, block, "k_dkh", block.k_bias_kh[...], kv)
+        return q, k, _linear("btd,dkh->btkh", y, block, "v_dkh", block.v_bias_kh[...], kv)
 
     q, k, v = project(x_btd, block)
     q, k = rotate(q, angles), rotate(k, angles)
@@ -118,14 +141,14 @@ def _finish(block: DecoderBlock, x_btd: jax.Array, out_btnh: jax.Array, setup: P
     def widen(x_btd: jax.Array, block: DecoderBlock) -> tuple[jax.Array, jax.Array]:
         y = rms_norm(x_btd, block.norm2_d[...], setup.dims.norm_eps)
         y = jax.sharding.reshard(y, spec("mlp_batch", None, None))
-        gate = linear("btd,df->btf", y, block.gate_df[...], None, hidden)
-        return gate, linear("btd,df->btf", y, block.up_df[...], None, hidden)
+        gate = _linear("btd,df->btf", y, block, "gate_df", None, hidden)
+        return gate, _linear("btd,df->btf", y, block, "up_df", None, hidden)
 
     @recomputed
     def narrow(gate_btf: jax.Array, up_btf: jax.Array, block: DecoderBlock) -> jax.Array:
-        return linear("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, block.down_fd[...], None, rows)
+        return _linear("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, block, "down_fd", None, rows)
 
-    x_btd = x_btd + linear("btnh,nhd->btd", out_btnh, block.o_nhd[...], None, rows)
+    x_btd = x_btd + _linear("btnh,nhd->btd", out_btnh, block, "o_nhd", None, rows)
     return x_btd + narrow(*widen(x_btd, block), block)
 
 

@@ -192,7 +192,7 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
                 advice.append(f"--train.micro_batch_size={data * fsdp}: one prompt with its answers a row of the mesh")
             if config.train.moment_dtype == "float32":
                 advice.append("--train.moment_dtype=bfloat16: 2 bytes less a parameter")
-            if not config.model.freeze_vision:
+            if not config.model.vision_stays:
                 advice.append("--model.freeze_vision=true: no moments of the vision tower, no backward pass through it")
         if config.model.compute_dtype == "float32":
             advice.append("--model.compute_dtype=bfloat16: half the bytes of activations, reference and caches")

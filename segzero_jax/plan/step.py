@@ -11,10 +11,19 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from segzero_jax.config import Config
-from segzero_jax.grpo import UpdateBatch, initial_state, loss_settings, make_optimizer, policy_logps, update
-from segzero_jax.mesh import ROLLOUT, TRAIN, Layout
+from segzero_jax.grpo import (
+    UpdateBatch,
+    initial_state,
+    loss_settings,
+    make_optimizer,
+    policy_logps,
+    update,
+    whole_policy,
+)
+from segzero_jax.mesh import ROLLOUT, TRAIN
 from segzero_jax.model.attention import Stream, choose_kernel
 from segzero_jax.model.dims import RELEASED, Dims
+from segzero_jax.model.lora import abstract_adapted, abstract_adapters
 from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.splash import live_scores, padded_length
@@ -59,10 +68,16 @@ class Step:
         self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
         self.loss = loss_settings(config, _VISUAL_IDS)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
-        self.master = self._policy(TRAIN, jnp.float32)
-        self.reference_policy = self._policy(TRAIN, dtype) if config.grpo.kl_coef else None
-        self.rollout_policy = self._policy(ROLLOUT, dtype)
-        self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), self.master))
+        self.rank = config.model.lora_rank
+        # Of LoRA the policy that the adapters are on; the reference has adapters of its own on the same.
+        self.base = self._on_mesh(abstract_policy(dims), dtype) if self.rank else None
+        adapters = self._on_mesh(abstract_adapters(dims, self.rank)) if self.rank else None
+        learning = adapters or self._on_mesh(abstract_policy(dims), jnp.float32)
+        self.policy = whole_policy(learning, self.base, self.loss._replace(lora_scale=None))
+        reference = self._on_mesh(abstract_adapted(dims, self.rank), dtype)
+        self.reference_policy = reference if config.grpo.kl_coef else None
+        self.rollout_policy = self._on_mesh(abstract_adapted(dims, self.rank, ROLLOUT), dtype)
+        self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), learning))
         self.patches = self._patches(config.train.batch_size)
         self.prompts = self._embedded(self.patches)
         self.responses = self._responses(config.train.batch_size)
@@ -74,23 +89,25 @@ class Step:
     def programs(self) -> Iterator[tuple[str, int, Callable[[], Any], Sequence[Any]]]:
         """In the order of a step: name, how often it runs, what lowers it, and what else lies in memory meanwhile."""
         config, optimizer, reference = self.config, self.state.optimizer, self.reference_policy
-        if config.model.freeze_vision:
-            yield "vision", 1, self.lower_vision, (optimizer, reference)
-        yield "reshard", 1, self.lower_reshard, (optimizer, reference)
-        yield "rollout", 1, self.lower_rollout, (self.state, reference)
+        # What of the reference is not the policy's as well.
+        other = reference if reference is None or not self.rank else reference.blocks.adapters
+        if config.model.vision_stays:
+            yield "vision", 1, self.lower_vision, (optimizer, other)
+        yield "reshard", 1, self.lower_reshard, (optimizer, other)
+        yield "rollout", 1, self.lower_rollout, (self.state, self.base, other)
         if reference is not None:
             yield "reference", 1, partial(self.lower_logps, reference), (self.state,)
         if config.updates_per_rollout > 1:
-            yield "old_logps", 1, partial(self.lower_logps, self.master), (optimizer, reference)
+            yield "old_logps", 1, partial(self.lower_logps, self.policy), (optimizer, other)
         # A mini-batch is cut out of the batch, which stays.
         whole = (self.prompts, self.responses) if config.train.mini_batches > 1 else ()
-        yield "update", config.updates_per_rollout, self.lower_update, (reference, *whole)
+        yield "update", config.updates_per_rollout, self.lower_update, (other, *whole)
 
     def lower_vision(self) -> Any:
-        return embed_images.lower(self.master, self.patches, setup=self.train_pass)
+        return embed_images.lower(self.policy, self.patches, setup=self.train_pass)
 
     def lower_reshard(self) -> Any:
-        return rollout_layout(self.dims, self.rollout_pass.dtype).lower(self.master)
+        return rollout_layout(self.dims, self.rollout_pass.dtype, self.rank).lower(self.policy)
 
     def lower_rollout(self) -> Any:
         limits = self.config.rollout
@@ -116,7 +133,9 @@ class Step:
             old_logps_bgr=logps if self.config.updates_per_rollout > 1 else None,
         )
         settings = {"optimizer": self.optimizer, "setup": self.train_pass, "settings": self.loss}
-        return update.lower(self.state, learnt, micro_batches=self.config.train.micro_batches, **settings)
+        return update.lower(
+            self.state, learnt, base=self.base, micro_batches=self.config.train.micro_batches, **settings
+        )
 
     def attention_scores(self) -> dict[int, int]:
         """Scores that the attention kernel computes for one head, by the padded length of its sequence."""
@@ -138,14 +157,11 @@ class Step:
         spec = lambda leaf: leaf.sharding.spec if leaf.sharding else PartitionSpec()  # noqa: E731
         return jax.tree.map(lambda leaf: self._array(leaf.shape, dtype or leaf.dtype, spec(leaf)), tree)
 
-    def _policy(self, layout: Layout, dtype: Any) -> Policy:
-        return self._on_mesh(abstract_policy(self.dims, layout), dtype)
-
     def _embedded(self, patches: PromptBatch) -> PromptBatch:
         """What a step runs the policy on: embeddings of pictures in place of the pictures where the tower is frozen."""
-        if not self.config.model.freeze_vision:
+        if not self.config.model.vision_stays:
             return patches
-        return self._on_mesh(jax.eval_shape(partial(embed_images, setup=self.train_pass), self.master, patches))
+        return self._on_mesh(jax.eval_shape(partial(embed_images, setup=self.train_pass), self.policy, patches))
 
     def _responses(self, b: int) -> Rollout:
         g, r = self.group, self.response_tokens

@@ -18,6 +18,7 @@ from segzero_jax import config as configs
 from segzero_jax import job, train
 from segzero_jax.checkpoint import SaveError
 from segzero_jax.config import Config
+from segzero_jax.evaluate import __main__ as evaluate
 from segzero_jax.grpo import TrainState, UpdateBatch, learn, policy_logps, update
 from segzero_jax.hub import model_directory
 from segzero_jax.model.weights import load_hf
@@ -95,6 +96,27 @@ def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: 
     alone = configs.replace(Config(), **{"reward.server": "none"})
     assert [keys(row) for row in lines(parts / "metrics.jsonl")] == [set(metric_keys(alone))] * 4
     assert lines(parts / "rollouts" / "4.jsonl") == lines(whole / "rollouts" / "4.jsonl")
+
+
+@pytest.mark.slow
+def test_adapters_learn_go_on_exactly_and_are_evaluated_as_they_were_in_the_run(tmp_path: Path, data_dir: str) -> None:
+    arguments = [*SMALL, f"--data.dir={data_dir}", "--reward.server=none", "--train.checkpoint_every=1"]
+    arguments += ["--model.lora_rank=4", "--train.lr=3e-3", "--rollout.max_batches=2", "--model.compute_dtype=bfloat16"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main([*arguments, "--train.steps=2", f"--run.dir={whole}"]) == 0
+    assert train.main([*arguments, "--train.steps=1", f"--run.dir={parts}"]) == 0
+    assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}", "--resume"]) == 0
+    timeless = lambda row: {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}  # noqa: E731
+    rows = [timeless(row) for row in lines(whole / "metrics.jsonl")]
+    assert [timeless(row) for row in lines(parts / "metrics.jsonl")] == rows
+    assert lines(parts / "rollouts/2.jsonl") == lines(whole / "rollouts/2.jsonl")
+    assert rows[0]["kl"] == 0 < rows[1]["kl"], "the second update is measured after the first"
+    assert all(row["grad_norm"] > 0 for row in rows)
+    out = [f"--out={tmp_path}/out", "--server=none", f"--data-dir={data_dir}", "--limit=4", "--batch=4"]
+    assert evaluate.main(["--dataset=toy/val", f"--checkpoint={whole}", *out]) == 0
+    (found,) = (tmp_path / "out").glob("toy-val/*/samples.jsonl")
+    (greedy,) = (whole / "evaluations").glob("*2*.jsonl")
+    assert [row["text"] for row in lines(found)] == [row["text"] for row in lines(greedy)]
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""Low-rank adapters, LoRA (Hu et al., arXiv 2106.09685): what learns in the place of the decoder's matrices.
+
+A matrix ``W`` of a block becomes ``W + alpha / rank · down · up``, ``down`` with ``rank`` columns and ``up`` with as
+many rows. The policy that a run starts from stays as it is, in the dtype of activations, and is the reference policy
+too: neither master weights nor moments of it exist. All seven matrices of every decoder block are adapted (PEFT's
+"all-linear"); embeddings, head, norms, biases and the vision tower are not.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from segzero_jax.mesh import TRAIN, Layout
+from segzero_jax.model.dims import Dims
+from segzero_jax.model.layers import constant_param
+from segzero_jax.model.policy import Policy
+from segzero_jax.model.weights import abstract_policy
+
+# The adapted matrices: letters of their input axes, and of their output axes.
+_MATRICES = {
+    "q_dnh": ("d", "nh"),
+    "k_dkh": ("d", "kh"),
+    "v_dkh": ("d", "kh"),
+    "o_nhd": ("nh", "d"),
+    "gate_df": ("d", "f"),
+    "up_df": ("d", "f"),
+    "down_fd": ("f", "d"),
+}
+
+
+class Adapter(nnx.Module):
+    """Of one matrix in all layers: ``down`` is ``[layer, *inputs, rank]``, ``up`` ``[layer, rank, *outputs]``."""
+
+    def __init__(self, weight: jax.ShapeDtypeStruct, inputs: int, rank: int, key: jax.Array):
+        """Changes nothing yet: ``up`` is 0. ``down`` is drawn as PEFT draws it, uniformly within 1 / sqrt(inputs)."""
+        layers, *shape = weight.shape
+        assert weight.sharding is not None
+        _, *spec = weight.sharding.spec
+        bound = 1 / math.sqrt(math.prod(shape[:inputs]))
+        down_spec = PartitionSpec(None, *spec[:inputs], None)
+        drawn = jax.random.uniform(
+            key, (layers, *shape[:inputs], rank), jnp.float32, -bound, bound, out_sharding=down_spec
+        )
+        self.down = nnx.Param(drawn)
+        self.up = constant_param(0.0, (layers, rank, *shape[inputs:]), PartitionSpec(None, None, *spec[inputs:]))
+
+
+class Adapters(nnx.Module):
+    """Float32 adapters of all decoder blocks, each under the name of its matrix. Used strictly as a pytree."""
+
+    def __init__(self, dims: Dims, layout: Layout, rank: int, key: jax.Array):
+        blocks = abstract_policy(dims, layout).blocks
+        keys = jax.random.split(key, len(_MATRICES))
+        for own_key, (name, (inputs, _)) in zip(keys, _MATRICES.items(), strict=True):
+            (weight,) = jax.tree.leaves(getattr(blocks, name))
+            setattr(self, name, Adapter(weight, len(inputs), rank, own_key))
+
+
+def abstract_adapters(dims: Dims, rank: int, layout: Layout = TRAIN) -> Adapters:
+    """Shapes and shardings of adapters under the ambient mesh, without their numbers."""
+    return jax.eval_shape(lambda: Adapters(dims, layout, rank, jax.random.key(0)))
+
+
+def abstract_adapted(dims: Dims, rank: int, layout: Layout = TRAIN) -> Policy:
+    """As ``abstract_policy``, with adapters where there is a rank."""
+    policy = abstract_policy(dims, layout)
+    return adapt(policy, abstract_adapters(dims, rank, layout)) if rank else policy
+
+
+def adapt(policy: Policy, adapters: Adapters, scale: float | None = None) -> Policy:
+    """The policy with adapters on its matrices; both stay as they are.
+
+    Args:
+      policy: without any.
+      adapters: in the same layout.
+      scale: ``alpha / rank``; None where ``up`` has it in it.
+    """
+    adapted = jax.tree.map(lambda x: x, policy)
+    own = jax.tree.map(lambda x: x, adapters)
+    if scale is not None:
+        for name in _MATRICES:
+            adapter = getattr(own, name)
+            adapter.up = nnx.Param(adapter.up[...] * scale)
+    adapted.blocks.adapters = own
+    return adapted
+
+
+@jax.jit
+def merge(policy: Policy) -> Policy:
+    """The same policy without adapters: they are added to its matrices, in float32, then rounded to their dtype."""
+    merged = jax.tree.map(lambda x: x, policy)
+    adapters, merged.blocks.adapters = merged.blocks.adapters, None
+    for name, (inputs, outputs) in _MATRICES.items() if adapters is not None else ():
+        weight, adapter = getattr(merged.blocks, name)[...], getattr(adapters, name)
+        change = jnp.einsum(
+            f"l{inputs}r,lr{outputs}->l{inputs}{outputs}",
+            adapter.down[...].astype(jnp.float32),
+            adapter.up[...].astype(jnp.float32),
+            precision="highest",
+            out_sharding=jax.typeof(weight).sharding.spec,
+        )
+        setattr(merged.blocks, name, nnx.Param((weight.astype(jnp.float32) + change).astype(weight.dtype)))
+    return merged

@@ -1,0 +1,283 @@
+"""Low-rank adapters: the numbers of merged weights, gradients by the chain rule, on any mesh; only they learn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import DIMS, hf_config, load_processor, prompts, random_policy
+
+from segzero_jax import config as configs
+from segzero_jax import export
+from segzero_jax.checkpoint import Checkpoints, load_policy
+from segzero_jax.config import Config, GrpoConfig, TrainConfig
+from segzero_jax.grpo import (
+    LossSettings,
+    TrainState,
+    UpdateBatch,
+    counted,
+    group_loss,
+    initial_state,
+    loss_settings,
+    make_optimizer,
+    policy_logps,
+    update,
+)
+from segzero_jax.identity import Identity, fingerprint
+from segzero_jax.job import prepare
+from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
+from segzero_jax.model import load_hf, save_hf
+from segzero_jax.model.lora import Adapters, abstract_adapters, adapt, merge
+from segzero_jax.model.policy import DecoderBlock, Pass, Policy, _linear, prompt_logits
+from segzero_jax.model.weights import CheckpointError
+from segzero_jax.pods import ALONE
+from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.types import Rollout
+
+RANK, SCALE = 4, 0.5
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+PROCESSOR = load_processor()
+BATCH, GROUP, LENGTH = 16, 2, 8
+SAMPLING = Sampling(GROUP, LENGTH, PROCESSOR.end_ids, PROCESSOR.pad_id, PROCESSOR.visual_ids)
+LOSS = LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, PROCESSOR.visual_ids, False, LENGTH, SCALE)
+MATRICES = {
+    "q_dnh": (("l", "d"), ("n", "h")),
+    "k_dkh": (("l", "d"), ("k", "h")),
+    "v_dkh": (("l", "d"), ("k", "h")),
+    "o_nhd": (("l", "n", "h"), ("d",)),
+    "gate_df": (("l", "d"), ("f",)),
+    "up_df": (("l", "d"), ("f",)),
+    "down_fd": (("l", "f"), ("d",)),
+}
+
+
+def random_adapters(layout: Layout = TRAIN, seed: int = 7) -> Adapters:
+    """Adapters that change something, the same on every mesh."""
+    rng, mesh = np.random.default_rng(seed), jax.sharding.get_mesh()
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
+        assert leaf.sharding is not None
+        return jax.device_put(values, jax.sharding.NamedSharding(mesh, leaf.sharding.spec))
+
+    return jax.tree.map(fill, abstract_adapters(DIMS, RANK, layout))
+
+
+def place(tree: Any) -> Any:
+    put = lambda x: jax.device_put(x, TRAIN.spec("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    return jax.tree.map(put, tree)
+
+
+def make_batch() -> UpdateBatch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 490, (BATCH, GROUP, LENGTH), dtype=np.int32)
+    lengths = rng.integers(1, LENGTH + 1, (BATCH, GROUP), dtype=np.int32)
+    rollout = Rollout(tokens, lengths, np.zeros(tokens.shape, np.float32), lengths > 0)
+    learnt = rng.standard_normal((BATCH, GROUP)).astype(np.float32)
+    ref = np.full(tokens.shape, -6, np.float32)
+    return place(UpdateBatch(prompts(BATCH, PROCESSOR), rollout, learnt, lengths > 0, ref))
+
+
+def by_hand(policy: Policy, adapters: Adapters) -> dict[str, np.ndarray]:
+    """The matrices with their adapters added, in float64."""
+    found = {}
+    for name, (inputs, outputs) in MATRICES.items():
+        i, o = "".join(inputs[1:]), "".join(outputs)
+        adapter, weight = getattr(adapters, name), getattr(policy.blocks, name)
+        down, up = (np.asarray(x[...], np.float64) for x in (adapter.down, adapter.up))
+        change = np.einsum(f"l{i}r,lr{o}->l{i}{o}", down, up)
+        found[name] = np.asarray(weight[...], np.float64) + SCALE * change
+    return found
+
+
+def logps(policy: Policy, batch: UpdateBatch, dtype: jnp.dtype = FLOAT32) -> np.ndarray:
+    setup = Pass(DIMS, TRAIN, dtype)
+    return np.asarray(policy_logps(policy, batch.prompts, batch.rollout.tokens_bgr, setup=setup, settings=LOSS))
+
+
+def close(found: Any, expected: Any, relative: float) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=relative * np.abs(expected).max())
+
+
+def test_fresh_adapters_change_nothing_and_are_the_same_on_every_mesh() -> None:
+    drawn = []
+    for mesh in ("2x2x4", "1x1"):
+        with jax.set_mesh(make_mesh(mesh)):
+            fresh = jax.jit(lambda key: Adapters(DIMS, TRAIN, RANK, key))(jax.random.key(3))
+            drawn.append(jax.device_get(fresh))
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, batch = random_policy(), make_batch()
+        np.testing.assert_array_equal(logps(adapt(policy, fresh, SCALE), batch), logps(policy, batch))
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
+    for name, (inputs, _) in MATRICES.items():
+        down = np.asarray(getattr(drawn[0], name).down[...])
+        bound = np.prod(down.shape[1 : len(inputs)]) ** -0.5
+        assert 0.9 * bound < np.abs(down).max() <= bound, name
+        assert not np.asarray(getattr(drawn[0], name).up[...]).any()
+
+
+def test_adapted_is_merged_in_training_and_in_rollout() -> None:
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, adapters, batch = random_policy(), random_adapters(), make_batch()
+        adapted = adapt(policy, adapters, SCALE)
+        merged = merge(adapted)
+        assert jax.tree.structure(merged) == jax.tree.structure(policy)
+        for name, expected in by_hand(policy, adapters).items():
+            np.testing.assert_allclose(getattr(merged.blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
+        plain, expected = logps(policy, batch), logps(merged, batch)
+        assert np.abs(plain - expected).max() > 0.1, "they change something"
+        close(logps(adapted, batch), expected, 1e-5)
+        rollouts = []
+        for whole, rank in ((adapted, RANK), (merged, 0)):
+            weights = rollout_layout(DIMS, FLOAT32, rank)(whole)
+            setup = Pass(DIMS, ROLLOUT, FLOAT32)
+            rollouts.append(sample(weights, batch.prompts, jax.random.key(0), setup=setup, sampling=SAMPLING))
+        np.testing.assert_array_equal(rollouts[0].tokens_bgr, rollouts[1].tokens_bgr)
+        close(rollouts[0].logps_bgr, rollouts[1].logps_bgr, 1e-5)
+
+
+def test_what_bfloat16_weights_could_not_hold_still_counts() -> None:
+    """Early in a run adapters change weights by less than half a last place, and products by less than one."""
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(make_mesh("1x1")):
+        policy = jax.tree.map(lambda x: x.astype(BFLOAT16), random_policy())
+        adapted = adapt(policy, jax.tree.map(lambda x: 0.04 * x, random_adapters()), SCALE)
+        first = lambda policy: jax.tree.map(lambda x: x[0], policy.blocks)  # noqa: E731
+        x_btd = jnp.asarray(rng.standard_normal((1, 4096, DIMS.hidden)), BFLOAT16)
+
+        def product(block: DecoderBlock, dtype: jnp.dtype = BFLOAT16) -> np.ndarray:
+            out = jax.sharding.PartitionSpec(None, None, None)
+            return np.asarray(_linear("btd,df->btf", x_btd.astype(dtype), block, "gate_df", None, out), np.float64)
+
+        own, merged = first(adapted), first(merge(adapted))
+        assert np.mean(np.asarray(merged.gate_df[...] == first(policy).gate_df[...])) > 0.7, "most would not change"
+        exact = product(own, FLOAT32) - product(first(policy), FLOAT32)
+        share = lambda block: ((product(block) - product(first(policy))) * exact).sum() / (exact**2).sum()  # noqa: E731
+        assert abs(share(own) - 1) < 0.02
+        assert abs(share(merged) - 1) > 0.1
+
+
+def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> None:
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, adapters, batch = random_policy(), random_adapters(), make_batch()
+        setup, counts = Pass(DIMS, TRAIN, FLOAT32, remat=True), counted(batch)
+        loss = lambda whole: group_loss(whole, batch, counts, setup, LOSS)[0]  # noqa: E731
+        found = jax.jit(jax.grad(lambda own: loss(adapt(policy, own, SCALE))))(adapters)
+        full = jax.jit(jax.grad(loss))(merge(adapt(policy, adapters, SCALE)))
+        for name, (inputs, outputs) in MATRICES.items():
+            i, o = "".join(inputs[1:]), "".join(outputs)
+            adapter, gradient = getattr(adapters, name), np.asarray(getattr(full.blocks, name)[...], np.float64)
+            down, up = (np.asarray(x[...], np.float64) for x in (adapter.down, adapter.up))
+            close(getattr(found, name).down[...], SCALE * np.einsum(f"l{i}{o},lr{o}->l{i}r", gradient, up), 1e-4)
+            close(getattr(found, name).up[...], SCALE * np.einsum(f"l{i}{o},l{i}r->lr{o}", gradient, down), 1e-4)
+
+
+@pytest.fixture(scope="module")
+def one() -> tuple[np.ndarray, Any, dict[str, float], Any]:
+    return run_update("1x1", 1)
+
+
+def run_update(mesh: str, micro_batches: int) -> tuple[np.ndarray, Any, dict[str, float], Any]:
+    """Logits, and what an update makes of adapters: its gradients, its metrics, and what they are by then."""
+    optimizer, setup = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False), Pass(DIMS, TRAIN, FLOAT32)
+    with jax.set_mesh(make_mesh(mesh)):
+        base, adapters, batch = random_policy(), random_adapters(), make_batch()
+        before = jax.tree.map(np.array, base)
+        logits = jax.jit(lambda policy: prompt_logits(policy, batch.prompts, setup))(adapt(base, adapters, SCALE))
+        state = initial_state(adapters, optimizer)
+        donated = jax.tree.leaves(state)
+        run = {"optimizer": optimizer, "setup": setup, "settings": LOSS, "micro_batches": micro_batches}
+        state, metrics = update(state, batch, base=base, **run)
+        assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(base))
+        abstract = jax.tree.leaves(abstract_adapters(DIMS, RANK))
+        placed = [leaf.sharding.spec for leaf in jax.tree.leaves(state.policy)]
+        assert placed == [leaf.sharding.spec for leaf in abstract]
+        gradients, after = jax.tree.map(np.array, (optax.tree.get(state.optimizer, "mu"), state.policy))
+    return np.asarray(logits), gradients, jax.tree.map(float, metrics), after
+
+
+@pytest.mark.parametrize(("mesh", "micro_batches"), [("1x1", 4), ("4x4", 1), ("2x4x2", 2)])
+def test_an_update_is_the_same_on_every_mesh_and_in_micro_batches(
+    mesh: str, micro_batches: int, one: tuple[np.ndarray, Any, dict[str, float], Any]
+) -> None:
+    logits, gradients, metrics, after = run_update(mesh, micro_batches)
+    close(logits, one[0], 1e-5)
+    jax.tree.map(lambda x, y: close(x, y, 1e-4), gradients, one[1])
+    assert metrics == pytest.approx(one[2], rel=1e-4, abs=1e-5)
+    jax.tree.map(assert_same_step, after, one[3], one[1])
+
+
+def assert_same_step(found: np.ndarray, expected: np.ndarray, gradient: np.ndarray) -> None:
+    """AdamW's first step has the size of the learning rate, whatever the gradient; of the least, the sign is noise."""
+    clear = np.abs(gradient) > 1e-2 * np.abs(gradient).max()
+    np.testing.assert_allclose(found[clear], expected[clear], atol=1e-5)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Config, Adapters]:
+    """A run of adapters with one checkpoint."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(hf_config()))
+    where = {"model.path": str(model), "run.dir": str(tmp_path / "run"), "model.compute_dtype": "bfloat16"}
+    config = configs.replace(Config(), **where, **{"model.lora_rank": RANK, "model.lora_alpha": RANK * SCALE})
+    with jax.set_mesh(make_mesh("2x2")), Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        save_hf(random_policy(), DIMS, model)  # in bfloat16
+        identity = Identity(fingerprint(load_hf(model, dtype=BFLOAT16)[0], BFLOAT16), None)
+        checkpoints.save(3, TrainState(random_adapters(), (), jnp.int32(3)), {}, config, identity)
+        checkpoints.wait()
+    with jax.set_mesh(make_mesh("1x1")):
+        return config, random_adapters()
+
+
+def test_a_checkpoint_holds_the_adapters_alone_and_is_loaded_onto_its_model(run: tuple[Config, Adapters]) -> None:
+    config, adapters = run
+    stored = sum(file.stat().st_size for file in Path(config.run.dir).rglob("*") if file.is_file())
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(adapters))
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, dims, found = load_policy(config.run.dir, FLOAT32)
+        assert (dims, found) == (DIMS, config)
+        assert held < stored < held + 100_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(policy))
+        for name, expected in by_hand(load_hf(config.model.path)[0], adapters).items():
+            np.testing.assert_allclose(getattr(merge(policy).blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_export_has_the_merged_weights(run: tuple[Config, Adapters], tmp_path: Path) -> None:
+    config, adapters = run
+    assert export.main(["--run", config.run.dir, "--out", str(tmp_path / "out"), "--dtype=float32"]) == 0
+    with jax.set_mesh(make_mesh("1x1")):
+        exported, base = load_hf(tmp_path / "out")[0], load_hf(config.model.path)[0]
+        for name, expected in by_hand(base, adapters).items():
+            np.testing.assert_allclose(getattr(exported.blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(exported.embed_vd[...], base.embed_vd[...])
+
+
+def test_adapters_are_not_put_on_other_weights(run: tuple[Config, Adapters]) -> None:
+    config, _ = run
+    with jax.set_mesh(make_mesh("1x1")):
+        save_hf(random_policy(seed=9), DIMS, Path(config.model.path))
+        with pytest.raises(CheckpointError, match="its adapters are for weights with fingerprint"):
+            load_policy(config.run.dir, FLOAT32)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.01])
+def test_a_run_has_one_policy_in_memory_that_does_not_learn(kl_coef: float, tmp_path: Path) -> None:
+    changes = {"model.lora_rank": 8, "model.compute_dtype": "bfloat16", "grpo.kl_coef": kl_coef}
+    config = configs.replace(Config(), **changes)
+    with jax.set_mesh(make_mesh("1x1")) as _:
+        job, state, reference = prepare(config, jax.sharding.get_mesh(), ALONE)
+        if reference is not None:
+            assert not any(leaf.any() for leaf in jax.tree.leaves(reference.blocks.adapters))
+            bare = jax.tree.map(lambda x: x, reference)
+            bare.blocks.adapters = None
+            assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours is theirs, bare, job.base))
+        assert (reference is None) == (kl_coef == 0)
+        assert {leaf.dtype for leaf in jax.tree.leaves(job.base)} == {BFLOAT16}
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.policy)} == {FLOAT32}
+        assert job.loss.lora_scale == 32 / 8
+        assert loss_settings(Config(), ()).lora_scale is None
