@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import complete_steps, load_policy, locate
+from segzero_jax.checkpoint import complete_steps, locate
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint
@@ -27,6 +27,7 @@ from segzero_jax.model.weights import CheckpointError, resolve
 from segzero_jax.processor import Processor
 from segzero_jax.prompt import WORDINGS
 from segzero_jax.rollout import Sampling, padding_multiple, sample_in_parts
+from segzero_jax.saved_policy import load_policy
 from segzero_jax.types import Example
 
 _DEFAULT_RUN = Path("runs/toy")

@@ -23,13 +23,10 @@ from segzero_jax import manifest
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
-from segzero_jax.hub import is_checkpoint
-from segzero_jax.identity import Identity, fingerprint
-from segzero_jax.model.dims import Dims
-from segzero_jax.model.lora import Adapters, abstract_adapters, adapt
+from segzero_jax.identity import Identity
+from segzero_jax.model.lora import Adapters
 from segzero_jax.model.policy import Policy
-from segzero_jax.model.precision import compute_dtype
-from segzero_jax.model.weights import CheckpointError, StorageError, abstract_policy, load_hf, read_dims
+from segzero_jax.model.weights import CheckpointError, StorageError
 
 T = TypeVar("T")
 L = TypeVar("L", Policy, Adapters, Policy | Adapters)
@@ -457,53 +454,6 @@ def _unfinished(directory: epath.Path) -> list[epath.Path]:
 def _is_complete(checkpoint: epath.Path) -> bool:
     """Whether it is one of ours, and committed: a bucket has it under its name from the first file on."""
     return (checkpoint / manifest.ITEM).is_dir() and ocp.utils.is_checkpoint_finalized(checkpoint)
-
-
-def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | None]:
-    """Weights for inference: a Hugging Face checkpoint, a run directory, or one of its ``checkpoints/STEP``.
-
-    Returns:
-      The policy on the ambient mesh, its dimensions, and the run's configuration where it comes from a run.
-
-    Raises:
-      CheckpointError: there is nothing of the kind at ``path``.
-    """
-    if is_checkpoint(path):
-        return *load_hf(path, dtype=dtype), None
-    found = locate(path)
-    if found is None:
-        raise CheckpointError(f"{path}: expected a run directory with checkpoints, a Hugging Face checkpoint, or 'toy'")
-    directory, step = found
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        step = checkpoints.latest if step is None else step
-        if step not in checkpoints.steps:
-            there = ", ".join(map(str, checkpoints.steps)) or "none"
-            raise CheckpointError(f"{path}: no complete checkpoint there; {directory} has {there}")
-        problem = checkpoints.damage(step, ("policy", "run"))
-        if problem:
-            others = ", ".join(str(other) for other in checkpoints.steps if other != step) or "none"
-            raise CheckpointError(f"{directory}/{step}: is damaged ({problem}); other steps there: {others}")
-        config = checkpoints.config(step)
-        dims = read_dims(config.model.path)
-        if config.model.lora_rank:
-            policy = _adapted(checkpoints, step, config, dims, dtype)
-        else:
-            policy = checkpoints.policy(step, abstract_policy(dims))
-    return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
-
-
-def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims, dtype: Any) -> Policy:
-    """The policy that a run began with, and its adapters on it."""
-    model = config.model
-    base, _ = load_hf(model.path, dtype=dtype)
-    found, expected = fingerprint(base, compute_dtype(model.compute_dtype)), checkpoints.reference(step)
-    if found != expected:
-        raise CheckpointError(
-            f"{checkpoints.directory}/{step}: its adapters are for weights with fingerprint {expected}, model.path="
-            f"{model.path} has {found}; expected the weights that the run began with"
-        )
-    adapters = checkpoints.policy(step, abstract_adapters(dims, model.lora_rank))
-    return adapt(base, adapters, model.lora_alpha / model.lora_rank)
 
 
 def _sam2(identity: Identity) -> str:

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 
 from segzero_jax import __version__
 from segzero_jax.asking import ORIGIN, asked, find_checkpoint
-from segzero_jax.checkpoint import load_policy, locate, storage_path
+from segzero_jax.checkpoint import locate, storage_path
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.local_path import is_url, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.lora import merge
 from segzero_jax.model.weights import CheckpointError, StorageError
+from segzero_jax.saved_policy import load_policy
 
 
 class ExportError(ValueError):

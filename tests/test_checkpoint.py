@@ -24,7 +24,6 @@ from segzero_jax.checkpoint import (
     SaveError,
     StorageError,
     checkpoint_directory,
-    load_policy,
     storage_path,
 )
 from segzero_jax.config import Config
@@ -34,6 +33,7 @@ from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.run_dir import open_run
+from segzero_jax.saved_policy import load_policy
 
 DATA = {"next_index": 48}
 ITEMS = ("policy", "optimizer", "run", "manifest")

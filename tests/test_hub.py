@@ -26,12 +26,13 @@ from huggingface_hub.errors import (
 )
 
 from segzero_jax import asking, hub, train
-from segzero_jax.checkpoint import STORAGE_FAILED, load_policy
+from segzero_jax.checkpoint import STORAGE_FAILED
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.weights import CheckpointError, read_dims
 from segzero_jax.plan.step import find_dims
 from segzero_jax.processor import Processor
+from segzero_jax.saved_policy import load_policy
 
 ROOT = Path(__file__).parents[1]
 # What the library makes its calls with, by the name that it has now.

@@ -13,7 +13,7 @@ from tiny import DIMS, hf_config, load_processor, prompts, random_policy
 
 from segzero_jax import config as configs
 from segzero_jax import export
-from segzero_jax.checkpoint import Checkpoints, load_policy
+from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
     LossSettings,
@@ -36,6 +36,7 @@ from segzero_jax.model.policy import DecoderBlock, Pass, Policy, _linear, prompt
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.pods import ALONE
 from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.saved_policy import load_policy
 from segzero_jax.types import Rollout
 
 RANK, SCALE = 4, 0.5
