@@ -23,6 +23,8 @@ from segzero_jax.answers import MAX_OBJECTS, Located
 _JOINT = re.compile(r"</think>\s*<answer>")
 _TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))
 _MASK_MAXIMA = {"raw": 1.0, "threshold": 1.0, "tiered": 4.0}
+# The "max{image size}" of Seg-Zero's soft rewards, pixels: its frame's side. Like the thresholds it is not scaled.
+_SIDE = 840
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,16 @@ def can_compare(recipe: str, objects: int) -> bool:
     return not _lookup(recipe, 0.0, "raw")[0].single or objects == 1
 
 
+def thinks(recipe: str) -> bool:
+    """Whether the recipe asks for reasoning in front of the answer. Raises ValueError for an unknown recipe."""
+    return "thinking_format" in component_names(recipe)
+
+
+def in_tags(recipe: str, text: str) -> bool:
+    """Whether all that the recipe asks for stands in its tags. Raises ValueError for an unknown recipe."""
+    return (thinking_format if thinks(recipe) else answer_format)(text) > 0
+
+
 def mask_component(mask_iou: float, mode: str) -> float:
     """The mask IoU as a reward: itself, 1 above 0.5, or SAM-R1's 4 above 0.8, 3 above 0.7, 2 above 0.5, else 0.
 
@@ -137,6 +149,12 @@ def thinking_format(text: str) -> float:
     """
     # No two of the four tags can share a character, so a joint anywhere lies between the outer two.
     return float(text.startswith("<think>") and text.endswith("</answer>") and _JOINT.search(text) is not None)
+
+
+def answer_format(text: str) -> float:
+    """1 when the whole text is ``<answer>…</answer>``: fully matches ``<answer>.*?</answer>`` (dot matches newline)."""
+    # The two tags cannot share a character.
+    return float(text.startswith("<answer>") and text.endswith("</answer>"))
 
 
 def non_repeat(text: str) -> float:
@@ -294,7 +312,10 @@ def _distance(point: tuple[int, int], target: Sequence[float]) -> float:
     return math.sqrt(dx * dx + dy * dy)
 
 
-def _measure_seg_zero(text: str, targets: Sequence[Located], *, strict: bool) -> dict[str, float]:
+def _measure_seg_zero(
+    text: str, targets: Sequence[Located], *, strict: bool = False, graded: bool = False, thinking: bool = True
+) -> dict[str, float]:
+    """``graded`` is the paper's soft accuracy, of which there is no released code: values in place of thresholds."""
     target_box, target_points = _single(targets)
     answer = answers.first_braces(text) or {}
     if strict:
@@ -306,14 +327,19 @@ def _measure_seg_zero(text: str, targets: Sequence[Located], *, strict: bool) ->
         box = None if box_key is None else answer[box_key]
         # Not the format's keys: here the name must hold "points", and the box's own key may be one.
         points = [value for key, value in answer.items() if "points" in key.lower()][:2]
-    distance = seg_zero_point_l1(points, box, target_points) if len(points) == 2 else math.inf
-    return {
-        "thinking_format": thinking_format(text),
-        "segmentation_format": found,
-        "box_iou": float(seg_zero_box_iou(box, target_box) > 0.5),
-        "box_l1": float(seg_zero_box_l1(box, target_box) < 10),
-        "point_l1": float(distance < 100),
-    }
+    iou, box_l1 = seg_zero_box_iou(box, target_box), seg_zero_box_l1(box, target_box)
+    point_l1 = seg_zero_point_l1(points, box, target_points) if len(points) == 2 else math.inf
+    if graded:
+        earned = _share(iou), _share(1 - box_l1 / _SIDE), _share(1 - point_l1 / _SIDE)
+    else:
+        earned = float(iou > 0.5), float(box_l1 < 10), float(point_l1 < 100)
+    tags = {"thinking_format": thinking_format(text)} if thinking else {"answer_format": answer_format(text)}
+    return tags | dict(zip(_SEG_ZERO_MAXIMA, (found, *earned), strict=True))
+
+
+def _share(value: float) -> float:
+    """The value cut to [0, 1]; 0 for NaN, which boxes of NaN and of infinite sides give."""
+    return 0.0 if math.isnan(value) else min(max(0.0, value), 1.0)
 
 
 def _measure_vision_reasoner(text: str, targets: Sequence[Located]) -> dict[str, float]:
@@ -341,10 +367,13 @@ def _single(targets: Sequence[Located]) -> Located:
     return Located(box=box, points=points if len(points) == 2 else points * 2)
 
 
-_SEG_ZERO_MAXIMA = {"thinking_format": 1.0, "segmentation_format": 1.0, "box_iou": 1.0, "box_l1": 1.0, "point_l1": 1.0}
+_SEG_ZERO_MAXIMA = {"segmentation_format": 1.0, "box_iou": 1.0, "box_l1": 1.0, "point_l1": 1.0}
+_THINKING, _BARE = {"thinking_format": 1.0} | _SEG_ZERO_MAXIMA, {"answer_format": 1.0} | _SEG_ZERO_MAXIMA
 RECIPES = {
-    "seg_zero_soft": Recipe(_SEG_ZERO_MAXIMA, partial(_measure_seg_zero, strict=False), single=True),
-    "seg_zero_strict": Recipe(_SEG_ZERO_MAXIMA, partial(_measure_seg_zero, strict=True), single=True),
+    "seg_zero_soft": Recipe(_THINKING, _measure_seg_zero, single=True),
+    "seg_zero_strict": Recipe(_THINKING, partial(_measure_seg_zero, strict=True), single=True),
+    "seg_zero_soft_accuracy": Recipe(_THINKING, partial(_measure_seg_zero, graded=True), single=True),
+    "seg_zero_no_thinking": Recipe(_BARE, partial(_measure_seg_zero, thinking=False), single=True),
     "vision_reasoner": Recipe(
         {"thinking_format": 1.0, "segmentation_format": 2.0, "accuracy": 3.0, "non_repeat": 1.0},
         _measure_vision_reasoner,

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segzero_jax import config
+from segzero_jax import config, rewards
 from segzero_jax.config import Config, ConfigError
 
 
@@ -79,7 +79,7 @@ def test_text_stays_text_whatever_yaml_would_make_of_it(override, field, value):
             "seed": st.integers(0, 2**31),
             "train.lr": st.floats(0, 1),
             "train.steps": st.integers(1, 10**6),
-            "reward.recipe": st.sampled_from(["seg_zero_soft", "seg_zero_strict", "vision_reasoner"]),
+            "reward.recipe": st.sampled_from(sorted(set(rewards.RECIPES) - {"sam_r1"})),
             "model.freeze_vision": st.booleans(),
             "data.eval_splits": st.lists(st.sampled_from(["val", "test"])),
             "run.dir": st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
@@ -234,7 +234,8 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
             [
                 "data.prompt=seg_zero: asks for one object",
                 "reward.recipe=vision_reasoner scores a list of objects",
-                "expected reward.recipe=seg_zero_soft or seg_zero_strict or sam_r1, or data.prompt=toy or vision",
+                "expected reward.recipe=seg_zero_soft or seg_zero_strict or seg_zero_soft_accuracy or sam_r1, or "
+                "data.prompt=toy or vision",
             ],
         ),
         (
@@ -243,6 +244,15 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
                 "data.prompt=vision_reasoner: asks for a list",
                 "reward.recipe=seg_zero_soft scores one object",
                 "expected reward.recipe=vision_reasoner or sam_r1, or data.prompt=seg_zero",
+            ],
+        ),
+        (
+            ["--data.prompt=seg_zero", "--reward.recipe=seg_zero_no_thinking"],
+            [
+                "data.prompt=seg_zero: asks for one object with two points, ",
+                "reward.recipe=seg_zero_no_thinking scores one object with two points and no reasoning; ",
+                "expected reward.recipe=seg_zero_soft or seg_zero_strict or seg_zero_soft_accuracy or sam_r1, or "
+                "data.prompt=a text with {question}",
             ],
         ),
         (
@@ -271,7 +281,7 @@ def test_sam_r1_goes_with_every_wording(prompt):
     assert loaded.data.prompt == prompt
 
 
-@pytest.mark.parametrize("recipe", ["seg_zero_soft", "seg_zero_strict", "vision_reasoner"])
+@pytest.mark.parametrize("recipe", rewards.RECIPES)
 def test_a_wording_of_ones_own_goes_with_every_recipe(recipe):
     wording = "Box {question} in JSON:\n[{'bbox_2d': …}], # 100%"
     _, loaded = read(f"--data.prompt={wording}", f"--reward.recipe={recipe}")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 
 import pytest
@@ -60,9 +61,47 @@ def item(box: object, point: object) -> dict[str, object]:
 )
 def test_thinking_format(text: str, value: float) -> None:
     assert rewards.thinking_format(text) == value
-    for recipe in rewards.RECIPES:
+    for recipe in set(rewards.RECIPES) - {"seg_zero_no_thinking"}:
         score = rewards.score(recipe, text, TARGET, mask_iou=0.0)
         assert score.components["thinking_format"] == value
+        assert rewards.thinks(recipe)
+        assert rewards.in_tags(recipe, text) == value
+
+
+# seg_zero_no_thinking
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<answer>b</answer>", 1),
+        ("<answer></answer>", 1),
+        ("<answer>a\nb\u2003</answer>", 1),
+        ("<answer><think>a</think>b</answer>", 1),
+        ("<answer>a</answer>x<answer>b</answer>", 1),  # the expression runs on to the last tag
+        ("<think>a</think><answer>b</answer>", 0),
+        ("<think></think><answer></answer>", 0),
+        ("so <answer>b</answer>", 0),
+        ("<answer>b</answer>\n", 0),
+        (" <answer>b</answer>", 0),
+        ("<answer>b", 0),
+        ("b</answer>", 0),
+        ("<answer>", 0),
+        ("</answer>", 0),
+        ("", 0),
+    ],
+)
+def test_answer_format(text: str, value: float) -> None:
+    assert rewards.answer_format(text) == value
+    assert rewards.score("seg_zero_no_thinking", text, TARGET).components["answer_format"] == value
+    assert not rewards.thinks("seg_zero_no_thinking")
+    assert rewards.in_tags("seg_zero_no_thinking", text) == value
+
+
+def test_a_perfect_answer_without_reasoning_earns_all_and_with_it_all_but_the_format() -> None:
+    answer = f"<answer>{json.dumps(seg_zero())}</answer>"
+    assert rewards.score("seg_zero_no_thinking", answer, TARGET).total == 5
+    assert rewards.score("seg_zero_no_thinking", f"<think>a</think>{answer}", TARGET).total == 4
 
 
 # Seg-Zero: the answer
@@ -256,6 +295,74 @@ def test_soft_point_keys_hold_points_and_may_be_the_box_itself() -> None:
     boxed = {"bbox_points": BOX, "points_1": [180, 180], "points_2": [0, 0]}
     found = components("seg_zero_soft", boxed)
     assert (found["segmentation_format"], found["point_l1"]) == (1, 1)
+
+
+# seg_zero_soft_accuracy
+
+
+@pytest.mark.parametrize(
+    ("box", "iou", "l1"),
+    [
+        (BOX, 1, 1),
+        ([100, 100, 199, 149], 5000 / 10000, 1 - 12.5 / 840),
+        ([0, 100, 299, 199], 10000 / 30000, 1 - 50 / 840),
+        ([100, 100, 199, 103], 400 / 10000, 1 - 24 / 840),
+        ([199, 199, 100, 100], 0, 1 - 99 / 840),  # turned inside out
+        ([201, 100, 100, 199], 0, 1 - 50 / 840),  # an area of -10000: the union is empty
+        ([201, 100, 99, 299], 0, 1 - 75.25 / 840),  # a union below 0
+        ([1000, 1000, 1100, 1100], 0, 0),  # 900, 900, 901 and 901 px
+        ([940, 940, 1039, 1039], 0, 0),  # 840 px
+        ([939, 940, 1039, 1039], 0, 0.25 / 840),
+        ([100, 100, 199, math.nan], 0, 0),
+        ([100, 100, math.inf, math.inf], 0, 0),
+        ([100, 100, math.inf, 99], 0, 0),  # an area of infinity times 0
+        ([-math.inf, -math.inf, math.inf, math.inf], 0, 0),
+        ([100, 100, 199, 10**400], 0, 0),
+        ([100, 100, 199, 1e308], 1e4 / 1e310, 0),
+        ([100, 100, 199, "199"], 0, 0),
+        ([100, 100, 199], 0, 0),
+        ("1234", 0, 0),
+    ],
+)
+def test_soft_accuracy_of_a_box_is_its_iou_and_its_nearness(box: object, iou: float, l1: float) -> None:
+    found = components("seg_zero_soft_accuracy", seg_zero(box))
+    assert found["box_iou"] == pytest.approx(iou, abs=1e-12)
+    assert found["box_l1"] == pytest.approx(l1, abs=1e-12)
+    # Minus zero is written down with its sign.
+    assert all(math.copysign(1, value) == 1 for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "value"),
+    [
+        ([100, 400], [700, 400], 1),
+        ([700, 400], [100, 400], 1),  # the other pairing
+        ([160, 480], [640, 480], 1 - 100 / 840),
+        ([100, 400], [500, 400], 1 - 100 / 840),  # 0 and 200
+        ([100, 400], [100, 400], 1 - 300 / 840),  # 0 and 600
+        ([100.9, 400.9], [700, 400], 1),  # cast to int
+        ([100, 400], [801, 400], 0),  # outside the predicted box
+        ([100, 400], [800, 400], 1 - 50 / 840),  # edges included
+        ([100, 400], [700, math.nan], 0),
+        ([100, 400], [700, math.inf], 0),
+        ([100, 400], [10**400, 400], 0),
+        ([100, 400], [700], 0),
+        ([100, 400], 700, 0),
+    ],
+)
+def test_soft_accuracy_of_points_is_their_nearness_inside_the_predicted_box(
+    first: object, second: object, value: float
+) -> None:
+    found = components("seg_zero_soft_accuracy", seg_zero([0, 0, 800, 800], first, second), FAR)
+    assert found["point_l1"] == pytest.approx(value, abs=1e-12)
+
+
+def test_soft_accuracy_of_points_farther_than_the_frame_is_zero_in_a_box_of_any_size() -> None:
+    for far in (940, 941, 10**6, 10**12, 10**400):
+        answer = seg_zero([0, 0, 10**500, 10**500], [100, 400 + far], [700, 400 + far])
+        assert components("seg_zero_soft_accuracy", answer, FAR)["point_l1"] == 0
+    answer = seg_zero([-math.inf, -math.inf, math.inf, math.inf], [100, 820], [700, 820])
+    assert components("seg_zero_soft_accuracy", answer, FAR)["point_l1"] == pytest.approx(1 - 420 / 840)
 
 
 # VisionReasoner: format
@@ -494,7 +601,10 @@ def test_a_mask_iou_outside_its_range_is_an_error(iou: float, mode: str) -> None
 
 # Totals, names, and what the caller got wrong
 
-MAXIMA = {"seg_zero_soft": 5, "seg_zero_strict": 5, "vision_reasoner": 7, "sam_r1": 6}
+MAXIMA = {
+    **dict.fromkeys(("seg_zero_soft", "seg_zero_strict", "seg_zero_soft_accuracy", "seg_zero_no_thinking"), 5),
+    **{"vision_reasoner": 7, "sam_r1": 6},
+}
 
 
 def test_maxima_and_names() -> None:
@@ -518,7 +628,8 @@ def test_maxima_and_names() -> None:
     [
         (
             ("grpo", "", TARGET),
-            "recipe 'grpo': expected one of seg_zero_soft, seg_zero_strict, vision_reasoner, sam_r1",
+            "recipe 'grpo': expected one of seg_zero_soft, seg_zero_strict, seg_zero_soft_accuracy, "
+            "seg_zero_no_thinking, vision_reasoner, sam_r1",
         ),
         (("sam_r1", "", TARGET, 0.5, 0.0, "soft"), "mask_iou_mode='soft': expected one of raw, threshold, tiered"),
         (("seg_zero_soft", "", TARGET, 0.5, -1.0), "mask_iou_weight=-1.0: expected"),
@@ -526,6 +637,8 @@ def test_maxima_and_names() -> None:
         (("seg_zero_soft", "", TARGET, 0.5, math.inf), "mask_iou_weight=inf: expected"),
         (("seg_zero_soft", "", "[]"), "exactly one object, got 0"),
         (("seg_zero_strict", "", json.dumps([item(*A), item(*B)])), "exactly one object, got 2"),
+        (("seg_zero_soft_accuracy", "", "[]"), "exactly one object, got 0"),
+        (("seg_zero_no_thinking", "", "[]"), "exactly one object, got 0"),
     ],
 )
 def test_the_callers_mistakes_raise(arguments: tuple, message: str) -> None:
@@ -631,7 +744,7 @@ def test_what_json_refuses_or_barely_takes_does_not_raise(recipe: str, text: str
     assert 0 <= rewards.score(recipe, text, TARGET, 1.0, 1.0).total <= rewards.maximum(recipe, 1.0)
 
 
-@pytest.mark.parametrize("recipe", SEG_ZERO)
+@pytest.mark.parametrize("recipe", [*SEG_ZERO, "seg_zero_soft_accuracy"])
 @given(target=perfect_objects(points=2))
 def test_a_perfect_seg_zero_answer_scores_the_maximum(recipe: str, target: ObjectPrompt) -> None:
     answer = {"bbox": target.box, "points_1": target.points[1], "points_2": target.points[0]}
@@ -689,6 +802,32 @@ def test_seg_zero_does_not_mind_the_order_of_the_two_points(answer: dict) -> Non
     swapped = answer | {"points_1": answer["points_2"], "points_2": answer["points_1"]}
     for recipe in SEG_ZERO:
         assert components(recipe, answer) == components(recipe, swapped)
+
+
+@given(text=texts)
+def test_answer_format_is_the_expression(text: str) -> None:
+    for given_text in (text, f"<answer>{text}</answer>"):
+        found = re.fullmatch(r"<answer>.*?</answer>", given_text, re.DOTALL) is not None
+        assert rewards.answer_format(given_text) == found
+
+
+@given(answer=near_seg_zero | json_values)
+def test_without_reasoning_all_else_is_the_soft_recipes(answer: object) -> None:
+    text = f"<answer>{json.dumps(answer)}</answer>"
+    bare, soft = (rewards.score(name, text, TARGET).components for name in ("seg_zero_no_thinking", "seg_zero_soft"))
+    assert bare.pop("answer_format") == 1
+    assert soft.pop("thinking_format") == 0
+    assert bare == soft
+
+
+@given(answer=near_seg_zero)
+def test_what_hard_accuracy_takes_soft_accuracy_grades(answer: dict) -> None:
+    hard, soft = components("seg_zero_soft", answer), components("seg_zero_soft_accuracy", answer)
+    least = {"box_iou": 0.5, "box_l1": 1 - 10 / 840, "point_l1": 1 - 100 / 840}
+    for name, bound in least.items():
+        assert hard[name] == (soft[name] > bound) or soft[name] == pytest.approx(bound, abs=1e-12)
+    for name in ("thinking_format", "segmentation_format"):
+        assert hard[name] == soft[name]
 
 
 # Speed

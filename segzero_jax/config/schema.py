@@ -9,10 +9,17 @@ from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
 _LIST, _ONE = "a list of objects", "one object with two points"
+_BARE = f"{_ONE} and no reasoning"
 # The form of answer that a wording asks for (of the toy's, that its policy gives; of one's own, whichever), and the one
-# that a recipe scores; sam_r1 scores either.
+# that a recipe scores; sam_r1 scores either of the first two.
 _ASKED = {"toy": _LIST, "seg_zero": _ONE, "vision_reasoner": _LIST}
-_SCORED = {"seg_zero_soft": _ONE, "seg_zero_strict": _ONE, "vision_reasoner": _LIST}
+_SCORED = {
+    "seg_zero_soft": _ONE,
+    "seg_zero_strict": _ONE,
+    "seg_zero_soft_accuracy": _ONE,
+    "seg_zero_no_thinking": _BARE,
+    "vision_reasoner": _LIST,
+}
 # Where the question goes in a wording.
 QUESTION = "{question}"
 Positive = Annotated[int, Field(gt=0)]
@@ -122,7 +129,8 @@ class RewardConfig:
 
     Attributes:
       server: "local" starts a SAM 2 server beside the trainer, "none" scores text alone, else "host:port[,host:port]".
-      recipe: "seg_zero_soft", "seg_zero_strict", "vision_reasoner" or "sam_r1"; see docs/rewards.md.
+      recipe: "seg_zero_soft", "seg_zero_strict", "seg_zero_soft_accuracy", "seg_zero_no_thinking", "vision_reasoner" or
+        "sam_r1"; see docs/rewards.md.
       functions: rewards of one's own, "module:function"; what they return is added. See docs/rewards.md.
       mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
       mask_iou_mode: the component's form: the IoU itself, "raw"; 1 above 0.5, "threshold"; or SAM-R1's, "tiered".
@@ -139,7 +147,14 @@ class RewardConfig:
     """
 
     server: Text = "local"
-    recipe: Literal["seg_zero_soft", "seg_zero_strict", "vision_reasoner", "sam_r1"] = "vision_reasoner"
+    recipe: Literal[
+        "seg_zero_soft",
+        "seg_zero_strict",
+        "seg_zero_soft_accuracy",
+        "seg_zero_no_thinking",
+        "vision_reasoner",
+        "sam_r1",
+    ] = "vision_reasoner"
     functions: tuple[Text, ...] = ()
     mask_iou_weight: NonNegative = 1.0
     mask_iou_mode: Literal["raw", "threshold", "tiered"] = "raw"
@@ -337,7 +352,7 @@ def check_answer_form(config: Config) -> None:
     scored = _SCORED.get(recipe, asked)
     if asked != scored:
         recipes = " or ".join(name for name in (*_SCORED, "sam_r1") if _SCORED.get(name, asked) == asked)
-        prompts = " or ".join(name for name, form in _ASKED.items() if form == scored)
+        prompts = " or ".join(name for name, form in _ASKED.items() if form == scored) or f"a text with {QUESTION}"
         raise ConfigError(
             f"data.prompt={prompt}: asks for {asked}, reward.recipe={recipe} scores {scored}; expected "
             f"reward.recipe={recipes}, or data.prompt={prompts}"
