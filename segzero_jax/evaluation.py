@@ -19,7 +19,7 @@ from segzero_jax.intervals import bootstrap_interval, by_picture
 from segzero_jax.patience import Patience
 from segzero_jax.prompt import parse_answer
 from segzero_jax.reward_messages import CandidateScore
-from segzero_jax.rewards import thinking_format
+from segzero_jax.rewards import in_tags
 from segzero_jax.scoring import Scored, Scorer, answered_objects, solution
 from segzero_jax.types import Box, Example, Frame, ObjectPrompt, RleMask
 
@@ -39,7 +39,7 @@ class Measured:
       iou: of the masks; None without a reward server.
       intersection, union: pixels, without those to ignore.
       box_accuracy: share of the boxes that match a target's at IoU above 0.5, see ``box_hits``.
-      well_formed: whether reasoning and answer stand in their tags, the answer in a form that can be read.
+      well_formed: see ``Response.in_form``.
       found: whether something was pointed out: a mask with pixels, or without a server an object.
     """
 
@@ -142,7 +142,8 @@ class Response:
     Attributes:
       objects: what it points out, in pixels of the stored picture.
       readable: whether the answer could be read; one that could not is wrong even where nothing was to be found.
-      in_form: whether reasoning and answer stand in their tags, the answer in a form that can be read.
+      in_form: whether reasoning, where the recipe asks for it, and answer stand in their tags, the answer in a form
+        that can be read.
       finished: whether it ended by itself rather than at the limit of tokens.
       problem: why the question could not even be asked; empty where it could.
     """
@@ -155,10 +156,12 @@ class Response:
     problem: str = ""
 
 
-def read_response(text: str, example: Example, frame: Frame, finished: bool = True, problem: str = "") -> Response:
-    """Reads a response that speaks of ``frame``."""
+def read_response(
+    text: str, example: Example, frame: Frame, recipe: str, finished: bool = True, problem: str = ""
+) -> Response:
+    """Reads a response that speaks of ``frame``; ``recipe`` is that of the rewards."""
     readable = parse_answer(text).well_formed
-    in_form = readable and thinking_format(text) > 0
+    in_form = readable and in_tags(recipe, text)
     return Response(text, answered_objects(text, example, frame), readable, in_form, finished, problem)
 
 
@@ -348,7 +351,7 @@ def evaluate_split(
     scored = scorer.send(examples, together, masks=len(examples)).result(patience)
     groups = [
         [
-            (read_response(text, example, frame), scored.masks[q][a] if scored.masks is not None else None)
+            (read_response(text, example, frame, recipe), scored.masks[q][a] if scored.masks is not None else None)
             for a, text in enumerate(group)
         ]
         for q, (example, group) in enumerate(zip(examples, together, strict=True))

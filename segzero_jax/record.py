@@ -15,7 +15,7 @@ from segzero_jax.config import Config
 from segzero_jax.dynamic_sampling import Draw, Learnt
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.grpo import UPDATE_METRICS, advantages
-from segzero_jax.rewards import component_names
+from segzero_jax.rewards import component_names, thinks
 from segzero_jax.scoring import Scored, answered_objects, solution
 from segzero_jax.time_account import STEP_TIMES
 from segzero_jax.types import Example, Frame, Rollout
@@ -66,8 +66,12 @@ def step_of(step: int, draws: Sequence[Draw], learnt: Learnt) -> Step:
     )
 
 
-def step_metrics(made: Step) -> dict[str, float | int | None]:
-    """Rewards, lengths and mask IoU of a step; None where no response has a score."""
+def step_metrics(made: Step, recipe: str) -> dict[str, float | int | None]:
+    """Rewards, lengths and mask IoU of a step; None where no response has a score.
+
+    Args:
+      recipe: of the rewards. Where it asks for no reasoning, none is missing: ``empty_thinking`` is not measured.
+    """
     totals = made.scored.rewards_bg
     present = totals[np.isfinite(totals)]
     rows = [row for group in made.scored.components for row in group if row]
@@ -80,9 +84,11 @@ def step_metrics(made: Step) -> dict[str, float | int | None]:
         "response_length/mean": float(made.rollout.length_bg.mean()),
         "response_length/min": int(made.rollout.length_bg.min()),
         "response_length/max": int(made.rollout.length_bg.max()),
-        "empty_thinking": float(np.mean([not (thinking(text) or "").strip() for row in made.texts for text in row])),
-        "finished": float(made.rollout.finished_bg.mean()),
     }
+    if thinks(recipe):
+        empty = [not (thinking(text) or "").strip() for row in made.texts for text in row]
+        metrics["empty_thinking"] = float(np.mean(empty))
+    metrics["finished"] = float(made.rollout.finished_bg.mean())
     if made.scored.masks is not None:
         ious = [score.iou for group in made.scored.masks for score in group if score.iou is not None]
         metrics["mask_iou/mean"] = float(np.mean(ious)) if ious else None
@@ -104,7 +110,9 @@ def metric_keys(config: Config) -> list[str]:
     return [
         *("reward/mean", "reward/std", *(f"reward/{name}" for name in components), "reward/zero_std_groups"),
         *("missing_scores", *(("mask_iou/mean",) if scored else ())),
-        *("response_length/mean", "response_length/min", "response_length/max", "empty_thinking", "finished"),
+        *("response_length/mean", "response_length/min", "response_length/max"),
+        *(("empty_thinking",) if thinks(config.reward.recipe) else ()),
+        "finished",
         *((_BATCHES, _GROUPS) if config.rollout.max_batches > 1 else ()),
         *(*learnt, "lr", "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
     ]

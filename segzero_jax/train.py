@@ -215,7 +215,11 @@ def train(
                 writer.message(f"step {step}: {line}")
         # Of the step's last update.
         lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
-        numbers = {**step_metrics(made), **update_metrics(losses), "lr": lr, "checkpoint/failed": keeper.failed}
+        numbers = {
+            **step_metrics(made, config.reward.recipe),
+            **update_metrics(losses),
+            **{"lr": lr, "checkpoint/failed": keeper.failed},
+        }
         if config.rollout.max_batches > 1:
             numbers |= sampling_metrics(draws, learnt)
         tokens = sum(scores.tokens for scores in draws)

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from segzero_jax import jsonl
+from segzero_jax import jsonl, rewards
 from segzero_jax.config import RewardConfig
 from segzero_jax.evaluation import (
     Judged,
@@ -81,17 +82,21 @@ BOXES = [(2, 2, 5, 5), (4, 1, 9, 3), (1, 6, 3, 9), (5, 5, 8, 8)]
 GREEDY = [answer((2, 2, 5, 5)), answer((4, 1, 6, 3)), "no answer at all", answer((0, 0, 3, 3))]
 
 
-def evaluate(greedy: list[str]) -> tuple[dict, list]:
+def read(text: str, example: Example, **more: Any) -> Response:
+    return read_response(text, example, FRAME, "vision_reasoner", **more)
+
+
+def evaluate(greedy: list[str], recipe: str = "vision_reasoner") -> tuple[dict, list]:
     examples = [
         Example(f"q{i}", b"", FRAME, "?", (ObjectPrompt(box, (box[:2],)),), rle(pixels(box)))
         for i, box in enumerate(BOXES)
     ]
-    scorer = Scorer(RewardConfig(), FRAME, BoxSegmenter())
+    scorer = Scorer(RewardConfig(recipe=recipe), FRAME, BoxSegmenter())
 
     def texts(asked: list[Example], is_greedy: bool) -> list[list[str]]:
         return [[text] if is_greedy else [text, answer(BOXES[i])] for i, text in enumerate(greedy)]
 
-    return evaluate_split(examples, texts, scorer, FRAME, "vision_reasoner", lambda example: f"images/{example.id}.jpg")
+    return evaluate_split(examples, texts, scorer, FRAME, recipe, lambda example: f"images/{example.id}.jpg")
 
 
 def test_every_question_counts() -> None:
@@ -112,6 +117,21 @@ def test_a_broken_answer_lowers_giou() -> None:
     broken, _ = evaluate([answer(box) for box in BOXES[:3]] + ["<think> hm </think>"])
     assert whole["greedy"]["giou"] == 1.0
     assert broken["greedy"]["giou"] == 0.75
+
+
+@pytest.mark.parametrize("recipe", rewards.RECIPES)
+def test_well_formed_is_what_the_recipe_asks_for(recipe: str) -> None:
+    """Reasoning and answer or, where none is asked for, the answer alone; everything else is as under any recipe."""
+    reasoned = [answer(box) for box in BOXES]
+    bare = [text.partition("\n")[2] for text in reasoned]
+    # Two in one form, one in the other, and one that nobody can read.
+    for texts, rate in ((reasoned[:2] + bare[2:3], 0.5), (bare[:2] + reasoned[2:3], 0.25)):
+        numbers, rows = evaluate([*texts, "<answer>[[]]</answer>"], recipe)
+        rate = rate if recipe != "seg_zero_no_thinking" else 0.75 - rate
+        assert numbers["greedy"]["format_rate"] == rate
+        assert [row["well_formed"] for row in rows].count(True) == 4 * rate
+        assert (numbers["greedy"]["giou"], numbers["greedy"]["box_accuracy"]) == (0.75, 0.75)
+        assert [row["failure"] for row in rows] == ["", "", "", "not_objects"]
 
 
 def draw_judged(seed: int, questions: int = 40, answers: int = 3) -> tuple[Judged, list[list[tuple[set, set]]]]:
@@ -255,10 +275,12 @@ def test_questions_without_a_target() -> None:
     empty, some = rle(np.zeros((10, 10))), rle(pixels((1, 1, 2, 2)))
     example = Example("none", b"", FRAME, "?", (), empty)
     blank = CandidateScore(1.0, 0, 0, 0.0, empty, "")
-    nothing = measure(example, read_response("<think>none</think><answer>[]</answer>", example, FRAME), blank)
-    broken = measure(example, read_response("hm", example, FRAME), blank)
+    nothing = measure(example, read("<think>none</think><answer>[]</answer>", example), blank)
+    broken = measure(example, read("hm", example), blank)
     wrong = measure(
-        example, read_response(answer((1, 1, 2, 2)), example, FRAME), CandidateScore(0.0, 0, 4, 0.9, some, "")
+        example,
+        read(answer((1, 1, 2, 2)), example),
+        CandidateScore(0.0, 0, 4, 0.9, some, ""),
     )
     assert [one.iou for one in (nothing, broken, wrong)] == [1.0, 0.0, 0.0]
     assert [one.box_accuracy for one in (nothing, broken, wrong)] == [1.0, 0.0, 0.0]
@@ -289,7 +311,7 @@ def test_a_refused_answer_is_a_failure_whatever_it_earns() -> None:
     objects = (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),)
     for mask in (rle(pixels(BOXES[0])), None):
         example = Example("q", b"", FRAME, "?", objects, mask)
-        response = read_response(answer((2, 2, 5, 5)), example, FRAME)
+        response = read(answer((2, 2, 5, 5)), example)
         for iou in (0.0, None):
             score = CandidateScore(iou, 0, 16, 0.0, None, "objects[0]: point (99, 2) lies outside")
             row = sample_row(example, response, score, "")
@@ -323,11 +345,11 @@ def test_the_mean_reward_is_of_answers_that_have_one() -> None:
 )
 def test_failures_have_a_cause(text: str, finished: bool, cause: str) -> None:
     example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
-    response = read_response(text, example, FRAME, finished)
+    response = read(text, example, finished=finished)
     assert failure(response, CandidateScore(1.0, 1, 1, 1.0, None, "")) == cause
     if not cause:
         assert failure(response, CandidateScore(None, 0, 0, 0.0, None, "no")) == "refused"
-    assert failure(read_response("", example, FRAME, problem="too long"), None) == "not_asked"
+    assert failure(read("", example, problem="too long"), None) == "not_asked"
 
 
 def test_numbers_from_rows_are_the_numbers() -> None:
@@ -336,7 +358,7 @@ def test_numbers_from_rows_are_the_numbers() -> None:
     rows, measured = [], []
     texts = ((answer((2, 2, 5, 5)), 1 / 3), ("hm", 0.1), (answer((1, 1, 2, 2)), 0.7), ("<answer>", 0.2))
     for n, (text, iou) in enumerate(texts):
-        response = read_response(text, example, FRAME)
+        response = read(text, example)
         score = CandidateScore(iou, 1, 3, 0.5, rle(pixels(BOXES[0])), "")
         rows.append(json.loads(jsonl.dump(sample_row(replace(example, id=f"q{n // 2}"), response, score, ""))))
         measured.append(measure(example, response, score))

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from thread_pod import on_hosts
 
+from segzero_jax import config as configs
 from segzero_jax import rewards
-from segzero_jax.config import RewardConfig
+from segzero_jax.config import Config, RewardConfig
 from segzero_jax.pods import Pod
-from segzero_jax.record import Step, rollout_rows, step_metrics, update_metrics
+from segzero_jax.record import Step, metric_keys, rollout_rows, step_metrics, update_metrics
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scored, Scorer, solution
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask, Rollout
+from segzero_jax.watch import CollapseWatch
 
 FRAME = Frame(100, 100)
 GOOD = '<think> there </think>\n<answer>[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}]</answer>'
@@ -87,7 +89,7 @@ def test_a_missing_score_is_never_a_zero() -> None:
     assert np.isnan(result.rewards_bg[0, 0])
     assert np.isfinite(result.rewards_bg[0, 1])
     assert result.components[0][0] == {}
-    numbers = step_metrics(step(result))
+    numbers = step_metrics(step(result), "vision_reasoner")
     assert numbers["missing_scores"] == 1
     assert numbers["reward/mean"] == pytest.approx(result.rewards_bg[0, 1])
     assert numbers["mask_iou/mean"] == 0.5
@@ -99,7 +101,7 @@ def test_a_point_outside_the_picture_earns_nothing_and_the_row_says_why() -> Non
     client = Answered([scored(0.0, "the point lies outside"), scored(0.5)])
     result = Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD, GOOD]]).result()
     assert result.components[0][0]["mask_iou"] == 0.0
-    assert step_metrics(step(result))["missing_scores"] == 0
+    assert step_metrics(step(result), "vision_reasoner")["missing_scores"] == 0
     row, _ = rollout_rows(step(result), FRAME, "vision_reasoner", lambda *_: "images/row-1.jpg")
     assert (row["mask_iou"], row["error"]) == (0.0, "the point lies outside")
     assert row["reward"] == rewards.maximum("vision_reasoner")
@@ -134,11 +136,29 @@ def test_a_row_holds_what_a_picture_of_it_needs() -> None:
     ]
     assert rows[0]["image"] == "images/row-1.jpg"
     assert rows[0]["objects"] == rows[0]["target_objects"] == [{"box": list(TARGET.box), "points": [[60.0, 160.0]]}]
-    numbers = step_metrics(made)
+    numbers = step_metrics(made, "vision_reasoner")
     assert numbers["response_length/mean"] == 3.5
     assert numbers["finished"] == 0.5
     # By rewards, which are alike, not by the advantages of what was learnt from.
     assert numbers["reward/zero_std_groups"] == 1.0
+
+
+@pytest.mark.parametrize("recipe", rewards.RECIPES)
+def test_no_reasoning_is_missing_where_none_is_asked_for(recipe: str) -> None:
+    """A run without reasoning measures none, has no such key to keep a best checkpoint by, and raises no alarm."""
+    config = configs.replace(Config(), **{"reward.recipe": recipe, "watch.alarm_after": 2})
+    bare = GOOD.partition("\n")[2]
+    scorer = Scorer(config.reward, FRAME, Answered([scored(0.5), scored(0.5)]))
+    result = scorer.send([example(TARGET)], [[bare, bare]]).result()
+    numbers = step_metrics(step(result)._replace(texts=[[bare, bare]]), recipe)
+    asked = recipe != "seg_zero_no_thinking"
+    assert numbers.get("empty_thinking") == (1.0 if asked else None)
+    assert ("empty_thinking" in numbers) == ("empty_thinking" in metric_keys(config)) == asked
+    assert {f"reward/{name}" for name in result.components[0][0]} <= set(metric_keys(config))
+    watch = CollapseWatch(config.watch)
+    for _ in range(3):
+        alarms = watch.look(numbers)
+    assert alarms["alarm/empty_thinking"] == asked
 
 
 def test_the_updates_of_a_step_are_one_line() -> None:
@@ -177,7 +197,7 @@ def test_hosts_score_their_shares_and_see_the_whole(rows: list[list[int]] | None
     assert [client.drawn for client in clients] == [["row-0"], ["row-1"], []]
 
 
-@pytest.mark.parametrize("recipe", ["seg_zero_soft", "seg_zero_strict"])
+@pytest.mark.parametrize("recipe", [name for name in rewards.RECIPES if name.startswith("seg_zero")])
 def test_a_target_that_the_recipe_cannot_compare_with_has_no_reward(recipe: str) -> None:
     """Evaluation meets such targets: their masks are scored, and the rest of the batch is as without them."""
     config = RewardConfig(recipe=recipe)

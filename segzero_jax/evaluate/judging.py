@@ -48,7 +48,7 @@ class PolicyJudge:
 
     def _read(self, example: Example, reply: Reply) -> list[Response]:
         return [
-            read_response(text, example, self._frame, finished, reply.problem)
+            read_response(text, example, self._frame, self._recipe, finished, reply.problem)
             for text, finished in zip(reply.texts, reply.finished, strict=True)
         ]
 
