@@ -28,10 +28,11 @@ from reward_server import reward_pb2
 from segzero_jax import config as configs
 from segzero_jax import segmenting
 from segzero_jax.checkpoint import Checkpoints
-from segzero_jax.config import Config
+from segzero_jax.config import Config, RewardConfig
 from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.evaluate import __main__ as command
 from segzero_jax.evaluate import evaluator, respondent
+from segzero_jax.evaluate.judging import PolicyJudge
 from segzero_jax.evaluate.results import choose, is_validation
 from segzero_jax.evaluate.work import EvaluateError, Task, work
 from segzero_jax.file_lock import hold
@@ -42,7 +43,8 @@ from segzero_jax.model import save_hf
 from segzero_jax.overlay import decode_mask
 from segzero_jax.pods import Pod
 from segzero_jax.processor import decode_image
-from segzero_jax.report.gallery import Shown, _blame, choose_cases
+from segzero_jax.report.gallery import Shown, _blame, _case, choose_cases
+from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 QUESTIONS = 7
@@ -562,6 +564,24 @@ def test_whose_error_it_is_counts_every_drawn_answer() -> None:
     assert "gIoU 0.700" in words
     assert "0.300 is the segmenter's and 0.183 the policy's" in words  # 0.700 - 3.1 / 6
     assert "are 1 questions that the oracle gets right and 1 that it gets wrong" in words
+
+
+@pytest.mark.parametrize(
+    ("recipe", "in_form"), [("seg_zero_soft", [True, False]), ("seg_zero_no_thinking", [False, True])]
+)
+def test_an_answer_is_in_the_form_that_the_runs_recipe_asks_for(recipe: str, in_form: list[bool]) -> None:
+    """In its row, and as the page shows it: with reasoning or, under one recipe, without."""
+    bare = '<answer>{"bbox": [1,2,3,4], "points_1": [1,2], "points_2": [3,4]}</answer>'
+    asked = [replace(example(0), id=name) for name in ("reasoned", "bare")]
+    replies = [respondent.Reply([text], [True]) for text in (f"<think>hm</think>{bare}", bare)]
+    scorer = Scorer(RewardConfig(server="none", recipe=recipe), Frame(112, 112), None)  # type: ignore[arg-type]
+    judge = PolicyJudge(lambda *_: replies, scorer, Frame(112, 112), recipe, None)  # type: ignore[arg-type]
+    found = judge(asked, 0)()
+    assert [row["well_formed"] for row in found] == in_form
+    assert [row["components"]["segmentation_format"] for row in found] == [1.0, 1.0]
+    shown = [_case(Shown({}, found, [], lambda index: None, recipe), row) for row in found]
+    assert ["Not in the form asked for" not in text for text in shown] == in_form
+    assert [text.count('<p class="thought">') for text in shown] == [recipe == "seg_zero_soft", 0]
 
 
 def test_cases_are_the_ends_and_some_at_random() -> None:

@@ -300,6 +300,53 @@ def test_text_of_a_run_is_never_markup(copied):
     assert page.words("question").count(ATTACK) == 7
 
 
+def set_recipe(run, recipe):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["reward"]["recipe"] = recipe
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def without_thinking(path):
+    found = jsonl.read(path)
+    jsonl.write(path, [row | {"text": row["text"].partition("</think>")[2]} for row in found])
+    return [row["text"].removeprefix("<answer>").removesuffix("</answer>") for row in jsonl.read(path)]
+
+
+def test_an_answer_without_reasoning_is_in_form_where_none_is_asked_for(copied):
+    note = "Not in the form asked for:"
+    responses = len(report(copied).words("answer").split("bbox_2d")) - 1
+    assert report(copied).words("note").count(note) == 0
+    set_recipe(copied, "seg_zero_no_thinking")
+    assert report(copied).words("note").count(note) == responses
+    said = [text for path in copied.glob("rollouts/*.jsonl") for text in without_thinking(path)]
+    said += [text for path in copied.glob("evaluations/*.jsonl") for text in without_thinking(path)]
+    page = report(copied)
+    assert page.words("note").count(note) == 0
+    assert "thought" not in {attrs.get("class") for attrs in page.all("p")}
+    shown = [data for at, data in page.text if at == ("p", "answer")]
+    assert len(shown) == responses
+    assert set(shown) <= set(said), "without the tags"
+    set_recipe(copied, "vision_reasoner")
+    assert report(copied).words("note").count(note) == responses
+
+
+@pytest.mark.parametrize("recipe", sorted(rewards.RECIPES))
+def test_every_component_is_told_in_words_that_fit_its_recipe(copied, recipe):
+    set_recipe(copied, recipe)
+    names = rewards.component_names(recipe, True)
+    metrics = rows(copied, "metrics.jsonl")
+    jsonl.write(copied / "metrics.jsonl", [row | {f"reward/{name}": 0.5 for name in names} for row in metrics])
+    source = html.unescape(write_report(copied).read_text())
+    for name in names:
+        title = name.replace("_", " ")
+        (caption,) = re.findall(
+            rf"<h3>{title}</h3>.*?<figcaption>(.*?)</figcaption>", source, re.IGNORECASE | re.DOTALL
+        )
+        assert re.match(r"(?! *At most)[^.]+\.", caption), caption
+        assert ("by more than half" in caption) == (name == "box_iou" and recipe != "seg_zero_soft_accuracy")
+        assert ("over 840 px" in caption) == (name in ("box_l1", "point_l1") and recipe == "seg_zero_soft_accuracy")
+
+
 def test_a_picture_outside_the_run_is_not_shown(copied, tmp_path):
     Image.new("RGB", (200, 200), "red").save(tmp_path / "secret.jpg")
     (copied / "images/broken.jpg").write_bytes(b"\xff\xd8 no picture")

@@ -66,15 +66,15 @@ def _of(maximum: float | None) -> str:
     return "" if maximum is None else f" <small>/ {bound(maximum)}</small>"
 
 
-def words(row: Row) -> str:
-    """Reasoning and answer of a response; one that has another form is shown as it is."""
+def words(row: Row, thinks: bool) -> str:
+    """Reasoning, where ``thinks`` says that it was asked for, and answer of a response; another form as it is."""
     response = str(row.get("text", ""))
-    before, think, rest = response.partition("<think>")
-    thought, closed, answer = rest.partition("</think>")
-    if before.strip() or not think or not closed:
+    before, opened, rest = response.partition("<think>" if thinks else "<answer>")
+    thought, closed, answer = rest.partition("</think>") if thinks else ("", opened, rest)
+    if before.strip() or not opened or not closed:
         return f'<p class="note">Not in the form asked for:</p>{_long(response, "answer")}'
     answer = answer.strip().removeprefix("<answer>").removesuffix("</answer>")
-    return _long(thought.strip(), "thought") + _long(answer.strip(), "answer")
+    return (_long(thought.strip(), "thought") if thinks else "") + _long(answer.strip(), "answer")
 
 
 def _long(words: str, kind: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from segzero_jax.report.cards import LEGEND, components, picture, words
 from segzero_jax.report.markup import NOTHING, fixed, show, signed, text
-from segzero_jax.report.run import Run, number, reward_maxima
+from segzero_jax.report.run import Run, number, reward_maxima, thinks
 
 _EACH = 3  # cases of a kind
 _MOST_RESPONSES = 16
@@ -146,7 +146,7 @@ def _side(run: Run, row: Row, step: int) -> str:
     return (
         f'<div class="side"><div>{_picture(run, row, row, f"answer at step {step}, reward {reward}")}</div><div>'
         f'<div class="when">step {step}</div>'
-        f'<div class="score">{best}</div>{_components(run, row)}{words(row)}</div></div>'
+        f'<div class="score">{best}</div>{_components(run, row)}{words(row, thinks(run))}</div></div>'
     )
 
 
@@ -165,7 +165,7 @@ def _response(run: Run, row: Row, asked: Row, largest: float) -> str:
         f'<div class="score">{show(row.get("reward"))} '
         f"<small>advantage {NOTHING if known is None else signed(known, 2)}</small></div>"
         f'<div class="lean"><i class="{"minus" if advantage < 0 else "plus"}" style="{bar}"></i></div>'
-        f'<p class="note">{" · ".join(facts)}</p>{_components(run, row)}{words(row)}</article>'
+        f'<p class="note">{" · ".join(facts)}</p>{_components(run, row)}{words(row, thinks(run))}</article>'
     )
 
 

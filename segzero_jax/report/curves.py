@@ -28,6 +28,7 @@ _SHARES = ("finished", "empty_thinking", "reward/zero_std_groups", "clip_fractio
 _DRAWN_WHEN_THEY_CHANGE = ("clip_fraction", "lr")
 _COMPONENTS = {
     "thinking_format": "Reasoning and answer stand in their tags.",
+    "answer_format": "The answer stands in its tags, and nothing beside it.",
     "segmentation_format": "The answer is JSON with a box and points.",
     "accuracy": "Boxes and points near their targets.",
     "non_repeat": "No sentence comes again and again.",
@@ -35,6 +36,14 @@ _COMPONENTS = {
     "box_l1": "The box's sides are near the target's.",
     "point_l1": "The points are in the box and near the target's.",
     "mask_iou": "SAM 2's mask for the answer against the target mask.",
+}
+# What components of the same name are under another recipe.
+_OF_RECIPE = {
+    "seg_zero_soft_accuracy": {
+        "box_iou": "IoU of the box with the target's.",
+        "box_l1": "1 less the mean distance of the box's sides from the target's over 840 px.",
+        "point_l1": "1 less the mean distance of the points from the target's over 840 px; 0 where one is outside.",
+    }
 }
 _LENGTHS = ("response_length/mean", "response_length/max", "response_length/min")
 # Shown where they tell of something: on the time line of events, and where the time went.
@@ -99,7 +108,8 @@ def _keys(run: Run) -> dict[str, None]:
 
 
 def _component(run: Run, name: str, maximum: float | None) -> str:
-    parts = [_COMPONENTS.get(name, "")] + ([] if maximum is None else [f"At most {bound(maximum)}."])
+    words = _COMPONENTS | _OF_RECIPE.get(run.setting("reward.recipe"), {})
+    parts = [words.get(name, "")] + ([] if maximum is None else [f"At most {bound(maximum)}."])
     if name == "mask_iou":
         parts.append(f"Weight {text(run.setting('reward.mask_iou_weight'))}.")
     return figure(run, f"reward/{name}", label(name), " ".join(parts), maximum=maximum)

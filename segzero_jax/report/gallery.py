@@ -57,7 +57,7 @@ class Shown:
       rows: of ``samples.jsonl``; the first answer to each question is shown.
       ceiling: rows of the oracle on the same questions, where it was asked for.
       picture: the picture of a question, by its ``index`` in the rows.
-      recipe: of the rewards, for the most that a component can be.
+      recipe: of the rewards, for the most that a component can be and whether reasoning was asked for.
     """
 
     result: Mapping[str, Any]
@@ -233,5 +233,5 @@ def _case(one: Shown, row: Row) -> str:
     return (
         f'<article class="case"><div class="kind">{text(row["id"])}</div><div class="question">{text(row["question"])}'
         f'</div><div class="side"><div>{image}</div><div><div class="score">{best}{reward}</div>{cause}{nothing}'
-        f"{cards.components(row, maxima)}{cards.words(row)}</div></div></article>"
+        f"{cards.components(row, maxima)}{cards.words(row, rewards.thinks(one.recipe))}</div></div></article>"
     )

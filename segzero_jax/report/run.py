@@ -147,6 +147,14 @@ def reward_maxima(run: Run) -> Maxima:
     return Maxima(known, {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED})
 
 
+def thinks(run: Run) -> bool:
+    """Whether the configured recipe asks for reasoning; one that is not known counts as one that does."""
+    try:
+        return rewards.thinks(run.setting("reward.recipe"))
+    except ValueError:
+        return True
+
+
 @dataclass(frozen=True)
 class Ends:
     """A metric at the two ends of a run: means over ``window`` steps and their standard errors (None for one step)."""
