@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from segzero_jax import config
+from segzero_jax import config, rewards
 from segzero_jax.config import Config
 from segzero_jax.mesh import parse_mesh
+from segzero_jax.prompt import WORDINGS
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER = [path for path in PRESETS if path.stem != "toy"]
 ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+WITHOUT_THINKING = (
+    WORDINGS["seg_zero"]
+    .replace("the thinking process in <think> </think> and final answer", "the final answer")
+    .replace("<think> thinking process here </think>", "")
+)
+WITHOUT_EXAMPLE = WORDINGS["seg_zero"].partition("i.e., ")[0]
 
 
 def name(path: Path) -> str:
@@ -114,16 +121,28 @@ def test_paper_presets_hold_what_is_their_own(stem, size, mesh, recipe, prompt, 
 def test_each_ablation_changes_what_its_name_says():
     baseline = preset("ablations/baseline")
     assert config.differing_keys(baseline, preset("seg_zero_3b")) == ["reward.recipe", "run.dir"]
-    changed = {"kl": "grpo.kl_coef", "group": "rollout.group_size", "strict": "reward.recipe"}
+    changed = {"kl": "grpo.kl_coef", "group": "rollout.group_size"}
+    named = {
+        "strict": {"reward.recipe": "seg_zero_strict"},
+        "soft_accuracy": {"reward.recipe": "seg_zero_soft_accuracy"},
+        "no_thinking": {"reward.recipe": "seg_zero_no_thinking", "data.prompt": WITHOUT_THINKING},
+        "no_example": {"data.prompt": WITHOUT_EXAMPLE},
+    }
     for path in ABLATIONS:
         if path.stem == "baseline":
             continue
         kind, _, value = path.stem.partition("_")
-        loaded = config.load(path)
-        assert config.differing_keys(loaded, baseline) == sorted([changed[kind], "run.dir"]), path
-        if value:
-            section, _, key = changed[kind].partition(".")
-            assert getattr(getattr(loaded, section), key) == float(value), path
+        changes = named[path.stem] if path.stem in named else {changed[kind]: float(value)}
+        assert config.load(path) == config.replace(baseline, **changes, **{"run.dir": f"runs/ablations/{path.stem}"})
+    assert {path.stem for path in ABLATIONS} >= named.keys()
+
+
+def test_wordings_of_ablations_are_seg_zeros_with_one_thing_left_out():
+    assert WITHOUT_THINKING.count("think") == 0
+    assert WITHOUT_EXAMPLE.endswith("in JSON format.")
+    shown = WITHOUT_THINKING.rpartition("i.e., ")[2].replace("'", '"')
+    target = "<box>(10,100),(200,210)</box><points>(30,110),(35,180)</points>"
+    assert rewards.score("seg_zero_no_thinking", shown, target).total == 5
 
 
 def test_runs_do_not_overwrite_each_other():
