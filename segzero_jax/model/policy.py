@@ -107,8 +107,8 @@ def _linear(
     # Rows of the result; the rank is in one place.
     rows = PartitionSpec(out_sharding[0], *(None,) * (len(narrow) - 1))
     x_btr = linear(f"{x_letters},{inputs}r->{narrow}", x, adapter.down[...], None, rows)
-    # The sum is rounded once: what an adapter changes is often less than a rounded product can hold.
-    change = linear(f"{narrow},r{outputs}->{out}", x_btr, adapter.up[...], None, out_sharding, jnp.float32)
+    change = linear(f"{narrow},r{outputs}->{out}", x_btr, adapter.up[...], None, out_sharding)
+    # Added before the product is rounded: what an adapter changes is often less than a rounded product can hold.
     return (linear(subscripts, x, weight, bias, out_sharding, jnp.float32) + change).astype(x.dtype)
 
 
