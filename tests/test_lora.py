@@ -127,6 +127,9 @@ def test_adapted_is_merged_in_training_and_in_rollout() -> None:
         adapted = adapt(policy, adapters, SCALE)
         merged = merge(adapted)
         assert jax.tree.structure(merged) == jax.tree.structure(policy)
+        same = jax.tree.map(lambda ours, theirs: ours is theirs, merged, policy)
+        assert jax.tree.leaves(same).count(False) == len(MATRICES), "memory is for one of what does not change"
+        assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours is theirs, merge(policy), policy))
         for name, expected in by_hand(policy, adapters).items():
             np.testing.assert_allclose(getattr(merged.blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
         plain, expected = logps(policy, batch), logps(merged, batch)
