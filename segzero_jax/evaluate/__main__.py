@@ -5,6 +5,7 @@ On several hosts all ask the same, and the first one scores, writes and speaks.
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
         pod = join(parser.prog, "the same command goes on")
+        if jax.distributed.is_initialized():
+            # JAX listens for it from then on, for those who ask it now and then, and the process would go on.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         prepare_cpu(args.mesh, pod.count)
         run(args, pod)
         return pod.leave(0)

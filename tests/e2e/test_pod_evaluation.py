@@ -55,10 +55,21 @@ def start(out: Path, data_dir: str, address: str, host: dict[str, str]) -> subpr
     )
 
 
-def start_pod(out: Path, data_dir: str, address: str) -> list[subprocess.Popen[str]]:
+def start_pod(out: Path, data_dir: str, address: str, count: int = HOSTS) -> list[subprocess.Popen[str]]:
     """The hosts write to ``out/INDEX``."""
-    pod = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(HOSTS)}
-    return [start(out / str(i), data_dir, address, pod | {"JAX_PROCESS_ID": str(i)}) for i in range(HOSTS)]
+    pod = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    return [start(out / str(i), data_dir, address, pod | {"JAX_PROCESS_ID": str(i)}) for i in range(count)]
+
+
+def stop_midway(out: Path, hosts: list[subprocess.Popen[str]], number: signal.Signals) -> None:
+    """Sends the first host a signal once it has kept some answers; all end, and say how to go on."""
+    while not (out / "0" / ROWS).exists() or not (out / "0" / ROWS).stat().st_size:
+        assert hosts[0].poll() is None, hosts[0].communicate()
+        time.sleep(0.05)
+    hosts[0].send_signal(number)
+    stopped = ends(hosts)
+    assert [code for code, _, _ in stopped] == [130] * len(hosts)
+    assert all("stopped; the same command goes on" in err[-1] for _, _, err in stopped)
 
 
 def ends(hosts: list[subprocess.Popen[str]]) -> list[tuple[int, list[str], list[str]]]:
@@ -90,13 +101,7 @@ def test_two_hosts_leave_what_one_process_leaves(
     assert len(expected[str(ROWS)].splitlines()) == QUESTIONS * SAMPLES
 
     hosts = start_pod(tmp_path, data_dir, address)
-    while not (tmp_path / "0" / ROWS).exists() or not (tmp_path / "0" / ROWS).stat().st_size:
-        assert hosts[0].poll() is None, hosts[0].communicate()
-        time.sleep(0.05)
-    hosts[0].send_signal(signal.SIGINT)
-    stopped = ends(hosts)
-    assert [code for code, _, _ in stopped] == [130, 130]
-    assert all("stopped; the same command goes on" in err[-1] for _, _, err in stopped)
+    stop_midway(tmp_path, hosts, signal.SIGINT)
     counting.asked = 0
 
     ended = ends(start_pod(tmp_path, data_dir, address))
@@ -107,3 +112,11 @@ def test_two_hosts_leave_what_one_process_leaves(
     assert files(tmp_path / "0") == expected
     assert not (tmp_path / "1").exists()
     assert counting.asked <= 4 * QUESTIONS - BATCH, "what was kept is not asked again"
+
+
+@pytest.mark.parametrize("count", [1, HOSTS])
+def test_sigterm_stops_it_where_jax_listens_for_it_too(
+    count: int, server: tuple[CountingServer, str], data_dir: str, tmp_path: Path
+) -> None:
+    """As on every TPU machine, be it alone: systemd would wait five minutes, then kill it."""
+    stop_midway(tmp_path, start_pod(tmp_path, data_dir, server[1], count), signal.SIGTERM)
