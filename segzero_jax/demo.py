@@ -16,13 +16,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from segzero_jax.answering import Answered, Picture, answer_question, reasoning_so_far
 from segzero_jax.asking import Loaded
+from segzero_jax.decoding import UNDECODABLE
 from segzero_jax.options import say
 from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
@@ -116,7 +117,8 @@ def make_page(ask: Ask, policy: str) -> gr.Blocks:
 def _uploaded(path: Path) -> Picture:
     """The file as it was uploaded; a picture in another format than the policy's as PNG. Raises ImageError."""
     data = path.read_bytes()
-    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
+    # What is damaged is left as it is: reading it says how.
+    with contextlib.suppress(*UNDECODABLE), Image.open(io.BytesIO(data)) as image:
         if image.format not in _READABLE:
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "PNG")

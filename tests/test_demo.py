@@ -91,8 +91,11 @@ def test_a_picture_in_another_format_is_asked_about_too(address: str, tmp_path: 
     client = Client(address, verbose=False, analytics_enabled=False)
     client.predict(handle_file(tmp_path / "scene.bmp"), QUESTION, api_name="/ask")
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(STORED[-1]))), np.asarray(PICTURE))
-    with pytest.raises(AppError, match="the picture: "):
-        client.predict(handle_file(tmp_path / "scene.svg"), QUESTION, api_name="/ask")
+    whole = encoded(PICTURE, "BMP")
+    (tmp_path / "half.bmp").write_bytes(whole[: len(whole) // 2])
+    for name in ("scene.svg", "half.bmp"):
+        with pytest.raises(AppError, match="the picture: "):
+            client.predict(handle_file(tmp_path / name), QUESTION, api_name="/ask")
 
 
 def test_nothing_comes_from_elsewhere(address: str) -> None:
