@@ -632,3 +632,18 @@ def test_bad_input_is_one_line(
     for part in parts:
         assert part in complaint
     assert not list(Path("evaluate").rglob("*.jsonl"))
+
+
+def test_other_hosts_do_not_wait_for_one_that_cannot_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that has not joined yet is waited for until JAX aborts them, after five minutes."""
+    left = []
+
+    class Joined(Pod):
+        def leave(self, code: int, line: str = "") -> int:
+            left.append((code, line))
+            return code
+
+    monkeypatch.setattr(command, "join", lambda prog, advice: Joined())
+    (tmp_path / "taken").touch()
+    assert command.main(["--dataset=toy", "--server=none", f"--out={tmp_path}/taken"]) == 2
+    assert left == [(2, f"--out={tmp_path}/taken: is a file, expected a directory")]

@@ -183,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--oracle: asks SAM 2, expected --server=local or host:port, got none")
     pod = Pod(prog=parser.prog)
     try:
-        if local_path(args.out, "--out", "write to a disk and copy it from there").is_file():
-            raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
         pod = join(parser.prog, "the same command goes on")
         if jax.distributed.is_initialized():
             # JAX listens for it from then on, for those who ask it now and then, and the process would go on.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Once all are here: whoever left before would be waited for.
+        if local_path(args.out, "--out", "write to a disk and copy it from there").is_file():
+            raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
         prepare_cpu(args.mesh, pod.count)
         run(args, pod)
         return pod.leave(0)
