@@ -43,16 +43,17 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
         config = checkpoints.config(step)
         dims = read_dims(config.model.path)
         if config.model.lora_rank:
-            policy = _adapted(checkpoints, step, config, dims, dtype)
+            policy = _adapted(checkpoints, step, config, dims)
         else:
             policy = checkpoints.policy(step, abstract_policy(dims))
     return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
 
 
-def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims, dtype: Any) -> Policy:
+def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims) -> Policy:
     """The policy that a run began with, and its adapters on it."""
     model = config.model
-    base, _ = load_hf(model.path, dtype=dtype)
+    # As the run has read it: that is what the adapters have learnt on.
+    base, _ = load_hf(model.path, dtype=compute_dtype(model.compute_dtype))
     found, expected = fingerprint(base, compute_dtype(model.compute_dtype)), checkpoints.reference(step)
     if found != expected:
         raise CheckpointError(

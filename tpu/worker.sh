@@ -141,11 +141,17 @@ is_first() {
   [[ $number == 0 ]]
 }
 
+# Where the files are, and where they are kept; what an earlier commit has started had no other than a run's.
+read_place() {
+  # shellcheck disable=SC1091
+  source .run
+  DIR=${DIR-$RUN_DIR} FOLDER=${FOLDER-run} MARK=${MARK-config.yaml}
+}
+
 # The files from the bucket, where this machine has none: it replaces one that was taken away. All or none of them, for what
 # lies here is what is copied to the bucket.
 fetch() {
-  # shellcheck disable=SC1091
-  source .run
+  read_place
   [[ ! -e $DIR/$MARK ]] || return 0
   local answer
   if ! answer=$(gcloud storage ls "$STORE/$FOLDER/" 2>&1); then
@@ -162,8 +168,7 @@ fetch() {
 
 # The files into the bucket, checkpoints excepted, which the trainer writes there itself.
 copy() {
-  # shellcheck disable=SC1091
-  source .run
+  read_place
   is_first && [[ -e $DIR/$MARK ]] || return 0
   gcloud storage rsync --quiet --recursive --exclude='^checkpoints/.*' "$DIR" "$STORE/$FOLDER"
 }

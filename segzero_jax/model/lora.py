@@ -2,8 +2,8 @@
 
 A matrix ``W`` of a block becomes ``W + alpha / rank · down · up``, ``down`` with ``rank`` columns and ``up`` with as
 many rows. The policy that a run starts from stays as it is, in the dtype of activations, and is the reference policy
-too: neither master weights nor moments of it exist. All seven matrices of every decoder block are adapted (PEFT's
-"all-linear"); embeddings, head, norms, biases and the vision tower are not.
+too: neither master weights nor moments of it exist. All seven matrices of every decoder block are adapted; embeddings,
+head, norms, biases and the vision tower are not.
 """
 
 import math

@@ -245,6 +245,11 @@ class TestWorker:
         machine.worker("copy")
         (copy,) = machine.called()
         assert copy.endswith("--exclude=^checkpoints/.* runs/n gs://b/n/run")
+        (machine.root / ".run").write_text(
+            "STORE=gs://b/n RUN_DIR=runs/n\n"
+        )  # Of an earlier commit, whose training runs.
+        machine.worker("copy")
+        assert machine.called() == [copy]
 
     def test_takes_the_files_of_a_machine_that_is_gone(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
