@@ -12,6 +12,8 @@ from typing import IO
 _HELD = ".lock"
 # What flock raises on file systems without locks, such as Lustre mounted without them.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# The lock files that this process has open.
+_open_locks: set[IO[str]] = set()
 
 
 class FolderHeld(OSError):
@@ -46,10 +48,22 @@ def hold(path: Path, what: str) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
+        _open_locks.add(lock)
         try:
             yield
         finally:
-            lock.truncate(0)
+            if lock in _open_locks:  # Of a forked process they are not.
+                _open_locks.remove(lock)
+                lock.truncate(0)
+
+
+def _let_go() -> None:
+    """In a forked process: it shares the lock, and would keep it from whoever comes after this one's parent."""
+    while _open_locks:
+        _open_locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _holder(lock: IO[str]) -> str:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,17 @@ from pathlib import Path
 from segzero_jax.file_lock import hold
 with hold(Path(sys.argv[1]), "training run"):
     print("holds", flush=True)
+    time.sleep(600)
+"""
+
+# Does so too, beside a process that it has forked, whose number it prints.
+FORKER = """
+import os, sys, time
+from pathlib import Path
+from segzero_jax.file_lock import hold
+with hold(Path(sys.argv[1]), "run"):
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(600)
 """
 
@@ -50,6 +62,23 @@ def test_a_folder_is_held_once_in_a_process_too_and_free_afterwards(tmp_path: Pa
         raise KeyError
     with hold(tmp_path, "evaluation"), hold(tmp_path / "other", "evaluation"):
         pass
+
+
+def test_what_a_killed_process_has_forked_does_not_keep_its_folder(tmp_path: Path) -> None:
+    """Such as a pool of a reward function's own, which outlives the run."""
+    with subprocess.Popen([sys.executable, "-c", FORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        forked = int(holder.stdout.readline())
+        try:
+            with pytest.raises(FolderHeld, match=f"process {holder.pid} on"), hold(tmp_path, "run"):
+                pass
+            holder.kill()
+            holder.wait()
+            os.kill(forked, 0)  # is alive
+            with hold(tmp_path, "run"):
+                pass
+        finally:
+            os.kill(forked, signal.SIGKILL)
 
 
 def test_a_disk_without_locks_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
