@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, StorageError, checkpoint_directory, complete_steps, differing_runs
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
-from segzero_jax.file_lock import hold
+from segzero_jax.file_lock import FolderHeld, hold
 from segzero_jax.local_path import local_path
 from segzero_jax.metrics import MetricsWriter
 from segzero_jax.pods import Pod
@@ -192,10 +192,18 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
     """Opens the run directory, for this process alone as long as it trains.
 
     Raises:
+      ConfigError: it cannot be made, or written to.
       FolderHeld: another process of this machine, or of one that shares the disk, trains there.
       StorageError: one has, between this process's ``begin`` and now; the same command begins with what it left.
     """
-    with hold(run_directory(config), "run"):
+    run_dir = run_directory(config)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(run_dir, "run"))
+        except FolderHeld:
+            raise
+        except OSError as error:
+            raise ConfigError(f"run.dir={run_dir}: cannot be written to: {error.strerror or error}") from None
         directory = checkpoint_directory(config)
         if tuple(complete_steps(directory)) != beginning.saved:
             raise StorageError(

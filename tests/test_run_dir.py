@@ -90,6 +90,15 @@ def test_a_directory_in_which_another_process_trains_is_refused(
     assert line.endswith(" works on this run; wait until it ends, or choose another folder")
 
 
+def test_a_directory_that_cannot_be_made_is_one_line(config: Config, tmp_path: Path) -> None:
+    """Checkpoints may go elsewhere, so this is the first that is written there."""
+    (tmp_path / "file").write_text("")
+    config = configs.replace(config, **{"run.dir": str(tmp_path / "file" / "run")})
+    line = r"^run\.dir=.*/file/run: cannot be written to: Not a directory$"
+    with pytest.raises(ConfigError, match=line), held(config, Beginning(None, done=False)):
+        pytest.fail("it is held")
+
+
 def test_a_run_that_another_process_has_made_meanwhile_is_not_made_again(config: Config) -> None:
     beginning = begin(config, resume=False, pod=ALONE)
     save(config, 2, 4)
