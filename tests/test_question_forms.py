@@ -223,20 +223,27 @@ def test_a_mask_file_of_any_kind(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("m.jpg", {"quality": 100}), ("m.webp", {"quality": 90}), ("m.png", {"format": "JPEG"}), ("film.webp", {})],
+    [
+        *(("m.jpg", {"quality": 100}), ("m.webp", {"quality": 90}), ("m.png", {"format": "JPEG"}), ("film.webp", {})),
+        *(("m.tif", {"compression": "jpeg"}), ("inks.tif", {})),
+    ],
 )
 def test_a_mask_in_a_lossy_format_is_refused(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """What looks like 0 around its object is 1 or 2."""
+    """What looks like 0 around its object is 1 or 2. In inks, 0 is no colour, and the fourth is no transparency."""
     folder = sources.lines(tmp_path / "s")
     mask = Image.fromarray(rectangle(11, 13, 50, 45).astype(np.uint8) * 255)
+    mask = mask.convert("CMYK") if name == "inks.tif" else mask
     film = {"save_all": True, "append_images": [Image.new("L", mask.size)]} if name == "film.webp" else {}
     mask.save(folder / "masks" / name, **options, **film)
     row = {"image": "images/0.jpg", "question": "the red mug", "mask": f"masks/{name}", "id": "lossy"}
     with (folder / "train.jsonl").open("a") as file:
         file.write("\n" + json.dumps(row))
     out = built(tmp_path, "mine", folder)
-    kind = "WEBP" if name.endswith("webp") else "JPEG"
-    assert left_out(out, "mine") == {"lossy": f"a mask in a lossy format, expected PNG: masks/{name} is {kind}"}
+    kind = {"webp": "WEBP", "tif": "TIFF"}.get(name.rpartition(".")[2], "JPEG")
+    why = "a mask in inks, expected PNG: masks/inks.tif is CMYK"
+    if name != "inks.tif":
+        why = f"a mask in a lossy format, expected PNG: masks/{name} is {kind}"
+    assert left_out(out, "mine") == {"lossy": why}
 
 
 @pytest.mark.parametrize("alpha", [False, True])

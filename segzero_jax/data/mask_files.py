@@ -24,8 +24,14 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.format in _LOSSY or (image.format == "WEBP" and _is_lossy_webp(data)):
+            if (
+                image.format in _LOSSY
+                or (image.format == "WEBP" and _is_lossy_webp(data))
+                or image.info.get("compression") == "jpeg"  # in a TIFF
+            ):
                 raise MaskError(f"a mask in a lossy format, expected PNG: {name} is {image.format}")
+            if image.mode == "CMYK":  # Ink is what colours are the absence of.
+                raise MaskError(f"a mask in inks, expected PNG: {name} is CMYK")
             if image.mode == "P":  # The number of a colour is what counts, not how it looks.
                 return np.asarray(image) > 0
             pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
