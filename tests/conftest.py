@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 
 from xla_flags import QUICK
 
@@ -43,11 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a session."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def data_dir(shared_dir: Path) -> str:
     """Where the toy data set lies, built once for all workers of a session."""
     from segzero_jax.data.pipeline import open_split  # Few tests need it.
 
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "data"
+    folder = shared_dir / "data"
     open_split("toy", "train", folder)
     return str(folder)

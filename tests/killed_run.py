@@ -1,5 +1,6 @@
 """A training run that sends itself a signal at a named point, in a process of its own."""
 
+import fcntl
 import gc
 import importlib
 import multiprocessing
@@ -7,7 +8,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +46,15 @@ class Host(NamedTuple):
     address: str
     count: int
     index: int
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[bool]:
+    """Whether this process is the one to make what is to be at ``path``; others wait until it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not path.exists()
 
 
 # How long a host of these pods may be silent before the others take it for dead.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_reward_server import Fake, serving
-from killed_run import HEARTBEAT_S, Point, Processes
+from killed_run import HEARTBEAT_S, Point, Processes, made_once
 from same_run import assert_same, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.longest, pytest.mark.timeout(3600)]
@@ -59,20 +59,19 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
-    return Processes(tmp_path_factory.mktemp("compiled"))
+def processes(shared_dir: Path) -> Processes:
+    return Processes(shared_dir / "killed_hosts/compiled")
 
 
 @pytest.fixture(scope="module")
-def whole(
-    processes: Processes, server: str, data_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], Path]:
+def whole(processes: Processes, server: str, data_dir: str, shared_dir: Path) -> tuple[list[str], Path]:
     """The options of a run, and the run that nothing happened to."""
     options = [*OPTIONS, f"--reward.server={server}", f"--data.dir={data_dir}"]
-    folder = tmp_path_factory.mktemp("runs")
-    codes = processes.exit_codes([*options, f"--run.dir={folder / 'whole'}"], folder / "logs", HOSTS)
-    assert codes == [0] * HOSTS, (folder / "logs/0").read_text()[-2000:]
-    return options, folder / "whole"
+    run, logs = shared_dir / "killed_hosts/whole", shared_dir / "killed_hosts/logs"
+    with made_once(run) as mine:
+        codes = processes.exit_codes([*options, f"--run.dir={run}"], logs, HOSTS) if mine else [0] * HOSTS
+    assert codes == [0] * HOSTS, (logs / "0").read_text()[-2000:]
+    return options, run
 
 
 def test_twenty_kills_of_one_host_leave_no_trace(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_reward_server import Fake, serving
-from killed_run import Point, Processes
+from killed_run import Point, Processes, made_once
 from same_run import assert_same, lines, scalars
 
 STEPS = 10
@@ -49,8 +49,8 @@ CHAINS = (
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
-    return Processes(tmp_path_factory.mktemp("compiled"))
+def processes(shared_dir: Path) -> Processes:
+    return Processes(shared_dir / "killed_runs/compiled")
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,14 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    processes: Processes, server: str, data_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], Path]:
+def whole(processes: Processes, server: str, data_dir: str, shared_dir: Path) -> tuple[list[str], Path]:
     """The options of a run, and the run that nothing happened to."""
     options = [*OPTIONS, f"--reward.server={server}", f"--data.dir={data_dir}"]
-    folder = tmp_path_factory.mktemp("runs")
-    code = processes.exit_code([*options, f"--run.dir={folder / 'whole'}"], folder / "whole.log")
-    assert code == 0, (folder / "whole.log").read_text()[-2000:]
-    return options, folder / "whole"
+    run, log = shared_dir / "killed_runs/whole", shared_dir / "killed_runs/whole.log"
+    with made_once(run) as mine:
+        code = processes.exit_code([*options, f"--run.dir={run}"], log) if mine else 0
+    assert code == 0, log.read_text()[-2000:]
+    return options, run
 
 
 @pytest.mark.slow
