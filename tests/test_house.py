@@ -1,6 +1,7 @@
 """The laws of the house. They read the tree as it stands, so a new module is covered from its first line."""
 
 import ast
+import gc
 import importlib.metadata
 import importlib.util
 import re
@@ -55,7 +56,13 @@ def module_name(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports, at whatever depth of the code, in full."""
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    # A collection in the midst of it may run code that parses as well, which CPython 3.11 miscounts (SystemError).
+    gc.disable()
+    try:
+        tree = ast.parse(path.read_text(), str(path))
+    finally:
+        gc.enable()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
