@@ -24,12 +24,9 @@ from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
-from segzero_jax.model.lora import Adapters
-from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import CheckpointError, StorageError
 
 T = TypeVar("T")
-L = TypeVar("L", Policy, Adapters, Policy | Adapters)
 # A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
 _FREE_KEYS = (
     *("mesh", "run.", "eval.", "watch.", "data.dir", "data.workers", "model.path"),
@@ -302,7 +299,7 @@ class Checkpoints:
         lines: dict[str, Any] = self._run(step)["lines"]
         return lines
 
-    def policy(self, step: int, like: L) -> L:
+    def policy(self, step: int, like: T) -> T:
         """What learns alone, in the shardings of ``like``. Raises CheckpointError when it is of another model."""
         return self._tree(step, "policy", like)
 

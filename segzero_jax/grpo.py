@@ -65,9 +65,8 @@ class LossSettings(NamedTuple):
 def loss_settings(config: Config, banned_ids: tuple[int, ...]) -> LossSettings:
     """Those of a run; ``banned_ids`` are the tokens that it never samples."""
     limits, model = config.rollout, config.model
-    scale = model.lora_alpha / model.lora_rank if model.lora_rank else None
     frozen, longest = model.freeze_vision, limits.max_response_tokens
-    return LossSettings(config.grpo, limits.temperature, banned_ids, frozen, longest, scale)
+    return LossSettings(config.grpo, limits.temperature, banned_ids, frozen, longest, model.lora_scale)
 
 
 class UpdateBatch(NamedTuple):

@@ -51,14 +51,14 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
 
 def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims) -> Policy:
     """The policy that a run began with, and its adapters on it."""
-    model = config.model
+    model, dtype = config.model, compute_dtype(config.model.compute_dtype)
     # As the run has read it: that is what the adapters have learnt on.
-    base, _ = load_hf(model.path, dtype=compute_dtype(model.compute_dtype))
-    found, expected = fingerprint(base, compute_dtype(model.compute_dtype)), checkpoints.reference(step)
+    base, _ = load_hf(model.path, dtype=dtype)
+    found, expected = fingerprint(base, dtype), checkpoints.reference(step)
     if found != expected:
         raise CheckpointError(
             f"{checkpoints.directory}/{step}: its adapters are for weights with fingerprint {expected}, model.path="
             f"{model.path} has {found}; expected the weights that the run began with"
         )
     adapters = checkpoints.policy(step, abstract_adapters(dims, model.lora_rank))
-    return adapt(base, adapters, model.lora_alpha / model.lora_rank)
+    return adapt(base, adapters, model.lora_scale)

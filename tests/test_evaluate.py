@@ -451,35 +451,9 @@ def test_a_checkpoint_is_chosen_on_validation_only() -> None:
     ]
 
 
-def test_only_the_chosen_checkpoint_sees_the_other_splits(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, tuple[str, ...]]] = []
-
-    def policy(self: evaluator.Evaluator, checkpoint: str, sets: list[evaluator.Questions]) -> None:
-        asked.append((checkpoint, tuple(one.split for one in sets)))
-        for one in sets:
-            giou = 0.3 if checkpoint.endswith("2") else 0.2
-            self.results.append(evaluated(checkpoint, one.split, giou) | {"failed": [], "failures": {}, "samples": 0})
-            self.rows.append([])
-
-    monkeypatch.setattr(evaluator.Evaluator, "policy", policy)
-    monkeypatch.setattr(command, "build_gallery", lambda *_: "page")
-    monkeypatch.setattr(command, "_shown", lambda *_: [])
-    (tmp_path / "out").mkdir()
-    for step in (1, 2, 3):
-        (tmp_path / "run/checkpoints" / str(step) / "manifest").mkdir(parents=True)
-    every = f"{tmp_path}/run/checkpoints"
-    arguments = ["--dataset", "d/test", "d/val", "--checkpoint", every, f"--out={tmp_path}/out", "--server=none"]
-    assert command.main(arguments) == 0
-    assert asked == [(f"{every}/{n}", ("val",)) for n in (1, 2, 3)] + [(f"{every}/2", ("test",))]
-    assert json.loads((tmp_path / "out/results.json").read_text())["chosen"]["checkpoint"] == f"{every}/2"
-
-
-def test_all_hosts_go_on_with_what_the_first_one_finds_and_chooses(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Results are on the first host alone; the second sees a newer checkpoint."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[str, tuple[str, ...]]]]:
+    """Checkpoints and splits that each host was asked for; the second step is the best, as the first host finds."""
     asked: dict[int, list[tuple[str, tuple[str, ...]]]] = {0: [], 1: []}
 
     def policy(self: evaluator.Evaluator, checkpoint: str, sets: list[evaluator.Questions]) -> None:
@@ -493,6 +467,26 @@ def test_all_hosts_go_on_with_what_the_first_one_finds_and_chooses(
     monkeypatch.setattr(evaluator.Evaluator, "policy", policy)
     monkeypatch.setattr(command, "build_gallery", lambda *_: "page")
     monkeypatch.setattr(command, "_shown", lambda *_: [])
+    return asked
+
+
+def test_only_the_chosen_checkpoint_sees_the_other_splits(
+    source: Source, asked: dict[int, list[tuple[str, tuple[str, ...]]]], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    for step in (1, 2, 3):
+        (tmp_path / "run/checkpoints" / str(step) / "manifest").mkdir(parents=True)
+    every = f"{tmp_path}/run/checkpoints"
+    arguments = ["--dataset", "d/test", "d/val", "--checkpoint", every, f"--out={tmp_path}/out", "--server=none"]
+    assert command.main(arguments) == 0
+    assert asked[0] == [(f"{every}/{n}", ("val",)) for n in (1, 2, 3)] + [(f"{every}/2", ("test",))]
+    assert json.loads((tmp_path / "out/results.json").read_text())["chosen"]["checkpoint"] == f"{every}/2"
+
+
+def test_all_hosts_go_on_with_what_the_first_one_finds_and_chooses(
+    source: Source, asked: dict[int, list[tuple[str, tuple[str, ...]]]], tmp_path: Path
+) -> None:
+    """Results are on the first host alone; the second sees a newer checkpoint."""
     for host, steps in ((0, (1, 2)), (1, (1, 2, 3))):
         for step in steps:
             (tmp_path / str(host) / "checkpoints" / str(step) / "manifest").mkdir(parents=True)

@@ -9,7 +9,7 @@
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 begin "$@"
-((${#REST[@]} > 1)) || fail "nothing to ask; expected -- --dataset NAME/SPLIT --mesh FSDPxTENSOR"
-[[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the evaluation come after --"
+after_dashes evaluation
+((${#REST[@]})) || fail "nothing to ask; expected -- --dataset NAME/SPLIT --mesh FSDPxTENSOR"
 folder=evaluate/$NAME
-on_workers "$REMOTE/tpu/worker.sh evaluate $STORE $folder --checkpoint=$STORE$(printf ' %q' "${REST[@]:1}") --out=$folder"
+on_workers "$REMOTE/tpu/worker.sh evaluate $STORE $folder --checkpoint=$STORE$(printf ' %q' "${REST[@]}") --out=$folder"

@@ -7,9 +7,6 @@
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 begin "$@"
-if ((${#REST[@]})); then
-  [[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the training come after --"
-  REST=("${REST[@]:1}")
-fi
+after_dashes training
 train_options ${REST[@]+"${REST[@]}"}
 on_workers "$REMOTE/tpu/worker.sh run segzero_jax.preflight$(printf ' %q' "${OPTIONS[@]}")"

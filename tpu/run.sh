@@ -11,9 +11,6 @@ if [[ ${REST[0]-} == --stop ]]; then
   on_workers "$REMOTE/tpu/worker.sh stop"
   exit
 fi
-if ((${#REST[@]})); then
-  [[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the training come after --"
-  REST=("${REST[@]:1}")
-fi
+after_dashes training
 train_options ${REST[@]+"${REST[@]}"}
 on_workers "$REMOTE/tpu/worker.sh start $STORE $RUN_DIR$(printf ' %q' "${OPTIONS[@]}")"

@@ -45,6 +45,13 @@ begin() {
 
 no_more_options() { ((${#REST[@]} == 0)) || fail "${REST[0]}: unexpected; --help lists the options"; }
 
+# after_dashes WHAT: leaves in REST what stands after "--", options of the training, say. Nothing may stand before it.
+after_dashes() {
+  ((${#REST[@]})) || return 0
+  [[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the $1 come after --"
+  REST=("${REST[@]:1}")
+}
+
 read_settings() {
   [[ -f $SETTINGS ]] || fail "$SETTINGS: no such file; copy tpu/settings.example.sh to tpu/settings.sh and fill it in"
   PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK=''

@@ -74,6 +74,11 @@ class ModelConfig:
         """Whether pictures are embedded the same in all steps."""
         return self.freeze_vision or self.lora_rank > 0
 
+    @property
+    def lora_scale(self) -> float | None:
+        """What an adapter adds counts so many times; None where all weights learn."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else None
+
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:

@@ -65,6 +65,11 @@ def abstract_adapters(dims: Dims, rank: int, layout: Layout = TRAIN) -> Adapters
     return jax.eval_shape(lambda: Adapters(dims, layout, rank, jax.random.key(0)))
 
 
+def abstract_learning(dims: Dims, rank: int) -> Policy | Adapters:
+    """What learns, in abstract values: adapters where there is a rank, else all weights."""
+    return abstract_adapters(dims, rank) if rank else abstract_policy(dims)
+
+
 def abstract_adapted(dims: Dims, rank: int, layout: Layout = TRAIN) -> Policy:
     """As ``abstract_policy``, with adapters where there is a rank."""
     policy = abstract_policy(dims, layout)

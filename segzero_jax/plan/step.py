@@ -23,7 +23,7 @@ from segzero_jax.grpo import (
 from segzero_jax.mesh import ROLLOUT, TRAIN
 from segzero_jax.model.attention import Stream, choose_kernel
 from segzero_jax.model.dims import RELEASED, Dims
-from segzero_jax.model.lora import abstract_adapted, abstract_adapters
+from segzero_jax.model.lora import abstract_adapted, abstract_learning
 from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.splash import live_scores, padded_length
@@ -71,8 +71,7 @@ class Step:
         self.rank = config.model.lora_rank
         # Of LoRA the policy that the adapters are on; the reference has adapters of its own on the same.
         self.base = self._on_mesh(abstract_policy(dims), dtype) if self.rank else None
-        adapters = self._on_mesh(abstract_adapters(dims, self.rank)) if self.rank else None
-        learning = adapters or self._on_mesh(abstract_policy(dims), jnp.float32)
+        learning = self._on_mesh(abstract_learning(dims, self.rank))
         self.policy = whole_policy(learning, self.base, self.loss._replace(lora_scale=None))
         reference = self._on_mesh(abstract_adapted(dims, self.rank), dtype)
         self.reference_policy = reference if config.grpo.kl_coef else None

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
+import same_run
 
 from segzero_jax import config as configs
 from segzero_jax import job, train
@@ -89,10 +90,7 @@ def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: 
     assert update._cache_size() == 1
     assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}"]) == 0
     assert train.main([*arguments, "--train.steps=4", f"--run.dir={parts}", "--resume"]) == 0
-    timeless = lambda row: {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}  # noqa: E731
-    assert [timeless(row) for row in lines(parts / "metrics.jsonl")] == [
-        timeless(row) for row in lines(whole / "metrics.jsonl")
-    ]
+    assert same_run.lines(parts / "metrics.jsonl") == same_run.lines(whole / "metrics.jsonl")
     alone = configs.replace(Config(), **{"reward.server": "none"})
     assert [keys(row) for row in lines(parts / "metrics.jsonl")] == [set(metric_keys(alone))] * 4
     assert lines(parts / "rollouts" / "4.jsonl") == lines(whole / "rollouts" / "4.jsonl")
@@ -106,9 +104,8 @@ def test_adapters_learn_go_on_exactly_and_are_evaluated_as_they_were_in_the_run(
     assert train.main([*arguments, "--train.steps=2", f"--run.dir={whole}"]) == 0
     assert train.main([*arguments, "--train.steps=1", f"--run.dir={parts}"]) == 0
     assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}", "--resume"]) == 0
-    timeless = lambda row: {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}  # noqa: E731
-    rows = [timeless(row) for row in lines(whole / "metrics.jsonl")]
-    assert [timeless(row) for row in lines(parts / "metrics.jsonl")] == rows
+    rows = same_run.lines(whole / "metrics.jsonl")
+    assert same_run.lines(parts / "metrics.jsonl") == rows
     assert lines(parts / "rollouts/2.jsonl") == lines(whole / "rollouts/2.jsonl")
     assert rows[0]["kl"] == 0 < rows[1]["kl"], "the second update is measured after the first"
     assert all(row["grad_norm"] > 0 for row in rows)
