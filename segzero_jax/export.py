@@ -1,7 +1,7 @@
 """``python -m segzero_jax.export --run DIR --out DIR``: a run's checkpoint as a directory that ``transformers`` loads.
 
-It works in the host's memory, without an accelerator, so it may run beside the training. The directory appears whole
-or not at all.
+With ``--adapters`` it holds a run's adapters alone, as PEFT loads them. It works in the host's memory, without an
+accelerator, so it may run beside the training. The directory appears whole or not at all.
 """
 
 import argparse
@@ -24,42 +24,49 @@ from segzero_jax.local_path import is_url, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.lora import merge
+from segzero_jax.model.peft_files import save_peft
 from segzero_jax.model.weights import CheckpointError, StorageError
-from segzero_jax.saved_policy import load_policy
+from segzero_jax.saved_policy import load_adapters, load_policy
 
 
 class ExportError(ValueError):
     """What cannot be exported, or not to there; one line."""
 
 
-def export(run: str | Path, out: Path, step: int | None, dtype: str) -> list[Path]:
+def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters: bool = False) -> list[Path]:
     """Writes one checkpoint of a run with the configuration, tokenizer and processor files of its ``model.path``.
+
+    What a run with adapters has learnt is merged into the weights that it began with.
 
     Args:
       run: a run directory, or its checkpoints' own; local or ``gs://``.
       out: a new or empty directory, or an earlier export, which is replaced.
       step: of the checkpoint; None is the newest.
       dtype: what the weights are rounded to.
+      adapters: write them alone, without the weights that they are for.
 
     Returns:
       The files written.
 
     Raises:
       ExportError: ``out`` holds something else, or ``run`` is no run.
-      CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, or its
-        ``model.path`` is gone.
+      CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, its
+        ``model.path`` is gone, or it has no adapters to be written alone.
       ConfigError: the run's configuration is of another version.
     """
     _refuse_to_mix(out)
     name = _find(run, step)
     try:
-        policy, dims, config = load_policy(name, jnp.float32)
-        policy = merge(policy)
+        if adapters:
+            learnt, config = load_adapters(name)
+        else:
+            policy, dims, merged_config = load_policy(name, jnp.float32)
+            assert merged_config is not None
+            policy, config = merge(policy), merged_config
     except (CheckpointError, ConfigError):
         raise
     except (ValueError, KeyError, OSError) as error:  # what Orbax raises on damaged files
         raise CheckpointError(f"{name}: the checkpoint cannot be read: {' '.join(str(error).split())}") from None
-    assert config is not None
     origin = {
         "run": storage_path(run).name,
         "step": int(Path(name).name),
@@ -71,7 +78,11 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str) -> list[Pat
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
-        files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
+        if adapters:
+            new.mkdir()
+            files = save_peft(learnt, new, alpha=config.model.lora_alpha, base=config.model.path, dtype=dtype)
+        else:
+            files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
         files.append(new / ORIGIN)
         files[-1].write_text(json.dumps(origin, indent=2) + "\n")
         if out.exists():
@@ -120,15 +131,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", required=True, help="a new directory, or an earlier export")
     parser.add_argument("--step", metavar="N", type=_step, help="of the checkpoint [the newest]")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights written [%(default)s]"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the weights written [bfloat16; of adapters written alone, float32]",
+    )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="of a run with model.lora_rank, its adapters alone, as PEFT loads them [merged into the weights]",
     )
     args = parser.parse_args(argv)
+    dtype = args.dtype or ("float32" if args.adapters else "bfloat16")
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
     try:
         out = local_path(args.out, "--out", "export to a disk and copy it from there")
         with jax.set_mesh(make_mesh("1x1")):
-            files = export(args.run, out, args.step, args.dtype)
+            files = export(args.run, out, args.step, dtype, adapters=args.adapters)
     except (ExportError, CheckpointError, ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -195,7 +195,7 @@ def check_data(config: Config, pod: Pod) -> str:
     """The data set's splits are built here, from the same source as elsewhere, and training takes their questions."""
     problem, found = "", {}
     try:
-        splits = open_splits(config.data.name, config.data.eval_splits, config.data.dir)
+        splits = open_splits(config.data.names, config.data.eval_splits, config.data.dir)
         found = splits.checksums()
         check_splits(splits, config, load_processor(config, f"model.path={config.model.path}"))
     except (DataError, PromptTooLong, ConfigError, OSError) as error:

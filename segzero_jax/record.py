@@ -66,11 +66,11 @@ def step_of(step: int, draws: Sequence[Draw], learnt: Learnt) -> Step:
     )
 
 
-def step_metrics(made: Step, recipe: str) -> dict[str, float | int | None]:
+def step_metrics(made: Step, config: Config) -> dict[str, float | int | None]:
     """Rewards, lengths and mask IoU of a step; None where no response has a score.
 
-    Args:
-      recipe: of the rewards. Where it asks for no reasoning, none is missing: ``empty_thinking`` is not measured.
+    Where the recipe asks for no reasoning, none is missing: ``empty_thinking`` is not measured. Of several data sets
+    each has its own mean reward.
     """
     totals = made.scored.rewards_bg
     present = totals[np.isfinite(totals)]
@@ -80,12 +80,13 @@ def step_metrics(made: Step, recipe: str) -> dict[str, float | int | None]:
         "reward/std": float(present.std()) if present.size else None,
         **{f"reward/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())},
         "reward/zero_std_groups": float((advantages(totals) == 0).all(axis=1).mean()),
+        **{_reward_of(name): _mean_of(name, made) for name in _mixed(config)},
         "missing_scores": int(totals.size - present.size),
         "response_length/mean": float(made.rollout.length_bg.mean()),
         "response_length/min": int(made.rollout.length_bg.min()),
         "response_length/max": int(made.rollout.length_bg.max()),
     }
-    if thinks(recipe):
+    if thinks(config.reward.recipe):
         empty = [not (thinking(text) or "").strip() for row in made.texts for text in row]
         metrics["empty_thinking"] = float(np.mean(empty))
     metrics["finished"] = float(made.rollout.finished_bg.mean())
@@ -93,6 +94,23 @@ def step_metrics(made: Step, recipe: str) -> dict[str, float | int | None]:
         ious = [score.iou for group in made.scored.masks for score in group if score.iou is not None]
         metrics["mask_iou/mean"] = float(np.mean(ious)) if ious else None
     return metrics
+
+
+def _mixed(config: Config) -> list[str]:
+    """The data sets that a run learns from, where they are several."""
+    names = list(dict.fromkeys(config.data.names))
+    return names if len(names) > 1 else []
+
+
+def _reward_of(data_set: str) -> str:
+    return f"data/{data_set}/reward"
+
+
+def _mean_of(data_set: str, made: Step) -> float | None:
+    """The mean reward of the questions from a data set; None where none of them has a score."""
+    rewards = made.scored.rewards_bg[[example.data_set == data_set for example in made.examples]]
+    present = rewards[np.isfinite(rewards)]
+    return float(present.mean()) if present.size else None
 
 
 def sampling_metrics(draws: Sequence[Draw], learnt: Learnt) -> dict[str, int]:
@@ -109,6 +127,7 @@ def metric_keys(config: Config) -> list[str]:
     learnt = [name for name in UPDATE_METRICS if measured.get(name, True)]
     return [
         *("reward/mean", "reward/std", *(f"reward/{name}" for name in components), "reward/zero_std_groups"),
+        *(_reward_of(name) for name in _mixed(config)),
         *("missing_scores", *(("mask_iou/mean",) if scored else ())),
         *("response_length/mean", "response_length/min", "response_length/max"),
         *(("empty_thinking",) if thinks(config.reward.recipe) else ()),

@@ -1,5 +1,7 @@
 """A policy to be asked, from wherever its weights are: a Hugging Face checkpoint, or a run's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from segzero_jax.config import Config
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.identity import fingerprint
 from segzero_jax.model.dims import Dims
-from segzero_jax.model.lora import abstract_adapters, adapt
+from segzero_jax.model.lora import Adapters, abstract_adapters, adapt
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import CheckpointError, abstract_policy, load_hf, read_dims
@@ -27,6 +29,33 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
     """
     if is_checkpoint(path):
         return *load_hf(path, dtype=dtype), None
+    with _saved(path) as (checkpoints, step):
+        config = checkpoints.config(step)
+        dims = read_dims(config.model.path)
+        if config.model.lora_rank:
+            policy = _adapted(checkpoints, step, config, dims)
+        else:
+            policy = checkpoints.policy(step, abstract_policy(dims))
+    return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
+
+
+def load_adapters(path: str | Path) -> tuple[Adapters, Config]:
+    """What a run with ``model.lora_rank`` has learnt, in float32, and the run's configuration.
+
+    Raises:
+      CheckpointError: there is no such run at ``path``, or it learns all weights.
+    """
+    with _saved(path) as (checkpoints, step):
+        config = checkpoints.config(step)
+        rank = config.model.lora_rank
+        if not rank:
+            raise CheckpointError(f"{path}: the run learns all weights; expected one with model.lora_rank")
+        return checkpoints.policy(step, abstract_adapters(read_dims(config.model.path), rank)), config
+
+
+@contextmanager
+def _saved(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
+    """A run's checkpoints and the step that ``path`` means, known to be whole. Raises CheckpointError."""
     found = locate(path)
     if found is None:
         raise CheckpointError(f"{path}: expected a run directory with checkpoints, a Hugging Face checkpoint, or 'toy'")
@@ -40,13 +69,7 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
         if problem:
             others = ", ".join(str(other) for other in checkpoints.steps if other != step) or "none"
             raise CheckpointError(f"{directory}/{step}: is damaged ({problem}); other steps there: {others}")
-        config = checkpoints.config(step)
-        dims = read_dims(config.model.path)
-        if config.model.lora_rank:
-            policy = _adapted(checkpoints, step, config, dims)
-        else:
-            policy = checkpoints.policy(step, abstract_policy(dims))
-    return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
+        yield checkpoints, step
 
 
 def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims) -> Policy:

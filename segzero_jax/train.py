@@ -216,7 +216,7 @@ def train(
         # Of the step's last update.
         lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
         numbers = {
-            **step_metrics(made, config.reward.recipe),
+            **step_metrics(made, config),
             **update_metrics(losses),
             **{"lr": lr, "checkpoint/failed": keeper.failed},
         }
@@ -238,7 +238,7 @@ def train(
 
 def open_questions(config: Config, pod: Pod) -> Splits:
     """What the run asks, the same on all hosts. Raises DataError as ``open_split`` and ``check_same``."""
-    splits = open_splits(config.data.name, config.data.eval_splits, config.data.dir)
+    splits = open_splits(config.data.names, config.data.eval_splits, config.data.dir)
     check_same(splits.checksums(), pod)
     return splits
 

@@ -68,6 +68,7 @@ class Example:
       image_id: the picture in the names of its source, such as "coco:391895": the same picture has the same one in
         every data set that knows it by name.
       instance_id: what is asked for: questions with the same one are different expressions for the same thing.
+      data_set: the one that it is from, where a run learns from several.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Example:
     ignore: RleMask | None = None
     image_id: str = ""
     instance_id: str = ""
+    data_set: str = ""
 
 
 class PromptBatch(NamedTuple):

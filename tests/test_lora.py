@@ -1,6 +1,7 @@
 """Low-rank adapters: the numbers of merged weights, gradients by the chain rule, on any mesh; only they learn."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import peft
 import pytest
-from tiny import DIMS, hf_config, load_processor, prompts, random_policy
+import torch
+from safetensors.numpy import load_file
+from tiny import DIMS, encode, hf_config, load_processor, prompts, random_policy
+from torch_policy import load_torch, torch_inputs
 
 from segzero_jax import config as configs
 from segzero_jax import export
@@ -262,6 +267,42 @@ def test_an_export_has_the_merged_weights(run: tuple[Config, Adapters], tmp_path
         for name, expected in by_hand(base, adapters).items():
             np.testing.assert_allclose(getattr(exported.blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(exported.embed_vd[...], base.embed_vd[...])
+
+
+def test_adapters_written_alone_are_those_that_peft_loads(run: tuple[Config, Adapters], tmp_path: Path) -> None:
+    config, adapters = run
+    out = tmp_path / "out"
+    assert export.main(["--run", config.run.dir, "--out", str(out), "--adapters"]) == 0
+    written = {"adapter_config.json", "adapter_model.safetensors", "segzero_jax.json"}
+    assert {file.name for file in out.iterdir()} == written
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # That a tensor is missing is a warning of PEFT's.
+        model = peft.PeftModel.from_pretrained(load_torch(Path(config.model.path)), out)
+    loaded = [parameter for name, parameter in model.named_parameters() if "lora" in name]
+    assert sum(parameter.numel() for parameter in loaded) == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    prompt = encode(PROCESSOR, "the red one", [(84, 56)])
+    with torch.no_grad():
+        theirs = model(**torch_inputs(prompt, PROCESSOR)).logits[0].numpy()
+    with jax.set_mesh(make_mesh("1x1")):
+        policy = merge(load_policy(config.run.dir, FLOAT32)[0])
+        ours = prompt_logits(policy, PROCESSOR.batch([prompt], 8), Pass(DIMS, TRAIN, FLOAT32))[0]
+        bare = prompt_logits(load_hf(config.model.path)[0], PROCESSOR.batch([prompt], 8), Pass(DIMS, TRAIN, FLOAT32))[0]
+    close(ours[: len(theirs)], theirs, 1e-4)
+    assert np.abs(bare[: len(theirs)] - theirs).max() > 0.01 * np.abs(theirs).max(), "they change something"
+    assert {value.dtype for value in load_file(out / "adapter_model.safetensors").values()} == {np.dtype("float32")}
+
+
+def test_a_run_of_all_weights_has_no_adapters_to_write(
+    run: tuple[Config, Adapters], tmp_path: Path, capsys: Any
+) -> None:
+    config, _ = run
+    whole = configs.replace(config, **{"model.lora_rank": 0, "run.dir": str(tmp_path / "whole")})
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(tmp_path / "whole/checkpoints") as checkpoints:
+        checkpoints.save(1, TrainState(random_policy(), (), jnp.int32(1)), {}, whole, Identity("", None))
+        checkpoints.wait()
+    assert export.main(["--run", whole.run.dir, "--out", str(tmp_path / "out"), "--adapters"]) == 2
+    assert "learns all weights; expected one with model.lora_rank" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_not_put_on_other_weights(run: tuple[Config, Adapters]) -> None:

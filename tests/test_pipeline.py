@@ -65,23 +65,26 @@ def test_several_sets_are_one_and_keep_their_names(tmp_path: Path) -> None:
         "r": sources.solution_parquet(tmp_path / "r-source"),
     }.items():
         assert build.main([name, f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
-    splits = open_splits("mugs, r,mugs", ["val", "r/train"], tmp_path)
+    splits = open_splits(("mugs", "r", "mugs"), ["val", "r/train"], tmp_path)
     assert [split.name for split in splits.train] == ["mugs/train", "r/train", "mugs/train"]
     assert [split.name for split in splits.held_out] == ["mugs/val", "r/train"]
     assert splits.checksums().keys() == {"mugs/train", "r/train", "mugs/val"}
     mixed = pickle.loads(pickle.dumps(questions(splits)))
     mugs, r = splits.train[:2]
     assert len(mixed) == 2 * len(mugs) + len(r)
-    expected = [replace(one, id=f"mugs/{one.id}") for one in mugs], [replace(one, id=f"r/{one.id}") for one in r]
+    expected = [
+        [replace(one, id=f"{name}/{one.id}", data_set=name) for one in examples]
+        for name, examples in (("mugs", mugs), ("r", r))
+    ]
     assert list(mixed) == [*expected[0], *expected[1], *expected[0]]
     for outside in (-1, len(mixed)):
         with pytest.raises(IndexError, match="mugs/train and r/train and mugs/train: example"):
             mixed[outside]
     with closing(training_batches(mixed, len(mixed), seed=1)) as batches:
         assert Counter(one.id for one in next(batches)) == Counter(one.id for one in mixed)
-    assert questions(open_splits("r", [], tmp_path)).checksum == r.checksum, "one set is itself"
+    assert questions(open_splits(("r",), [], tmp_path)).checksum == r.checksum, "one set is itself"
     with pytest.raises(DataError, match=r"^data set 'mugs,': expected a name, or several with commas between them"):
-        open_splits("mugs,", [], tmp_path)
+        open_splits(("mugs", ""), [], tmp_path)
 
 
 def test_the_folder_that_a_build_takes_by_itself_is_not_in_its_command() -> None:

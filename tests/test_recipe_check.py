@@ -112,7 +112,7 @@ def test_training_refuses_what_its_recipe_cannot_compare_with(tmp_path: Path) ->
 
     def opened(**changes: Any) -> Sequence[Example]:
         config = configs.replace(Config(), **{"data.dir": str(tmp_path), "data.eval_splits": [], **changes})
-        splits = open_splits(config.data.name, config.data.eval_splits, config.data.dir)
+        splits = open_splits(config.data.names, config.data.eval_splits, config.data.dir)
         check_splits(splits, config, processor)
         return questions(splits)
 

@@ -89,7 +89,7 @@ def test_a_missing_score_is_never_a_zero() -> None:
     assert np.isnan(result.rewards_bg[0, 0])
     assert np.isfinite(result.rewards_bg[0, 1])
     assert result.components[0][0] == {}
-    numbers = step_metrics(step(result), "vision_reasoner")
+    numbers = step_metrics(step(result), Config())
     assert numbers["missing_scores"] == 1
     assert numbers["reward/mean"] == pytest.approx(result.rewards_bg[0, 1])
     assert numbers["mask_iou/mean"] == 0.5
@@ -101,7 +101,7 @@ def test_a_point_outside_the_picture_earns_nothing_and_the_row_says_why() -> Non
     client = Answered([scored(0.0, "the point lies outside"), scored(0.5)])
     result = Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD, GOOD]]).result()
     assert result.components[0][0]["mask_iou"] == 0.0
-    assert step_metrics(step(result), "vision_reasoner")["missing_scores"] == 0
+    assert step_metrics(step(result), Config())["missing_scores"] == 0
     row, _ = rollout_rows(step(result), FRAME, "vision_reasoner", lambda *_: "images/row-1.jpg")
     assert (row["mask_iou"], row["error"]) == (0.0, "the point lies outside")
     assert row["reward"] == rewards.maximum("vision_reasoner")
@@ -136,7 +136,7 @@ def test_a_row_holds_what_a_picture_of_it_needs() -> None:
     ]
     assert rows[0]["image"] == "images/row-1.jpg"
     assert rows[0]["objects"] == rows[0]["target_objects"] == [{"box": list(TARGET.box), "points": [[60.0, 160.0]]}]
-    numbers = step_metrics(made, "vision_reasoner")
+    numbers = step_metrics(made, Config())
     assert numbers["response_length/mean"] == 3.5
     assert numbers["finished"] == 0.5
     # By rewards, which are alike, not by the advantages of what was learnt from.
@@ -150,7 +150,7 @@ def test_no_reasoning_is_missing_where_none_is_asked_for(recipe: str) -> None:
     bare = GOOD.partition("\n")[2]
     scorer = Scorer(config.reward, FRAME, Answered([scored(0.5), scored(0.5)]))
     result = scorer.send([example(TARGET)], [[bare, bare]]).result()
-    numbers = step_metrics(step(result)._replace(texts=[[bare, bare]]), recipe)
+    numbers = step_metrics(step(result)._replace(texts=[[bare, bare]]), config)
     asked = recipe != "seg_zero_no_thinking"
     assert numbers.get("empty_thinking") == (1.0 if asked else None)
     assert ("empty_thinking" in numbers) == ("empty_thinking" in metric_keys(config)) == asked
@@ -159,6 +159,25 @@ def test_no_reasoning_is_missing_where_none_is_asked_for(recipe: str) -> None:
     for _ in range(3):
         alarms = watch.look(numbers)
     assert alarms["alarm/empty_thinking"] == asked
+
+
+def test_of_several_data_sets_each_has_its_own_reward() -> None:
+    config = configs.replace(Config(), **{"data.name": "mugs , r,mugs,rare"})
+    names = {"data/mugs/reward", "data/r/reward", "data/rare/reward"}
+    assert {key for key in metric_keys(config) if key.startswith("data/")} == names
+    rewards_bg = np.array([[1.0, 2.0], [5.0, np.nan], [3.0, 6.0], [np.nan, np.nan]])
+    groups = [[{}, {}]] * 4
+    rollout = Rollout(np.zeros((4, 2, 4), int), np.ones((4, 2), int), np.zeros((4, 2, 4)), np.ones((4, 2), bool))
+    sets = ("mugs", "r", "mugs", "rare")
+    asked = [replace(example(), id=f"{name}/{n}", data_set=name) for n, name in enumerate(sets)]
+    made = Step(1, asked, [[GOOD, GOOD]] * 4, rollout, Scored(rewards_bg, groups, None), np.zeros((4, 2)))
+    numbers = step_metrics(made, config)
+    assert {name: numbers[name] for name in names} == {
+        "data/mugs/reward": 3.0,
+        "data/r/reward": 5.0,
+        "data/rare/reward": None,
+    }
+    assert not {key for key in step_metrics(made, Config()) if key.startswith("data/")}, "one set alone is the mean"
 
 
 def test_the_updates_of_a_step_are_one_line() -> None:

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
@@ -96,12 +96,18 @@ class DataConfig:
         of another.
     """
 
-    name: Text = "toy"
+    # Spaces around commas are no other configuration.
+    name: Annotated[Text, AfterValidator(lambda text: ",".join(map(str.strip, text.split(","))))] = "toy"
     dir: Text = "~/.cache/segzero_jax"
     image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
     prompt: Text = "toy"
     workers: Count = 0
     eval_splits: tuple[Text, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The data sets of ``name``, in its order."""
+        return tuple(self.name.split(","))
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -152,26 +152,26 @@ class Splits(NamedTuple):
         return {split.name: split.checksum for split in (*self.train, *self.held_out)}
 
 
-def open_splits(name: str, eval_splits: Iterable[str], data_dir: str | Path) -> Splits:
+def open_splits(names: Sequence[str], eval_splits: Iterable[str], data_dir: str | Path) -> Splits:
     """Opens what a run asks, as ``open_split``.
 
     Args:
-      name: a data set, or several with commas between them.
+      names: the data sets that it learns from.
       eval_splits: "val" is a split of the run's own data set, of several the first, "ReasonSeg/val" of another.
       data_dir: where built data sets are kept.
     """
-    own = [one.strip() for one in name.split(",")]
-    if not all(own):
+    if not all(names):
+        name = ",".join(names)
         raise DataError(f"data set {name!r}: expected a name, or several with commas between them, such as mugs,toy")
     held_out = []
     for text in eval_splits:
         other, _, split = text.rpartition("/")
-        held_out.append(open_split(other or own[0], split, data_dir))
-    return Splits([open_split(one, "train", data_dir) for one in own], held_out)
+        held_out.append(open_split(other or names[0], split, data_dir))
+    return Splits([open_split(one, "train", data_dir) for one in names], held_out)
 
 
 class Mixture(Sequence[Example]):
-    """The examples of several splits as one. Ids of two data sets may be equal, so each begins with its set's name."""
+    """The examples of several splits as one. Each tells its data set, and its id begins with it: ids may be equal."""
 
     def __init__(self, splits: Sequence[Source]) -> None:
         self.name = " and ".join(split.name for split in splits)
@@ -187,7 +187,8 @@ class Mixture(Sequence[Example]):
         number = bisect.bisect_right(self._ends, index)
         split = self._splits[number]
         example = split[index - self._ends[number] + len(split)]
-        return replace(example, id=f"{split.name.rpartition('/')[0]}/{example.id}")
+        data_set = split.name.rpartition("/")[0]
+        return replace(example, id=f"{data_set}/{example.id}", data_set=data_set)
 
 
 def questions(splits: Splits) -> Sequence[Example]:

@@ -21,7 +21,7 @@ from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import abstract_policy
 
 # The adapted matrices: letters of their input axes, and of their output axes.
-_MATRICES = {
+MATRICES = {
     "q_dnh": ("d", "nh"),
     "k_dkh": ("d", "kh"),
     "v_dkh": ("d", "kh"),
@@ -54,8 +54,8 @@ class Adapters(nnx.Module):
 
     def __init__(self, dims: Dims, layout: Layout, rank: int, key: jax.Array):
         blocks = abstract_policy(dims, layout).blocks
-        keys = jax.random.split(key, len(_MATRICES))
-        for own_key, (name, (inputs, _)) in zip(keys, _MATRICES.items(), strict=True):
+        keys = jax.random.split(key, len(MATRICES))
+        for own_key, (name, (inputs, _)) in zip(keys, MATRICES.items(), strict=True):
             (weight,) = jax.tree.leaves(getattr(blocks, name))
             setattr(self, name, Adapter(weight, len(inputs), rank, own_key))
 
@@ -87,7 +87,7 @@ def adapt(policy: Policy, adapters: Adapters, scale: float | None = None) -> Pol
     adapted = jax.tree.map(lambda x: x, policy)
     own = jax.tree.map(lambda x: x, adapters)
     if scale is not None:
-        for name in _MATRICES:
+        for name in MATRICES:
             adapter = getattr(own, name)
             adapter.up = nnx.Param(adapter.up[...] * scale)
     adapted.blocks.adapters = own
@@ -101,7 +101,7 @@ def merge(policy: Policy) -> Policy:
     """
     merged = jax.tree.map(lambda x: x, policy)
     adapters, merged.blocks.adapters = merged.blocks.adapters, None
-    for name, (inputs, outputs) in _MATRICES.items() if adapters is not None else ():
+    for name, (inputs, outputs) in MATRICES.items() if adapters is not None else ():
         weight, adapter = getattr(merged.blocks, name)[...], getattr(adapters, name)
         subscripts = f"l{inputs}r,lr{outputs}->l{inputs}{outputs}"
         setattr(merged.blocks, name, nnx.Param(_merged(weight, adapter.down[...], adapter.up[...], subscripts)))

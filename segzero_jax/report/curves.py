@@ -47,7 +47,7 @@ _OF_RECIPE = {
 }
 _LENGTHS = ("response_length/mean", "response_length/max", "response_length/min")
 # Shown where they tell of something: on the time line of events, and where the time went.
-_ELSEWHERE = ("alarm/", "time/", "reward/", "update/skipped", "missing_scores", "checkpoint/failed")
+_ELSEWHERE = ("alarm/", "time/", "reward/", "data/", "update/skipped", "missing_scores", "checkpoint/failed")
 
 
 def reward_section(run: Run) -> str:
@@ -74,6 +74,7 @@ def reward_section(run: Run) -> str:
     known = [key.removeprefix("reward/") for key in _keys(run) if key.startswith("reward/")]
     components = [key for key in known if key not in ("mean", "std", "zero_std_groups")]
     figures = [_component(run, name, maxima.components.get(name)) for name in components]
+    figures += [_of_data_set(run, key) for key in _keys(run) if key.startswith("data/")]
     below = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
     return (
         '<section id="reward"><h2>Reward</h2>'
@@ -113,6 +114,11 @@ def _component(run: Run, name: str, maximum: float | None) -> str:
     if name == "mask_iou":
         parts.append(f"Weight {text(run.setting('reward.mask_iou_weight'))}.")
     return figure(run, f"reward/{name}", label(name), " ".join(parts), maximum=maximum)
+
+
+def _of_data_set(run: Run, key: str) -> str:
+    name = key.removeprefix("data/").removesuffix("/reward")
+    return figure(run, key, f"Mean reward, {name}", "Of the questions from this data set.")
 
 
 def _lengths(run: Run) -> str:

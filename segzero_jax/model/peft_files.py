@@ -1,0 +1,61 @@
+"""Adapters as PEFT keeps them: a safetensors file and ``adapter_config.json`` (github.com/huggingface/peft)."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from segzero_jax.model.hf_layout import ENTRIES
+from segzero_jax.model.lora import MATRICES, Adapters
+
+# Of PEFT's wrappers, and of the decoder in transformers 5.
+_PREFIX = "base_model.model.model.language_model."
+# The vision tower's blocks have projections of the same names, which are not adapted.
+_TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+
+def save_peft(adapters: Adapters, directory: Path, *, alpha: float, base: str, dtype: Any = jnp.float32) -> list[Path]:
+    """Writes what ``peft.PeftModel.from_pretrained(base_model, directory)`` loads.
+
+    Args:
+      adapters: as a run learns them, without ``alpha / rank`` in them.
+      directory: there already.
+      alpha: ``model.lora_alpha``.
+      base: what the adapters are for, a directory or a hub id; PEFT's ``Auto`` classes look there.
+      dtype: what the adapters are rounded to.
+
+    Returns:
+      The files written.
+    """
+    tensors, ranks = {}, set()
+    for name, (inputs, outputs) in MATRICES.items():
+        adapter = getattr(adapters, name)
+        down, up = (np.asarray(part[...]).astype(np.dtype(dtype)) for part in (adapter.down, adapter.up))
+        layers, rank = len(down), down.shape[-1]
+        ranks.add(rank)
+        down = down.reshape(layers, math.prod(down.shape[1 : 1 + len(inputs)]), rank)
+        up = up.reshape(layers, rank, math.prod(up.shape[-len(outputs) :]))
+        for layer, key in enumerate(ENTRIES["blocks", name].keys(down.shape)):
+            module = _PREFIX + key.removeprefix("model.").removesuffix(".weight")
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(down[layer].T)
+            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(up[layer].T)
+    (rank,) = ranks
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _TARGETS,
+        "inference_mode": True,
+    }
+    files = [directory / "adapter_model.safetensors", directory / "adapter_config.json"]
+    save_file(tensors, str(files[0]), metadata={"format": "pt"})
+    files[1].write_text(json.dumps(config, indent=2) + "\n")
+    return files
