@@ -14,6 +14,7 @@ import logging
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -229,6 +230,11 @@ def check_checkpoints(config: Config, pod: Pod) -> str:
 
 def check_disks(config: Config, pod: Pod) -> str:
     """There is room for what this host keeps: the run's files, the model's, checkpoints that stay on it."""
+    run_dir = Path(config.run.dir).expanduser()
+    try:
+        tempfile.TemporaryFile(dir=_existing(run_dir)).close()  # Leaves nothing, and makes no run.
+    except OSError as error:
+        raise CheckFailed(f"run.dir={run_dir}: cannot be written to: {error.strerror or error}") from None
     by_disk: dict[int, list[_Need]] = {}
     for need in _needs(config):
         by_disk.setdefault(_existing(need.path).stat().st_dev, []).append(need)

@@ -128,6 +128,12 @@ class TestDisks:
         usage = namedtuple("usage", "free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**29))
 
+    def test_that_do_not_take_the_run(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        said = failure("disks", config(tmp_path, **{"run.dir": str(tmp_path / "file/run")}))
+        assert said == f"run.dir={tmp_path}/file/run: cannot be written to: Not a directory"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
     def test_that_are_full(self, tmp_path: Path) -> None:
         assert "0.5 GiB free, " in failure("disks", config(tmp_path))
 
