@@ -35,15 +35,16 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x tpu/*.sh tpu/gke/*.sh
 
-# SAM 2 builds against the torch that is already there, hence its own step.
+# SAM 2 builds against the torch that is already there, hence its own step. Most modules are never imported: the others
+# are compiled when they are.
 $(STAMP): pyproject.toml constraints.txt requirements-sam2.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into $(VENV): about 7 GB with PyTorch, a few minutes."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install -qq -c constraints.txt pip setuptools wheel
-	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[reward,dev]'
-	@SAM2_BUILD_CUDA=0 $(PIP) install -qq --no-deps --no-build-isolation -r requirements-sam2.txt
+	@$(PIP) install -qq --no-compile -c constraints.txt pip setuptools wheel
+	@$(PIP) install -qq --no-compile -c constraints.txt --no-build-isolation -e '.[reward,dev]'
+	@SAM2_BUILD_CUDA=0 $(PIP) install -qq --no-compile --no-deps --no-build-isolation -r requirements-sam2.txt
 	@touch $@
 
 clean:
