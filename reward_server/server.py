@@ -122,7 +122,13 @@ class RewardServer:
         self.address = f"{self._host}:{self._listen(credentials)}"
         self.metrics_address, self._stop_metrics = "", _nothing
         if settings.metrics_port is not None:
-            port, self._stop_metrics = expose(self.metrics, settings.host, settings.metrics_port, settings.access.tls)
+            try:
+                port, self._stop_metrics = expose(
+                    self.metrics, settings.host, settings.metrics_port, settings.access.tls
+                )
+            except OSError as error:
+                where = f"{self._host}:{settings.metrics_port}"
+                raise OSError(f"cannot listen on {where} for metrics: {error.strerror or error}") from None
             self.metrics_address = f"{self._host}:{port}"
         self._server.start()
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from segzero_jax.asking import Loaded, respond
 from segzero_jax.evaluation import mask_row, object_rows
@@ -14,8 +13,8 @@ from segzero_jax.frames import rescale_object
 from segzero_jax.overlay import Marks, decode_mask, draw
 from segzero_jax.processor import decode_image
 from segzero_jax.prompt import Answer, parse_answer
-from segzero_jax.segmenting import Found, Segmenter
-from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
+from segzero_jax.segmenting import Found, Segmenter, encode_mask
+from segzero_jax.types import Example, Frame, ObjectPrompt
 
 _CLOSING = "</think>"
 
@@ -62,7 +61,7 @@ class Answered:
 
     def row(self) -> dict[str, Any]:
         """The answer as JSON."""
-        frame = self.picture.frame
+        frame, seen = self.picture.frame, self.found.seen
         return {
             "image": self.picture.name,
             "question": self.question,
@@ -72,11 +71,22 @@ class Answered:
             "objects": object_rows(self.objects),
             "frame": [frame.width, frame.height],
             "answer_frame": [self.side, self.side],
+            "sam_frame": None if seen is None else [seen.width, seen.height],
             "mask": mask_row(self.found.mask),
             "model_score": self.found.model_score,
             "sam": self.found.model,
             "error": self.found.error,
         }
+
+    def scaled(self) -> str:
+        """A line for a picture that SAM 2 saw at less than its own size; empty for any other."""
+        frame, seen = self.picture.frame, self.found.seen
+        if seen in (None, frame):
+            return ""
+        return (
+            f"SAM 2 saw the picture at {seen.width}x{seen.height}, as its server takes none larger; "
+            f"objects and mask are in pixels of its own {frame.width}x{frame.height}"
+        )
 
     def drawn(self) -> Image.Image:
         """The picture with boxes, points and mask on it."""
@@ -101,14 +111,14 @@ def answer_question(
 
     Raises:
       PromptTooLong: the question.
-      PictureTooLarge, RewardServerError: see ``segmenting.segment``.
+      RewardServerError: see ``segmenting.segment``.
     """
     frame, side = picture.frame, loaded.config.data.image_size
     example = Example(picture.name, picture.stored, frame, question, (), None)
     text, finished = respond(loaded, example, seed, temperature, watch)
     said = parse_answer(text)
     objects = tuple(rescale_object(obj, Frame(side, side), frame) for obj in said.objects)
-    found = Found(_empty_mask(frame))
+    found = Found(encode_mask(np.zeros((frame.height, frame.width), bool)))
     if objects:
         found = segmenter(picture.name, picture.stored, picture.upright, objects)
     mask = None if found.mask is None else decode_mask(vars(found.mask))
@@ -122,8 +132,3 @@ def reasoning_so_far(text: str) -> str:
         ending = next(n for n in range(len(_CLOSING) - 1, -1, -1) if thought.endswith(_CLOSING[:n]))
         thought = thought[: len(thought) - ending]
     return thought.strip()
-
-
-def _empty_mask(frame: Frame) -> RleMask:
-    rle = coco.encode(np.zeros((frame.height, frame.width), np.uint8, order="F"))
-    return RleMask(frame.height, frame.width, rle["counts"].decode())

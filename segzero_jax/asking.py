@@ -18,7 +18,7 @@ from segzero_jax.checkpoint import complete_steps, locate
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint
-from segzero_jax.mesh import TRAIN
+from segzero_jax.mesh import TRAIN, MeshError
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.policy import Pass, Policy
@@ -108,6 +108,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
 
     Raises:
       CheckpointError: there is no such policy, or it is damaged.
+      MeshError: it does not divide over the mesh.
       ConfigError: the picture size or the wording is none.
     """
     keep_compiled()
@@ -116,7 +117,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         # A run's precision is known only once it is read.
         dtype = compute_dtype(released.model.compute_dtype) if released else jnp.float32
         policy, dims, config = load_policy(name, dtype)
-    except CheckpointError:
+    except (CheckpointError, MeshError):
         raise
     # What Orbax, safetensors and json raise on damaged files, and JAX where a weight does not divide over the mesh.
     except (ValueError, KeyError, OSError) as error:

@@ -378,12 +378,20 @@ def _in_short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _reading(where: epath.Path) -> Iterator[None]:
-    """Raises what a store fails with for now as StorageError; what is wrong with its content stays what it is."""
+    """Raises what a store fails with for now as StorageError; what is wrong with its content stays what it is.
+
+    Raises ConfigError where the package that reads such a store is not installed.
+    """
     passing: tuple[type[Exception], ...] = (Exception,) if _is_bucket(where) else (OSError,)
     try:
         yield
     except (CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
         raise
+    except ImportError as error:
+        raise ConfigError(
+            f"{where}: cannot be read without a further package ({_in_short(error)}); for gs://, .venv/bin/pip install "
+            "-c constraints.txt -e '.[tpu]' brings it"
+        ) from None
     except passing as error:
         raise StorageError(f"{where}: cannot be read now ({_in_short(error)}); nothing was changed") from None
 
@@ -415,22 +423,31 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
     Args:
       path: a run directory, also one whose checkpoints lie in ``run.checkpoint_dir``; a directory of checkpoints; or
         one of its steps. Local or ``gs://``.
+
+    Raises:
+      StorageError, ConfigError: as ``complete_steps``.
     """
     directory = epath.Path(path).expanduser()
     if directory.name.isdigit() and directory.parent.name == _FOLDER:
         return directory.parent, int(directory.name)
-    if (directory / _FOLDER).is_dir():
-        return directory / _FOLDER, None
-    if (directory / "config.yaml").is_file():
-        elsewhere = checkpoint_directory(configs.load(str(directory / "config.yaml")))
-        return (elsewhere, None) if elsewhere.is_dir() else None
-    if directory.name.isdigit() and _is_complete(directory):
-        return directory.parent, int(directory.name)
-    return (directory, None) if directory.is_dir() and complete_steps(directory) else None
+    with _reading(directory):
+        if (directory / _FOLDER).is_dir():
+            return directory / _FOLDER, None
+        if (directory / "config.yaml").is_file():
+            elsewhere = checkpoint_directory(configs.load(str(directory / "config.yaml")))
+            return (elsewhere, None) if elsewhere.is_dir() else None
+        if directory.name.isdigit() and _is_complete(directory):
+            return directory.parent, int(directory.name)
+        return (directory, None) if directory.is_dir() and complete_steps(directory) else None
 
 
 def complete_steps(directory: epath.Path) -> list[int]:
-    """The steps of a directory's checkpoints, at a glance. Raises StorageError where it cannot be read now."""
+    """The steps of a directory's checkpoints, at a glance.
+
+    Raises:
+      StorageError: it cannot be read now.
+      ConfigError: what reads such a place is not installed.
+    """
     with _reading(directory):
         if not directory.is_dir():
             return []

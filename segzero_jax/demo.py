@@ -1,9 +1,11 @@
 """``python -m segzero_jax.infer --demo``: a page to ask a policy on, with Gradio; nothing comes from elsewhere."""
 
 import contextlib
+import errno
 import io
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +29,12 @@ from segzero_jax.decoding import UNDECODABLE
 from segzero_jax.options import say
 from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
-from segzero_jax.segmenting import PictureTooLarge, Segmenter
+from segzero_jax.segmenting import Segmenter
 
+_HOST = "127.0.0.1"
 _READABLE = ("PNG", "JPEG", "MPO", "WEBP")
 _FONTS = ["system-ui", "sans-serif"]
-_TROUBLE = (ImageError, PictureTooLarge, PromptTooLong, RewardServerError)
+_TROUBLE = (ImageError, PromptTooLong, RewardServerError)
 # The browser refuses whatever Gradio's page would load from elsewhere (fonts, a script for embedding).
 _ONLY_FROM_HERE = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -83,24 +86,33 @@ def make_ask(loaded: Loaded, segmenter: Segmenter) -> Ask:
     return ask
 
 
-def make_page(ask: Ask, policy: str) -> gr.Blocks:
-    """The page: picture and question in; reasoning while it grows, drawing, mask and JSON out."""
+def make_page(ask: Ask, policy: str, masks: bool = True) -> gr.Blocks:
+    """The page: picture and question in; reasoning while it grows, drawing, mask and JSON out.
 
-    def respond(image: str | None, question: str) -> Iterator[tuple[Any, ...]]:
-        if image is None or not question.strip(" \t\r\n."):
+    Args:
+      policy: its name.
+      masks: whether somebody makes them.
+    """
+
+    def respond(image: dict[str, Any] | None, question: str | None) -> Iterator[tuple[Any, ...]]:
+        # An API's caller need not upload a file: a picture in a data: address has no path.
+        path, question = (image or {}).get("path"), str(question or "").strip()
+        if path is None or not question.strip(" \t\r\n."):
             raise gr.Error("A picture and a question are needed, such as 'the red circle'.", print_exception=False)
         try:
-            for state in ask(_uploaded(Path(image)), question):
+            for state in ask(_uploaded(Path(path)), question):
+                if isinstance(state, Answered) and state.scaled():
+                    gr.Info(state.scaled())
                 yield _shown(state)
         except _TROUBLE as error:
             raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title="segzero-jax", analytics_enabled=False) as page:
-        gr.Markdown(f"## What is meant?\nThe policy `{policy}` reasons and points; SAM 2 makes the mask.")
+        mask_maker = "SAM 2 makes the mask" if masks else "nobody makes a mask (`--server=none`)"
+        gr.Markdown(f"## What is meant?\nThe policy `{policy}` reasons and points; {mask_maker}.")
         with gr.Row():
             with gr.Column():
-                # Without a mode, Gradio hands on the uploaded file itself.
-                image = gr.Image(type="filepath", image_mode=None, label="picture", sources=["upload", "clipboard"])
+                image = gr.Image(type="filepath", label="picture", sources=["upload", "clipboard"])
                 question = gr.Textbox(label="question", placeholder="the red circle")
                 button = gr.Button("Ask", variant="primary")
             with gr.Column():
@@ -110,7 +122,9 @@ def make_page(ask: Ask, policy: str) -> gr.Blocks:
                     mask = gr.Image(label="mask", format="png", interactive=False)
                     numbers = gr.JSON(label="answer as JSON")
         outputs = [reasoning, drawn, mask, numbers]
-        gr.on([button.click, question.submit], respond, [image, question], outputs, api_name="ask")
+        # Gradio's own preprocessing would open the file, with a traceback where that is no picture, and may rewrite it.
+        triggers = [button.click, question.submit]
+        gr.on(triggers, respond, [image, question], outputs, api_name="ask", preprocess=False)
     return page
 
 
@@ -135,6 +149,20 @@ def _shown(state: str | Answered) -> tuple[Any, ...]:
     return said, state.drawn(), mask, state.row()
 
 
+def check_port(port: int) -> None:
+    """Raises OSError, which is one line, where this machine has no such port to give."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the page's server: one just left is free
+        try:
+            probe.bind((_HOST, port))
+        except OSError as error:
+            raise OSError(_no_port(port, "taken" if error.errno == errno.EADDRINUSE else error.strerror)) from None
+
+
+def _no_port(port: int, why: str | None) -> str:
+    return f"--port={port}: {why}; choose another"
+
+
 def launch(page: gr.Blocks, port: int, wait: bool = True) -> str:
     """Serves the page on this machine; returns its address, at once without ``wait``.
 
@@ -142,17 +170,20 @@ def launch(page: gr.Blocks, port: int, wait: bool = True) -> str:
       OSError: the port is taken.
     """
     theme = gr.themes.Base(font=_FONTS, font_mono=["ui-monospace", "monospace"])
-    _, address, _ = page.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        theme=theme,
-        footer_links=[],
-        app_kwargs={"middleware": [Middleware(OnlyFromHere)]},
-    )
+    try:
+        _, address, _ = page.launch(
+            server_name=_HOST,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=theme,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(OnlyFromHere)]},
+        )
+    except OSError:  # Gradio's advice is for whoever calls launch()
+        raise OSError(_no_port(port, "taken")) from None
     say(f"open {address}")
     if wait:
         page.block_thread()
@@ -161,4 +192,4 @@ def launch(page: gr.Blocks, port: int, wait: bool = True) -> str:
 
 def serve(loaded: Loaded, segmenter: Segmenter, port: int) -> None:
     """Serves the page until it is stopped."""
-    launch(make_page(make_ask(loaded, segmenter), loaded.name), port)
+    launch(make_page(make_ask(loaded, segmenter), loaded.name, segmenter.makes_masks), port)

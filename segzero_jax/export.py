@@ -20,12 +20,12 @@ from segzero_jax import __version__
 from segzero_jax.asking import ORIGIN, asked, find_checkpoint
 from segzero_jax.checkpoint import locate, storage_path
 from segzero_jax.config import ConfigError, OneLineParser
-from segzero_jax.local_path import is_url, local_path
+from segzero_jax.local_path import check_folder, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.lora import merge
 from segzero_jax.model.peft_files import save_peft
-from segzero_jax.model.weights import CheckpointError, StorageError
+from segzero_jax.model.weights import CheckpointError
 from segzero_jax.saved_policy import load_adapters, load_policy
 
 
@@ -52,7 +52,7 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
       ExportError: ``out`` holds something else, or ``run`` is no run.
       CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, its
         ``model.path`` is gone, or it has no adapters to be written alone.
-      ConfigError: the run's configuration is of another version.
+      ConfigError: the run's configuration is of another version, or ``out`` would be in a file.
     """
     _refuse_to_mix(out)
     name = _find(run, step)
@@ -93,17 +93,9 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
 
 def _find(run: str | Path, step: int | None) -> str:
     """The path of a checkpoint. Raises as ``export`` does."""
-    # The libraries that reach buckets raise errors of their own, of no common kind; without them it is an ImportError.
-    away: tuple[type[Exception], ...] = (Exception,) if is_url(run) else ()
-    try:
-        located = locate(run)
-        if located is not None and located[1] is None:
-            return find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
-    except (CheckpointError, ConfigError):
-        raise
-    except away as error:
-        why = " ".join(str(error).split())[:200]
-        raise StorageError(f"--run={run}: cannot be read now ({type(error).__name__}: {why})") from None
+    located = locate(run)
+    if located is not None and located[1] is None:
+        return find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
     raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
 
 
@@ -115,6 +107,7 @@ def _refuse_to_mix(out: Path) -> None:
         raise ExportError(f"--out={out}: holds {other}; expected a new directory or an earlier export")
     if out.exists():
         raise ExportError(f"--out={out}: is a file; expected a new directory or an earlier export")
+    check_folder(out, f"--out={out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from segzero_jax.answering import Answered, Picture, answer_question, reasoning_
 from segzero_jax.asking import default_sam, find_checkpoint, load
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.data.forms.form import unique
-from segzero_jax.local_path import home_path, local_path
+from segzero_jax.local_path import check_folder, home_path, local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.options import (
@@ -38,7 +38,7 @@ from segzero_jax.options import (
 )
 from segzero_jax.processor import ImageError, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
-from segzero_jax.segmenting import PictureTooLarge, Segmenter, greet
+from segzero_jax.segmenting import Segmenter, greet
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -49,7 +49,7 @@ class InferError(ValueError):
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (
-    *(InferError, ConfigError, MeshError, CheckpointError, ImageError, PictureTooLarge, PromptTooLong),
+    *(InferError, ConfigError, MeshError, CheckpointError, ImageError, PromptTooLong),
     *(RewardServerError, OSError),
 )
 
@@ -73,6 +73,7 @@ class Reasoning:
         """Ends the line, if there is one."""
         if self._printed:
             sys.stdout.write("\n")
+            sys.stdout.flush()
 
 
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
@@ -114,7 +115,9 @@ def find_questions(queries: Sequence[str], file: Path | None) -> list[str]:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise InferError(f"--queries={file}: expected UTF-8 text, a question on each line: {error}") from None
-        questions += [line for line in lines if line.strip(" \t\r.")]
+        except OSError as error:
+            raise InferError(f"--queries={file}: {error.strerror}, expected a file with a question a line") from None
+        questions += [line.strip() for line in lines if line.strip(" \t\r.")]
     if not questions:
         raise InferError(f"--queries={file}: no question in it, expected one on each line" if file else _NO_QUESTION)
     return questions
@@ -126,7 +129,11 @@ _NO_QUESTION = "no question, expected --query T (also several times), or --queri
 def run(args: argparse.Namespace) -> None:
     """From the command line to the files, or to the page of ``--demo``."""
     paths, questions = [], []
-    if not args.demo:
+    if args.demo:
+        from segzero_jax.demo import check_port  # Gradio is an extra
+
+        check_port(args.port)
+    else:
         paths, questions = find_pictures(args.image), find_questions(args.query, args.queries)
     for path in paths:
         Picture.read(path.read_bytes(), str(path))  # all of them can be read, before anybody waits for the policy
@@ -149,10 +156,12 @@ def run(args: argparse.Namespace) -> None:
                         say(f"\n{path}: {question}")
                     reasoning = Reasoning()
                     drawn_from = (args.seed or 0) if args.sample else None
-                    answered = answer_question(
-                        loaded, picture, question, segmenter, drawn_from, args.temperature, reasoning
-                    )
-                    reasoning.end()
+                    try:
+                        answered = answer_question(
+                            loaded, picture, question, segmenter, drawn_from, args.temperature, reasoning
+                        )
+                    finally:
+                        reasoning.end()  # what is said of an error has a line of its own
                     _say_answer(answered, loaded.config.rollout.max_response_tokens)
                     stem = own + (f"_{number}" if len(questions) > 1 else "")
                     _write(answered, Path(args.out).expanduser(), stem, name)
@@ -201,6 +210,8 @@ def _say_answer(answered: Answered, limit: int) -> None:
     else:
         by = f", SAM 2 ({found.model}) expects an IoU of {found.model_score:.2f}" if found.model else ""
         say(f"mask: {mask.sum()} of {mask.size} pixels{by}")
+    if answered.scaled():
+        say(answered.scaled())
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -212,7 +223,13 @@ def _query(text: str) -> str:
         raise argparse.ArgumentTypeError(f"expected a question such as 'the red circle', got {text!r}")
     if any("\ud800" <= c <= "\udfff" for c in text):  # what Python makes of bytes that are not UTF-8
         raise argparse.ArgumentTypeError(f"expected UTF-8 text, got {text!r}")
-    return text
+    return text.strip()
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to 65535")
+    return int(text)
 
 
 def _mesh(text: str) -> str:
@@ -238,7 +255,7 @@ def _parser() -> OneLineParser:
     add("--query", action="append", default=[], type=_query, metavar="T", help="what to find; may be given often")
     add("--queries", type=home_path, metavar="FILE", help="more questions, one a line")
     add("--demo", action="store_true", help="a web page on this machine in place of --image and --query")
-    add("--port", type=int, default=7860, metavar="N", help="of --demo [%(default)s]")
+    add("--port", type=_port, default=7860, metavar="N", help="of --demo [%(default)s]")
     add(
         "--checkpoint",
         metavar="D",
@@ -278,9 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _check_together(parser, args)
     try:
-        out = local_path(args.out, "--out", "write to a disk and copy it from there")
-        if out.exists() and not out.is_dir():
-            raise InferError(f"--out={args.out}: is a file, expected a directory")
+        check_folder(local_path(args.out, "--out", "write to a disk and copy it from there"), f"--out={args.out}")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
         prepare_cpu(args.mesh)
         run(args)

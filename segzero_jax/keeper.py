@@ -4,7 +4,7 @@ A save that fails (a full disk, a bucket out of reach) is said and counted; trai
 again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from segzero_jax.checkpoint import Checkpoints, SaveError
@@ -28,7 +28,7 @@ class Keeper:
         identity: Identity,
         say: Callable[[str], None],
         pod: Pod = ALONE,
-        lines: Callable[[], Mapping[str, Any]] = dict,
+        lines: Callable[[Collection[int]], Mapping[str, Any]] = lambda kept: {},
     ) -> None:
         """Nothing is finished yet.
 
@@ -37,7 +37,7 @@ class Keeper:
           config, identity: saved with every step.
           say: says a line to whoever watches.
           pod: the hosts that save together; each knows only why its own part was not written.
-          lines: what the run has written last, saved with every step.
+          lines: what the run has written last, and of steps that have checkpoints; saved with every step.
         """
         self.failed = 0
         self._checkpoints = checkpoints
@@ -69,7 +69,9 @@ class Keeper:
         self._attempt(self._checkpoints.wait)
         step, state, data = self._finished
         return self._attempt(
-            lambda: self._checkpoints.save(step, state, data, self._config, self._identity, self._lines())
+            lambda: self._checkpoints.save(
+                step, state, data, self._config, self._identity, self._lines(self._checkpoints.steps)
+            )
         )
 
     def keep(self) -> bool:

@@ -29,6 +29,20 @@ def local_path(path: str | Path, key: str, instead: str) -> Path:
     return Path(path).expanduser()
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raises ConfigError where a file is in the place of the folder, or of one that it would be in.
+
+    What takes long should not find that out in the end.
+
+    Args:
+      option: as it was given, ``--out=there``.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        what = "is a file" if nearest == path else f"{nearest} is a file"
+        raise ConfigError(f"{option}: {what}, expected a folder")
+
+
 def home_path(text: str) -> Path:
     """A path for argparse, ``~`` being the home folder: in ``--image=~/a.jpg`` no shell sees it."""
     return Path(text).expanduser()

@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -150,10 +150,18 @@ class MetricsWriter:
         """The rows of ``metrics.jsonl``."""
         return jsonl.read(self._metrics) if self._metrics.exists() else []
 
-    def recent(self) -> dict[str, list[dict[str, Any]]]:
-        """The newest lines, for a checkpoint: what a machine that vanishes has not yet copied elsewhere."""
+    def recent(self, kept: Collection[int] = ()) -> dict[str, list[dict[str, Any]]]:
+        """The newest lines, for a checkpoint: what a machine that vanishes has not yet copied elsewhere.
+
+        Args:
+          kept: steps whose lines belong to them, however old: by them the best of the checkpoints is known.
+        """
+        metrics = list(self._recent)
+        if metrics and min(kept, default=metrics[0]["step"]) < metrics[0]["step"]:
+            metrics = [row for row in self.steps() if row["step"] in kept or row["step"] >= metrics[0]["step"]]
         evaluations = jsonl.read(self._evaluations) if self._evaluations.exists() else []
-        return {"metrics": list(self._recent), "evaluations": evaluations[-_RECENT:]}
+        old = [row for row in evaluations[:-_RECENT] if row["step"] in kept]
+        return {"metrics": metrics, "evaluations": old + evaluations[-_RECENT:]}
 
     def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:
         """Adds what ``recent`` gave and these files, a copy that is older, do not hold. Returns whether that is any."""
@@ -276,7 +284,7 @@ class SilentWriter(MetricsWriter):
     def write_image(self, example_id: str, image: bytes) -> str:
         return ""
 
-    def recent(self) -> dict[str, list[dict[str, Any]]]:
+    def recent(self, kept: Collection[int] = ()) -> dict[str, list[dict[str, Any]]]:
         return {}
 
     def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:

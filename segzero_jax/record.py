@@ -222,29 +222,37 @@ def print_summary(run_dir: Path) -> None:
     console = Console(highlight=False)
     metrics = jsonl.read(run_dir / "metrics.jsonl")
     scored = [row for row in metrics if row["reward/mean"] is not None]
-    if len(scored) >= 2:
-        console.print(f"mean reward: {_mean(scored[:_ENDS])}, {_mean(scored[-_ENDS:])}")
+    # At most half of the steps, so that no step is in both ends.
+    ends = min(_ENDS, len(scored) // 2)
+    if scored:
+        parts = (scored[:ends], scored[-ends:]) if ends else (scored,)
+        console.print(f"mean reward: {', '.join(map(_mean, parts))}")
     evaluations = jsonl.read(run_dir / "evaluations.jsonl") if (run_dir / "evaluations.jsonl").exists() else []
     if not evaluations:
         return
     steps = sorted({row["step"] for row in evaluations})
-    table = Table(title="held-out gIoU [95% interval]")
+    # Without SAM 2 there are no masks, and no question has a mask IoU.
+    masks = any(row["giou"] is not None for row in evaluations)
+    key, name = ("giou", "gIoU") if masks else ("box_accuracy", "box accuracy")
+    table = Table(title=f"held-out {name} [95% interval]")
     before = f"after {steps[0]} steps" if steps[0] else "before"
     for heading in ("split", "answers", before, f"after {steps[-1]} steps"):
         table.add_column(heading)
     by_key = {(row["step"], row["split"], row["mode"]): row for row in evaluations}
     for split, mode in sorted({(row["split"], row["mode"]) for row in evaluations}):
-        table.add_row(split, mode, *(_giou(by_key.get((step, split, mode))) for step in (steps[0], steps[-1])))
+        table.add_row(split, mode, *(_interval(by_key.get((step, split, mode)), key) for step in (steps[0], steps[-1])))
     console.print(table)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> str:
     values = [row["reward/mean"] for row in rows]
-    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    if len(values) == 1:
+        return f"{values[0]:.3f} in step {rows[0]['step']}"
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
     return f"{float(np.mean(values)):.3f} ± {error:.3f} in steps {rows[0]['step']} to {rows[-1]['step']}"
 
 
-def _giou(row: dict[str, Any] | None) -> str:
-    if row is None or row["giou"] is None:
+def _interval(row: Mapping[str, Any] | None, key: str) -> str:
+    if row is None or row[key] is None:
         return "-"
-    return f"{row['giou']:.3f} [{row['giou_low']:.3f}, {row['giou_high']:.3f}]"
+    return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"

@@ -4,13 +4,14 @@ Each line of the input has ``text`` and ``solution``, and ``mask_iou`` where the
 ``rollouts/STEP.jsonl`` is such a file. The output holds the same rows with ``reward`` (the total) and ``components``.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from segzero_jax import jsonl, rewards
+from segzero_jax.config import OneLineParser
 from segzero_jax.local_path import home_path
 
 
@@ -22,27 +23,31 @@ def rescore(lines: Sequence[bytes], name: str, recipe: str, weight: float, mode:
     """The rows of JSON lines, each with ``reward`` and ``components`` of the recipe.
 
     Args:
-      lines: one JSON object each.
+      lines: one JSON object each; empty ones, as between files that were put together, are passed over.
       name: of the file, for messages.
       recipe, weight, mode: as ``rewards.score`` takes them.
 
     Raises:
-      RescoreError: a line is not strict JSON, or lacks what the recipe needs.
+      RescoreError: a line is not strict JSON, or lacks what the recipe needs; or there is none.
     """
     rows = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = _row(line)
             score = rewards.score(recipe, row["text"], row["solution"], row.get("mask_iou"), weight, mode)
         except (ValueError, RecursionError) as error:
             raise RescoreError(f"{name}:{number}: {error}") from None
         rows.append({**row, "reward": score.total, "components": score.components})
+    if not rows:
+        raise RescoreError(f"{name}: no rows, expected a JSON object on each line")
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. On bad input: one line, exit code 2, nothing written."""
-    parser = argparse.ArgumentParser(prog="python -m segzero_jax.rescore", description="Scores stored responses again.")
+    parser = OneLineParser(prog="python -m segzero_jax.rescore", description="Scores stored responses again.")
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(rewards.RECIPES)}")
     parser.add_argument("--input", required=True, type=home_path, metavar="F.jsonl", help="rows with text and solution")
     parser.add_argument("--output", required=True, type=home_path, metavar="F.jsonl", help="may be the input")
@@ -58,13 +63,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         if args.output.is_dir() or not args.output.parent.is_dir():
             raise RescoreError(f"--output={args.output}: expected a file in a folder that exists")
-        lines = args.input.read_bytes().rstrip(b"\r\n").split(b"\n")
-        rows = rescore(lines, str(args.input), args.recipe, weight, mode)
+        rows = rescore(_lines(args.input), str(args.input), args.recipe, weight, mode)
         jsonl.write(args.output, rows)
     except (ValueError, OSError, RecursionError) as error:
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     mean = sum(row["reward"] for row in rows) / len(rows)
     print(f"wrote {len(rows)} rows to {args.output}: {args.recipe}, mean reward {mean:.4g} of at most {most:.4g}")
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().rstrip(b"\r\n").split(b"\n")
+    except OSError as error:
+        raise RescoreError(f"--input={path}: {error.strerror}, expected a file of JSON lines") from None
 
 
 def _row(line: bytes) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
       StorageError: a host cannot write where checkpoints go.
     """
     check_keep_best(config)
+    run_directory(config)  # Before checkpoints are looked for in it.
     saved = tuple(complete_steps(checkpoint_directory(config)))
     beginning, passed_over = look(config, resume)
     seen = pod.exchange("the newest checkpoint", str(beginning.step))

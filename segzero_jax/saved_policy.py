@@ -15,7 +15,15 @@ from segzero_jax.model.dims import Dims
 from segzero_jax.model.lora import Adapters, abstract_adapters, adapt
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.precision import compute_dtype
-from segzero_jax.model.weights import CheckpointError, abstract_policy, load_hf, read_dims
+from segzero_jax.model.weights import (
+    ADAPTER_CONFIG,
+    ALONE,
+    CheckpointError,
+    abstract_policy,
+    check_fits,
+    load_hf,
+    read_dims,
+)
 
 
 def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | None]:
@@ -26,17 +34,26 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
 
     Raises:
       CheckpointError: there is nothing of the kind at ``path``.
+      MeshError: the policy does not divide over the mesh.
     """
     if is_checkpoint(path):
+        _check_mesh(read_dims(path))
         return *load_hf(path, dtype=dtype), None
     with _saved(path) as (checkpoints, step):
         config = checkpoints.config(step)
         dims = read_dims(config.model.path)
+        _check_mesh(dims)
         if config.model.lora_rank:
             policy = _adapted(checkpoints, step, config, dims)
         else:
             policy = checkpoints.policy(step, abstract_policy(dims))
     return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
+
+
+def _check_mesh(dims: Dims) -> None:
+    mesh = jax.sharding.get_mesh()
+    # Questions are padded to what the mesh divides.
+    check_fits(mesh, dims, mesh.size, mesh.size)
 
 
 def load_adapters(path: str | Path) -> tuple[Adapters, Config]:
@@ -57,6 +74,8 @@ def load_adapters(path: str | Path) -> tuple[Adapters, Config]:
 def _saved(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
     """A run's checkpoints and the step that ``path`` means, known to be whole. Raises CheckpointError."""
     found = locate(path)
+    if found is None and (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{path}: {ALONE}")
     if found is None:
         raise CheckpointError(f"{path}: expected a run directory with checkpoints, a Hugging Face checkpoint, or 'toy'")
     directory, step = found

@@ -2,16 +2,20 @@
 
 import contextlib
 import io
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from pycocotools import mask as coco
 
-from segzero_jax.data.pictures import MAX_BYTES, written
+from segzero_jax.data.pictures import fit_mask, written
 from segzero_jax.local_server import local_server
+from segzero_jax.overlay import decode_mask
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.types import Frame, ObjectPrompt, RleMask
@@ -23,10 +27,6 @@ _HELLO_S = 15.0
 _PHOTOGRAPHS = ("JPEG", "MPO")
 
 
-class PictureTooLarge(ValueError):
-    """A picture that the server does not take; the message is one line."""
-
-
 @dataclass(frozen=True)
 class Found:
     """What SAM 2 made of an answer.
@@ -36,12 +36,15 @@ class Found:
       model_score: SAM 2's own estimate of the IoU; 0 without objects or mask.
       model: who made it; empty without.
       error: why an answer with objects has no mask.
+      seen: the size at which SAM 2 saw the picture: its own, or less where its server takes no larger ones. None where
+        it was not asked.
     """
 
     mask: RleMask | None
     model_score: float = 0.0
     model: str = ""
     error: str = ""
+    seen: Frame | None = None
 
 
 def greet(server: str, access: Access) -> None:
@@ -104,14 +107,19 @@ class Segmenter:
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
+    @property
+    def makes_masks(self) -> bool:
+        """Whether anybody is asked for masks at all."""
+        return self._server != "none"
+
     def __call__(self, name: str, stored: bytes, upright: Image.Image, objects: tuple[ObjectPrompt, ...]) -> Found:
         """The mask for an answer's objects, in pixels of the upright picture; ``segment`` has the errors."""
-        if self._server == "none":
+        if not self.makes_masks:
             return Found(None)
         if self._client is None:
             self._client = self._stack.enter_context(connected(self._server, self._access, self._sam(), self._say))
         try:
-            return segment(self._client, name, as_seen(stored, upright), Frame(*upright.size), objects)
+            return segment(self._client, name, stored, upright, objects)
         except RewardServiceAway as error:
             if self._server == "local":
                 self._client = None
@@ -119,46 +127,82 @@ class Segmenter:
             raise
 
 
-def as_seen(data: bytes, upright: Image.Image) -> bytes:
-    """The picture for the server, which takes pictures as stored and drops transparency.
+def as_seen(data: bytes, upright: Image.Image, most_bytes: int, most_pixels: int) -> tuple[bytes, Frame] | None:
+    """The picture for the server, which takes pictures as stored and drops transparency, and its size there.
 
     Where that is not what the policy sees (a rotation in the EXIF data, transparent or 16-bit pixels), or is too large
-    a file for the server, the picture is encoded anew as it is seen: a JPEG as JPEG, as is what is too large as PNG.
+    for the server, the picture is encoded anew as it is seen: a JPEG as JPEG, as is what is too large as PNG, scaled
+    down where it has to be.
+
+    Returns:
+      None where the server's limits leave no room for any picture.
     """
-    stored = Image.open(io.BytesIO(data))
-    pixels = stored.convert("RGB")
-    if len(data) <= MAX_BYTES and pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
-        return data
-    return written(upright, lossy=stored.format in _PHOTOGRAPHS)
+    stored, frame = Image.open(io.BytesIO(data)), Frame(*upright.size)
+    if len(data) <= most_bytes and frame.width * frame.height <= most_pixels:
+        pixels = stored.convert("RGB")
+        if pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
+            return data, frame
+    lossy, room = stored.format in _PHOTOGRAPHS, float(most_pixels)
+    while True:
+        frame = _within(frame, room)
+        if frame.width * frame.height > room:
+            return None
+        size = (frame.width, frame.height)
+        image = written(upright if size == upright.size else upright.resize(size, Image.Resampling.LANCZOS), lossy)
+        if len(image) <= most_bytes:
+            return image, frame
+        if lossy:  # a file's size goes about with its pixels; a tenth less makes up for the "about"
+            room = 0.9 * frame.width * frame.height * most_bytes / len(image)
+        lossy = True
 
 
-def segment(client: RewardClient, name: str, image: bytes, frame: Frame, objects: tuple[ObjectPrompt, ...]) -> Found:
-    """SAM 2's mask for an answer's objects.
+def _within(frame: Frame, most: float) -> Frame:
+    """The size brought down to at most so many pixels, or to a single one; its shape stays as far as that goes."""
+    while 1 < (pixels := frame.width * frame.height) > most:
+        shrink = math.sqrt(most / pixels)
+        frame = Frame(max(1, int(frame.width * shrink)), max(1, int(frame.height * shrink)))
+    return frame
+
+
+def encode_mask(mask: np.ndarray) -> RleMask:
+    """A bool ``[height, width]`` mask as run lengths."""
+    counts = coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+    return RleMask(mask.shape[0], mask.shape[1], counts)
+
+
+def segment(
+    client: RewardClient, name: str, stored: bytes, upright: Image.Image, objects: tuple[ObjectPrompt, ...]
+) -> Found:
+    """SAM 2's mask for an answer's objects, in pixels of the upright picture, however large that is.
 
     Args:
       client: of a server that serves, or of several.
       name: of the picture, for messages.
-      image: as the server shall see it; ``frame`` is its size.
-      objects: in pixels of ``frame``.
+      stored: its file; ``upright`` is what the policy sees of it.
+      objects: in pixels of ``upright``.
 
     Raises:
-      PictureTooLarge: for this server.
       RewardServiceAway: no server serves now, or it took too long.
-      RewardServerError: it speaks another version, or answers nonsense.
+      RewardServerError: it speaks another version, answers nonsense, or takes no picture of any size.
     """
-    info = client.info(loaded=True)
-    if len(image) > info.max_image_bytes or frame.width * frame.height > info.max_image_pixels:
-        raise PictureTooLarge(
-            f"{name}: {frame.width}x{frame.height} pixels in {len(image)} bytes, the reward server takes at most "
-            f"{info.max_image_pixels} pixels in {info.max_image_bytes} bytes: shrink the picture"
+    info, frame = client.info(loaded=True), Frame(*upright.size)
+    fitting = as_seen(stored, upright, info.max_image_bytes, info.max_image_pixels)
+    if fitting is None:
+        raise RewardServerError(
+            f"{name}: reward server {info.address} takes at most {info.max_image_pixels} pixels in "
+            f"{info.max_image_bytes} bytes, expected room for a picture"
         )
+    image, seen = fitting
+    # The server itself brings coordinates from the frame that they are in to the pixels of what it is shown.
     (answer,) = client.segment(image, frame, [objects], id="infer")
     if answer.error:
-        return Found(None, model=info.model, error=answer.error)
+        return Found(None, model=info.model, error=answer.error, seen=seen)
     mask = answer.mask
-    if mask is None or (mask.width, mask.height) != (frame.width, frame.height):
+    if mask is None or (mask.width, mask.height) != (seen.width, seen.height):
         got = "none" if mask is None else f"{mask.width}x{mask.height}"
         raise RewardServerError(
-            f"reward server {info.address}: expected a mask of {frame.width}x{frame.height} pixels, got {got}"
+            f"reward server {info.address}: expected a mask of {seen.width}x{seen.height} pixels, got {got}"
         )
-    return Found(mask, answer.model_score, info.model)
+    if seen != frame:
+        mask = encode_mask(fit_mask(decode_mask(vars(mask)), frame))
+    return Found(mask, answer.model_score, info.model, seen=seen)

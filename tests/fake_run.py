@@ -76,6 +76,7 @@ def _metrics(rows: list[dict[str, Any]], step: int, skill: float, masks: bool, r
     components = {
         f"reward/{name}": float(np.mean([row["components"][name] for row in rows])) for name in rows[0]["components"]
     }
+    mask_iou = {"mask_iou/mean": float(np.mean([row["mask_iou"] for row in rows]))} if masks else {}
     return {
         "reward/mean": rewards.mean(),
         "reward/std": rewards.std(),
@@ -96,6 +97,7 @@ def _metrics(rows: list[dict[str, Any]], step: int, skill: float, masks: bool, r
         "response_length/min": min(lengths),
         "response_length/max": max(lengths),
         "finished": float(np.mean([row["finished"] for row in rows])),
+        **mask_iou,
         "sampler_gap": 1e-5 * rng.random(),
         **beside,
         **times,
@@ -168,6 +170,8 @@ def _evaluation(
             "giou_high": value + 0.04,
             "ciou": value - 0.02,
             "box_accuracy": value + 0.03,
+            "box_accuracy_low": value - 0.02,
+            "box_accuracy_high": value + 0.08,
             "format_rate": 0.97,
             "reward": 8 * value,
             "count": questions,

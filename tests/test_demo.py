@@ -2,8 +2,10 @@
 
 import io
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,8 +19,9 @@ from PIL import Image
 from segzero_jax import demo
 from segzero_jax.answering import Answered, Picture
 from segzero_jax.prompt import parse_answer
-from segzero_jax.segmenting import Found
-from segzero_jax.types import ObjectPrompt
+from segzero_jax.reward_channel import Access
+from segzero_jax.segmenting import Found, Segmenter
+from segzero_jax.types import Frame, ObjectPrompt
 
 TEXT = '<think> a circle at top left </think>\n<answer>[{"bbox_2d": [1,2,30,40], "point_2d": [9,9]}]</answer>'
 ASKED: list[tuple[tuple[int, int], str]] = []
@@ -35,7 +38,9 @@ def ask(picture: Picture, question: str) -> Iterator[str | Answered]:
     mask = np.zeros((picture.frame.height, picture.frame.width), bool)
     mask[2:40, 1:30] = True
     objects = (ObjectPrompt((1.0, 2.0, 30.0, 40.0), ((9.0, 9.0),)),)
-    yield Answered(picture, question, TEXT, parse_answer(TEXT), True, 112, objects, Found(None, model="boxes"), mask)
+    seen = Frame(48, 60) if question == "the large" else picture.frame
+    found = Found(None, model="boxes", seen=seen)
+    yield Answered(picture, question, TEXT, parse_answer(TEXT), True, 112, objects, found, mask)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,8 @@ def test_a_question_is_answered_while_one_watches(address: str, tmp_path: Path) 
     assert pixels.sum() == 255 * 38 * 29
     assert numbers["frame"] == [FRAME.width, FRAME.height]
     assert numbers["objects"] == [{"box": [1, 2, 30, 40], "points": [[9, 9]]}]
+    client.predict(handle_file(path), f"  {QUESTION}\n", api_name="/ask")
+    assert ASKED[-1] == (PICTURE.size, QUESTION), "without the space around it"
     for question, words in (("", "A picture and a question are needed"), ("the server", "reward server: unreachable")):
         with pytest.raises(AppError, match=words):
             client.predict(handle_file(path), question, api_name="/ask")
@@ -96,6 +103,70 @@ def test_a_picture_in_another_format_is_asked_about_too(address: str, tmp_path: 
     for name in ("scene.svg", "half.bmp"):
         with pytest.raises(AppError, match="the picture: "):
             client.predict(handle_file(tmp_path / name), QUESTION, api_name="/ask")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("empty.png", b"", "the picture: no image, expected the bytes of a PNG, JPEG or WebP"),
+        ("notes.png", b"no picture", "the picture: image cannot be read"),
+        ("notes.txt", b"no picture", "the picture: image cannot be read"),
+    ],
+)
+def test_an_upload_that_is_no_picture_is_told_to_whoever_uploaded_it(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, words: str
+) -> None:
+    """And to nobody else: nothing stands in the terminal."""
+    (tmp_path / name).write_bytes(data)
+    client = Client(address, verbose=False, analytics_enabled=False)
+    with pytest.raises(AppError, match=words):
+        client.predict(handle_file(tmp_path / name), QUESTION, api_name="/ask")
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
+def test_a_file_of_this_machine_is_no_upload(address: str, tmp_path: Path) -> None:
+    (tmp_path / "private.png").write_bytes(encoded(PICTURE))
+    asked = len(ASKED)
+    named = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
+    # By hand: Gradio's client would upload it.
+    call = f"{address}gradio_api/call/ask"
+    event = httpx.post(call, json={"data": [named, QUESTION]}).json()["event_id"]
+    assert "event: error" in httpx.get(f"{call}/{event}", timeout=60).text
+    assert len(ASKED) == asked
+
+
+def test_the_page_says_that_sam_saw_the_picture_smaller(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(demo.gr, "Info", told.append)
+    (tmp_path / "scene.png").write_bytes(encoded(PICTURE))
+    client = Client(address, verbose=False, analytics_enabled=False)
+    for question in (QUESTION, "the large"):
+        *_, numbers = client.predict(handle_file(tmp_path / "scene.png"), question, api_name="/ask")
+    assert numbers["sam_frame"] == [48, 60]
+    assert len(told) == 1
+    assert told[0].startswith("SAM 2 saw the picture at 48x60")
+
+
+@pytest.mark.parametrize(("server", "words"), [("none", "nobody makes a mask"), ("local", "SAM 2 makes the mask")])
+def test_the_page_says_who_makes_masks(server: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = []
+    monkeypatch.setattr(demo, "launch", lambda page, port: pages.append(page))
+    demo.serve(SimpleNamespace(name="a policy"), Segmenter(server, Access(), lambda: "toy", print), 1)
+    said = str(pages[0].get_config_file())
+    assert words in said
+    assert ("SAM 2 makes" in said) == (server == "local")
+
+
+def test_a_port_that_is_taken_is_told_in_a_line() -> None:
+    """Also where it was free when the command began."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for attempt in (demo.check_port, lambda port: demo.launch(demo.make_page(ask, "a policy"), port, wait=False)):
+            with pytest.raises(OSError, match=f"^--port={port}: taken; choose another$"):
+                attempt(port)
+    demo.check_port(port)
 
 
 def test_nothing_comes_from_elsewhere(address: str) -> None:

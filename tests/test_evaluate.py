@@ -259,6 +259,15 @@ def test_a_limit_takes_of_every_picture_one_question_first(
     assert "holds another evaluation (order None; now 'of every picture one')" in capsys.readouterr().err
 
 
+def test_results_of_earlier_commands_stay(source: Source, address: str, tmp_path: Path) -> None:
+    del source[3:]
+    both = run(tmp_path, address, "--oracle")
+    assert [one["checkpoint"] for one in both["evaluations"]] == ["toy", "oracle"]
+    assert run(tmp_path, address) == both, "the policy's are made again, the oracle's are there"
+    (tmp_path / "results.json").write_text('{"evaluations": [')
+    assert run(tmp_path, address)["evaluations"] == both["evaluations"][:1], "what cannot be read is replaced"
+
+
 def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: Path) -> None:
     del source[3:]
     (policy,) = run(tmp_path, address, "--samples=3", "--seed=5")["evaluations"]
@@ -600,7 +609,12 @@ def test_cases_are_the_ends_and_some_at_random() -> None:
         (["--dataset=toy", "--server=127.0.0.1:1"], ("127.0.0.1:1: unreachable",)),
         (["--dataset=toy", "--checkpoint=absent", "--server=none"], ("absent: expected a run directory",)),
         (["--dataset=toy", "--server=none", "--mesh=2x1", "--batch=3"], ("3 prompts", "do not divide")),
+        (["--dataset=toy", "--server=none", "--mesh=3x1", "--batch=3"], ("--mesh=3x1: 128 units", "do not divide")),
         (["--dataset=toy", "--server=none", "--out=taken"], ("--out=taken: is a file",)),
+        (
+            ["--dataset=toy", "--server=none", "--out=taken/a"],
+            ("--out=taken/a: ", "/taken is a file"),
+        ),
         ([], ("--dataset",)),
     ],
 )
@@ -640,4 +654,4 @@ def test_other_hosts_do_not_wait_for_one_that_cannot_write(monkeypatch: pytest.M
     monkeypatch.setattr(command, "join", lambda prog, advice: Joined())
     (tmp_path / "taken").touch()
     assert command.main(["--dataset=toy", "--server=none", f"--out={tmp_path}/taken"]) == 2
-    assert left == [(2, f"--out={tmp_path}/taken: is a file, expected a directory")]
+    assert left == [(2, f"--out={tmp_path}/taken: is a file, expected a folder")]

@@ -216,12 +216,20 @@ def test_a_run_in_a_bucket_is_named_by_its_own_path(
     class HttpError(Exception):
         """As gcsfs and google.auth have them."""
 
-    def away(path: object) -> None:
-        raise HttpError("Cannot connect\nto host")
+    monkeypatch.setattr(export, "locate", locate)
+    for error, expected in {
+        HttpError("Cannot connect\nto host"): "cannot be read now (HttpError: Cannot connect to host)",
+        ImportError("no gcsfs"): "cannot be read without a further package (ImportError: no gcsfs); "
+        "for gs://, .venv/bin/pip install -c constraints.txt -e '.[tpu]' brings it",
+    }.items():
 
-    monkeypatch.setattr(export, "locate", away)
-    unread = said(capsys, "--run=gs://bucket/some_run", "--out", tmp_path / "out")
-    assert "--run=gs://bucket/some_run: cannot be read now (HttpError: Cannot connect to host)" in unread
+        def away(*_: object, error: Exception = error) -> bool:
+            raise error
+
+        monkeypatch.setattr(type(epath.Path("gs://bucket")), "is_dir", away)
+        assert f"gs://bucket/some_run: {expected}" in said(
+            capsys, "--run=gs://bucket/some_run", "--out", tmp_path / "out"
+        )
 
 
 def test_an_export_goes_to_this_machines_disk(

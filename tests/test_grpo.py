@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import DIMS, load_processor, prompts, random_policy
 
+from segzero_jax import config as configs
 from segzero_jax import grpo
 from segzero_jax.config import Config, GrpoConfig, ModelConfig, RolloutConfig, TrainConfig
 from segzero_jax.grpo import (
@@ -325,6 +326,24 @@ def test_the_rate_rises_falls_and_stays_at_nothing(decay, rates):
     config = TrainConfig(lr=2.0, warmup_steps=2, lr_decay=decay, decay_steps=6)
     found = [float(learning_rate(config, done)) for done in range(8)]
     np.testing.assert_allclose(found, 2 * np.array(rates), atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
+def test_steps_that_learn_are_those_with_a_rate(decay: str) -> None:
+    """A step of 4 updates; a decay over 10 ends in the middle of the third."""
+    changes = {
+        "train.mini_batch_size": 8,
+        "grpo.iterations": 2,
+        "train.lr_decay": decay,
+        "train.decay_steps": 10,
+        "train.steps": 5,
+    }
+    config = configs.replace(Config(), **changes, **{"train.batch_size": 16, "train.micro_batch_size": 8})
+    assert config.updates_per_rollout == 4
+    rates = [[float(learning_rate(config.train, 4 * step + n)) for n in range(4)] for step in range(config.train.steps)]
+    assert config.steps_that_learn == sum(any(rate > 0 for rate in step) for step in rates)
+    assert (config.steps_that_learn == 3) == (decay != "none")
+    assert configs.replace(config, **{"train.steps": 2}).steps_that_learn == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,6 +1,7 @@
 """The infer command: a picture and a question in, reasoning, box and mask out; bad input is one line."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,23 @@ def test_policy_and_server_agree_on_the_picture(image: Path) -> None:
                 assert (seen[SCENE.objects[0].mask] == 255).all(), "transparency is white for the policy"
 
 
+def test_a_picture_larger_than_sam_takes_is_answered_in_its_own_pixels(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(BoxServer()) as address:
+        whole = ask(image, "--server", address)
+        assert "SAM 2 saw" not in capsys.readouterr().out
+    with serving(BoxServer(pixels=12_000)) as address:
+        row = ask(image, "--server", address)
+    said = "SAM 2 saw the picture at 97x122, as its server takes none larger; objects and mask are in pixels of its own"
+    assert f"{said} {FRAME.width}x{FRAME.height}\n" in capsys.readouterr().out
+    assert (whole["sam_frame"], row["sam_frame"]) == ([FRAME.width, FRAME.height], [97, 122])
+    assert (row["objects"], row["frame"]) == (whole["objects"], whole["frame"])
+    mask, wanted = decode_mask(row["mask"]), decode_mask(whole["mask"])
+    assert (mask & wanted).sum() > 0.9 * (mask | wanted).sum()
+    np.testing.assert_array_equal(mask_file(image), mask * np.uint8(255))
+
+
 def test_a_drawn_answer_follows_its_seed_and_may_be_malformed(
     image: Path, babbler: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,8 +266,24 @@ def test_the_files_of_no_picture_take_the_place_of_another_s(names: list[str], e
 def test_a_file_of_questions_is_read_line_by_line(tmp_path: Path) -> None:
     """With the mark that Windows puts in front, its ends of lines, and a separator that is part of a question."""
     file = tmp_path / "questions.txt"
-    file.write_bytes("\ufeffthe dog\r\nthe cat\u2028on the mat\n\n.\nthe mouse".encode())
+    file.write_bytes("\ufeffthe dog\r\nthe cat\u2028on the mat\n\n.\n\t the mouse ".encode())
     assert infer.find_questions(["first"], file) == ["first", "the dog", "the cat\u2028on the mat", "the mouse"]
+
+
+def test_space_around_a_question_is_no_part_of_it(image: Path) -> None:
+    row = ask(image, "--server=none", query=f" {QUESTION}.\t")
+    assert row["question"] == f"{QUESTION}."
+    assert row["text"] == ask(image, "--server=none")["text"]
+
+
+def test_a_port_that_is_taken_is_told_before_the_policy_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(infer, "load", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["--demo", "--checkpoint=toy", f"--port={port}", "--out", str(tmp_path / "out")]
+        refused(capsys, arguments, f"--port={port}: taken; choose another")
 
 
 def differing(path: Path) -> np.ndarray:
@@ -373,6 +407,8 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--image": "empty.png"}, ("empty.png: no image, expected",)),
         ({"--image": "cut.png"}, ("cut.png: image cannot be read",)),
         ({"--query": " . "}, ("--query: expected a question",)),
+        ({"--queries": "hollow"}, ("--queries=hollow: Is a directory, expected a file",)),
+        ({"--queries": "absent.txt"}, ("--queries=absent.txt: No such file",)),
         ({"--query": "the \udcff"}, ("--query: expected UTF-8",)),
         ({"--query": "the red circle " * 30}, ("scene.png: prompt of", "max_prompt_tokens=64")),
         ({"--checkpoint": "absent"}, ("absent: expected a run directory", "'toy'")),
@@ -380,6 +416,9 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--image-size": "100"}, ("data.image_size=100", "multiple of 28")),
         ({"--prompt": "poem"}, ("--prompt: poem: expected toy", "vision_reasoner or a text with {question}")),
         ({"--out": "taken"}, ("--out=taken: is a file",)),
+        ({"--out": "taken/a/b", "--image": "absent.png"}, ("--out=taken/a/b: ", "/taken is a file, expected a folder")),
+        ({"--port": "99999"}, ("--port: 99999: expected 1 to 65535",)),
+        ({"--port": "0"}, ("--port: 0: expected 1 to 65535",)),
         ({"--server": "nowhere"}, ("'nowhere': expected host:port",)),
         ({"--server": "127.0.0.1:1"}, ("127.0.0.1:1: unreachable", "reward.server")),
         ({"--server": ""}, ("--server", "expected local, none or host:port")),
@@ -391,7 +430,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--sample": None, "--temperature": "0"}, ("--temperature", "'0'")),
         ({"--mesh": "2x2"}, ("--mesh: 2x2: expected 1xTENSOR",)),
         ({"--mesh": "1x99"}, ("needs 99 devices",)),
-        ({"--mesh": "1x3"}, ("toy: ", "mesh 1x1x3", "does not evenly divide")),
+        ({"--mesh": "1x3"}, ("--mesh=1x3: ", "do not divide by")),
         ({"--chekpoint": "toy"}, ("--chekpoint", "--help")),
     ],
 )
@@ -428,12 +467,17 @@ def test_a_server_that_cannot_help_is_explained(image: Path, capsys: pytest.Capt
     with serving(BoxServer(version=99)) as address:
         refused(capsys, arguments(address), address, "99", f"this client speaks {reward_pb2.API_VERSION_CURRENT}")
     assert "policy:" not in capsys.readouterr().out
-    with serving(BoxServer(pixels=100)) as address:
-        refused(capsys, arguments(address), "scene.png: ", "takes at most 100 pixels", "shrink")
+    with serving(BoxServer(pixels=0)) as address:
+        refused(capsys, arguments(address), "scene.png: ", "takes at most 0 pixels", "expected room")
     server = BoxServer()
     server.change = half
     with serving(server) as address:
         refused(capsys, arguments(address), f"expected a mask of {FRAME.width}x{FRAME.height} pixels")
+        # Where both go to one terminal, the error does not stand behind the reasoning.
+        assert infer.main(arguments(address)) == 2
+        printed = capsys.readouterr().out
+        assert "thinking: " in printed
+        assert printed.endswith("\n")
 
 
 def test_a_server_behind_tls_is_reached_with_its_authority(image: Path, tmp_path: Path) -> None:

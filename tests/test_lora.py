@@ -289,6 +289,10 @@ def test_adapters_written_alone_are_those_that_peft_loads(run: tuple[Config, Ada
         bare = prompt_logits(load_hf(config.model.path)[0], PROCESSOR.batch([prompt], 8), Pass(DIMS, TRAIN, FLOAT32))[0]
     close(ours[: len(theirs)], theirs, 1e-4)
     assert np.abs(bare[: len(theirs)] - theirs).max() > 0.01 * np.abs(theirs).max(), "they change something"
+    for load in (lambda: load_policy(out, FLOAT32), lambda: load_hf(out)):
+        with jax.set_mesh(make_mesh("1x1")), pytest.raises(CheckpointError, match="holds adapters alone; expected a"):
+            load()
+    assert oct((out / "adapter_model.safetensors").stat().st_mode) == oct((out / "adapter_config.json").stat().st_mode)
     assert {value.dtype for value in load_file(out / "adapter_model.safetensors").values()} == {np.dtype("float32")}
 
 

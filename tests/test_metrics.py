@@ -12,8 +12,11 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 from test_tensorboard import events
 
+from segzero_jax import config as configs
 from segzero_jax import jsonl
+from segzero_jax.config import Config
 from segzero_jax.metrics import MetricsError, MetricsWriter, duration, safe_name
+from segzero_jax.run_dir import score
 
 NUMBERS = {"giou": 0.5, "giou_low": 0.4, "giou_high": 0.6, "ciou": 0.5, "count": 3}
 
@@ -143,6 +146,27 @@ def test_lines_that_a_copy_does_not_hold_yet_come_from_the_checkpoint(tmp_path_f
             metrics.truncate_after(6)
             assert metrics.recent() == checkpoint
         assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == copies[-1]
+
+
+def test_with_its_folder_a_run_does_not_lose_which_checkpoint_is_the_best(tmp_path):
+    """By its line alone the best is known, however long ago that was."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    with writer(first) as metrics:
+        for step in range(1, 252):
+            metrics.write_step(step, {"reward/mean": step % 40})
+            if step % 5 == 0:
+                numbers = {"giou": 1 / step}
+                metrics.write_evaluation(step, "val", {"greedy": numbers}, [])
+        assert [row["step"] for row in metrics.recent()["metrics"]] == list(range(52, 252)), "without any checkpoint"
+        lines = metrics.recent([5, 39, 250])
+    for key, expected in {"reward/mean": [5, 39, 10], "val/greedy/giou": [1 / 5, None, 1 / 250]}.items():
+        config = configs.replace(Config(), **{"run.dir": str(second), "train.keep_best": key})
+        with writer(second) as metrics:
+            metrics.add_missing(json.loads(json.dumps(lines)))
+            metrics.truncate_after(251)
+        assert [score(config, second, step) for step in (5, 39, 250)] == expected
+        steps = [row["step"] for row in jsonl.read(second / "metrics.jsonl")]
+        assert steps == [5, 39, *range(52, 252)]
 
 
 def test_an_evaluation_written_again_takes_the_place_of_the_first(tmp_path):

@@ -94,8 +94,63 @@ def test_a_source_that_changes_during_an_interruption_is_noticed(
     path = source / "train.jsonl"
     path.write_text(path.read_text().replace("the red mug", "the green mug"))
     assert run(tmp_path, "mine", source) == 0
-    assert "the source has changed since the interrupted build: starting over" in capsys.readouterr().err
+    assert "an unfinished build of another source or version is there: starting over\n" in capsys.readouterr().err
     assert open_split("mine", "train", tmp_path / "built")[0].question == "the green mug"
+
+
+def test_after_a_build_that_failed_nothing_is_said_of_an_interruption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.lines(tmp_path / "s")
+    text = (source / "train.jsonl").read_text()
+    (source / "train.jsonl").write_text(text.replace("the red mug", "").replace("both mugs", ""))
+    assert run(tmp_path, "mine", source) == 2
+    (source / "train.jsonl").write_text(text)
+    capsys.readouterr()
+    assert run(tmp_path, "mine", source) == 0
+    said = capsys.readouterr().err
+    assert "an unfinished build of another source or version is there: starting over\n" in said
+    assert "interrupted" not in said
+
+
+def test_shards_without_a_plan_are_not_taken(tmp_path: Path) -> None:
+    """What is left where a folder was being deleted when its process was killed."""
+    source = sources.lines(tmp_path / "s")
+    rest = work(tmp_path, "mine")
+    rest.mkdir(parents=True)
+    (rest / "train-00000.json").write_text('{"records": 9, "rows": 9, "size": 9, "sha256": "", "left_out": []}')
+    assert run(tmp_path, "mine", source) == 0
+    assert len(open_split("mine", "train", tmp_path / "built")) == 2
+
+
+def test_a_shard_of_a_version_that_knew_no_kinds_is_written_again(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an interrupted build: what was left out has its reason alone there."""
+    source = sources.lines(tmp_path / "s")
+    rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()] * 10
+    rows[1] = rows[1] | {"question": "."}
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    real = shards.write_shard
+
+    def older(form, shard, directory):
+        if shard.split == "val":
+            raise Interrupted
+        real(form, shard, directory)
+        path = directory / f"{shard.name}.json"
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps(summary | {"left_out": [row[::2] for row in summary["left_out"]]}))
+
+    monkeypatch.setattr(shards, "write_shard", older)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "mine", source)
+    monkeypatch.setattr(shards, "write_shard", real)
+    capsys.readouterr()
+    assert run(tmp_path, "mine", source) == 0
+    said = capsys.readouterr()
+    assert "going on: 9 of 11 shards are there already" in said.err
+    assert "left out: 1 (an empty question)" in said.out
+    assert len(open_split("mine", "train", tmp_path / "built")) == 19
 
 
 @pytest.mark.parametrize("changed", ["annotations", "picture"])
@@ -405,6 +460,42 @@ def test_a_source_that_is_mostly_unusable_is_refused(tmp_path: Path, capsys: pyt
     assert "refcocog_16000: an empty question" in complaint
 
 
+def test_what_is_left_out_is_counted_by_kind_and_kept_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where numbers differ from row to row, commas and brackets included."""
+    source = sources.lines(tmp_path / "s")
+    box = {"bbox_2d": [1, 2, 30, 40], "point_2d": [5, 6]}
+    objects = [box] * 200
+    objects += [box | {"bbox_2d": [100 + n, 2, 200 + n, 40]} for n in range(12)]
+    objects += [box | {"point_2d": [str(n), 3]} for n in range(4)]
+    objects += [box | {"bbox_2d": [9, n, 9, 40]} for n in range(2)]
+    rows = [{"image": "images/0.jpg", "question": "the mug", "objects": [one]} for one in objects]
+    rows += [{"image": "images/0.jpg", "question": "the mug", "mask": f"masks/none-{n}.png"} for n in range(2)]
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(tmp_path, "mine", source) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert sorted(told) == [
+        "left out: 12 (a target box outside its picture)",
+        "left out: 2 (a mask cannot be read)",
+        "left out: 2 (a target box without area)",
+        "left out: 4 (point_2d not like [x, y])",
+    ]
+    lines = (built_directory("mine", tmp_path / "built") / "left_out.jsonl").read_text().splitlines()
+    reasons = {row["id"]: (row["kind"], row["reason"]) for row in map(json.loads, lines)}
+    assert reasons["train-000201"] == (
+        "a target box outside its picture",
+        "a target box [101, 2, 201, 40] outside the 128x96 picture",
+    )
+    assert reasons["train-000213"] == ("point_2d not like [x, y]", 'object 0: point_2d ["1", 3], expected [x, y]')
+
+
+def test_leaks_are_counted_by_how_they_were_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sources.lines(tmp_path / "s")
+    rows = [{"image": f"images/{n}.jpg", "question": "the sofa", "mask": "masks/one.png"} for n in (0, 2, 3)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(tmp_path, "mine", folder, "--drop-leaks") == 0
+    assert "left out: 2 (held out: same name)\n" in capsys.readouterr().out
+
+
 BAD = {
     "no source": (["r"], "r: expected --source DIR"),
     "no directory": (["r", "--source", "nowhere"], "--source nowhere: no such directory"),
@@ -455,6 +546,19 @@ def test_a_set_is_built_on_this_machines_disk(
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.parametrize("place", ["file", "file/z", "file/z/deeper"])
+def test_a_data_dir_in_a_file_is_told_before_the_source_is_read(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(builder, "make_plan", None)
+    (tmp_path / "file").touch()
+    source = sources.lines(tmp_path / "s")
+    assert build.main(["mine", f"--source={source}", f"--data-dir={tmp_path / place}", "--workers=1"]) == 2
+    assert capsys.readouterr().err == (
+        f"segzero_jax.data.build: --data-dir={tmp_path / place}: {tmp_path / 'file'} is a file, expected a folder\n"
+    )
+
+
 def reason_seg_of_the_hub(folder: Path) -> dict[str, Path]:
     """Its two repositories; the files of both say that they are "test"."""
     pictures = [{"bytes": encoded(picture(n)), "path": None} for n in range(3)]
@@ -467,6 +571,8 @@ def reason_seg_of_the_hub(folder: Path) -> dict[str, Path]:
 
 def test_the_hubs_sets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = reason_seg_of_the_hub(tmp_path)
+    # Another program's, in the same cache.
+    sources.lines(made["Ricky06662/ReasonSeg_val"])
     asked = []
 
     def download(repo: str, **options: object) -> str:

@@ -14,9 +14,12 @@ from pycocotools import mask as coco
 from question_sources import HEIGHT, WIDTH, encoded, picture, polygon, rectangle
 
 from segzero_jax.data import build
-from segzero_jax.data.forms.coco import annotation_mask
+from segzero_jax.data.forms.coco import CocoJson, annotation_mask
 from segzero_jax.data.forms.form import SourceError, coco_id, unique
-from segzero_jax.data.forms.reason_seg import paint
+from segzero_jax.data.forms.hub_parquet import HubParquet
+from segzero_jax.data.forms.lines import Lines
+from segzero_jax.data.forms.reason_seg import ReasonSeg, paint
+from segzero_jax.data.forms.refer import Refer
 from segzero_jax.data.pipeline import Source, open_split
 from segzero_jax.data.records import built_directory
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -471,7 +474,8 @@ def test_a_row_that_cannot_be_used_is_left_out_by_name(
     source = open_split("r", "train", out)
     assert ids(source) == [f"refcocog_{16000 + n}" for n in range(12) if n != 7]
     printed = capsys.readouterr().out
-    assert "left out: 1" in printed
+    (told,) = [line for line in printed.splitlines() if line.startswith("left out: 1 (")]
+    assert not any(letter.isdigit() for letter in told.removeprefix("left out: 1")), "what other rows have too"
     assert "left_out.jsonl" in printed
 
 
@@ -821,6 +825,133 @@ def test_a_source_that_is_not_as_it_should_be_is_one_line(
     assert expected in complaint
     assert len(complaint.splitlines()) == 1
     assert not list((tmp_path / "out").rglob("*.array_record*"))
+
+
+def features(folder: Path) -> None:
+    """A parquet file further below, that is a question set as well."""
+    sources.solution_parquet(folder / "features", 2)
+
+
+def stray_json(folder: Path) -> None:
+    (folder / "package.json").write_text('{"images": {}, "scripts": []}')
+    (folder / "broken.json").write_text("{")
+    (folder / "captions_val2017.json").write_text('{"images": [], "annotations": []}')
+
+
+def labelled(folder: Path) -> None:
+    """What programs that draw polygons leave beside pictures: shapes, and no question."""
+    (folder / "train").mkdir()
+    (folder / "train/0.json").write_text('{"shapes": [], "imagePath": "0.jpg"}')
+
+
+def beside(first: Any, *others: Any) -> Any:
+    def make(folder: Path) -> Path:
+        first(folder)
+        for other in others:
+            other(folder)
+        return folder
+
+    return make
+
+
+def of_another_set(folder: Path) -> None:
+    sources.solution_parquet(folder / "refCOCOg_9k_840", 2)
+
+
+# The name, the source, and the folder and form that are meant.
+MEANT = {
+    "REFER beside parquet of another set": ("refcoco", beside(sources.refer, of_another_set), Refer),
+    "parquet beside REFER of another set": ("refCOCOg_9k_840", beside(sources.refer, of_another_set), HubParquet),
+    "REFER in COCO's folder": ("refcoco", beside(sources.refer, sources.coco_json), Refer),
+    "COCO with REFER": ("coco", beside(sources.refer, sources.coco_json), CocoJson),
+    "parquet of its name in COCO's folder": (
+        "refCOCOg_9k_840",
+        beside(sources.coco_json, of_another_set),
+        HubParquet,
+    ),
+    "REFER beside lines": ("refcoco", beside(sources.lines, sources.refer), Refer),
+    "lines over parquet": ("mine", beside(sources.lines, features), Lines),
+    "lines beside strays": ("mine", beside(sources.lines, stray_json, labelled), Lines),
+    "parquet beside strays": ("r", beside(sources.mask_parquet, stray_json, labelled), HubParquet),
+    "parquet further below, beside strays": ("r", beside(stray_json, features), HubParquet),
+    "ReasonSeg beside strays": ("r", beside(sources.reason_seg, stray_json), ReasonSeg),
+    "COCO beside shapes": ("r", beside(sources.coco_json, labelled), CocoJson),
+}
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_of_several_forms_the_one_that_is_meant(case: str, tmp_path: Path) -> None:
+    name, make, form = MEANT[case]
+    (tmp_path / "s").mkdir()
+    assert isinstance(build.find_form(name, [make(tmp_path / "s")], None), form)
+
+
+def test_a_refer_folder_beside_anothers_parquet_is_what_is_built(tmp_path: Path) -> None:
+    source = beside(sources.refer, of_another_set)(tmp_path / "s")
+    assert len(open_split("refcoco", "testA", built(tmp_path, "refcoco", source))) == 8
+    # The folder itself may be named as well.
+    form = build.find_form("mine", [source / "refcoco"], None)
+    assert isinstance(form, Refer)
+
+
+UNCLEAR = {
+    "lines and COCO": (
+        "mine",
+        beside(sources.lines, stray_json, lambda folder: write("val.json", '{"info": 1, "images": [{}')(folder)),
+        "train.jsonl and val.json",
+    ),
+    "lines and parquet": (
+        "mine",
+        beside(sources.lines, lambda folder: (folder / "x.parquet").touch()),
+        "train.jsonl and x.parquet",
+    ),
+    "lines and parquet as on the hub": (
+        "mine",
+        beside(sources.lines, sources.mask_parquet),
+        "train.jsonl and data/test-00000-of-00001.parquet",
+    ),
+    "lines and ReasonSeg": ("r", beside(sources.lines, sources.reason_seg), "train.jsonl and train/"),
+    "COCO and parquet": (
+        "r",
+        beside(sources.coco_json, features),
+        "features/data/train-00000-of-00002.parquet and annotations/instances_train2017.json",
+    ),
+    "two sets of other names": (
+        "refcocog",
+        beside(sources.refer, of_another_set),
+        "refcoco/refs(unc).p and refCOCOg_9k_840/data/train-00000-of-00002.parquet",
+    ),
+    "two in the folder of its name": (
+        "refcoco",
+        beside(sources.refer, lambda folder: sources.mask_parquet(folder / "refcoco")),
+        "refcoco/refs(unc).p and refcoco/data/test-00000-of-00001.parquet",
+    ),
+    "lines and parquet of its name": (
+        "refCOCOg_9k_840",
+        beside(sources.lines, of_another_set),
+        "train.jsonl and refCOCOg_9k_840/data/train-00000-of-00002.parquet",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_a_folder_of_two_forms_is_refused_with_a_file_of_each(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, make, both = UNCLEAR[case]
+    (tmp_path / "s").mkdir()
+    folder = make(tmp_path / "s")
+    assert build.main([name, "--source", str(folder), "--data-dir", str(tmp_path / "out"), "--workers=1"]) == 2
+    complaint = capsys.readouterr().err
+    assert f"--source {folder}: holds {both}" in complaint
+    assert complaint.endswith("; name the folder of one, or move the others out where they share it\n")
+    assert complaint.count("\n") == 1
+
+
+def test_of_two_directories_neither_is_passed_over(tmp_path: Path) -> None:
+    table, own = sources.solution_parquet(tmp_path / "a"), sources.lines(tmp_path / "b")
+    with pytest.raises(SourceError, match="2 directories, expected one unless they all hold parquet files"):
+        build.find_form("r", [table, own], None)
 
 
 def test_a_schema_that_is_not_known_is_told_by_its_columns(tmp_path: Path) -> None:

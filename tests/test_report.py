@@ -15,13 +15,15 @@ from fake_run import SPLITS, write_fake_run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as coco
 
 from segzero_jax import jsonl, overlay, rewards
 from segzero_jax.metrics import duration
-from segzero_jax.report import RunError, charts, write_report
+from segzero_jax.report import RunError, cards, charts, write_report
 from segzero_jax.report.__main__ import main
 from segzero_jax.report.cases import Case, choose
 from segzero_jax.report.charts import Series
+from segzero_jax.report.gallery import Shown, build_gallery
 from segzero_jax.report.markup import MINUS, NOTHING, label, show
 from segzero_jax.report.run import ends, read_run, reward_maxima
 
@@ -300,10 +302,14 @@ def test_text_of_a_run_is_never_markup(copied):
     assert page.words("question").count(ATTACK) == 7
 
 
-def set_recipe(run, recipe):
+def set_key(run, section, key, value):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["reward"]["recipe"] = recipe
+    config[section][key] = value
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def set_recipe(run, recipe):
+    set_key(run, "reward", "recipe", recipe)
 
 
 def without_thinking(path):
@@ -534,17 +540,135 @@ def test_cases_are_chosen_by_what_their_names_say(qualities, paired):
         kind: [case for case in chosen if case.kind == kind] for kind in ("Most improved", "Best", "Typical", "Worst")
     }
     each = max(1, min(3, len(found) // 3))
-    assert len(kinds["Most improved" if paired else "Best"]) == each
-    top = kinds["Most improved" if paired else "Best"]
-    rest = [case for case in found if case.after["id"] not in {c.after["id"] for c in top}]
 
     def gain(case):
         return case.after["iou"] - (case.before["iou"] if paired else 0.0)
 
-    if rest:
+    top = kinds["Most improved" if paired else "Best"]
+    assert len(top) == min(each, sum(gain(case) > 0.02 for case in found) if paired else each)
+    rest = [case for case in found if case.after["id"] not in {c.after["id"] for c in top}]
+    if rest and top:
         assert min(map(gain, top)) >= max(map(gain, rest))
-        lowest = sorted(case.after["iou"] for case in rest)[:each]
-        assert sorted(case.after["iou"] for case in kinds["Worst"]) == lowest
+    least = min((case.after["iou"] for case in top), default=1.0)
+    lowest = sorted(case.after["iou"] for case in rest if case.after["iou"] <= least)[:each]
+    assert sorted(case.after["iou"] for case in kinds["Worst"]) == lowest
+    assert chosen, "something is shown of any run"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "listed"),
+    [
+        ([0.0], [0.5], "the most improved."),
+        ([0.0, 0.0], [0.0, 0.0], "the typical (nearest to the median IoU) and the worst (lowest IoU) afterwards."),
+        ([0.0, 0.5], [0.8, 0.9], "the most improved and the typical (nearest to the median IoU) afterwards."),
+        (
+            [0.0, 0.5, 0.1],
+            [0.8, 0.5, 0.1],
+            "the most improved, the typical (nearest to the median IoU) and the worst (lowest IoU) afterwards.",
+        ),
+    ],
+)
+def test_the_page_says_what_kinds_of_cases_it_shows(tmp_path, before, after, listed):
+    write_fake_run(tmp_path / "run", steps=2, evaluated=(0, 2), questions=len(before))
+    for step, ious in ((0, before), (2, after)):
+        (tmp_path / f"run/evaluations/{step}_{SPLITS[1]}.jsonl").unlink()
+        file = tmp_path / f"run/evaluations/{step}_{SPLITS[0]}.jsonl"
+        jsonl.write(file, [row | {"iou": iou} for row, iou in zip(jsonl.read(file), ious, strict=True)])
+    page = report(tmp_path / "run")
+    assert f"stayed. Shown are {listed}" in page.words()
+    kinds = [data for at, data in page.text if at and at[0] == "b" and data in ("Most improved", "Typical", "Worst")]
+    assert [f"the {kind.lower()}" for kind in kinds] == re.findall(r"the (?:most improved|typical|worst)", listed)
+
+
+def test_without_a_reward_server_the_page_tells_of_no_masks(tmp_path):
+    for name, masks in (("none", False), ("sam", True), ("untold", True)):
+        run = tmp_path / name
+        write_fake_run(run, steps=1, evaluated=(0,), questions=1, masks=masks)
+        if name == "untold":
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            del config["reward"]["server"]
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+        words = report(run).words()
+        assert ("scored by SAM 2's masks" in words) == masks, name
+        assert ("scored by what it writes" in words) != masks, name
+        assert words.count("mask IoU weight") == masks, name
+        assert words.count("predicted mask and box") == 2 * masks, name
+        assert words.count("predicted box") == 2 * (not masks), name
+
+
+@pytest.mark.parametrize(("giou", "said"), [(0.5, "predicted mask and box"), (None, "predicted box")])
+def test_the_page_of_an_evaluation_tells_of_masks_where_they_were_made(giou, said):
+    result = {"dataset": "toy", "split": "val", "checkpoint": "c", "failed": [], "failures": {}}
+    shown = Shown(result | {"expression": {"giou": giou}}, [], [], lambda _: None, "vision_reasoner")
+    (legend,) = re.findall(r"predicted (?:mask and )?box", build_gallery("it", [shown], {"evaluations": []}))
+    assert legend == said
+
+
+def test_the_rank_of_adapters_is_among_the_settings(copied):
+    assert "LoRA rank" not in report(copied).words()
+    set_key(copied, "model", "lora_rank", 4)
+    assert "<dt>LoRA rank</dt><dd>4</dd>" in write_report(copied).read_text()
+
+
+def test_the_mask_iou_of_answers_is_drawn_where_the_reward_does_not_show_it(copied):
+    drawn = lambda: "Mask IoU of answers" in report(copied).words()  # noqa: E731
+    found = rows(copied, "metrics.jsonl")
+    assert all(row["mask_iou/mean"] == row["reward/mask_iou"] for row in found)
+    assert not drawn()
+    jsonl.write(copied / "metrics.jsonl", [{k: v for k, v in row.items() if k != "reward/mask_iou"} for row in found])
+    assert drawn()
+    jsonl.write(copied / "metrics.jsonl", [row | {"reward/mask_iou": 0.0} for row in found])
+    assert drawn()
+    assert "mask_iou/mean" not in report(copied).words()
+
+
+def test_no_axis_has_negative_numbers_where_nothing_is_negative(copied):
+    """A run that scores 0 throughout."""
+    for name in ("metrics", "evaluations"):
+        found = rows(copied, f"{name}.jsonl")
+        jsonl.write(copied / f"{name}.jsonl", [{key: nought(key, value) for key, value in r.items()} for r in found])
+    page = report(copied)
+    (scale,) = re.findall(r'<div class="gain scale">.*?</div>', (copied / "report.html").read_text())
+    marks = re.findall(r">(-?[\d.]+)</b>", scale)
+    assert min(map(float, marks)) == 0.0
+    assert "0" in page.words("tick").split()
+    assert MINUS not in page.words("tick")
+
+
+def nought(key, value):
+    return 0.0 if isinstance(value, float) and not key.startswith("time/") else value
+
+
+@pytest.mark.parametrize(
+    ("size", "note"),
+    [
+        ((4000, 30), "Drawn 23 times as high."),
+        ((30, 2000), "Drawn 12 times as wide."),
+        ((600, 100), ""),
+        ((100, 600), ""),
+    ],
+)
+def test_a_strip_of_a_picture_can_be_seen_with_its_marks_in_place(size, note):
+    width, height = size
+    mask = np.zeros((height, width), bool)
+    mask[height // 2 :, width // 2 :] = True
+    row = {
+        "objects": [{"box": [0, height / 8, width / 4, height / 4], "points": []}],
+        "mask": {"height": height, "width": width, "counts": coco.encode(np.asfortranarray(mask))["counts"].decode()},
+    }
+    page = Page(cards.picture(Image.new("RGB", size, "white"), row, {}, "it"))
+    assert page.words("note").strip() == note
+    (shown,) = page.all("img")
+    with Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2]))) as picture:
+        blue = 255 - np.asarray(picture, float)[..., 0]
+    assert 440 / 6 - 1 <= blue.shape[0] <= 440 * 6
+    middle, centre = (side // 2 for side in blue.shape)
+    assert blue[middle + 5 :, centre + 5 :].mean() > 60
+    assert blue[: middle - 5, centre + 5 :].mean() < 5
+    assert blue[middle + 5 :, : centre - 5].mean() < 5
+    assert 5 < blue[: middle - 5, : centre - 5].mean() < 60  # the box
+    assert blue[5 + middle // 2 : middle - 5, : centre - 5].mean() < 5
+    assert blue[: middle // 4 - 5, : centre - 5].mean() < 5
 
 
 @given(low=st.floats(-1e9, 1e9), span=st.floats(1e-6, 1e9), count=st.integers(2, 12))

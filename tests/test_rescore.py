@@ -1,6 +1,7 @@
 """The rescore command: same rows, new rewards; and on a bad line nothing but one line of text."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_rows_keep_their_fields_and_gain_the_rewards(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"wrote 2 rows to {out}: vision_reasoner, mean reward 4 of at most 7\n"
 
 
+def test_empty_lines_are_no_rows_and_are_counted_in_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl")
+    apart = tmp_path / "apart.jsonl"
+    apart.write_text("\n" + "\n \n".join((tmp_path / "in.jsonl").read_text().splitlines()) + "\n\n")
+    assert run(apart, tmp_path / "again.jsonl") == whole
+    apart.write_text("\n\n{}\n")
+    capsys.readouterr()
+    arguments = ["--recipe=vision_reasoner", f"--input={apart}", f"--output={tmp_path}/out.jsonl"]
+    assert f"{apart}:3: text is missing" in refused(capsys, arguments)
+
+
 def test_the_mask_iou_flags_weigh_the_stored_scores(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     found = run(source, tmp_path / "a.jsonl", "--mask-iou-weight", "2", "--mask-iou-mode=tiered")
@@ -72,7 +84,6 @@ def test_a_file_can_be_rescored_in_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "expected a JSON object"),
         ("{", "expected a JSON object"),
         ("[1]", "expected a JSON object, got list"),
         ("[" * 100_000, "recursion"),
@@ -113,8 +124,9 @@ def test_a_bad_line_is_named_and_nothing_is_written(
         (["--mask-iou-weight", "nan"], "mask_iou_weight=nan: expected"),
         (["--mask-iou-mode", "hard"], "mask_iou_mode='hard': expected one of raw"),
         (["--recipe", "sam_r1", "--mask-iou-weight", "1"], "weighs its mask IoU itself"),
-        (["--input", "absent.jsonl"], "absent.jsonl"),
-        (["--input", "."], "directory"),
+        (["--input", "absent.jsonl"], "--input=absent.jsonl: No such file"),
+        (["--input", "."], "--input=.: Is a directory, expected a file of JSON lines"),
+        (["--recipe"], "--recipe: expected one argument"),
         (["--output", "absent/out.jsonl"], "--output=absent/out.jsonl: expected a file in a folder that exists"),
         (["--output", "."], "--output=.: expected a file in a folder that exists"),
     ],
@@ -133,11 +145,19 @@ def test_bad_arguments_are_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 
+@pytest.mark.parametrize(("module", "missing"), [("rescore", "--recipe, --input, --output"), ("report", "RUN")])
+def test_what_is_missing_is_one_line(module: str, missing: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"segzero_jax.{module}"], capture_output=True, text=True, check=False)
+    expected = f"the following arguments are required: {missing}; --help lists the options"
+    assert done.returncode == 2
+    assert re.fullmatch(rf"python -m segzero_jax\.{module}: {expected}\n", done.stderr), done.stderr
+
+
 def test_an_empty_file_is_not_silently_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n")
     arguments = ["--recipe", "sam_r1", "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
-    assert f"{source}:1: expected a JSON object" in refused(capsys, arguments)
+    assert f"{source}: no rows, expected a JSON object on each line" in refused(capsys, arguments)
 
 
 def test_the_command_starts_without_jax_or_torch(tmp_path: Path) -> None:

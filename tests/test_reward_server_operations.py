@@ -114,6 +114,8 @@ class TestHealth:
             host, _, port = server.address.partition(":")
             with pytest.raises(OSError, match=f"cannot listen on {server.address}"):
                 RewardServer(Settings(host=host, port=int(port)))
+            with pytest.raises(OSError, match=f"cannot listen on {server.address} for metrics: Address already in use"):
+                RewardServer(Settings(host=host, port=0, metrics_port=int(port)))
         finally:
             server.stop()
 

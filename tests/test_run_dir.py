@@ -164,7 +164,7 @@ def test_a_run_that_is_done_is_told_on_a_machine_that_did_not_make_it(
     lost = copied == "nothing"
     assert written == (rows[1:] if lost else rows)
     assert ("metrics.jsonl lacks the lines of 1 steps up to 4" in out) == lost
-    assert f"in steps {2 if lost else 1} to 4" in out
+    assert f"mean reward: {'2.000 in step 2, 4.000 in step 4' if lost else '1.500 ± 0.500 in steps 1 to 2'}" in out
     assert "after 2 steps" in out, "not 'before', which was lost"
     assert [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()] == [evaluation]
     assert configs.load(run / "config.yaml") == (config if lost else Config())

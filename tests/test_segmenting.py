@@ -8,19 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from box_server import PICTURE, BoxServer, encoded, rotated, serving
+from box_server import FRAME, PICTURE, BoxServer, encoded, rotated, serving
 from fake_reward_server import free_port
 from PIL import Image
 
 from reward_server.codec import decode_image
 from segzero_jax import segmenting
-from segzero_jax.data import pictures
+from segzero_jax.data.pictures import written
+from segzero_jax.overlay import decode_mask
 from segzero_jax.processor import decode_image as decode_picture
-from segzero_jax.reward_channel import Access, RewardServiceAway
-from segzero_jax.segmenting import Segmenter
-from segzero_jax.types import ObjectPrompt
+from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
+from segzero_jax.segmenting import Segmenter, as_seen
+from segzero_jax.types import Frame, ObjectPrompt
 
 OBJECTS = (ObjectPrompt((1.0, 2.0, 30.0, 40.0), ((9.0, 9.0),)),)
+MOST_BYTES, MOST_PIXELS = 2**24, 16_000_000  # as the real server
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,8 @@ OBJECTS = (ObjectPrompt((1.0, 2.0, 30.0, 40.0), ((9.0, 9.0),)),)
 )
 def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, kind: str | None) -> None:
     upright = decode_picture(data, "it")
-    sent = segmenting.as_seen(data, upright)
+    sent, size = as_seen(data, upright, MOST_BYTES, MOST_PIXELS)
+    assert size == Frame(*upright.size)
     assert (sent is data) == (kind is None)
     if kind:
         assert Image.open(io.BytesIO(sent)).format == kind
@@ -47,19 +50,62 @@ def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, k
     assert difference.mean() < (3 if kind == "JPEG" else 1e-9)
 
 
-def test_what_is_too_large_for_the_server_is_sent_as_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_a_file_for_the_server_is_sent_as_jpeg() -> None:
     """A large PNG, upright or not; a JPEG that is small enough stays as it is."""
     turned, upright = rotated("PNG"), encoded(PICTURE)
-    photograph = encoded(PICTURE, "JPEG", quality=95)
-    monkeypatch.setattr(segmenting, "MAX_BYTES", len(photograph))
-    monkeypatch.setattr(pictures, "MAX_BYTES", len(photograph))
-    assert len(photograph) < min(len(turned), len(upright))
+    photograph, room = encoded(PICTURE, "JPEG", quality=95), len(written(PICTURE, lossy=True))
+    assert len(photograph) <= room < min(len(turned), len(upright))
     for data in (turned, upright):
-        sent = segmenting.as_seen(data, decode_picture(data, "it"))
+        sent, size = as_seen(data, decode_picture(data, "it"), room, MOST_PIXELS)
+        assert size == FRAME
         assert Image.open(io.BytesIO(sent)).format == "JPEG"
         # A scene is noisy, and noise is what JPEG changes most.
         assert np.abs(decode_image(sent).astype(int) - np.asarray(decode_picture(data, "it"))).mean() < 5
-    assert segmenting.as_seen(photograph, decode_picture(photograph, "it")) is photograph
+    assert as_seen(photograph, decode_picture(photograph, "it"), room, MOST_PIXELS)[0] is photograph
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_larger_than_the_server_takes_is_scaled_down(kind: str) -> None:
+    """As little as its limits ask for, in its own shape; a file that is still too large is scaled down further."""
+    for data in (encoded(PICTURE, kind, quality=95), rotated(kind, quality=95)):
+        sent, size = as_seen(data, PICTURE, MOST_BYTES, 12_000)
+        assert (size, Image.open(io.BytesIO(sent)).format) == (Frame(97, 122), kind)
+        smaller = np.asarray(PICTURE.resize((97, 122)), int)
+        assert np.abs(decode_image(sent).astype(int) - smaller).mean() < 8
+        sent, size = as_seen(data, PICTURE, 5000, MOST_PIXELS)
+        assert 2500 < len(sent) <= 5000
+        assert (size.width, size.height) == decode_image(sent).shape[1::-1]
+        assert size.width / size.height == pytest.approx(PICTURE.width / PICTURE.height, rel=0.05)
+    for most_bytes, most_pixels in ((0, MOST_PIXELS), (100, MOST_PIXELS), (MOST_BYTES, 0)):
+        assert as_seen(data, PICTURE, most_bytes, most_pixels) is None
+
+
+@pytest.mark.parametrize(("size", "most", "within"), [((1, 5000), 100, (1, 100)), ((3, 7000), 9, (1, 9))])
+def test_a_narrow_picture_becomes_short(size: tuple[int, int], most: int, within: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size)
+    assert as_seen(encoded(picture), picture, MOST_BYTES, most)[1] == Frame(*within)
+
+
+def test_the_mask_of_a_picture_that_was_scaled_down_has_its_own_size() -> None:
+    """The server is told of the objects where they are in the picture itself; it brings them to what it sees."""
+    server = BoxServer(pixels=12_000)
+    with serving(server) as here, Segmenter(here, Access(), lambda: "toy", print) as segmenter:
+        found = segmenter("it", encoded(PICTURE), PICTURE, OBJECTS)
+    assert decode_image(server.seen[0].image.data).shape == (122, 97, 3)
+    assert (found.seen, found.model, found.model_score) == (Frame(97, 122), "boxes", 0.5)
+    mask, wanted = decode_mask(vars(found.mask)), np.zeros((FRAME.height, FRAME.width), bool)
+    wanted[2:40, 1:30] = True
+    assert mask.shape == wanted.shape
+    rows, columns = np.nonzero(mask)
+    corners = (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
+    np.testing.assert_allclose(corners, (2, 40, 1, 30), atol=2)
+    assert mask.sum() == (corners[1] - corners[0]) * (corners[3] - corners[2])
+
+    server = BoxServer(pixels=0)
+    with serving(server) as here, Segmenter(here, Access(), lambda: "toy", print) as segmenter:
+        with pytest.raises(RewardServerError, match=r"^it: reward server .* takes at most 0 pixels in 1048576 bytes"):
+            segmenter("it", encoded(PICTURE), PICTURE, OBJECTS)
+        assert not server.seen
 
 
 def test_a_local_server_that_dies_is_told_in_words_for_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:

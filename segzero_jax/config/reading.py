@@ -158,6 +158,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
 
 
+def count(text: str) -> int:
+    """How many, at least one, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    return int(text)
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice: plain YAML would silently drop the first, with its whole section."""
 

@@ -323,6 +323,13 @@ class Config:
     def updates_per_rollout(self) -> int:
         return self.grpo.iterations * self.train.mini_batches
 
+    @property
+    def steps_that_learn(self) -> int:
+        """Those before a decay has brought the learning rate to 0; steps that make no update are not known ahead."""
+        if self.train.lr_decay == "none":
+            return self.train.steps
+        return min(self.train.steps, -(-self.train.decay_steps // self.updates_per_rollout))
+
     def __post_init__(self) -> None:
         check_wording(self.data.prompt, "data.prompt=")
         sizes = [f"{name}_size" for name in ("batch", "mini_batch", "micro_batch")]

@@ -8,64 +8,22 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from segzero_jax.config import Config, ConfigError
-from segzero_jax.config.reading import OneLineParser
+from segzero_jax.config.reading import OneLineParser, count
 from segzero_jax.data import builder
 from segzero_jax.data.builder import LeakError, Plan
-from segzero_jax.data.forms import hub_parquet
-from segzero_jax.data.forms.coco import CocoJson
+from segzero_jax.data.forms.finding import find_form
 from segzero_jax.data.forms.form import Form, SourceError
-from segzero_jax.data.forms.lines import Lines
-from segzero_jax.data.forms.reason_seg import ReasonSeg
-from segzero_jax.data.forms.refer import Refer
 from segzero_jax.data.hub_sets import HUB
-from segzero_jax.data.records import built_directory, index_path
+from segzero_jax.data.records import BUILT, built_directory, index_path
 from segzero_jax.hub import HubError, data_directory
-from segzero_jax.local_path import home_path, local_path
-
-_FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
-
-
-def find_form(
-    name: str, sources: Sequence[Path], images: Path | None, splits: Mapping[Path, str] = MappingProxyType({})
-) -> Form:
-    """The form that a source is in.
-
-    Args:
-      sources: folders; more than one only of parquet files.
-      images: where the pictures lie, when not below the source.
-      splits: of folders whose parquet files are one split, whatever it is in their names.
-
-    Raises:
-      SourceError: no such folder, nothing in it that is known, or ``images`` for a form that has its own.
-    """
-    for source in sources:
-        if not source.is_dir():
-            raise SourceError(f"--source {source}: no such directory")
-    tables = hub_parquet.find(name, list(sources), splits)
-    if tables is not None:
-        if images is not None:
-            raise SourceError(f"--images {images}: parquet files hold their pictures, leave it out")
-        return tables
-    if len(sources) > 1:
-        raise SourceError(f"--source: {len(sources)} directories, expected one unless they hold parquet files")
-    (source,) = sources
-    form: Form | None = Refer.find(name, source, images) or ReasonSeg.find(name, source)
-    if images is not None and isinstance(form, ReasonSeg):
-        raise SourceError(f"--images {images}: ReasonSeg's pictures lie beside their JSON files, leave it out")
-    if form is None and next(source.glob("*.jsonl"), None) is not None:
-        form = Lines(name, source, images)
-    form = form or CocoJson.find(name, source, images)
-    if form is None:
-        raise SourceError(f"--source {source}: found none of {_FORMS}")
-    return form
+from segzero_jax.local_path import check_folder, home_path, local_path
 
 
 def _parser() -> OneLineParser:
@@ -95,7 +53,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--drop-leaks", action="store_true", help="leave such training questions out")
     parser.add_argument("--rebuild", action="store_true", help="replace a built set whose source has changed")
     parser.add_argument("--check", action="store_true", help="only compare a built set's files with their checksums")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="processes (%(default)s)")
     return parser
 
 
@@ -109,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data_dir = local_path(args.data_dir, "--data-dir", "build it on a disk and copy it from there")
         if set("/,") & set(args.name) or args.name in ("", ".", "..", "toy"):
             raise SourceError(f"{args.name or repr(args.name)}: a name of its own is expected, without / and commas")
+        check_folder(data_dir / BUILT, f"--data-dir={args.data_dir}")
         return _check(args.name, data_dir) if args.check else _build(args, data_dir)
     except (SourceError, LeakError, HubError, ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -138,7 +97,9 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
             raise SourceError(f"--against {other}: expected NAME/SPLIT of a built set in {data_dir}")
     folders = {source: data_directory(source) for source in sources}
     named = {folder: split for source, folder in folders.items() if (split := _split_of(source))}
-    form = find_form(name, list(folders.values()), args.images, named)
+    # Of a data set of the hub, another program may have fetched further files into the same cache.
+    downloaded = [folder for source, folder in folders.items() if folder != home_path(source)]
+    form = find_form(name, list(folders.values()), args.images, named, downloaded)
     plan = builder.make_plan(form)
     before = builder.built_from(name, data_dir)
     if before == plan.digest and not args.rebuild:
@@ -152,8 +113,8 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
         print(f"{name}/{split}: {rows} questions")
     if plan.centred:
         print(f"points: {plan.centred} target boxes have neither point_2d nor a mask, their centres are taken")
-    for reason, count in outcome.left_out.items():
-        print(f"left out: {count} ({reason})")
+    for reason, number in outcome.left_out.items():
+        print(f"left out: {number} ({reason})")
     if outcome.left_out:
         print(f"which ones: {outcome.directory / 'left_out.jsonl'}")
     return 0

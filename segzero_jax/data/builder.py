@@ -9,9 +9,9 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ class Pieces:
       directory: of the shards.
       by_split: (name, summary) of the shards that hold records.
       indices: of each split, all shards together.
-      left_out: id, split and reason of each question that is not in the set.
+      left_out: split, id, kind and reason of each question that is not in the set.
       digests: SHA-256 of the shards, by their names in the set.
       summary: what the set is made of, for ``build.json``.
     """
@@ -142,7 +142,7 @@ class Outcome:
 
     Attributes:
       rows: questions in each split.
-      left_out: how many questions are not in the set, by reason.
+      left_out: how many questions are not in the set, by kind.
     """
 
     directory: Path
@@ -207,7 +207,8 @@ def build(
         with contextlib.redirect_stdout(io.StringIO()):  # It would announce a download of unknown size.
             QuestionSet(name, data_dir, pieces).download_and_prepare()
         shutil.rmtree(work)
-    return Outcome(directory, {split: len(index) for split, index in indices.items()}, _counted(pieces.left_out))
+    left_out = Counter(row["kind"] for row in pieces.left_out)
+    return Outcome(directory, {split: len(index) for split, index in indices.items()}, dict(left_out))
 
 
 def built_from(name: str, data_dir: Path) -> str | None:
@@ -256,10 +257,12 @@ def _picture_files(root: Path, parts: Sequence[Part]) -> Iterator[tuple[str, int
 
 
 def _work_directory(work: Path, plan: Plan, say: Callable[[str], None]) -> Path:
-    """The folder of the shards, with what an interrupted build of the same source has left there."""
+    """The folder of the shards, with what a build of the same source that did not finish has left there."""
     mark = work / "plan"
-    if work.is_dir() and (not mark.is_file() or mark.read_text() != plan.digest):
-        say("the source has changed since the interrupted build: starting over")
+    before = mark.read_text() if mark.is_file() else None
+    if before is not None and before != plan.digest:
+        say("an unfinished build of another source or version is there: starting over")
+    if work.is_dir() and before != plan.digest:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     jsonl.replace(mark, plan.digest.encode())
@@ -311,14 +314,13 @@ def _finished(work: Path, shard: Shard) -> Written:
 
 def _check_usable(written: Sequence[tuple[Shard, Written]]) -> None:
     for split in dict.fromkeys(shard.split for shard, _ in written):
-        left_out = [reason for shard, found in written if shard.split == split for reason in found.left_out]
+        left_out = [row for shard, found in written if shard.split == split for row in found.left_out]
         rows = sum(shard.rows for shard, _ in written if shard.split == split)
         kept = sum(found.rows for shard, found in written if shard.split == split)
         if not kept or len(left_out) > max(1, _MOST_LEFT_OUT * rows):
-            name, reason = left_out[0]
             raise SourceError(
                 f"split {split}: {len(left_out)} of {rows} questions cannot be used, expected at most "
-                f"{_MOST_LEFT_OUT:.0%}; the first is {name}: {reason}"
+                f"{_MOST_LEFT_OUT:.0%}; the first is {left_out[0].id}: {left_out[0].reason}"
             )
 
 
@@ -379,9 +381,12 @@ def _pieces(
     work: Path, plan: Plan, written: Sequence[tuple[Shard, Written]], indices: dict[str, pa.Table], leaks: list[Leak]
 ) -> Pieces:
     by_split: dict[str, list[tuple[str, Written]]] = {split: [] for split in indices}
-    left_out = [{"split": _TRAIN, "id": leak.id, "reason": f"held out: {leak.why}"} for leak in leaks]
+    left_out = [
+        {"split": _TRAIN, "id": leak.id, "kind": f"held out: {leak.how}", "reason": f"held out: {leak.why}"}
+        for leak in leaks
+    ]
     for shard, found in written:
-        left_out += [{"split": shard.split, "id": name, "reason": reason} for name, reason in found.left_out]
+        left_out += [{"split": shard.split, **row._asdict()} for row in found.left_out]
         if found.records:
             by_split[shard.split].append((shard.name, found))
     digests = {
@@ -392,15 +397,6 @@ def _pieces(
     annotations = {path: digest for path, _, digest in plan.files if digest}
     summary = {"digest": plan.digest, "source": annotations, "left_out": len(left_out), "centred": plan.centred}
     return Pieces(work, by_split, indices, left_out, digests, summary)
-
-
-def _counted(left_out: Sequence[dict[str, str]]) -> dict[str, int]:
-    """By reason, without what is a row's own: after a comma, or in brackets."""
-    counts: dict[str, int] = {}
-    for row in left_out:
-        reason = re.split(r"[,(]", row["reason"])[0].strip()
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts
 
 
 def _link(source: Path, target: Path) -> None:

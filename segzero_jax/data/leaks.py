@@ -25,12 +25,14 @@ class Leak:
       row: of the training index.
       id: of the question.
       held_out: id of a question about that picture in the evaluation split.
-      why: how the picture was recognised.
+      how: the picture was recognised: by name, file or looks.
+      why: the same with what is this picture's own.
     """
 
     row: int
     id: str
     held_out: str
+    how: str
     why: str
 
 
@@ -43,16 +45,16 @@ def find_leaks(train: pa.Table, held_out: pa.Table, one_set: bool) -> list[Leak]
     leaks: dict[int, Leak] = {}
     ids, others = train["id"].to_pylist(), held_out["id"].to_pylist()
 
-    def note(row: int, other: int, why: str) -> None:
-        leaks.setdefault(row, Leak(row, ids[row], others[other], why))
+    def note(row: int, other: int, how: str, own: str = "") -> None:
+        leaks.setdefault(row, Leak(row, ids[row], others[other], how, how + own))
 
-    for column, why in (("image_id", "same name"), ("image_sha256", "same file")):
+    for column, how in (("image_id", "same name"), ("image_sha256", "same file")):
         places = {value: place for place, value in enumerate(held_out[column].to_pylist())}
         for row, value in enumerate(train[column].to_pylist()):
             if value in places:
-                note(row, places[value], f"{why}, {value}" if column == "image_id" else why)
+                note(row, places[value], how, f", {value}" if column == "image_id" else "")
     for row, other, distance in [] if one_set else _look_alikes(train, held_out):
-        note(row, other, f"looks the same, {distance} of 256 bits differ")
+        note(row, other, "looks the same", f", {distance} of 256 bits differ")
     return [leaks[row] for row in sorted(leaks)]
 
 

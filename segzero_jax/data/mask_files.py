@@ -5,12 +5,13 @@ import io
 import numpy as np
 from PIL import Image
 
+from segzero_jax.data.unusable import Unusable
 from segzero_jax.decoding import UNDECODABLE, cause
 
 _LOSSY = ("JPEG", "MPO", "AVIF")
 
 
-class MaskError(ValueError):
+class MaskError(Unusable):
     """A mask that cannot be taken as one; one line."""
 
 
@@ -29,16 +30,18 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
                 or (image.format == "WEBP" and _is_lossy_webp(data))
                 or image.info.get("compression") == "jpeg"  # in a TIFF
             ):
-                raise MaskError(f"a mask in a lossy format, expected PNG: {name} is {image.format}")
+                kind = "a mask in a lossy format"
+                raise MaskError(kind, f"{kind}, expected PNG: {name} is {image.format}")
             if image.mode == "CMYK":  # Ink is what colours are the absence of.
-                raise MaskError(f"a mask in inks, expected PNG: {name} is CMYK")
+                raise MaskError("a mask in inks", f"a mask in inks, expected PNG: {name} is CMYK")
             if image.mode == "P":  # The number of a colour is what counts, not how it looks.
                 return np.asarray(image) > 0
             pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
     except UNDECODABLE as error:
         if isinstance(error, MaskError):
             raise
-        raise MaskError(f"a mask cannot be read ({cause(error)}), in {name}") from None
+        kind = "a mask cannot be read"
+        raise MaskError(kind, f"{kind} ({cause(error)}), in {name}") from None
     if pixels.ndim == 2:
         return pixels > 0
     seen = (pixels[..., :3] > 0).max(axis=-1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from segzero_jax.data.unusable import Unusable
 from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.types import Frame
 
@@ -26,7 +27,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # Orientations that exchange width and height; 2, 3 an
 _SIDE = 16
 
 
-class PictureError(ValueError):
+class PictureError(Unusable):
     """A picture that cannot be stored; one line."""
 
 
@@ -65,7 +66,10 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > _MAX_DECODED:
-            raise PictureError(f"picture of {image.width}x{image.height} pixels, expected at most {_MAX_DECODED}")
+            raise PictureError(
+                "picture of too many pixels",
+                f"picture of {image.width}x{image.height} pixels, expected at most {_MAX_DECODED}",
+            )
         turn = image.getexif().get(_EXIF_ORIENTATION, 1)
         plain = image.format in _STORED and image.mode in ("RGB", "L") and "transparency" not in image.info
         size = Frame(image.width, image.height)
@@ -74,8 +78,9 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
         original = size if unturned else upright_size(data)
         if annotated is not None and original != annotated:
             raise PictureError(
+                "picture of another size than annotated",
                 f"picture of {original.width}x{original.height} pixels, "
-                f"expected the annotated {annotated.width}x{annotated.height}"
+                f"expected the annotated {annotated.width}x{annotated.height}",
             )
         stored = data
         if not plain or turn not in (0, 1) or getattr(image, "n_frames", 1) > 1 or _too_large(image, data):
@@ -85,7 +90,7 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
     except UNDECODABLE as error:
         if isinstance(error, PictureError):
             raise
-        raise PictureError(f"picture cannot be read ({cause(error)})") from None
+        raise _unreadable(error) from None
 
 
 def _too_large(image: Image.Image, data: bytes) -> bool:
@@ -118,7 +123,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     Raises PictureError for numbers that are not whole, of which nothing says how bright they are.
     """
     if image.mode == "F":
-        raise PictureError("picture of floating-point numbers, expected 8 or 16 bits a channel")
+        kind = "picture of floating-point numbers"
+        raise PictureError(kind, f"{kind}, expected 8 or 16 bits a channel")
     image.load()
     if image.mode.startswith("I"):
         grey = np.asarray(image)
@@ -159,4 +165,9 @@ def upright_size(data: bytes) -> Frame:
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _SIDEWAYS
             return Frame(image.height, image.width) if turned else Frame(image.width, image.height)
     except UNDECODABLE as error:
-        raise PictureError(f"picture cannot be read ({cause(error)})") from None
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: BaseException) -> PictureError:
+    kind = "picture cannot be read"
+    return PictureError(kind, f"{kind} ({cause(error)})")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from segzero_jax.data.forms.form import Asked, Form, Part, Shown, Unreadable
 from segzero_jax.data.pictures import Picture, PictureError, fit_mask, read_picture
 from segzero_jax.data.records import FEATURES, INDEX, Question, to_record
 from segzero_jax.data.targets import run_lengths, target_object, union
+from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.frames import rescale_object
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -47,6 +49,14 @@ class Shard:
         return sum(len(part.ids) for part in self.parts)
 
 
+class LeftOut(NamedTuple):
+    """A question that could not be used, and why: see ``Unusable``."""
+
+    id: str
+    kind: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Written:
     """The summary of a whole shard.
@@ -56,14 +66,14 @@ class Written:
       rows: questions in it.
       size: of the file in bytes.
       sha256: of the file.
-      left_out: (id, reason) of each question that could not be used.
+      left_out: the questions that could not be used.
     """
 
     records: int
     rows: int
     size: int
     sha256: str
-    left_out: tuple[tuple[str, str], ...]
+    left_out: tuple[LeftOut, ...]
 
 
 def cut(split: str, parts: Sequence[Part]) -> list[Shard]:
@@ -81,12 +91,14 @@ def cut(split: str, parts: Sequence[Part]) -> list[Shard]:
 
 
 def finished(directory: Path, name: str) -> Written | None:
-    """The summary of a shard that is there already."""
+    """The summary of a shard that is there already; None also for one without kinds, by an older version."""
     path = directory / f"{name}.json"
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    return Written(**{**found, "left_out": tuple(map(tuple, found["left_out"]))})
+    if any(len(row) != len(LeftOut._fields) for row in found["left_out"]):
+        return None
+    return Written(**{**found, "left_out": tuple(LeftOut(*row) for row in found["left_out"])})
 
 
 def data_file(directory: Path, name: str) -> Path:
@@ -105,7 +117,7 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
     serializer = ExampleSerializer(FEATURES.get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
     index: list[tuple[object, ...]] = []
-    left_out: list[tuple[str, str]] = []
+    left_out: list[LeftOut] = []
     records = 0
     for part in shard.parts:
         for shown in form.read(part):
@@ -128,15 +140,16 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
     return written
 
 
-def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[dict, list[tuple]] | None:
+def _store(shown: Shown | Unreadable, left_out: list[LeftOut]) -> tuple[dict, list[tuple]] | None:
     """The record of a picture and the lines of its index but for their place; None where nothing of it is left."""
     if isinstance(shown, Unreadable):
-        left_out += [(name, shown.reason) for name in shown.ids]
+        left_out += [LeftOut(name, shown.kind, shown.reason) for name in shown.ids]
         return None
     try:
         picture = read_picture(shown.image, shown.annotated, shown.as_in_file)
     except PictureError as error:
-        left_out += [(asked.id, f"{error}, in {shown.source}") for asked in shown.questions]
+        reason = f"{error}, in {shown.source}"
+        left_out += [LeftOut(asked.id, error.kind, reason) for asked in shown.questions]
         return None
     targets: dict[int, tuple[ObjectPrompt, ...]] = {}
     questions = []
@@ -144,7 +157,7 @@ def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[
         try:
             questions.append(_question(asked, picture, targets))
         except ValueError as error:
-            left_out.append((asked.id, str(error)))
+            left_out.append(LeftOut(asked.id, kind_of(error), str(error)))
     if not questions:
         return None
     about = shown.image_id, picture.sha256
@@ -153,14 +166,15 @@ def _store(shown: Shown | Unreadable, left_out: list[tuple[str, str]]) -> tuple[
 
 
 def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPrompt, ...]]) -> Question:
-    """Raises ValueError for a question that cannot be asked or has no possible answer."""
+    """Raises Unusable for a question that cannot be asked or has no possible answer."""
     if not asked.text.strip(".?! \n\t"):
-        raise ValueError("an empty question")
+        raise Unusable("an empty question")
     frame = picture.frame
     for mask in (*(asked.masks or ()), *([] if asked.ignore is None else [asked.ignore])):
         if mask.shape != (picture.original.height, picture.original.width):
             size = f"{picture.original.width}x{picture.original.height}"
-            raise ValueError(f"a mask of {mask.shape[1]}x{mask.shape[0]} pixels, expected the picture's {size}")
+            kind = "a mask of another size than its picture"
+            raise Unusable(kind, f"a mask of {mask.shape[1]}x{mask.shape[0]} pixels, expected the picture's {size}")
     ignore = "" if asked.ignore is None else run_lengths(fit_mask(asked.ignore, frame))
     if asked.masks is None:
         objects = tuple(_inside(rescale_object(obj, picture.original, frame), frame) for obj in asked.objects)
@@ -175,19 +189,21 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
             targets[id(given)] = () if obj is None else (obj,)
         found += targets[id(given)]
     if masks and not found:
-        raise ValueError("a target mask without pixels")
+        raise Unusable("a target mask without pixels")
     whole = run_lengths(union(masks, frame.height, frame.width))
     return Question(asked.id, asked.text, tuple(found), whole, ignore, asked.instance_id)
 
 
 def _inside(obj: ObjectPrompt, frame: Frame) -> ObjectPrompt:
-    """A target in whole pixels. Raises ValueError where it is no area within the picture."""
+    """A target in whole pixels. Raises Unusable where it is no area within the picture."""
     x1, y1, x2, y2 = (round(v) for v in obj.box)
     if x1 >= x2 or y1 >= y2:
-        raise ValueError(f"a target box without area, {[x1, y1, x2, y2]}")
+        raise Unusable("a target box without area", f"a target box without area, {[x1, y1, x2, y2]}")
     if x1 < 0 or y1 < 0 or x2 > frame.width or y2 > frame.height:
-        raise ValueError(f"a target box {[x1, y1, x2, y2]} outside the {frame.width}x{frame.height} picture")
+        reason = f"a target box {[x1, y1, x2, y2]} outside the {frame.width}x{frame.height} picture"
+        raise Unusable("a target box outside its picture", reason)
     points = tuple((float(round(x)), float(round(y))) for x, y in obj.points)
     if any(not (0 <= x <= frame.width and 0 <= y <= frame.height) for x, y in points):
-        raise ValueError(f"a target point outside the {frame.width}x{frame.height} picture, {points}")
+        reason = f"a target point outside the {frame.width}x{frame.height} picture, {points}"
+        raise Unusable("a target point outside its picture", reason)
     return ObjectPrompt(box=(float(x1), float(y1), float(x2), float(y2)), points=points)

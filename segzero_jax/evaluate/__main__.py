@@ -17,12 +17,13 @@ from PIL import Image
 from segzero_jax import jsonl
 from segzero_jax.asking import find_checkpoints
 from segzero_jax.config import Config, ConfigError, OneLineParser
+from segzero_jax.config.reading import count
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError
 from segzero_jax.evaluate.evaluator import Evaluator, How, Questions, open_questions
 from segzero_jax.evaluate.results import choose, is_validation, write_results
 from segzero_jax.evaluate.work import ORACLE, EvaluateError
-from segzero_jax.local_path import local_path
+from segzero_jax.local_path import check_folder, local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.options import access_from, add_policy_options, add_server_options, one_line, say, seed
@@ -138,12 +139,6 @@ def _mesh(text: str) -> str:
     return text
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
-    return int(text)
-
-
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m segzero_jax.evaluate",
@@ -165,10 +160,10 @@ def _parser() -> OneLineParser:
     )
     add("--out", default="evaluate", metavar="DIR", help="where files are written; made if need be [%(default)s]")
     add("--oracle", action="store_true", help="also what SAM 2 makes of the target boxes and points: its ceiling")
-    add("--samples", type=_count, default=0, metavar="N", help="draw N answers to each question [one greedy answer]")
+    add("--samples", type=count, default=0, metavar="N", help="draw N answers to each question [one greedy answer]")
     add("--seed", type=seed, default=0, metavar="N", help="of --samples [%(default)s]")
-    add("--limit", type=_count, metavar="N", help="N questions of each split, of every picture one first [all]")
-    add("--batch", type=_count, default=32, metavar="N", help="questions at once, over the mesh [%(default)s]")
+    add("--limit", type=count, metavar="N", help="N questions of each split, of every picture one first [all]")
+    add("--batch", type=count, default=32, metavar="N", help="questions at once, over the mesh [%(default)s]")
     add("--mesh", default="1x1", type=_mesh, help="FSDPxTENSOR or DATAxFSDPxTENSOR, as in training [%(default)s]")
     add_server_options(parser)
     add_policy_options(parser)
@@ -189,8 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # JAX listens for it from then on, for those who ask it now and then, and the process would go on.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         # Once all are here: whoever left before would be waited for.
-        if local_path(args.out, "--out", "write to a disk and copy it from there").is_file():
-            raise EvaluateError(f"--out={args.out}: is a file, expected a directory")
+        check_folder(local_path(args.out, "--out", "write to a disk and copy it from there"), f"--out={args.out}")
         prepare_cpu(args.mesh, pod.count)
         run(args, pod)
         return pod.leave(0)

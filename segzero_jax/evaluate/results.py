@@ -65,8 +65,18 @@ def choose(results: Sequence[Mapping[str, Any]], checkpoints: Sequence[str]) -> 
 
 
 def write_results(out: Path, results: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> Path:
-    """Writes ``results.json`` in one step; returns its path."""
+    """Writes ``results.json`` in one step; returns its path.
+
+    Evaluations that earlier commands left there stay, and so does their choice where none is made now.
+    """
     path = out / "results.json"
-    content = json.dumps({"chosen": chosen, "evaluations": list(results)}, indent=1, allow_nan=False)
+    try:
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        earlier = {}  # Of what somebody has written over it nothing can be kept.
+    named = lambda one: (one["dataset"], one["split"], one["checkpoint"])  # noqa: E731
+    all_of_them = {named(one): one for one in [*earlier.get("evaluations", ()), *results]}
+    found = {"chosen": chosen or earlier.get("chosen"), "evaluations": list(all_of_them.values())}
+    content = json.dumps(found, indent=1, allow_nan=False)
     jsonl.replace(path, (content + "\n").encode())
     return path

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from segzero_jax.model.hf_layout import ENTRIES
 from segzero_jax.model.lora import MATRICES, Adapters
+from segzero_jax.model.tensor_files import save_tensors
+from segzero_jax.model.weights import ADAPTER_CONFIG
 
 # Of PEFT's wrappers, and of the decoder in transformers 5.
 _PREFIX = "base_model.model.model.language_model."
@@ -55,7 +56,7 @@ def save_peft(adapters: Adapters, directory: Path, *, alpha: float, base: str, d
         "target_modules": _TARGETS,
         "inference_mode": True,
     }
-    files = [directory / "adapter_model.safetensors", directory / "adapter_config.json"]
-    save_file(tensors, str(files[0]), metadata={"format": "pt"})
+    files = [directory / "adapter_model.safetensors", directory / ADAPTER_CONFIG]
+    save_tensors(tensors, files[0])
     files[1].write_text(json.dumps(config, indent=2) + "\n")
     return files

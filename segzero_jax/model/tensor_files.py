@@ -127,6 +127,14 @@ def _read_header(file: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(key, file, stream, dtype, shape, 8 + length + start)
 
 
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """One safetensors file, for whoever may read other files of this process: the library's are its owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_tensors(
     sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], directory: Path, max_file_bytes: int
 ) -> list[Path]:
@@ -158,7 +166,7 @@ def write_tensors(
     remaining = iter(tensors)
     try:
         for name, keys in zip(names, shards, strict=True):
-            save_file(dict(islice(remaining, len(keys))), str(directory / f"{name}.partial"), metadata={"format": "pt"})
+            save_tensors(dict(islice(remaining, len(keys))), directory / f"{name}.partial")
         if count > 1:
             index = {
                 "metadata": {"total_size": sum(sizes.values())},

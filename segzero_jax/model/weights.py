@@ -36,6 +36,9 @@ _CARRIED = (
     *("*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
     *("chat_template.*", "added_tokens.json", "special_tokens_map.json", "LICENSE*"),
 )
+# By this file PEFT knows adapters without the model that they are for, which nothing here loads.
+ADAPTER_CONFIG = "adapter_config.json"
+ALONE = "holds adapters alone; expected a whole model: the run itself, or an export without --adapters"
 _CHECKED_BYTES = 64 << 20  # looked through for NaN at once: a bound on the scratch memory of that
 _LINE_BYTES = 2048
 
@@ -54,6 +57,8 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
     except HubError as error:
         raise CheckpointError(f"model.path={error}") from None
     if not (directory / "config.json").is_file():
+        if (directory / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(f"model.path={path}: {ALONE}")
         raise CheckpointError(
             f"model.path={path}: no config.json there; expected a Hugging Face checkpoint directory or 'toy'"
         )

@@ -1,16 +1,16 @@
 """``python -m segzero_jax.report RUN``."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from segzero_jax.config import OneLineParser
 from segzero_jax.local_path import home_path
 from segzero_jax.report import RunError, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page, says where it is; 2 and one line for a folder that is no run."""
-    parser = argparse.ArgumentParser(prog="python -m segzero_jax.report", description=__doc__)
+    parser = OneLineParser(prog="python -m segzero_jax.report", description=__doc__)
     parser.description = "Writes RUN/report.html: one self-contained page with curves, evaluations and rollouts."
     parser.add_argument(
         "run", type=home_path, metavar="RUN", help="a run directory, such as runs/toy; it may still be going on"

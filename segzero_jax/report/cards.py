@@ -1,8 +1,10 @@
 """One answer for a person to look at: the picture and what was pointed out, rewards, reasoning and answer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from segzero_jax import overlay
@@ -10,21 +12,29 @@ from segzero_jax.report.markup import bound, label, places, text
 from segzero_jax.report.run import marks
 
 _WIDTH = 440  # pixels of a picture, twice what a laptop shows
+_THINNEST = 6  # long sides to a short one; a thinner picture is drawn stretched
 _LONG = 420  # characters of text that are shown at once
 
 Row = Mapping[str, Any]
 
 _SWATCH = '<svg viewBox="0 0 30 18" aria-hidden="true">'
 _FRAME = '<rect x="2" y="2" width="26" height="14"'
-LEGEND = (
-    f'<div class="legend"><span>{_SWATCH}{_FRAME} fill="#2678dc" fill-opacity=".42" stroke="#2678dc" '
-    'stroke-width="2.5"/>'
-    '<path d="M8 15L19 3M14 15L25 3M3 13L12 3" stroke="#fff"/></svg>predicted mask and box</span>'
+_MASK_AND_BOX = (
+    f'{_SWATCH}{_FRAME} fill="#2678dc" fill-opacity=".42" stroke="#2678dc" stroke-width="2.5"/>'
+    '<path d="M8 15L19 3M14 15L25 3M3 13L12 3" stroke="#fff"/></svg>predicted mask and box'
+)
+_BOX = f'{_SWATCH}{_FRAME} fill="none" stroke="#2678dc" stroke-width="2.5"/></svg>predicted box'
+_POINT_AND_TARGET = (
     f'<span>{_SWATCH}<circle cx="15" cy="9" r="6.5" fill="#101216"/><circle cx="15" cy="9" r="5.4" fill="#fff"/>'
     '<circle cx="15" cy="9" r="3.4" fill="#2678dc"/></svg>predicted point</span>'
     f'<span>{_SWATCH}{_FRAME} fill="none" stroke="#101216" stroke-width="4"/>'
-    f'{_FRAME} fill="none" stroke="#ff961e" stroke-width="2.2" stroke-dasharray="6 4"/></svg>target</span></div>'
+    f'{_FRAME} fill="none" stroke="#ff961e" stroke-width="2.2" stroke-dasharray="6 4"/></svg>target</span>'
 )
+
+
+def legend(masks: bool) -> str:
+    """What the marks in pictures are; ``masks`` says whether answers have masks beside their boxes."""
+    return f'<div class="legend"><span>{_MASK_AND_BOX if masks else _BOX}</span>{_POINT_AND_TARGET}</div>'
 
 
 def picture(image: Image.Image | None, row: Row, asked: Row, what: str) -> str:
@@ -41,8 +51,27 @@ def picture(image: Image.Image | None, row: Row, asked: Row, what: str) -> str:
         _fitting(marks(side.get(objects), side.get(mask)), image)
         for side, objects, mask in ((row, "objects", "mask"), (asked, "target_objects", "target_mask"))
     )
-    drawn = overlay.draw(image, prediction, target, _WIDTH)
-    return f'<img src="{overlay.data_uri(drawn)}" width="{drawn.width}" height="{drawn.height}" alt="{text(what)}">'
+    by = _stretch(image)
+    stretched = image.resize((image.width * by[0], image.height * by[1]), Image.Resampling.NEAREST)
+    drawn = overlay.draw(stretched, _stretched(prediction, by), _stretched(target, by), _WIDTH)
+    note = "" if by == (1, 1) else f'<p class="note">Drawn {max(by)} times as {"wide" if by[0] > 1 else "high"}.</p>'
+    shown = f'<img src="{overlay.data_uri(drawn)}" width="{drawn.width}" height="{drawn.height}" alt="{text(what)}">'
+    return shown + note
+
+
+def _stretch(image: Image.Image) -> tuple[int, int]:
+    """Whole factors across and down with which a picture is no thinner than _THINNEST."""
+    longest = _THINNEST * min(image.size)
+    return math.ceil(image.height / longest), math.ceil(image.width / longest)
+
+
+def _stretched(side: overlay.Marks, by: tuple[int, int]) -> overlay.Marks:
+    across, down = by
+    return overlay.Marks(
+        [[x1 * across, y1 * down, x2 * across, y2 * down] for x1, y1, x2, y2 in side.boxes],
+        [[x * across, y * down] for x, y in side.points],
+        None if side.mask is None else np.repeat(np.repeat(side.mask, down, 0), across, 1),
+    )
 
 
 def _fitting(side: overlay.Marks, picture: Any) -> overlay.Marks:

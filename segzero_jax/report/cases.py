@@ -1,13 +1,14 @@
 """Single questions: chosen before-and-after cases, and one group of training rollouts, as pictures and text."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from segzero_jax.report.cards import LEGEND, components, picture, words
+from segzero_jax.report.cards import components, legend, picture, words
 from segzero_jax.report.markup import NOTHING, fixed, show, signed, text
-from segzero_jax.report.run import Run, number, reward_maxima, thinks
+from segzero_jax.report.run import Run, masked, number, reward_maxima, thinks
 
 _EACH = 3  # cases of a kind
 _MOST_RESPONSES = 16
@@ -36,17 +37,20 @@ def gallery(run: Run) -> str:
     if not found:
         return ""
     chosen = choose(found)
-    what, _ = _quality(found)
     title = "Before and after" if first != last else f"Answers at step {last}"
     shown = "".join(_case(run, case, first, last) for case in chosen)
-    return f'<section id="cases"><h2>{title}</h2><p>{_summary(found, what, first, last)}</p>{LEGEND}{shown}</section>'
+    return (
+        f'<section id="cases"><h2>{title}</h2><p>{_summary(found, chosen, first, last)}</p>{legend(masked(run))}{shown}'
+        "</section>"
+    )
 
 
 def choose(found: Sequence[Case]) -> list[Case]:
     """Three each of the most improved, the typical and the worst cases; no case twice, fewer when there are few.
 
-    Typical is nearest to the median after training; worst is lowest after training. With one evaluation only, the
-    best take the place of the most improved.
+    Improved is by more than _CHANGE. Typical is nearest to the median after training; worst is lowest after training,
+    and none is better than one that is shown as improved. With one evaluation only, the best take the place of the
+    most improved.
     """
     _, quality = _quality(found)
     each = max(1, min(_EACH, len(found) // 3))
@@ -54,22 +58,20 @@ def choose(found: Sequence[Case]) -> list[Case]:
     middle = statistics.median(after.values())
     paired = found[0].before is not None
     left = list(found)
-    chosen: list[Case] = []
 
-    def take(kind: str, rank: Any) -> None:
-        for case in sorted(left, key=rank)[:each]:
+    def take(kind: str, rank: Any, fits: Any = lambda _: True) -> list[Case]:
+        taken = sorted(filter(fits, left), key=rank)[:each]
+        for case in taken:
             left.remove(case)
-            chosen.append(Case(kind, case.split, case.before, case.after))
+        return [Case(kind, case.split, case.before, case.after) for case in taken]
 
     if paired:
-        take("Most improved", lambda case: quality(case.before) - after[id(case)])
+        top = take("Most improved", lambda case: -_gain(case, quality), lambda case: _gain(case, quality) > _CHANGE)
     else:
-        take("Best", lambda case: -after[id(case)])
-    worst = sorted(left, key=lambda case: after[id(case)])[:each]
-    for case in worst:
-        left.remove(case)
-    take("Typical", lambda case: abs(after[id(case)] - middle))
-    return chosen + [Case("Worst", case.split, case.before, case.after) for case in worst]
+        top = take("Best", lambda case: -after[id(case)])
+    least = min((quality(case.after) for case in top), default=math.inf)
+    worst = take("Worst", lambda case: after[id(case)], lambda case: after[id(case)] <= least)
+    return top + take("Typical", lambda case: abs(after[id(case)] - middle)) + worst
 
 
 def rollouts_section(run: Run) -> str:
@@ -90,7 +92,7 @@ def rollouts_section(run: Run) -> str:
         f'<section id="rollouts"><h2>One group of step {text(group[0].get("step"))}</h2>'
         f"<p>{len(group)} responses to one training question, best first. The policy learns to prefer what is above "
         f"the group's mean reward ({mean}{spread}) over what is below it: that is the advantage, the bar under each "
-        f'reward.{some}</p>{LEGEND}<div class="case"><div class="kind">{text(group[0].get("id"))}</div>'
+        f'reward.{some}</p>{legend(masked(run))}<div class="case"><div class="kind">{text(group[0].get("id"))}</div>'
         f'<div class="question">{text(group[0].get("question"))}</div><div class="responses">{cards}</div></div>'
         "</section>"
     )
@@ -114,18 +116,25 @@ def _quality(found: Sequence[Case]) -> tuple[str, Any]:
     return ("IoU" if key == "iou" else "reward"), lambda row: number(row.get(key)) or 0.0
 
 
-def _summary(found: Sequence[Case], what: str, first: int, last: int) -> str:
-    _, quality = _quality(found)
+def _gain(case: Case, quality: Any) -> float:
+    return float(quality(case.after) - quality(case.before))
+
+
+def _summary(found: Sequence[Case], chosen: Sequence[Case], first: int, last: int) -> str:
+    what, quality = _quality(found)
     splits = len({case.split for case in found})
     asked = f"{len(found)} held-out questions of {splits} split{'s' if splits > 1 else ''}, answered greedily"
-    typical = f"the typical (nearest to the median {what}) and the worst (lowest {what})"
-    change = [quality(case.after) - quality(case.before) for case in found if case.before is not None]
+    names = {"Typical": f"the typical (nearest to the median {what})", "Worst": f"the worst (lowest {what})"}
+    kinds = [names.get(kind, f"the {kind.lower()}") for kind in dict.fromkeys(case.kind for case in chosen)]
+    listed = " and ".join(part for part in (", ".join(kinds[:-1]), kinds[-1]) if part)
+    change = [_gain(case, quality) for case in found if case.before is not None]
     if not change:
-        return f"{asked} at step {last}. Shown are the best, {typical}."
+        return f"{asked} at step {last}. Shown are {listed}."
+    afterwards = " afterwards" if chosen[-1].kind in names else ""
     better, worse = sum(c > _CHANGE for c in change), sum(c < -_CHANGE for c in change)
     return (
         f"{asked} at step {first} and at step {last}: {better} improved in {what} by more than {_CHANGE}, "
-        f"{worse} got worse, {len(found) - better - worse} stayed. Shown are the most improved, {typical} afterwards."
+        f"{worse} got worse, {len(found) - better - worse} stayed. Shown are {listed}{afterwards}."
     )
 
 

@@ -208,6 +208,8 @@ class _Plot:
         elif maximum is None:
             high += (high - low) * 0.06
             low -= 0.0 if floor is not None else (high - low) * 0.06
+        if min(known) >= 0.0:
+            low = max(low, 0.0)  # the room below ends where what may be a share or an IoU does
         marks = ticks(low, high)
         widest = max(len(_tick(mark, marks)) for mark in marks)
         right = size.width - (9 + 6.6 * max(len(line.label) for line in series) if several else 10)

@@ -7,6 +7,7 @@ from segzero_jax.report.charts import Series, Size
 from segzero_jax.report.markup import bound, label, show, text
 from segzero_jax.report.run import Run, reward_maxima
 
+_MASK_IOU = "mask_iou/mean"
 # Metric, title, caption; every one is drawn from zero when it cannot be negative.
 _SIGNALS = (
     ("kl", "KL to the reference", "How far the policy has moved from where it started, per token, in nats."),
@@ -16,6 +17,7 @@ _SIGNALS = (
     ("reward/zero_std_groups", "Groups without spread", "All responses scored alike, so nothing is learned from them."),
     ("dynamic_sampling/batches", "Batches sampled", "For a step, until enough groups have a spread of rewards."),
     ("dynamic_sampling/groups", "Groups learnt from", "Those with a spread of rewards."),
+    (_MASK_IOU, "Mask IoU of answers", "Mean IoU of SAM 2's masks with the target masks."),
     ("empty_thinking", "Without reasoning", "Share of responses in which nothing stands between the thinking tags."),
     ("finished", "Finished", "Share of responses that ended by themselves before the length limit."),
     ("kl_old", "KL within a step", "How far a step's updates move the policy that sampled, per token, in nats."),
@@ -23,7 +25,7 @@ _SIGNALS = (
     ("lr", "Learning rate", "Of the step's last update."),
     ("sampler_gap", "Sampler gap", "Between the sampler's and the trainer's log-probabilities of the same tokens."),
 )
-_SHARES = ("finished", "empty_thinking", "reward/zero_std_groups", "clip_fraction")
+_SHARES = (_MASK_IOU, "finished", "empty_thinking", "reward/zero_std_groups", "clip_fraction")
 # A level line would tell nothing.
 _DRAWN_WHEN_THEY_CHANGE = ("clip_fraction", "lr")
 _COMPONENTS = {
@@ -87,7 +89,7 @@ def signal_section(run: Run) -> str:
     figures = [
         figure(run, key, title, caption, maximum=1.0 if key in _SHARES else None)
         for key, title, caption in _SIGNALS
-        if key in _keys(run) and (key not in _DRAWN_WHEN_THEY_CHANGE or len(set(run.column(key)) - {None}) > 1)
+        if key in _keys(run) and _tells(run, key)
     ]
     if _LENGTHS[0] in _keys(run):
         figures.insert(2, _lengths(run))
@@ -97,6 +99,14 @@ def signal_section(run: Run) -> str:
     if not figures:
         return ""
     return f'<section id="signals"><h2>How it learned</h2><div class="charts">{"".join(figures)}</div></section>'
+
+
+def _tells(run: Run, key: str) -> bool:
+    """Whether a signal's chart says something: that it changes, or what the reward's charts do not say already."""
+    values = run.column(key)
+    if key == _MASK_IOU:
+        return values != run.column("reward/mask_iou")
+    return key not in _DRAWN_WHEN_THEY_CHANGE or len(set(values) - {None}) > 1
 
 
 def _steps(run: Run) -> list[int]:

@@ -43,7 +43,7 @@ def gains(run: Run) -> str:
     everything = [number(row.get(k)) for pair in rows for row in pair for k in (key, f"{key}_low", f"{key}_high")]
     known = [value for value in everything if value is not None]
     margin = (max(known) - min(known)) * 0.06 or 0.05
-    low, high = min(known) - margin, max(known) + margin
+    low, high = max(0.0, min(known) - margin), max(known) + margin  # neither number can be negative
 
     def place(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.2f}%"

@@ -158,7 +158,7 @@ def _section(one: Shown, index: int) -> str:
     cases = "".join(_kind(one, kind, rows) for kind, rows in choose_cases(one.rows).items())
     return (
         f'<section id="e{index}"><h2>{_name(one.result)}</h2><p class="note">{text(one.result["checkpoint"])}</p>'
-        f"{spread}{_blame(one)}{_failures(one)}{cards.LEGEND}{cases}</section>"
+        f"{spread}{_blame(one)}{_failures(one)}{cards.legend(scored)}{cases}</section>"
     )
 
 

@@ -7,13 +7,14 @@ from segzero_jax import __version__
 from segzero_jax.metrics import duration
 from segzero_jax.report import cases, curves, evaluations, events, times
 from segzero_jax.report.markup import NOTHING, bound, direction, fixed, show, signed, text
-from segzero_jax.report.run import Run, ends, number, reward_maxima
+from segzero_jax.report.run import Run, ends, masked, number, reward_maxima
 from segzero_jax.report.style import CSS
 
 # No script and nothing from elsewhere, whatever a response may hold.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _SUMMARY = (
     ("policy", "model.path"),
+    ("LoRA rank", "model.lora_rank"),
     ("data", "data.name"),
     ("picture size", "data.image_size"),
     ("reward recipe", "reward.recipe"),
@@ -65,9 +66,10 @@ def _title(run: Run) -> str:
         state = "no step yet"
     spent = sum(value or 0.0 for value in run.column("time/total")) + sum(run.after_last_line.values())
     spoken = f", {duration(spent)} in all" if spent else ""
+    scored = "points and is scored by SAM 2's masks" if masked(run) else "points and is scored by what it writes"
     return (
-        f'<h1>{text(run.name)}</h1><p class="lead">A policy that thinks, points and is scored by SAM 2\'s masks, '
-        f"trained by GRPO. {state[0].upper()}{state[1:]}{spoken}.</p>"
+        f'<h1>{text(run.name)}</h1><p class="lead">A policy that thinks, {scored}, trained by GRPO. '
+        f"{state[0].upper()}{state[1:]}{spoken}.</p>"
     )
 
 
@@ -134,10 +136,13 @@ def _tile(what: str, value: str, more: str) -> str:
 
 
 def _config(run: Run) -> str:
+    untold = set() if masked(run) else {"reward.mask_iou_weight"}
+    # Rank 0 is no adapters.
+    untold |= set() if run.setting("model.lora_rank") else {"model.lora_rank"}
     items = []
     for label, key in _SUMMARY:
         value = run.setting(key)
-        if value is not None:
+        if value is not None and key not in untold:
             items.append(f"<div><dt>{label}</dt><dd>{text(value)}</dd></div>")
     return (
         f'<dl class="config">{"".join(items)}</dl><details><summary>The whole configuration</summary>'

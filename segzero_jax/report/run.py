@@ -155,6 +155,11 @@ def thinks(run: Run) -> bool:
         return True
 
 
+def masked(run: Run) -> bool:
+    """Whether SAM 2 makes masks of the answers; a run whose configuration does not say so counts as one."""
+    return bool(run.setting("reward.server") != "none")
+
+
 @dataclass(frozen=True)
 class Ends:
     """A metric at the two ends of a run: means over ``window`` steps and their standard errors (None for one step)."""

@@ -45,7 +45,7 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 22px; margin-top: 22px; font-size
   border-top: 1px solid var(--rule); font-size: 14px; }
 .gain .of { overflow-wrap: anywhere; }
 .gain .mode { color: var(--soft); }
-.gain.scale { border-top: 0; color: var(--soft); font-size: 12px; }
+.gain.scale { border-top: 0; color: var(--soft); }
 .gain .numbers { text-align: right; white-space: nowrap; }
 .track { position: relative; height: 30px; }
 .track i { position: absolute; display: block; }
@@ -55,7 +55,7 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 22px; margin-top: 22px; font-size
 .track .dot { width: 11px; height: 11px; border-radius: 50%; margin-left: -5.5px; }
 .track .dot.old { top: 3px; background: var(--paper); border: 2px solid var(--soft); }
 .track .dot.new { top: 16px; background: var(--c0); }
-.track b { position: absolute; transform: translateX(-50%); font-weight: 400; }
+.track b { position: absolute; transform: translateX(-50%); font-weight: 400; font-size: 12px; }
 
 .config { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 16px 28px;
   margin: 36px 0 18px; }

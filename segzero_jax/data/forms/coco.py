@@ -28,22 +28,25 @@ from segzero_jax.data.forms.form import (
     unique,
 )
 from segzero_jax.data.targets import target_object
+from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.types import Frame, ObjectPrompt
 
 # Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
-_OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
+OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
+# What is said of any of them, however it is malformed.
+NO_SEGMENTATION = "a segmentation that is none of COCO's"
 _SPLIT = re.compile(r"(?:\w+_)?(train|val|test)\d{4}")
 
 
 def annotation_mask(segmentation: Any, frame: Frame) -> np.ndarray:
     """The bool [H, W] mask of an annotation: polygons or a single one, run lengths as a list, or compressed ones.
 
-    Raises ValueError for another form, or run lengths of another size.
+    Raises Unusable for another form, or run lengths of another size.
     """
     if isinstance(segmentation, Mapping):
         return coco.decode(_run_lengths(segmentation, frame)).astype(bool)
     if not isinstance(segmentation, list):
-        raise ValueError(f"segmentation {str(segmentation)[:80]}: expected polygons or run lengths")
+        raise Unusable(NO_SEGMENTATION, f"segmentation {str(segmentation)[:80]}: expected polygons or run lengths")
     flat = any(isinstance(value, int | float) for value in segmentation)
     polygons = [_corners(polygon) for polygon in ([segmentation] if flat else segmentation)]
     drawn = [polygon for polygon in polygons if len(polygon) >= 6]
@@ -56,7 +59,7 @@ def _corners(polygon: Any) -> list[float]:
     """A polygon whose numbers are such that drawing it ends."""
     fine = isinstance(polygon, list) and all(isinstance(v, int | float) and abs(v) < FAR for v in polygon)
     if not fine or len(polygon) % 2:
-        raise ValueError(f"polygon {str(polygon)[:80]}: expected [x, y, x, y, ...]")
+        raise Unusable(NO_SEGMENTATION, f"polygon {str(polygon)[:80]}: expected [x, y, x, y, ...]")
     return [float(v) for v in polygon]
 
 
@@ -64,10 +67,11 @@ def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
     """Compressed run lengths as the library takes them, for every pixel: others it would make up."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [frame.height, frame.width]:
-        raise ValueError(f"mask of size {size}, expected [{frame.height}, {frame.width}]")
+        kind = "run lengths of another size than the picture"
+        raise Unusable(kind, f"mask of size {size}, expected [{frame.height}, {frame.width}]")
     if isinstance(counts, list):
         if not all(isinstance(run, int) and run >= 0 for run in counts):
-            raise ValueError(f"run lengths {str(counts)[:80]}: expected whole numbers from 0")
+            raise Unusable(NO_SEGMENTATION, f"run lengths {str(counts)[:80]}: expected whole numbers from 0")
         total = sum(counts)
         compressed = {"size": size, "counts": counts}
     elif isinstance(counts, str | bytes):
@@ -75,9 +79,10 @@ def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
         total = sum(_decompressed(encoded))
         compressed = {"size": size, "counts": encoded}
     else:
-        raise ValueError(f"counts {str(counts)[:80]}: expected run lengths")
+        raise Unusable(NO_SEGMENTATION, f"counts {str(counts)[:80]}: expected run lengths")
     if total != frame.height * frame.width:
-        raise ValueError(f"run lengths for {total} pixels, expected the picture's {frame.height * frame.width}")
+        kind = "run lengths of another size than the picture"
+        raise Unusable(kind, f"run lengths for {total} pixels, expected the picture's {frame.height * frame.width}")
     return coco.frPyObjects(compressed, frame.height, frame.width) if isinstance(counts, list) else compressed
 
 
@@ -91,7 +96,7 @@ def _decompressed(counts: bytes) -> list[int]:
     for character in counts:
         digit = character - 48
         if not 0 <= digit < 64:
-            raise ValueError(f"run lengths {counts[:80]!r}: expected characters from 0 to o")
+            raise Unusable(NO_SEGMENTATION, f"run lengths {counts[:80]!r}: expected characters from 0 to o")
         value |= (digit & 31) << 5 * digits
         digits += 1
         if digit & 32:
@@ -100,10 +105,10 @@ def _decompressed(counts: bytes) -> list[int]:
             value -= 1 << 5 * digits
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         if runs[-1] < 0:
-            raise ValueError(f"run lengths {counts[:80]!r}: expected none below 0")
+            raise Unusable(NO_SEGMENTATION, f"run lengths {counts[:80]!r}: expected none below 0")
         value = digits = 0
     if digits:
-        raise ValueError(f"run lengths {counts[:80]!r}: expected an end")
+        raise Unusable(NO_SEGMENTATION, f"run lengths {counts[:80]!r}: expected an end")
     return runs
 
 
@@ -129,9 +134,7 @@ class CocoJson:
     @staticmethod
     def find(name: str, source: Path, images: Path | None) -> "CocoJson | None":
         """The JSON files in ``source`` and in its folder ``annotations``; None where there are none."""
-        found = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
-        if any(path.name.startswith("instances_") for path in found):
-            found = [path for path in found if not path.name.startswith(_OTHER_TASKS)]
+        found = annotation_files(source)
         return CocoJson(name, images or source, tuple(found)) if found else None
 
     def files(self) -> list[Path]:
@@ -202,12 +205,20 @@ class CocoJson:
                     masks = tuple(annotation_mask(segmentation, frame) for segmentation in meant)
                     masked.append(Asked(own, question, about, masks, ignore=ignore))
             except ValueError as error:
-                yield Unreadable((own,), str(error))
+                yield Unreadable((own,), kind_of(error, NO_SEGMENTATION), str(error))
         data = (self.root / part.pictures[0]).read_bytes()
         # Two records: a mask has two points, a box one, and in a record all objects have as many.
         for asked in (masked, boxed):
             if asked:
                 yield Shown(data, name, part.pictures[0], frame, tuple(asked), as_in_file=True)
+
+
+def annotation_files(source: Path) -> list[Path]:
+    """The JSON files in a folder and in its folder ``annotations``; of COCO's archive those with instances."""
+    found = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
+    if any(path.name.startswith("instances_") for path in found):
+        found = [path for path in found if not path.name.startswith(OTHER_TASKS)]
+    return found
 
 
 def by_id(content: Any, name: str, path: Path) -> dict[Any, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from segzero_jax.data.unusable import Unusable
 from segzero_jax.types import Box, Frame, ObjectPrompt, Point
 
 # No corner is so far from its picture, in pixels: what draws one takes memory for each pixel between two corners.
@@ -63,9 +64,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Questions that could not be read, and why, in one line."""
+    """Questions that could not be read, and why: see ``Unusable``."""
 
     ids: tuple[str, ...]
+    kind: str
     reason: str
 
 
@@ -179,12 +181,12 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def coordinates(value: Any, form: str, where: str) -> tuple[float, ...]:
-    """As many numbers as ``form`` names, such as "[x, y]". Raises ValueError, which shows what is there instead."""
+def coordinates(value: Any, form: str, name: str, where: str = "") -> tuple[float, ...]:
+    """As many numbers as ``form`` names, such as "[x, y]". Raises Unusable, which shows what is there instead."""
     count = form.count(",") + 1
     plain = isinstance(value, list) and all(type(v) in (int, float) and abs(v) < FAR for v in value)
     if not plain or len(value) != count:
-        raise ValueError(f"{where} {json.dumps(value)[:80]}, expected {form}")
+        raise Unusable(f"{name} not like {form}", f"{where}{name} {json.dumps(value)[:80]}, expected {form}")
     return tuple(float(v) for v in value)
 
 

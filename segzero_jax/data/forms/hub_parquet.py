@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from segzero_jax.data.forms.form import Asked, Part, Shown, SourceError, Unreadable, coco_id, unique
 from segzero_jax.data.mask_files import read_mask
+from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.prompt import parse_solution
 from segzero_jax.types import Frame
 
@@ -84,7 +85,7 @@ class HubParquet:
                 return Shown(data, self._picture(split, batch, row, image, name), at, None, (asked,))
             mask = _mask(batch["mask"][row])
         except ValueError as error:
-            return Unreadable((name,), str(error))
+            return Unreadable((name,), kind_of(error, "a solution in neither form"), str(error))
         picture = self._picture(split, batch, row, image, name)
         annotation = _value(batch, "ann_id", row)
         instance = f"{picture}:{name if annotation is None else annotation}"
@@ -128,6 +129,16 @@ def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParqu
         with _open(path) as file:
             _columns(path, file.schema_arrow)
     return HubParquet(name, sources[0], tuple((tables[path], path) for path in sorted(tables))) if tables else None
+
+
+def first(folder: Path) -> Path | None:
+    """The first parquet file where the hub has them: in the folder itself, or in its folder ``data``."""
+    return min((*folder.glob("*.parquet"), *folder.glob("data/*.parquet")), default=None)
+
+
+def first_below(folder: Path) -> Path | None:
+    """The first parquet file in a folder or anywhere below it; None also where there is no such folder."""
+    return min(folder.rglob("*.parquet"), default=None)
 
 
 def _split(path: Path) -> str:
@@ -222,18 +233,20 @@ def _text(value: Any) -> str:
 
 
 def _encoded(value: Any, what: str) -> bytes:
-    """The bytes of a picture. Raises ValueError where there are none."""
+    """The bytes of a picture. Raises Unusable where there are none."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if data:
         return data
     path = value.get("path") if isinstance(value, dict) else None
-    raise ValueError(f"no {what} but its path, {path}: expected its bytes" if path else f"no {what}")
+    if path:
+        raise Unusable(f"no {what} but its path", f"no {what} but its path, {path}: expected its bytes")
+    raise Unusable(f"no {what}")
 
 
 def _mask(scalar: Any) -> np.ndarray:
     """A mask as bool [H, W]: an encoded picture, or a list of rows, each a list of bool or of whole numbers.
 
-    Raises ValueError for rows of different lengths, pixels that are null, or no rows.
+    Raises Unusable for rows of different lengths, pixels that are null, or no rows.
     """
     if not _is_list(scalar.type):
         value = scalar.as_py()
@@ -241,13 +254,14 @@ def _mask(scalar: Any) -> np.ndarray:
         return read_mask(_encoded(value, "mask"), named or "column mask")
     rows = scalar.values
     if rows is None or not len(rows):
-        raise ValueError("no mask")
+        raise Unusable("no mask")
     if rows.null_count:
-        raise ValueError("a mask with rows that are null")
+        raise Unusable("a mask with rows that are null")
     widths = pc.list_value_length(rows).to_numpy()
     if (widths != widths[0]).any() or not widths[0]:
-        raise ValueError("a mask whose rows have different lengths")
+        raise Unusable("a mask whose rows have different lengths")
     flat = rows.flatten()
     if flat.null_count:
-        raise ValueError(f"a mask with pixels that are null, {flat.null_count} of {len(flat)}")
+        kind = "a mask with pixels that are null"
+        raise Unusable(kind, f"{kind}, {flat.null_count} of {len(flat)}")
     return flat.to_numpy(zero_copy_only=False).astype(bool).reshape(len(rows), int(widths[0]))

@@ -41,6 +41,7 @@ from segzero_jax.data.forms.form import (
 )
 from segzero_jax.data.mask_files import read_mask
 from segzero_jax.data.pictures import upright_size
+from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -95,7 +96,7 @@ class Lines:
             try:
                 question = self._question(own, row, name)
             except UNDECODABLE as error:
-                yield Unreadable((own,), cause(error))
+                yield Unreadable((own,), kind_of(error, "a mask cannot be read"), cause(error))
                 continue
             (boxed if question.masks is None else masked).append(question)
         data = (self.root / file).read_bytes()
@@ -136,15 +137,15 @@ def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:
 
 
 def _object(given: Any, where: str) -> ObjectPrompt:
-    """Raises ValueError, which names what is missing or malformed."""
+    """Raises Unusable, which names what is missing or malformed."""
     if not isinstance(given, dict) or "bbox_2d" not in given:
         found = ", ".join(given)[:80] if isinstance(given, dict) else _shown(given)
-        raise ValueError(f"{where}: bbox_2d is missing, found {found or 'nothing'}")
-    x1, y1, x2, y2 = coordinates(given["bbox_2d"], "[x1, y1, x2, y2]", f"{where}: bbox_2d")
+        raise Unusable("bbox_2d is missing", f"{where}: bbox_2d is missing, found {found or 'nothing'}")
+    x1, y1, x2, y2 = coordinates(given["bbox_2d"], "[x1, y1, x2, y2]", "bbox_2d", f"{where}: ")
     box = (x1, y1, x2, y2)
     if _has_no_point(given):
         return ObjectPrompt(box=box, points=(centre(box),))
-    x, y = coordinates(given["point_2d"], "[x, y]", f"{where}: point_2d")
+    x, y = coordinates(given["point_2d"], "[x, y]", "point_2d", f"{where}: ")
     return ObjectPrompt(box=box, points=((x, y),))
 
 

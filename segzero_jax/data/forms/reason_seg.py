@@ -28,6 +28,7 @@ from segzero_jax.data.forms.form import (
     text,
 )
 from segzero_jax.data.pictures import PictureError, upright_size
+from segzero_jax.data.unusable import Unusable
 from segzero_jax.types import Frame
 
 _SPLITS = ("train", "val", "test")
@@ -45,12 +46,15 @@ class ReasonSeg:
     @staticmethod
     def find(name: str, source: Path) -> "ReasonSeg | None":
         """The source, when it holds a split with a JSON file that has shapes."""
-        for split in _SPLITS:
-            first = next((source / split).glob("*.json"), None)
-            if first is not None:
-                content = read_json(first)
-                return ReasonSeg(name, source) if isinstance(content, dict) and "shapes" in content else None
-        return None
+        example = ReasonSeg.example(source)
+        return ReasonSeg(name, source) if example is not None and "shapes" in example[1] else None
+
+    @staticmethod
+    def example(source: Path) -> "tuple[Path, dict[str, Any]] | None":
+        """A JSON file of the first split that has any, and the object in it. Raises SourceError."""
+        first = next((path for split in _SPLITS for path in (source / split).glob("*.json")), None)
+        content = None if first is None else read_json(first)
+        return (first, content) if first is not None and isinstance(content, dict) else None
 
     def files(self) -> list[Path]:
         return [path for split in _SPLITS for path in sorted((self.root / split).glob("*.json"))]
@@ -75,12 +79,12 @@ class ReasonSeg:
         name = f"{self.name}:{Path(part.pictures[0]).with_suffix('')}"
         try:
             frame = upright_size(data)
-            shapes = [(label, _corners(points, f"shape {n}: points")) for n, (label, points) in enumerate(outlined)]
+            shapes = [(label, _corners(points, f"shape {n}: ")) for n, (label, points) in enumerate(outlined)]
         except PictureError as error:
-            yield Unreadable(part.ids, f"{error}, in {part.pictures[0]}")
+            yield Unreadable(part.ids, error.kind, f"{error}, in {part.pictures[0]}")
             return
-        except ValueError as error:
-            yield Unreadable(part.ids, str(error))
+        except Unusable as error:
+            yield Unreadable(part.ids, error.kind, error.reason)
             return
         target, ignore = paint(shapes, frame)
         # Nothing but "ignore" or "flag" is a question without a target.
@@ -113,10 +117,11 @@ def _picture(path: Path) -> Path:
 
 
 def _corners(points: Any, where: str) -> list[tuple[float, ...]]:
-    """Raises ValueError, which shows what is there instead of corners."""
+    """Raises Unusable, which shows what is there instead of corners."""
     if not isinstance(points, list):
-        raise ValueError(f"{where} {json.dumps(points)[:80]}, expected [[x, y], [x, y], ...]")
-    return [coordinates(point, "[x, y]", where) for point in points]
+        form = "[[x, y], [x, y], ...]"
+        raise Unusable(f"points not like {form}", f"{where}points {json.dumps(points)[:80]}, expected {form}")
+    return [coordinates(point, "[x, y]", "points", where) for point in points]
 
 
 def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.ndarray]:

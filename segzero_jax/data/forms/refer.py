@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segzero_jax.data.forms.coco import annotated_size, annotation_mask, by_id
+from segzero_jax.data.forms.coco import NO_SEGMENTATION, annotated_size, annotation_mask, by_id
 from segzero_jax.data.forms.form import (
     Asked,
     Part,
@@ -24,6 +24,7 @@ from segzero_jax.data.forms.form import (
     text,
     unique,
 )
+from segzero_jax.data.unusable import kind_of
 
 # The splits that papers report, before those by Google.
 _PREFERRED = ("refs(unc).p", "refs(umd).p", "refs(google).p")
@@ -55,11 +56,10 @@ class Refer:
 
         Raises SourceError where there are references without pictures.
         """
-        for folder in (source, source / name):
-            for file in _PREFERRED:
-                if (folder / file).is_file():
-                    return Refer(name, images or _find_pictures(folder, source), folder / file)
-        return None
+        references = find_references(name, source)
+        if references is None:
+            return None
+        return Refer(name, images or _find_pictures(references.parent, source), references)
 
     def files(self) -> list[Path]:
         return [self.references, self._instances]
@@ -126,11 +126,22 @@ class Refer:
                 if reference not in masks:
                     masks[reference] = annotation_mask(segmentation, frame)
             except ValueError as error:
-                yield Unreadable((own,), f"reference {reference}: {error}")
+                yield Unreadable((own,), kind_of(error, NO_SEGMENTATION), f"reference {reference}: {error}")
                 continue
             asked.append(Asked(own, question, f"{self.name}:ref-{reference}", (masks[reference],)))
         file = part.pictures[0]
         yield Shown((self.root / file).read_bytes(), name, file, frame, tuple(asked), as_in_file=True)
+
+
+def find_references(name: str, source: Path) -> Path | None:
+    """The references in a folder or in its folder ``name``; None where there are none."""
+    places = (folder / file for folder in (source, source / name) for file in _PREFERRED)
+    return next((path for path in places if path.is_file()), None)
+
+
+def first_below(source: Path) -> Path | None:
+    """The first references of any data set in the folders of a folder."""
+    return min((path for file in _PREFERRED for path in source.glob(f"*/{file}")), default=None)
 
 
 def _find_pictures(folder: Path, source: Path) -> Path:

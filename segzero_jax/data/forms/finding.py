@@ -1,0 +1,112 @@
+"""Which form a source is in, seen from its files; a folder that could be meant in two ways is refused."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from segzero_jax.data.forms import coco, hub_parquet, refer
+from segzero_jax.data.forms.coco import CocoJson
+from segzero_jax.data.forms.form import Form, SourceError
+from segzero_jax.data.forms.lines import Lines
+from segzero_jax.data.forms.reason_seg import ReasonSeg
+from segzero_jax.data.forms.refer import Refer
+
+_FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
+_PARQUET, _REFER, _REASON_SEG, _LINES, _COCO = "parquet", "REFER", "ReasonSeg", "lines", "COCO"
+_LISTS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
+
+
+def find_form(
+    name: str,
+    sources: Sequence[Path],
+    images: Path | None,
+    splits: Mapping[Path, str] = MappingProxyType({}),
+    downloaded: Collection[Path] = (),
+) -> Form:
+    """The form that a source is in.
+
+    Args:
+      sources: folders; more than one only of parquet files.
+      images: where the pictures lie, when not below the source.
+      splits: of folders whose parquet files are one split, whatever it is in their names.
+      downloaded: folders of which the parquet files are the source, whatever else lies there.
+
+    Raises:
+      SourceError: no such folder, nothing in it that is known, more than one form, or ``images`` for a form that has
+        its own.
+    """
+    for source in sources:
+        if not source.is_dir():
+            raise SourceError(f"--source {source}: no such directory")
+    kinds = [_PARQUET if source in downloaded else _kind(name, source) for source in sources]
+    if len(sources) > 1 and set(kinds) != {_PARQUET}:
+        raise SourceError(f"--source: {len(sources)} directories, expected one unless they all hold parquet files")
+    source, kind = sources[0], kinds[0]
+    form: Form | None
+    if kind == _PARQUET:
+        if images is not None:
+            raise SourceError(f"--images {images}: parquet files hold their pictures, leave it out")
+        form = hub_parquet.find(name, list(sources), splits)
+    elif kind == _REASON_SEG:
+        if images is not None:
+            raise SourceError(f"--images {images}: ReasonSeg's pictures lie beside their JSON files, leave it out")
+        form = ReasonSeg.find(name, source)
+    elif kind == _REFER:
+        form = Refer.find(name, source, images)
+    else:
+        form = Lines(name, source, images) if kind == _LINES else CocoJson.find(name, source, images)
+    if form is None:
+        raise SourceError(f"--source {source}: found none of {_FORMS}")
+    return form
+
+
+def _kind(name: str, source: Path) -> str | None:
+    """The form that a folder is meant to be read in; None where there is none. Raises SourceError for two of them."""
+    references = refer.find_references(name, source)
+    if references is not None and references.parent != source:
+        # The data set has a folder of its name, whatever lies beside that.
+        return _only(source, {_REFER: references, _PARQUET: hub_parquet.first(references.parent)})
+    found = {
+        _REFER: references,
+        _LINES: min(source.glob("*.jsonl"), default=None),
+        _PARQUET: hub_parquet.first(source),
+        _REASON_SEG: _asked_of_shapes(source),
+    }
+    sure = references is not None or found[_LINES] is not None
+    if found[_PARQUET] is None and (own := hub_parquet.first_below(source / name)) is not None:
+        return _only(source, {_REFER: references, _LINES: found[_LINES], _PARQUET: own})
+    if found[_PARQUET] is None and not sure and (below := hub_parquet.first_below(source)) is not None:
+        # Beside the references of another set it may be anything's.
+        found |= {_PARQUET: below, _REFER: refer.first_below(source)}
+    if references is None:  # REFER has COCO's instances.json beside its references.
+        files = coco.annotation_files(source)
+        found[_COCO] = next((path for path in files if _is_coco(path)), None)
+        if not any(found.values()):  # Whoever reads what is there says what is wrong with it.
+            return _REASON_SEG if ReasonSeg.find(name, source) is not None else _COCO if files else None
+    return _only(source, found)
+
+
+def _only(source: Path, found: Mapping[str, Path | None]) -> str | None:
+    """The one form of which there is a file. Raises SourceError for more, with a file of each."""
+    there = {kind: path for kind, path in found.items() if path is not None}
+    if len(there) > 1:
+        files = " and ".join(str(path.relative_to(source)) for path in there.values())
+        raise SourceError(
+            f"--source {source}: holds {files}; name the folder of one, or move the others out where they share it"
+        )
+    return next(iter(there), None)
+
+
+def _asked_of_shapes(source: Path) -> Path | None:
+    """A JSON file of ReasonSeg's: other programs write such with shapes, but without a question."""
+    try:
+        example = ReasonSeg.example(source)
+    except SourceError:
+        return None
+    return example[0] if example is not None and {"shapes", "text"} <= set(example[1]) else None
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether a JSON file has lists as COCO's do; one that is cut off counts too, lest it be passed over."""
+    return not path.name.startswith(coco.OTHER_TASKS) and _LISTS.search(path.read_bytes()) is not None
