@@ -1,4 +1,4 @@
-"""A pod on one machine: four processes with four virtual devices each train the toy run as one process does.
+"""A pod on one machine: four processes with two virtual devices each train the toy run as one process does.
 
 Each process is a host of its own: it reads its rows, sends its own reward calls, and one of them writes.
 """
@@ -18,8 +18,8 @@ from xla_flags import QUICK
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests/pod_host.py"
 HOSTS, STEPS, CALLS = 4, 3, 4
-pytestmark = pytest.mark.timeout(1800)  # Sixteen devices on two cores, up to four processes that compile.
-OPTIONS = ["--mesh=4x4", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
+pytestmark = pytest.mark.timeout(1800)  # Eight devices on two cores, up to four processes that compile.
+OPTIONS = ["--mesh=4x2", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4", "--rollout.max_response_tokens=48"]
 OPTIONS += ["--rollout.max_batches=2", "--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
 
