@@ -234,6 +234,21 @@ def test_a_trainer_that_is_killed_leaves_no_worker() -> None:
         time.sleep(0.1)
 
 
+def test_batches_on_their_way_are_no_leak_at_the_end() -> None:
+    code = (
+        "import contextlib, numpy as np\n"
+        "from segzero_jax.data.pipeline import training_batches\n"
+        "if __name__ == '__main__':\n"
+        "    collate = lambda rows: [np.ones((4, 1000)) for _ in range(8)]\n"
+        "    with contextlib.closing(training_batches(list(range(9)), 2, 0, None, collate, workers=1)) as batches:\n"
+        "        for _ in range(3):\n"
+        "            last = next(batches)\n"
+        "    del last\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stderr == ""
+
+
 def broken(batch: Sequence[Example]) -> list[str]:
     raise ImageError(f"{batch[0].id}: image cannot be read")
 

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -231,6 +232,22 @@ def _end_with_trainer(_worker: int, _workers: int) -> None:
     threading.Thread(target=watch, name="trainer watch", daemon=True).start()
 
 
+def _start_quiet_tracker() -> None:
+    """Starts the process that frees what workers leave in shared memory: batches on their way when a run ends.
+
+    It frees them in any case, and would say of each run with workers that something has leaked.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = quiet if before is None else f"{before},{quiet}"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
+
+
 class Batches(Iterator[T]):
     """An endless iterator over batches, which are made ahead: by threads, or in processes of their own.
 
@@ -248,6 +265,7 @@ class Batches(Iterator[T]):
             rest = self._batches[self._taken :].to_iter_dataset(grain.ReadOptions(1, _AHEAD))
             if self._workers:
                 flags.FLAGS.mark_as_parsed()  # Grain reads some of its own, and absl refuses that before a parsing.
+                _start_quiet_tracker()
                 options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
                 rest = rest.mp_prefetch(options, _end_with_trainer)
             self._ahead = iter(rest)
