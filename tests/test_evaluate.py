@@ -264,8 +264,9 @@ def test_results_of_earlier_commands_stay(source: Source, address: str, tmp_path
     both = run(tmp_path, address, "--oracle")
     assert [one["checkpoint"] for one in both["evaluations"]] == ["toy", "oracle"]
     assert run(tmp_path, address) == both, "the policy's are made again, the oracle's are there"
-    (tmp_path / "results.json").write_text('{"evaluations": [')
-    assert run(tmp_path, address)["evaluations"] == both["evaluations"][:1], "what cannot be read is replaced"
+    for other in ('{"evaluations": [', "[]", '{"evaluations": [{}], "chosen": null}'):
+        (tmp_path / "results.json").write_text(other)
+        assert run(tmp_path, address)["evaluations"] == both["evaluations"][:1], "what is none of ours is replaced"
 
 
 def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: Path) -> None:

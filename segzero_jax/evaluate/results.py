@@ -1,5 +1,6 @@
 """``results.json``: the numbers of every evaluation, what failed and why, and which checkpoint was chosen."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -70,13 +71,16 @@ def write_results(out: Path, results: Sequence[Mapping[str, Any]], chosen: Mappi
     Evaluations that earlier commands left there stay, and so does their choice where none is made now.
     """
     path = out / "results.json"
-    try:
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        earlier = {}  # Of what somebody has written over it nothing can be kept.
-    named = lambda one: (one["dataset"], one["split"], one["checkpoint"])  # noqa: E731
-    all_of_them = {named(one): one for one in [*earlier.get("evaluations", ()), *results]}
-    found = {"chosen": chosen or earlier.get("chosen"), "evaluations": list(all_of_them.values())}
+    there, choice = {}, None
+    # Of what somebody has written over it nothing can be kept, and hours of answers are not to end in that.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads(path.read_text())
+        there, choice = _by_name(earlier["evaluations"]), earlier["chosen"]
+    found = {"chosen": chosen or choice, "evaluations": list((there | _by_name(results)).values())}
     content = json.dumps(found, indent=1, allow_nan=False)
     jsonl.replace(path, (content + "\n").encode())
     return path
+
+
+def _by_name(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+    return {(one["dataset"], one["split"], one["checkpoint"]): one for one in results}
