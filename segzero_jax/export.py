@@ -80,7 +80,8 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
         new, old = Path(folder, "new"), Path(folder, "old")
         if adapters:
             new.mkdir()
-            files = save_peft(learnt, new, alpha=config.model.lora_alpha, base=config.model.path, dtype=dtype)
+            model = config.model
+            files = save_peft(learnt, new, rank=model.lora_rank, alpha=model.lora_alpha, base=model.path, dtype=dtype)
         else:
             files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
         files.append(new / ORIGIN)

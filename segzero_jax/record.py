@@ -15,6 +15,7 @@ from segzero_jax.config import Config
 from segzero_jax.dynamic_sampling import Draw, Learnt
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.grpo import UPDATE_METRICS, advantages
+from segzero_jax.report.evaluations import measure
 from segzero_jax.rewards import component_names, thinks
 from segzero_jax.scoring import Scored, answered_objects, solution
 from segzero_jax.time_account import STEP_TIMES
@@ -231,9 +232,7 @@ def print_summary(run_dir: Path) -> None:
     if not evaluations:
         return
     steps = sorted({row["step"] for row in evaluations})
-    # Without SAM 2 there are no masks, and no question has a mask IoU.
-    masks = any(row["giou"] is not None for row in evaluations)
-    key, name = ("giou", "gIoU") if masks else ("box_accuracy", "box accuracy")
+    key, name = measure(evaluations)
     table = Table(title=f"held-out {name} [95% interval]")
     before = f"after {steps[0]} steps" if steps[0] else "before"
     for heading in ("split", "answers", before, f"after {steps[-1]} steps"):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from segzero_jax.data.pictures import fit_mask, written
+from segzero_jax.data.targets import run_lengths
 from segzero_jax.local_server import local_server
 from segzero_jax.overlay import decode_mask
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
@@ -166,8 +166,7 @@ def _within(frame: Frame, most: float) -> Frame:
 
 def encode_mask(mask: np.ndarray) -> RleMask:
     """A bool ``[height, width]`` mask as run lengths."""
-    counts = coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
-    return RleMask(mask.shape[0], mask.shape[1], counts)
+    return RleMask(mask.shape[0], mask.shape[1], run_lengths(mask))
 
 
 def segment(

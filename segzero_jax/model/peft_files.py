@@ -1,7 +1,6 @@
 """Adapters as PEFT keeps them: a safetensors file and ``adapter_config.json`` (github.com/huggingface/peft)."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,30 @@ _PREFIX = "base_model.model.model.language_model."
 _TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
-def save_peft(adapters: Adapters, directory: Path, *, alpha: float, base: str, dtype: Any = jnp.float32) -> list[Path]:
+def save_peft(
+    adapters: Adapters, directory: Path, *, rank: int, alpha: float, base: str, dtype: Any = jnp.float32
+) -> list[Path]:
     """Writes what ``peft.PeftModel.from_pretrained(base_model, directory)`` loads.
 
     Args:
       adapters: as a run learns them, without ``alpha / rank`` in them.
       directory: there already.
-      alpha: ``model.lora_alpha``.
+      rank, alpha: ``model.lora_rank`` and ``model.lora_alpha``.
       base: what the adapters are for, a directory or a hub id; PEFT's ``Auto`` classes look there.
       dtype: what the adapters are rounded to.
 
     Returns:
       The files written.
     """
-    tensors, ranks = {}, set()
-    for name, (inputs, outputs) in MATRICES.items():
+    tensors = {}
+    for name in MATRICES:
         adapter = getattr(adapters, name)
         down, up = (np.asarray(part[...]).astype(np.dtype(dtype)) for part in (adapter.down, adapter.up))
-        layers, rank = len(down), down.shape[-1]
-        ranks.add(rank)
-        down = down.reshape(layers, math.prod(down.shape[1 : 1 + len(inputs)]), rank)
-        up = up.reshape(layers, rank, math.prod(up.shape[-len(outputs) :]))
+        down, up = down.reshape(len(down), -1, rank), up.reshape(len(up), rank, -1)
         for layer, key in enumerate(ENTRIES["blocks", name].keys(down.shape)):
             module = _PREFIX + key.removeprefix("model.").removesuffix(".weight")
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(down[layer].T)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(up[layer].T)
-    (rank,) = ranks
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -17,9 +17,9 @@ _COLUMNS = (("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("format_rate", 
 Row = Mapping[str, Any]
 
 
-def measure(run: Run) -> tuple[str, str]:
+def measure(evaluations: Sequence[Row]) -> tuple[str, str]:
     """Key and name of the number that stands for an evaluation: gIoU, or box accuracy in a run without masks."""
-    if any(number(row.get("giou")) is not None for row in run.evaluations):
+    if any(number(row.get("giou")) is not None for row in evaluations):
         return "giou", "gIoU"
     return "box_accuracy", "box accuracy"
 
@@ -36,7 +36,7 @@ def pairs(run: Run) -> list[tuple[Row, Row]]:
 
 def gains(run: Run) -> str:
     """Every split and mode on one scale: where it was, where it is, how sure that is."""
-    key, name = measure(run)
+    key, name = measure(run.evaluations)
     rows = [(a, b) for a, b in pairs(run) if number(a.get(key)) is not None and number(b.get(key)) is not None]
     if not rows:
         return ""
@@ -85,7 +85,7 @@ def section(run: Run) -> str:
     if not run.evaluations:
         return ""
     steps = sorted({row["step"] for row in run.evaluations})
-    key, name = measure(run)
+    key, name = measure(run.evaluations)
     curves = f'<div class="charts">{"".join(_curves(run, key, name))}</div>' if len(steps) > 2 else ""
     ends = [row for row in run.evaluations if row["step"] in (steps[0], steps[-1])]
     parts = [f'<section id="held-out"><h2>Held-out evaluations</h2>{curves}', _table(ends)]

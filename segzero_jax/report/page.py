@@ -107,7 +107,7 @@ def _reward_tile(run: Run) -> str:
 
 def _evaluation_tiles(run: Run) -> list[str]:
     """Greedy and sampled on the first split, which is the in-domain one."""
-    key, name = evaluations.measure(run)
+    key, name = evaluations.measure(run.evaluations)
     rows = evaluations.pairs(run)
     tiles = []
     for before, after in rows:
