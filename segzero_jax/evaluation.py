@@ -209,7 +209,8 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
     Returns:
       ``giou``, ``ciou``, ``box_accuracy`` and ``format_rate``; ``reward``, the mean over answers that have one;
       ``n_acc``, the share of questions without a target for which nothing was pointed out, and ``t_acc``, the share of
-      those with one for which something was; each with its interval over pictures in ``*_low`` and ``*_high``.
+      those with one for which something was; each with its interval over pictures in ``*_low`` and ``*_high``, which
+      are None where a number rests on one picture.
       ``count`` is questions, ``no_target`` how many of them have no target.
     """
     scored = judged.ious_qa is not None
@@ -232,7 +233,7 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
         if parts is not None and parts[1].sum() > 0:
             value = float(parts[0].sum() / parts[1].sum())
             above, below = (by_picture(part, judged.pictures_q) for part in parts)
-            low, high = bootstrap_interval(above, below)
+            low, high = bootstrap_interval(above, below) or (None, None)
         numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
     numbers["count"] = len(judged.format_qa)
     numbers["no_target"] = int(nothing.sum())

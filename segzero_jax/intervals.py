@@ -1,5 +1,7 @@
 """How sure a number is that is a sum over questions divided by another: bootstrap intervals over pictures."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 _RESAMPLES = 1000
@@ -8,7 +10,7 @@ _CONFIDENCE = 0.95
 
 def bootstrap_interval(
     numerators_u: np.ndarray, denominators_u: np.ndarray | None = None, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Percentile bootstrap interval (95%) of a ratio of sums over units, from a fixed seed.
 
     Units are drawn with replacement, as many as there are, and the ratio is computed anew each time. A draw in which
@@ -18,9 +20,14 @@ def bootstrap_interval(
     Args:
       numerators_u: one a unit.
       denominators_u: the same; without it each unit counts 1, and the ratio is the mean.
+
+    Returns:
+      None where fewer than two units count: one alone tells nothing of others, and all draws would be alike.
     """
     count = len(numerators_u)
     denominators_u = np.ones(count) if denominators_u is None else denominators_u
+    if np.count_nonzero(denominators_u) < 2:
+        return None
     rng = np.random.default_rng(seed)
     ratios = []
     for _ in range(_RESAMPLES):
@@ -30,6 +37,12 @@ def bootstrap_interval(
             ratios.append(numerators_u[drawn].sum() / below)
     low, high = np.quantile(ratios, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def with_interval(numbers: Mapping[str, float | None], key: str) -> str:
+    """A number that was measured, for people: "0.412 [0.395, 0.430]", or without brackets where it has no interval."""
+    low, high = numbers[f"{key}_low"], numbers[f"{key}_high"]
+    return f"{numbers[key]:.3f}" if low is None else f"{numbers[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def by_picture(values_q: np.ndarray, pictures_q: np.ndarray | None) -> np.ndarray:

@@ -15,6 +15,7 @@ from segzero_jax.config import Config
 from segzero_jax.dynamic_sampling import Draw, Learnt
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.grpo import UPDATE_METRICS, advantages
+from segzero_jax.intervals import with_interval
 from segzero_jax.report.evaluations import measure
 from segzero_jax.rewards import component_names, thinks
 from segzero_jax.scoring import Scored, answered_objects, solution
@@ -254,4 +255,4 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> str:
 def _interval(row: Mapping[str, Any] | None, key: str) -> str:
     if row is None or row[key] is None:
         return "-"
-    return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
+    return with_interval(row, key)

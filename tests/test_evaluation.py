@@ -27,7 +27,7 @@ from segzero_jax.evaluation import (
     summary,
     summary_names,
 )
-from segzero_jax.intervals import bootstrap_interval
+from segzero_jax.intervals import bootstrap_interval, with_interval
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -192,6 +192,14 @@ def test_an_interval_covers_what_it_should() -> None:
     assert low == pytest.approx(values.mean() - spread, abs=0.15 * spread)
     assert high == pytest.approx(values.mean() + spread, abs=0.15 * spread)
     assert bootstrap_interval(np.ones(5), np.ones(5) * 4) == (0.25, 0.25)
+    assert bootstrap_interval(np.ones(1)) is None
+    assert bootstrap_interval(np.ones(3), np.array([0.0, 2.0, 0.0])) is None, "what counts is of one picture"
+
+
+def test_a_number_of_one_picture_is_worded_without_an_interval() -> None:
+    numbers = {"giou": 0.5, "giou_low": 0.25, "giou_high": 0.625, "ciou": 0.5, "ciou_low": None, "ciou_high": None}
+    assert with_interval(numbers, "giou") == "0.500 [0.250, 0.625]"
+    assert with_interval(numbers, "ciou") == "0.500"
 
 
 def joined(parts: list[Judged]) -> Judged:
@@ -235,7 +243,8 @@ def test_rows_name_the_picture_and_older_ones_count_each_for_itself() -> None:
     _, rows = evaluate(GREEDY)
     assert [row["image_id"] for row in rows] == ["q0", "q1", "q2", "q3"]
     together = [row | {"image_id": "one"} for row in rows]
-    assert summary(judge_rows(together, 1))["giou_low"] == summary(judge_rows(rows, 1))["giou"], "one picture, one draw"
+    assert summary(judge_rows(together, 1))["giou"] == summary(judge_rows(rows, 1))["giou"]
+    assert summary(judge_rows(together, 1))["giou_low"] is None, "one picture, one draw"
     older = [{name: value for name, value in row.items() if name != "image_id"} for row in rows]
     assert summary(judge_rows(older, 1)) == summary(judge_rows(rows, 1))
     assert summary(judge_rows([*older[:2], *together[2:]], 1)) == summary(judge_rows(rows, 1)), "a run that went on"
@@ -247,7 +256,7 @@ def test_training_s_evaluation_draws_pictures_as_well() -> None:
     right = [[GREEDY[0]], [GREEDY[2]]] * 2
     scorer = Scorer(RewardConfig(), FRAME, BoxSegmenter())
     numbers, _ = evaluate_split(examples, lambda *_: right, scorer, FRAME, "vision_reasoner", lambda _: "")
-    assert [numbers["greedy"][name] for name in ("giou", "giou_low", "giou_high")] == [0.5] * 3
+    assert [numbers["greedy"][name] for name in ("giou", "giou_low", "giou_high")] == [0.5, None, None]
 
 
 def test_an_instance_is_the_mean_of_its_expressions() -> None:
@@ -301,7 +310,7 @@ def test_ignored_pixels_count_on_neither_side_and_in_no_reward() -> None:
         lambda _: "",
     )
     assert (row["intersection"], row["union"], row["iou"], row["components"]["mask_iou"]) == (3, 5, 0.6, 0.6)
-    assert summaries["sampled"]["ciou_low"] == 0.0
+    assert summaries["sampled"]["ciou"] == 0.0
     refused = measure(example, Response("", example.objects), CandidateScore(None, 0, 0, 0.0, None, "no"))
     assert (refused.intersection, refused.union) == (0, 3)
 
@@ -386,7 +395,7 @@ def test_boxes_match_one_to_one() -> None:
 @pytest.mark.parametrize("iou", [0.5, None])
 def test_the_names_of_a_summary_are_what_it_measures(iou: float | None) -> None:
     """With and without a server, on questions with and without a target."""
-    rewards = np.array([[3.0], [np.nan]])
-    numbers = summary(Judged.of([[Measured(iou, 1, 2, 1.0, True, True)]] * 2, [True, False], rewards))
+    rewards = np.array([[3.0], [np.nan]] * 2)
+    numbers = summary(Judged.of([[Measured(iou, 1, 2, 1.0, True, True)]] * 4, [True, False] * 2, rewards))
     measured = {name for name, value in numbers.items() if value is not None} - {"count", "no_target"}
     assert measured == set(summary_names(scored=iou is not None))

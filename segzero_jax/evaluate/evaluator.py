@@ -16,6 +16,7 @@ from segzero_jax.evaluate.respondent import Respondent
 from segzero_jax.evaluate.results import result
 from segzero_jax.evaluate.work import ORACLE, EvaluateError, Task, work
 from segzero_jax.identity import fingerprint
+from segzero_jax.intervals import with_interval
 from segzero_jax.options import say
 from segzero_jax.patience import Patience
 from segzero_jax.pods import ALONE, WHATEVER_IT_TAKES_S, Pod
@@ -153,7 +154,7 @@ class Evaluator:
         self.rows.append(rows)
         self.results.append(result(task, rows))
         numbers = self.results[-1]["expression"]
-        found = (f"{name} {_with_interval(numbers, key)}" for key, name in _SHOWN_NUMBERS if numbers[key] is not None)
+        found = (f"{name} {with_interval(numbers, key)}" for key, name in _SHOWN_NUMBERS if numbers[key] is not None)
         failed = len(self.results[-1]["failed"])
         say(f"{dataset}/{split}: {', '.join(found)}" + (f"; {failed} answers failed" if failed else ""))
 
@@ -191,7 +192,3 @@ def _asked_how(loaded: Loaded, drawn: bool) -> dict[str, Any]:
         # A path is no policy: a run may be trained anew there, a directory exported anew, a hub id updated.
         "weights": fingerprint(loaded.policy, jnp.dtype(config.model.compute_dtype)),
     }
-
-
-def _with_interval(numbers: dict[str, Any], key: str) -> str:
-    return f"{numbers[key]:.3f} [{numbers[f'{key}_low']:.3f}, {numbers[f'{key}_high']:.3f}]"
