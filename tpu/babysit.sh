@@ -7,7 +7,7 @@
 #
 # Gives up when it had to do something N times (20) without finding the training running at ten looks in a row in between, and
 # at once when the training ends with exit code 2 or 5 (updates that are not finite), which only a person can put right.
-# Exit codes: 0 the training is done; 1 gave up; 130 stopped.
+# Exit codes: 0 the training is done, and its files are in the bucket; 1 gave up; 130 stopped. The slice stays in each case.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -44,13 +44,32 @@ if [[ $DRY_RUN ]]; then
   exit 0
 fi
 
-sleeper=''
-trap '[[ ! $sleeper ]] || kill "$sleeper"; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
+still="the slice stays, and costs, until tpu/delete.sh"
+child='' answer=$(mktemp)
+trap 'rm -f "$answer"' EXIT
+trap '[[ ! $child ]] || kill -- "-$child" 2>/dev/null; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
+
+# Runs a command beside this one and waits for it, so that a signal is answered at once and ends what it has called too.
+set -m
+await() {
+  local code=0
+  "$@" &
+  child=$!
+  wait "$child" || code=$?
+  child=''
+  return "$code"
+}
+
+look_at_slice() { slice_state >"$answer"; }
+look_at_machines() { "$HERE/status.sh" >"$answer" 2>/dev/null; }
 
 # One word on all machines' trainings: new, idle, running, done, failed (CODE is the exit code) or unknown.
 training_state() {
   local lines
-  lines=$("$HERE/status.sh" 2>/dev/null | grep -oE 'segzero (new|idle|running|done|failed [0-9]+)$' || true)
+  await look_at_machines || true
+  # An evaluation is waited for; once it has ended, the training is what is missing.
+  lines=$(grep -oE 'segzero (evaluation )?(new|idle|running|done|failed [0-9]+)$' "$answer" |
+    sed -E 's/evaluation (done|failed.*)/idle/; s/evaluation //' || true)
   CODE=$(sed -n 's/^segzero failed //p' <<<"$lines" | sort -n | tail -n 1)
   if (($(grep -c . <<<"$lines") != HOSTS)); then
     STATE=unknown
@@ -71,18 +90,19 @@ training_state() {
 try() {
   tried=$((tried + 1)) looks=0
   if ((tried > tries)); then
-    say "$NAME: gave up: did something $tries times and the training does not stay up; tpu/status.sh and tpu/logs.sh say more"
+    say "$NAME: gave up: did something $tries times and the training does not stay up; tpu/status.sh and tpu/logs.sh say more; $still"
     exit 1
   fi
   say "$1"
 }
 
 # What goes wrong here (no quota, a connection that breaks) is looked at again, and counts.
-attempt() { "$@" || say "${1##*/}: failed; looking again in $every s"; }
+attempt() { await "$@" || say "${1##*/}: failed; looking again in $every s"; }
 
 # Does what one look finds missing.
 tend() {
-  case $(slice_state) in
+  await look_at_slice
+  case $(<"$answer") in
     absent) try "$NAME: making the slice" && attempt "$HERE/create.sh" && return ;;
     lost) try "$NAME: was taken away or broke; deleting what is left" && attempt "$HERE/delete.sh" && return ;;
     ready) ;;
@@ -91,12 +111,17 @@ tend() {
   training_state
   case $STATE in
     running) looks=$((looks + 1)) && { ((looks < 10)) || tried=0; } ;;
-    'done') say "$NAME: the training is done" && exit 0 ;;
+    'done')
+      # The last of what it wrote: once a minute is not often enough for whoever deletes the slice next.
+      await on_workers "$REMOTE/tpu/worker.sh copy" || say "$NAME: what the training wrote last is not in $STORE yet; it is tried there every minute"
+      say "$NAME: the training is done; $still"
+      exit 0
+      ;;
     new) try "$NAME: setting up" && attempt "$HERE/setup.sh" ;;
     unknown) try "$NAME: not all machines answer" ;;
     failed)
       if ((CODE == 2 || CODE == 5)); then
-        say "$NAME: the training ended with exit code $CODE; put it right and start again: $("$HERE/logs.sh" --lines 1 2>/dev/null || true)"
+        say "$NAME: the training ended with exit code $CODE; put it right and start again ($still): $("$HERE/logs.sh" --lines 1 2>/dev/null || true)"
         exit 1
       fi
       try "$NAME: the training ended with exit code $CODE; starting it again"
@@ -110,9 +135,5 @@ tend() {
 tried=0 looks=0
 while true; do
   tend
-  # In the background, so that a signal is answered at once.
-  sleep "$every" &
-  sleeper=$!
-  wait "$sleeper"
-  sleeper=''
+  await sleep "$every"
 done

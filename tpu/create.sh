@@ -26,8 +26,8 @@ create_queued() {
   call gcloud compute tpus queued-resources create "$NAME" "${flags[@]}" --async
 }
 
-# Whether an earlier attempt left it behind; a dry run shows how all is made.
-made() { [[ ! $DRY_RUN ]] && there "$@"; }
+# What an earlier attempt left behind may be of other settings; a dry run shows how all is made.
+remove_old() { [[ $DRY_RUN ]] || remove "$@"; }
 
 create_group() {
   local template=(--project="$PROJECT" --network="$NETWORK" --service-account="$SERVICE_ACCOUNT" --scopes=cloud-platform)
@@ -37,16 +37,16 @@ create_group() {
   [[ $TPU == v6e:1x1 ]] && machine=ct6e-standard-1t
   [[ $SUBNETWORK ]] && template+=(--subnet="$SUBNETWORK" --region="$REGION")
   [[ $SPOT == yes ]] && template+=(--provisioning-model=SPOT --instance-termination-action=STOP)
+  remove_old 'compute instance-templates'
   if ((HOSTS > 1)); then
     group+=(--workload-policy="projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME")
-    made gcloud compute resource-policies describe "$NAME" --region="$REGION" ||
-      call gcloud compute resource-policies create workload-policy "$NAME" --region="$REGION" --project="$PROJECT" \
-        --type=HIGH_THROUGHPUT --accelerator-topology="$TOPOLOGY"
+    remove_old 'compute resource-policies' --region="$REGION"
+    call gcloud compute resource-policies create workload-policy "$NAME" --region="$REGION" --project="$PROJECT" \
+      --type=HIGH_THROUGHPUT --accelerator-topology="$TOPOLOGY"
   fi
-  made gcloud compute instance-templates describe "$NAME" ||
-    call gcloud compute instance-templates create "$NAME" "${template[@]}" --machine-type="$machine" \
-      --maintenance-policy=TERMINATE --boot-disk-size=200GB --image-project=ubuntu-os-accelerator-images \
-      --image-family=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
+  call gcloud compute instance-templates create "$NAME" "${template[@]}" --machine-type="$machine" \
+    --maintenance-policy=TERMINATE --boot-disk-size=200GB --image-project=ubuntu-os-accelerator-images \
+    --image-family=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
   call gcloud compute instance-groups managed create "$NAME" "${group[@]}"
 }
 

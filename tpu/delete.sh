@@ -8,19 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 begin "$@"
 no_more_options
 
-# If it is there: the flags that both describe and delete take.
-remove() {
-  local kind=$1
-  shift
-  local words
-  read -ra words <<<"$kind"
-  if there gcloud "${words[@]}" describe "$NAME" "$@"; then
-    local force=()
-    [[ $kind == *queued-resources ]] && force=(--force)
-    call gcloud "${words[@]}" delete "$NAME" "$@" --project="$PROJECT" --quiet ${force[@]+"${force[@]}"}
-  fi
-}
-
 if [[ $ENGINE == queue ]]; then
   remove 'compute tpus queued-resources' --zone="$ZONE"
 else

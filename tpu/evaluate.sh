@@ -4,7 +4,7 @@
 # The options are those of `python -m segzero_jax.evaluate`, --dataset and --mesh among them; of the run it is the newest
 # checkpoint unless --checkpoint says otherwise. The same again goes on where it was cut off; tpu/logs.sh shows how far it is,
 # tpu/run.sh --stop ends it. What it writes, evaluate/NAME on the first machine, is copied to NAME/evaluate in the bucket.
-# End tpu/babysit.sh first, which would take it for the training.
+# tpu/babysit.sh waits for its end, and then starts the training, which ends at once where it is done.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

@@ -10,6 +10,9 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # On each machine, below its user's home.
 REMOTE=segzero-jax
 
+# A machine that vanishes says nothing: without these a connection to it would be waited for without an end.
+PATIENCE=(-oConnectTimeout=20 -oServerAliveInterval=15 -oServerAliveCountMax=4)
+
 DRY_RUN='' SETTINGS=${TPU_SETTINGS:-$HERE/settings.sh} REST=()
 
 fail() {
@@ -120,6 +123,17 @@ there() {
   [[ $answer != absent ]]
 }
 
+# remove KIND FLAG...: deletes the thing of this name, if it is there; the flags are those that describe and delete take.
+remove() {
+  local words force=()
+  read -ra words <<<"$1"
+  [[ $1 != *queued-resources ]] || force=(--force)
+  shift
+  if there gcloud "${words[@]}" describe "$NAME" "$@"; then
+    call gcloud "${words[@]}" delete "$NAME" "$@" --project="$PROJECT" --quiet ${force[@]+"${force[@]}"}
+  fi
+}
+
 # One word on the slice: absent, waiting, ready, lost (preempted or broken), or unknown where gcloud cannot say.
 slice_state() {
   if [[ $ENGINE == queue ]]; then queue_state; else group_state; fi
@@ -171,48 +185,52 @@ asked() {
   rm -f "$problem"
 }
 
-# The machines of a group by name; a queued resource's are addressed by gcloud itself.
+# The machines of a group by name, all or none; a queued resource's are addressed by gcloud itself.
 machines() {
   if [[ $DRY_RUN ]]; then
     echo MACHINE
-  else
-    gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --project="$PROJECT" \
-      --format='value(instance.basename())' | sort
+    return
   fi
+  local list count
+  list=$(gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --project="$PROJECT" \
+    --format='value(instance.basename())') || fail "$NAME: gcloud does not say which machines it has; once more"
+  count=$(grep -c . <<<"$list") || true
+  ((count == HOSTS)) || fail "$NAME: has $count machines, expected $HOSTS; tpu/status.sh says more"
+  printf '%s\n' "$list"
 }
 
 # on_workers COMMAND [WORKER]: runs a shell command on all machines at once, or on one of them.
 on_workers() {
-  local command=$1 worker=${2:-all} machine children=() child status=0
+  local command=$1 worker=${2:-all} list machine children=() child status=0 flags=(${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"})
+  local option
+  for option in "${PATIENCE[@]}"; do flags+=(--ssh-flag="$option"); done
+  [[ $worker == all ]] || ((10#$worker < HOSTS)) || fail "$NAME: no worker $worker; there are $HOSTS"
   if [[ $ENGINE == queue ]]; then
-    call gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
+    call gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" "${flags[@]}" \
       --worker="$worker" --command="$command" </dev/null
     return
   fi
+  # Names of a group's machines end in letters drawn by lot: which worker it is, a machine itself knows.
+  [[ $worker == all ]] || command="[ \"\$($REMOTE/tpu/worker.sh number)\" != $((10#$worker)) ] || $command"
+  list=$(machines) || exit 1
   while read -r machine; do
-    call gcloud compute ssh "$machine" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
-      --command="$command" </dev/null &
+    call gcloud compute ssh "$machine" --zone="$ZONE" --project="$PROJECT" "${flags[@]}" --command="$command" </dev/null &
     children+=($!)
-  done < <(machines | chosen "$worker")
-  ((${#children[@]})) || fail "$NAME: no worker $worker; there are $HOSTS"
+  done <<<"$list"
   for child in "${children[@]}"; do wait "$child" || status=$?; done
   return "$status"
 }
 
-# Of the lines on standard input all, or the one with this number.
-chosen() {
-  if [[ $1 == all ]]; then cat; else sed -n "$(($1 + 1))p"; fi
-}
-
 # to_workers FILE... FOLDER: copies files to all machines, into a folder below the home.
 to_workers() {
-  local files=("${@:1:$#-1}") folder=${*: -1} machine
+  local files=("${@:1:$#-1}") folder=${*: -1} list machine option flags=(${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"})
+  for option in "${PATIENCE[@]}"; do flags+=(--scp-flag="$option"); done
   if [[ $ENGINE == queue ]]; then
-    call gcloud compute tpus tpu-vm scp "${files[@]}" "$NAME:$folder" --zone="$ZONE" --project="$PROJECT" \
-      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --worker=all
+    call gcloud compute tpus tpu-vm scp "${files[@]}" "$NAME:$folder" --zone="$ZONE" --project="$PROJECT" "${flags[@]}" --worker=all
     return
   fi
-  for machine in $(machines); do
-    call gcloud compute scp "${files[@]}" "$machine:$folder" --zone="$ZONE" --project="$PROJECT" ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"}
+  list=$(machines) || exit 1
+  for machine in $list; do
+    call gcloud compute scp "${files[@]}" "$machine:$folder" --zone="$ZONE" --project="$PROJECT" "${flags[@]}"
   done
 }

@@ -2,7 +2,8 @@
 # tpu/status.sh: how the slice is, and once it is ready what each machine does.
 #
 # The slice: absent, waiting, ready, lost (taken away or broken). A machine: new (tpu/setup.sh), idle (tpu/run.sh), running,
-# done, failed with an exit code, which is 128 + N where signal N ended it (tpu/logs.sh).
+# done, failed with an exit code, which is 128 + N where signal N ended it (tpu/logs.sh); "evaluation" stands before what
+# tpu/evaluate.sh started.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

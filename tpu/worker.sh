@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tpu/worker.sh install REVISION [STORED SET...] | run MODULE OPTION... | start STORE RUN_DIR OPTION... |
-# evaluate STORE OUT OPTION... | stop | state | fetch | copy: one machine's part.
+# tpu/worker.sh install REVISION [STORED SET...] | preflight OPTION... | start STORE RUN_DIR OPTION... |
+# evaluate STORE OUT OPTION... | stop | state | number | fetch | copy: one machine's part.
 #
 # The commands beside it call it on every machine. systemd keeps the training, or the evaluation: it outlives the connection, is
 # told to stop when the machine is about to be taken away, and leaves its exit code behind.
@@ -89,6 +89,27 @@ state() {
   esac
 }
 
+# What this machine says of itself. An evaluation is named: tpu/babysit.sh looks after the training.
+report() {
+  local word mine
+  word=$(state)
+  case $word in
+    new | idle) ;;
+    *) if [[ -f .run ]] && read_place && [[ $FOLDER == evaluate ]]; then word="evaluation $word"; fi ;;
+  esac
+  mine=$(number 2>/dev/null) || mine='?'
+  echo "worker $mine: segzero $word"
+}
+
+# Beside a training the same ports and chips would be asked for, and the training would take that for its own end.
+preflight() {
+  [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
+  run segzero_jax.preflight "$@"
+}
+
+# One that was started since the machine was; systemd has forgotten any other.
+stop() { [[ $(systemctl show "$UNIT" --property=LoadState --value) == not-found ]] || sudo systemctl stop "$UNIT"; }
+
 # Runs a module to its end with what the training gets: ~/segzero.env as systemd reads it, NAME=value a line, in quotes or not.
 run() {
   local line value
@@ -118,27 +139,33 @@ launch() {
   if is_first; then
     fetch
     sudo systemd-run --quiet --unit="$UNIT-copy" --uid="$USER" --setenv=HOME="$HOME" --on-active=60 --on-unit-active=60 \
-      "$ROOT/tpu/worker.sh" copy
+      --timer-property=AccuracySec=1s "$ROOT/tpu/worker.sh" copy
   fi
   # --remain-after-exit: the exit code can still be read. "mixed": first the trainer alone is told, so that it can save.
+  # After=: at a shutdown it ends before the network does, which saving needs.
   # LimitMEMLOCK: TPUs reach into the host's memory, which is locked for that; systemd's own limit is 8 MB.
   sudo systemd-run --quiet --unit="$UNIT" --remain-after-exit --uid="$USER" --working-directory="$ROOT" \
     --setenv=HOME="$HOME" --setenv=JAX_COMPILATION_CACHE_DIR="${where[0]}/compiled" \
-    --property=EnvironmentFile="-$HOME/segzero.env" \
+    --property=EnvironmentFile="-$HOME/segzero.env" --property=After=network-online.target \
     --property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity \
     --property=StandardOutput=append:"$ROOT/train.log" --property=StandardError=append:"$ROOT/train.log" \
     --property=ExecStopPost="$ROOT/tpu/worker.sh copy" \
     "$ROOT/.venv/bin/python" -m "$module" "$@"
 }
 
-# Process 0 alone writes files; JAX numbers processes by this as well.
-is_first() {
-  local number
-  number=$(curl -sf --retry 5 -H Metadata-Flavor:Google "$METADATA") || {
+# Which worker of the slice this is; JAX numbers processes by it as well.
+number() {
+  curl -sf --retry 5 -H Metadata-Flavor:Google "$METADATA" || {
     echo "tpu/worker.sh: the metadata server does not say which worker this is; once more" >&2
     exit 1
   }
-  [[ $number == 0 ]]
+}
+
+# Process 0 alone writes files.
+is_first() {
+  local mine
+  mine=$(number) || exit 1
+  [[ $mine == 0 ]]
 }
 
 # Where the files are, and where they are kept; what an earlier commit has started had no other than a run's.
@@ -175,11 +202,12 @@ copy() {
 
 case ${1-} in
   install) install "${@:2}" ;;
-  run) run "${@:2}" ;;
+  preflight) preflight "${@:2}" ;;
   start) start "${@:2}" ;;
   evaluate) evaluate "${@:2}" ;;
-  stop) sudo systemctl stop "$UNIT" ;;
-  state) echo "segzero $(state)" ;;
+  stop) stop ;;
+  state) report ;;
+  number) number ;;
   fetch) fetch ;;
   copy) copy ;;
   *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;

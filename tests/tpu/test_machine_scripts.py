@@ -108,13 +108,13 @@ START = ("start", "gs://b/n", "runs/n", "--mesh=4x4", "--data.name=two words")
 class TestWorker:
     def test_is_set_up_once_a_version(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
-        assert machine.worker("state") == (0, "segzero new\n")
+        assert machine.worker("state") == (0, "worker 0: segzero new\n")
         assert machine.worker(*START)[0] == 2
         assert machine.worker("install", "abc")[0] == 0
         venv, packages = machine.called()
         assert venv.startswith("uv venv")
         assert "--constraint constraints.txt --editable .[tpu]" in packages
-        assert machine.worker("state") == (0, "segzero idle\n")
+        assert machine.worker("state") == (0, "worker 0: segzero idle\n")
         assert machine.worker("install", "def")[0] == 0
         assert machine.called() == []
         assert (machine.root / ".revision").read_text() == "def\n"
@@ -129,10 +129,10 @@ class TestWorker:
         (machine.root / "constraints.txt").write_text("something else")
         tool(tmp_path / ".local/bin", "uv", "exit 1")
         assert machine.worker("install", "def")[0] == 1
-        assert machine.worker("state") == (0, "segzero new\n")
+        assert machine.worker("state") == (0, "worker 0: segzero new\n")
         assert machine.worker(*START)[0] == 2
         machine.unit("active", "running", 0, 0)
-        assert machine.worker("state") == (0, "segzero running\n"), "what runs goes on"
+        assert machine.worker("state") == (0, "worker 0: segzero running\n"), "what runs goes on"
         # Some packages may be the new ones by now, so the version before is set up anew as well.
         (machine.root / "constraints.txt").write_text("what is installed")
         assert machine.worker("install", "abc")[0] == 1
@@ -169,24 +169,61 @@ class TestWorker:
         machine = Machine(tmp_path)
         machine.worker("install", "abc")
         machine.unit(*unit)
-        assert machine.worker("state") == (0, f"segzero {word}\n")
+        assert machine.worker("state") == (0, f"worker 0: segzero {word}\n")
         code, said = machine.worker(*START)
         assert (code, "runs already" in said) == ((2, True) if word == "running" else (0, False))
 
     def test_checks_and_builds_with_the_variables_of_the_training(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)
+        machine.worker("install", "abc")
         tool(machine.root / ".venv/bin", "python", 'echo "$HF_TOKEN|$WORDS|$PLAIN|$*"')
-        assert machine.worker("run", "segzero_jax.preflight", "--mesh=4x4", "two words") == (
+        assert machine.worker("preflight", "--mesh=4x4", "two words") == (
             0,
             "|||-m segzero_jax.preflight --mesh=4x4 two words\n",
         )
         (tmp_path / "segzero.env").write_text("# of the hub\nHF_TOKEN=hf_$x\n\nWORDS=\"two words\"\n; x\nPLAIN= a 'b' ")
-        assert machine.worker("run", "segzero_jax.data.build", "set") == (
-            0,
-            "hf_$x|two words|a 'b'|-m segzero_jax.data.build set\n",
-        )
+        assert machine.worker(*INSTALL, "set") == (0, "hf_$x|two words|a 'b'|-m segzero_jax.data.build set\n")
         tool(machine.root / ".venv/bin", "python", "exit 3")
-        assert machine.worker("run", "segzero_jax.preflight")[0] == 3
+        assert machine.worker("preflight")[0] == 3
+
+    def test_checks_nothing_beside_a_training(self, tmp_path: Path) -> None:
+        """Both would take the same ports and chips, and the training would end with the check."""
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        machine.unit("active", "running", 0, 0)
+        runs = "tpu/worker.sh: runs already; tpu/run.sh --stop ends it\n"
+        assert machine.worker("preflight", "--mesh=4x4") == (2, runs)
+        assert machine.called() == []
+
+    def test_names_an_evaluation_and_which_worker_it_is(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path, number=3)
+        machine.worker("install", "abc")
+        for start, what in ((START, ""), (EVALUATE, "evaluation "), (START, "")):
+            machine.unit("inactive", "dead", 0, 0)
+            assert machine.worker(*start)[0] == 0
+            assert machine.worker("state") == (0, "worker 3: segzero idle\n")
+            for unit, word in (
+                (("active", "exited", os.CLD_EXITED, 0), "done"),
+                (("failed", "failed", os.CLD_EXITED, 2), "failed 2"),
+                (("active", "running", 0, 0), "running"),
+            ):
+                machine.unit(*unit)
+                assert machine.worker("state") == (0, f"worker 3: segzero {what}{word}\n")
+        (tmp_path / "no-metadata").touch()
+        assert machine.worker("state") == (0, "worker ?: segzero running\n")
+
+    def test_has_nothing_to_stop_once_systemd_has_forgotten_it(self, tmp_path: Path) -> None:
+        """After a restart of the machine, or an earlier stop: systemctl's own answer would be a failure."""
+        machine = Machine(tmp_path)
+        for loaded, stops in (("loaded", ["systemctl stop segzero"]), ("not-found", [])):
+            tool(
+                machine.bin,
+                "systemctl",
+                f"[[ $1 != show ]] || {{ echo {loaded}; exit; }}\n"
+                f'echo "systemctl $*" >>{machine.calls}\n[[ {loaded} == loaded ]] || exit 5',
+            )
+            assert machine.worker("stop") == (0, "")
+            assert machine.called() == stops
 
     def test_starts_the_training_under_systemd(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path, number=3)
@@ -197,6 +234,7 @@ class TestWorker:
         assert "--uid=me" in run
         assert "KillMode=mixed" in run
         assert "LimitMEMLOCK=infinity" in run
+        assert "--property=After=network-online.target" in run, "it saves at a shutdown, over the network"
         assert f"--setenv=JAX_COMPILATION_CACHE_DIR={START[1]}/compiled" in run
 
     def test_evaluates_under_systemd_and_keeps_what_is_written(self, tmp_path: Path) -> None:
@@ -226,6 +264,7 @@ class TestWorker:
         (stop,) = [line for line in calls if line.startswith("systemctl stop")]
         assert stop.split()[2:] == ["segzero", "segzero-copy.timer", "segzero-copy.service"]
         timer = next(line for line in calls if "--unit=segzero-copy " in line)
+        assert "--timer-property=AccuracySec=1s" in timer, "systemd's own is a minute"
         assert calls.index(stop) < calls.index(timer)
 
     def test_keeps_the_runs_files_in_the_bucket(self, tmp_path: Path) -> None:
@@ -345,11 +384,11 @@ class TestData:
             )
             assert ("gs://b/data/question_set/mugs: not whole; copy it" in said) == (trouble == "a file has changed")
             assert not (machine.place / "mugs").exists()
-            assert machine.worker("state") == (0, "segzero new\n")
+            assert machine.worker("state") == (0, "worker 0: segzero new\n")
         broken.unlink()
         assert machine.worker(*INSTALL, "mugs")[0] == 0
         assert [path.name for path in (machine.place / "mugs").iterdir()] == ["build.json"]
-        assert machine.worker("state") == (0, "segzero idle\n")
+        assert machine.worker("state") == (0, "worker 0: segzero idle\n")
 
     def test_a_set_that_is_nowhere_says_where_it_was_looked_for(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path)

@@ -242,7 +242,11 @@ class TestCreate:
     def test_makes_of_a_group_what_an_earlier_attempt_left_undone(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v6e:4x4")
         assert cloud.play("create", states=["gone"])[0] == 0
-        assert cloud.did() == ["create"], "this gcloud describes policy and template, so they are there"
+        # This gcloud describes policy and template, so they are there, of whatever settings.
+        assert cloud.did() == ["delete template", "delete policy", "create policy", "create template", "create"]
+        (tmp_path / "refused").write_text("ERROR: was not found\n")
+        assert cloud.play("create", states=["gone"])[0] == 0
+        assert cloud.did() == ["create policy", "create template", "create"]
 
     @pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:4x4"])
     def test_makes_nothing_where_gcloud_cannot_say_what_is_there(self, tpu: str, tmp_path: Path) -> None:
@@ -283,7 +287,18 @@ class TestMachines:
         assert (code, said) == (0, "segzero-7b: ready\nsegzero idle\nsegzero idle\n")
         code, _ = cloud.play("logs", "--worker", "1", states=[""])
         assert code == 0
-        assert [line.split()[2] for line in cloud.log.read_text().splitlines() if "tail" in line] == ["m-b"]
+        asked = [line for line in cloud.log.read_text().splitlines() if "tail" in line]
+        assert sorted(line.split()[2] for line in asked) == ["m-a", "m-b"], "names say nothing; each knows its number"
+        (shell,) = {line.partition("--command=")[2] for line in asked}
+        for number in range(3):
+            tool = tmp_path / f"machine-{number}/segzero-jax/tpu/worker.sh"
+            tool.parent.mkdir(parents=True)
+            tool.write_text(f"#!/bin/sh\necho {number}\n")
+            tool.chmod(0o755)
+            (tmp_path / f"machine-{number}/segzero-jax/train.log").write_text(f"of {number}\n")
+            home = tmp_path / f"machine-{number}"
+            done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=home)
+            assert (done.returncode, done.stdout) == (0, "of 1\n" if number == 1 else "")
         code, said = cloud.play("logs", "--worker", "2", states=[""])
         assert (code, said) == (2, "logs.sh: segzero-7b: no worker 2; there are 2\n")
 
@@ -323,6 +338,20 @@ class TestMachines:
         done = subprocess.run(words, input="typed", capture_output=True, text=True, env=cloud.environment(), timeout=60)
         assert (done.returncode, done.stdout) == (0, "")
 
+    @pytest.mark.parametrize("trouble", ["gcloud fails", "one is missing"])
+    @pytest.mark.parametrize("name", ["setup", "status", "run"])
+    def test_are_all_of_a_group_or_none(self, name: str, trouble: str, tmp_path: Path) -> None:
+        """What is set up would else be what an earlier command left on them, under a new name."""
+        cloud = Cloud(tmp_path, "v6e:2x4")
+        fake = tmp_path / "bin/gcloud"
+        answer = "echo m-b" if trouble == "one is missing" else "echo 503 >&2; exit 1"
+        fake.write_text(fake.read_text().replace("printf 'm-b\\nm-a\\n'", answer))
+        code, said = cloud.play(name, states=["RUNNING+RUNNING"])
+        assert code != 0
+        assert cloud.did() == []
+        wrong = "gcloud does not say which machines it has" if "503" in answer else "has 1 machines, expected 2"
+        assert f"{name}.sh: segzero-7b: {wrong}" in said
+
 
 class TestBabysit:
     def test_brings_a_slice_up_and_sees_the_training_through(self, tmp_path: Path) -> None:
@@ -331,8 +360,23 @@ class TestBabysit:
         machines = ["segzero new", "segzero idle", "segzero running", "segzero done"]
         code, said = cloud.play("babysit", "--every", "0", "--", "--train.steps=2", states=states, machines=machines)
         assert (code, cloud.did()) == (0, ["create", "copy", "install", "start"])
-        assert said.splitlines()[-1] == "babysit.sh: segzero-7b: the training is done"
+        assert "babysit.sh: segzero-7b: the training is done" in said.splitlines()[-1]
         assert "--run.checkpoint_dir=gs://my-bucket/segzero-7b/checkpoints --train.steps=2" in cloud.log.read_text()
+
+    @pytest.mark.parametrize("end", ["done", "failed 2", "failed 3"])
+    def test_an_evaluation_is_not_the_training(self, tmp_path: Path, end: str) -> None:
+        cloud = Cloud(tmp_path)
+        words = ("evaluation running", f"evaluation {end}", "running", "done")
+        machines = [f"worker 0: segzero {word}" for word in words]
+        code, said = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=machines)
+        assert (code, cloud.did()) == (0, ["start"]), said
+
+    def test_ends_once_the_files_are_in_the_bucket_and_says_what_still_costs(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path)
+        code, said = cloud.play("babysit", states=[QUEUE_READY], machines=["segzero done"])
+        assert code == 0
+        assert "worker.sh copy" in cloud.log.read_text().splitlines()[-1]
+        assert said.endswith("the training is done; the slice stays, and costs, until tpu/delete.sh\n")
 
     def test_replaces_a_slice_that_was_taken_away(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path)
@@ -348,8 +392,10 @@ class TestBabysit:
         states = ["RUNNING+TERMINATED", "gone", "gone", *ready * 2]
         machines = ["segzero idle", "segzero idle", "segzero done", "segzero done"]
         code, _ = cloud.play("babysit", "--every", "0", states=states, machines=machines)
-        made = ["delete group", "delete template", "delete policy", "create", "start", "start"]
-        assert (code, cloud.did()) == (0, made)
+        made = ["create policy", "create template", "create", "start", "start"]
+        # This gcloud describes template and policy after they were deleted as well.
+        again = ["delete template", "delete policy"]
+        assert (code, cloud.did()) == (0, ["delete group", *again, *again, *made])
 
     def test_starts_a_crashed_training_again(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path)
@@ -385,14 +431,20 @@ class TestBabysit:
         assert "not all machines answer" in said
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_may_be_stopped_at_any_moment(self, number: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("busy", ["", "queued-resources describe", "worker.sh state"])
+    def test_may_be_stopped_at_any_moment(self, busy: str, number: int, tmp_path: Path) -> None:
+        """While it sleeps, and while gcloud hangs."""
         cloud = Cloud(tmp_path)
+        if busy:
+            fake = tmp_path / "bin/gcloud"
+            slow = f'echo "$*" >>{cloud.log}\n[[ $* != *{shlex.quote(busy)}* ]] || exec sleep 30\n'
+            fake.write_text(fake.read_text().replace(f'echo "$*" >>{cloud.log}\n', slow))
         cloud.states.write_text(f"{QUEUE_READY}\n")
         cloud.machines.write_text("segzero running\n")
         words = [ROOT / "tpu/babysit.sh", "--settings", cloud.settings, "--every", "600"]
         child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=cloud.environment())
         deadline = time.monotonic() + 30
-        while "worker.sh state" not in (cloud.log.read_text() if cloud.log.exists() else ""):
+        while (busy or "worker.sh state") not in (cloud.log.read_text() if cloud.log.exists() else ""):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.2)
