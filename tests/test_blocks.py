@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import hf_config, load_processor, prompts, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.blocks import run_blocks
+from segzero_jax.model.dims import from_hf
+from segzero_jax.model.vision import encode_images
 
 BLOCKS, ROWS, WIDTH = 5, 8, 16
 
@@ -54,3 +57,34 @@ def test_blocks_written_out_are_no_loop_and_their_gradients_are_not_added_up() -
     assert "while" not in program
     assert f"f32[{BLOCKS},{WIDTH},{WIDTH}] = add" not in program
     assert "pad" not in program
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+def test_a_tower_in_one_loop_or_in_several_is_the_same(mesh: str) -> None:
+    """Two strides of two windowed blocks and a whole one: embeddings, and gradients of every weight."""
+    config = hf_config()
+    config["vision_config"] |= {"depth": 6, "fullatt_block_indexes": [2, 5]}
+    dims, processor = from_hf(config), load_processor()
+    results = []
+    with jax.set_mesh(make_mesh(mesh)):
+        policy = random_policy(dims)
+        put = lambda x: jax.device_put(x, TRAIN.spec("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+        batch = prompts(4, processor)
+        patches, places, valid = (
+            put(a[:, 0]) for a in (batch.patches_bisc, batch.patch_hw_bis2, batch.patch_valid_bis)
+        )
+        # Empty slots hold what nobody reads, and a prompt without a picture has nothing else.
+        real = put(batch.patch_valid_bis[:, 0, :: dims.vision.merge**2])
+
+        def loss(tower, keeps):
+            out = encode_images(
+                tower, dims.vision, TRAIN, patches, places, valid,
+                dtype=jnp.dtype("float32"), kernel="xla", remat=not keeps, keeps=keeps, written_out=False,
+            )  # fmt: skip
+            return (jnp.where(real[..., None], out, 0) ** 2).sum()
+
+        for keeps in (False, True):
+            run = jax.jit(jax.value_and_grad(partial(loss, keeps=keeps)))
+            results.append(jax.device_get(run(policy.vision)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()

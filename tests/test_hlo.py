@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 
 from segzero_jax.mesh import make_mesh
 from segzero_jax.plan.cost import Kernel, Program
+from segzero_jax.plan.groups import crossed_axes
 from segzero_jax.plan.hlo import HloError
 
 
@@ -152,7 +153,7 @@ ENTRY %main (x: bf16[4,16,8], y: f32[64,32]) -> f32[64,8] {
   %p = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} copy(%x)
   %q = bf16[8,32]{1,0} copy(%x)
   %scores = f32[4,16,16]{2,1,0:T(8,128)S(1)} fusion(%x, %x), kind=kOutput, calls=%batched
-  %kernel.5 = bf16[2,512,128]{2,1,0} custom-call(%k), custom_call_target="tpu_custom_call"
+  %kernel.5 = bf16[2,512,128]{2,1,0} custom-call(%k), custom_call_target="tpu_custom_call", metadata={op_name="f/image"}
   %k = bf16[2,512,128]{2,1,0:S(1)} broadcast(%x)
   ROOT %out = f32[64,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
 }
@@ -164,9 +165,72 @@ def test_the_forms_that_a_tpu_program_has():
     cost = Program(TPU).cost
     assert cost.flops == 2 * 16 * 8 * 32 + 4 * 2 * 16 * 16 * 8
     assert cost.collectives == {"reduce-scatter": 64 * 32 * 4 * 3 / 4}
-    assert cost.kernels == [Kernel("kernel.5", 1, ((2, 512, 128),))]
+    assert cost.kernels == [Kernel("kernel.5", "f/image", 1, ((2, 512, 128),))]
     x, y = 2 * 4 * 16 * 8, 4 * 64 * 32
     copies = (x + 0) + (x + 2 * 8 * 32)  # p is written on-chip
     products = (0 + 2 * 8 * 32 + 2 * 16 * 32) + 2 * x  # p is read on-chip, the scores stay there
     kernel = 0 + 2 * 2 * 512 * 128 + x  # its operand is on-chip
     assert cost.bytes == copies + products + kernel + y + 4 * 64 * 8
+
+
+BESIDE = """HloModule beside
+
+%begun (y: f32[64,32]) -> f32[256,32] {
+  %y = f32[64,32]{1,0} parameter(0)
+  ROOT %g = f32[256,32]{1,0} all-gather(%y), channel_id=132, replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}
+}
+
+%between (y: f32[64,32]) -> f32[256,32] {
+  %y = f32[64,32]{1,0} parameter(0)
+  ROOT %g = f32[256,32]{1,0:S(1)} all-gather(%y), channel_id=132, replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}
+}
+
+ENTRY %main (y: f32[64,32]) -> f32[256,32] {
+  %y = f32[64,32]{1,0} parameter(0)
+  %room = f32[256,32]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %start = f32[256,32]{1,0} fusion(%y), kind=kCustom, calls=%begun
+  %run = f32[256,32]{1,0:S(1)} fusion(%y), kind=kCustom, calls=%between
+  ROOT %done = f32[256,32]{1,0} fusion(%y), kind=kCustom, calls=%begun
+}
+"""
+
+
+def test_what_is_gathered_beside_other_work_is_sent_once() -> None:
+    """Its start, what runs meanwhile and its end all repeat it, the middle one with its result on the chip."""
+    program = Program(BESIDE)
+    sent = 256 * 32 * 4 * 3 / 4
+    assert program.cost.collectives == {"all-gather": sent}
+    assert program.cost.sent == {(0, 4, 8, 12): sent}
+    assert [kind for kind, _ in program.collectives()] == ["all-gather"]
+
+
+def test_room_that_is_set_aside_is_not_traffic() -> None:
+    without = "\n".join(line for line in BESIDE.splitlines() if "AllocateBuffer" not in line)
+    assert Program(BESIDE).cost.bytes == Program(without).cost.bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("written", "group", "axes"),
+    [
+        ("replica_groups={{0,4,8,12},{1,5,9,13}}", (0, 4, 8, 12), [0]),
+        ("source_target_pairs={{2,3},{3,0}}", (2, 3), [1]),
+        ("source_target_pairs={{0,0},{1,4},{4,1},{5,5}}", (1, 4), [0, 1]),
+        ("replica_groups=[1,16]<=[16]", tuple(range(16)), [0, 1]),
+        ("replica_groups=[4,4]<=[16]", (0, 1, 2, 3), [1]),
+        ("replica_groups=[4,4]<=[4,4]T(1,0)", (0, 4, 8, 12), [0]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=4] {'axis_0'}", (0, 4, 8, 12), [0]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3), [1]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_1'}", (0, 4, 8, 12), [0]),
+        ("replica_groups=mesh['x'=2,'y'=2,'z'=4], device_ids=([16]) {'x','y'}", (0, 4, 8, 12), [0]),
+    ],
+)
+def test_the_chips_of_a_collective_as_xla_writes_them(written: str, group: tuple[int, ...], axes: list[int]) -> None:
+    text = BESIDE.replace("replica_groups=[4,4]<=[4,4]T(1,0)", written)
+    (found,) = Program(text).cost.sent
+    assert found == group
+    assert crossed_axes(found, (4, 4)) == axes
+
+
+def test_chips_that_cannot_be_read_are_not_none() -> None:
+    with pytest.raises(HloError, match="g: expected groups of chips"):
+        _ = Program(BESIDE.replace("replica_groups=[4,4]<=[4,4]T(1,0)", "replica_groups={}")).cost

@@ -17,7 +17,7 @@ from segzero_jax.model.splash import live_scores
 from segzero_jax.plan import PhasePlan, Plan, PlanError, slices
 from segzero_jax.plan.__main__ import Console, main, print_plan
 from segzero_jax.plan.cost import Kernel
-from segzero_jax.plan.phases import advise, analyse, kernel_flops
+from segzero_jax.plan.phases import advise, analyse, axis_bytes, kernel_flops
 from segzero_jax.plan.slices import CHIPS, make_topology_mesh, read_topology
 from segzero_jax.plan.step import Step, find_dims, shard_bytes
 
@@ -148,7 +148,8 @@ mesh = make_topology_mesh(run.mesh, "v5e:4x4")
 with jax.set_mesh(mesh):
     step = Step(run, find_dims(run.model.path), mesh)
     (program,) = [program for program in step.programs() if program[0] == sys.argv[1]]
-    print(json.dumps([asdict(phase) for phase in analyse(*program, CHIPS["v5e"], step.attention_scores())]))
+    phases = analyse(*program, CHIPS["v5e"], mesh.devices.shape, step.attention_scores())
+    print(json.dumps([asdict(phase) for phase in phases]))
 """
 
 
@@ -302,11 +303,21 @@ def test_advice_names_what_is_not_yet_done():
 
 
 def test_an_attention_kernel_costs_its_live_blocks():
-    forward = Kernel("splash_mha_fwd_segmented.3", 5, ((1, 8, 8), (2, 7, 1024, 128), (2, 1, 1024, 128)))
-    assert kernel_flops(forward, {1024: 500}) == 5 * 2 * 2 * 2 * 7 * 500 * 128
-    assert kernel_flops(forward._replace(name="splash_mha_dkv.1"), {1024: 500}) == 5 * 2 * 4 * 2 * 7 * 500 * 128
+    scope = "jit(update)/jvp(while)/body/splash"
+    forward = Kernel("splash_mha_fwd_segmented.3", scope, 5, ((1, 8, 8), (2, 7, 1024, 128), (2, 1, 1024, 128)))
+    scores = {(False, 1024): 500, (True, 1024): 1024**2}  # Stream and image are padded to the same length.
+    assert kernel_flops(forward, scores) == 5 * 2 * 2 * 2 * 7 * 500 * 128
+    assert kernel_flops(forward._replace(name="splash_mha_dkv.1"), scores) == 5 * 2 * 4 * 2 * 7 * 500 * 128
+    of_image = forward._replace(scope="jit(update)/transpose(jvp(attend_image))/splash")
+    assert kernel_flops(of_image, scores) == 5 * 2 * 2 * 2 * 7 * 1024**2 * 128
     with pytest.raises(PlanError, match="unknown_kernel"):
-        kernel_flops(forward._replace(name="unknown_kernel"), {1024: 500})
+        kernel_flops(forward._replace(name="unknown_kernel"), scores)
+
+
+def test_every_axis_of_the_mesh_has_links_of_its_own():
+    """On 2x4: groups along tensor, along fsdp, a permutation along tensor, and one that crosses both."""
+    sent = {(0, 1, 2, 3): 30.0, (0, 4): 8.0, (1, 0): 5.0, (0, 1, 2, 3, 4, 5, 6, 7): 2.0}
+    assert axis_bytes(sent, (1, 2, 4)) == [0.0, 8.0 + 1.0, 30.0 + 5.0 + 1.0]
 
 
 def test_the_table_fits_a_narrow_terminal(capsys):

@@ -23,6 +23,8 @@ from segzero_jax.model.flash import flash_group, flash_image, flash_windows
 from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_attention
 
 Kernel = Literal["xla", "splash", "splash_interpreted", "cudnn"]
+# In a compiled program, what splash attention does for images is of this scope: its blocks are others than a stream's.
+IMAGE_SCOPE = "attend_image"
 
 _MASKED = -1e30
 # With four runs, 10 of 16 parts of a causal square are computed; each run is a program of its own to compile.
@@ -191,8 +193,9 @@ def attend_image(
     if kernel != "xla":
         valid_bs = jax.sharding.reshard(valid_bs, PartitionSpec(spec[0], None))
         padded = padded_length(q_bsnh.shape[1])
-        mask = FullMask((padded, padded))
-        return splash_attention(q_bsnh, kv.k, kv.v, valid_bs, mask, spec, interpret=kernel == "splash_interpreted")
+        mask, interpret = FullMask((padded, padded)), kernel == "splash_interpreted"
+        with jax.named_scope(IMAGE_SCOPE):
+            return splash_attention(q_bsnh, kv.k, kv.v, valid_bs, mask, spec, interpret)
     own = KeyValue(kv.k[:, None], kv.v[:, None])
     return _attend_long(q_bsnh[:, None], own, own_mask_bs=valid_bs)[:, 0]
 

@@ -80,7 +80,8 @@ class Pass(NamedTuple):
       dtype: of activations.
       remat: recompute blocks in the backward pass.
       kernel: what computes attention over whole streams.
-      written_out: the program holds every block by itself instead of a loop over them (``run_blocks``).
+      keeps: blocks keep what they compute for a backward pass. Their loops are then others, see ``written_out`` and
+        ``encode_images``; without it a backward pass is as right, but copies.
     """
 
     dims: Dims
@@ -88,7 +89,12 @@ class Pass(NamedTuple):
     dtype: jnp.dtype
     remat: bool = False
     kernel: Kernel = "xla"
-    written_out: bool = False
+    keeps: bool = False
+
+    @property
+    def written_out(self) -> bool:
+        """The program holds every block by itself instead of a loop over them (``run_blocks``): on GPUs."""
+        return self.keeps and self.kernel == "cudnn"
 
 
 def _linear(
@@ -175,6 +181,7 @@ def _encode_images(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array
         dtype=setup.dtype,
         kernel=setup.kernel,
         remat=setup.remat,
+        keeps=setup.keeps,
         written_out=setup.written_out,
     )
     units = images * slots // setup.dims.vision.merge**2

@@ -126,6 +126,7 @@ def encode_images(
     dtype: jnp.dtype,
     kernel: Kernel,
     remat: bool,
+    keeps: bool,
     written_out: bool,
 ) -> jax.Array:
     """Images to embeddings of merged units, in window order.
@@ -134,6 +135,8 @@ def encode_images(
       patches_bsc: float32 normalised pixels, ``s`` a multiple of ``dims.window_slots``.
       patch_hw_bs2: int32 row and column of each patch.
       valid_bs: bool, False in empty slots.
+      keeps: blocks keep what they compute for a backward pass; the loop over windows is then in no other loop, which
+        would copy what it keeps. One in the other is a smaller program.
 
     Returns:
       ``[b, s / merge**2, out]`` in ``dtype``; empty units hold numbers that nothing reads.
@@ -151,12 +154,16 @@ def encode_images(
         body = lambda x, block: _block(block, x, angles, valid_bs, seen, layout, kernel)  # noqa: E731
         return jax.checkpoint(body) if remat else body
 
-    # No loop of loops: what the inner ones keep for the backward pass would be copied into what the outer keeps.
-    for first in range(0, dims.depth, stride):
-        whole = first + stride - 1
-        windows = jax.tree.map(lambda a, at=slice(first, whole): a[at], tower.blocks)
-        x_bsd = run_blocks(step(seen_bwss), x_bsd, windows, written_out)
-        x_bsd = step(None)(x_bsd, jax.tree.map(lambda a, at=whole: a[at], tower.blocks))
+    def run_stride(x_bsd: jax.Array, blocks: VisionBlock) -> jax.Array:
+        windows, whole = (jax.tree.map(lambda a, at=at: a[at], blocks) for at in (slice(stride - 1), -1))
+        return step(None)(run_blocks(step(seen_bwss), x_bsd, windows, written_out), whole)
+
+    if keeps:
+        for first in range(0, dims.depth, stride):
+            x_bsd = run_stride(x_bsd, jax.tree.map(lambda a, at=first: a[at : at + stride], tower.blocks))
+    else:
+        strides = jax.tree.map(lambda a: a.reshape(-1, stride, *a.shape[1:]), tower.blocks)
+        x_bsd = run_blocks(run_stride, x_bsd, strides, False)
 
     y = rms_norm(x_bsd, tower.merger_norm_d[...], _EPS)
     b, s, d = y.shape

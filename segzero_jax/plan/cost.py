@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from segzero_jax.plan.hlo import Array, HloError, Instruction, read_computations
+from segzero_jax.plan.groups import first_group
+from segzero_jax.plan.hlo import HloError, Instruction, read_computations
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing by themselves.
@@ -23,10 +24,15 @@ _FREE = {
 }
 
 
+# What tells a collective from others: its channel, and its results as shapes and bytes, wherever in memory they lie.
+_Key = tuple[str | None, tuple[tuple[tuple[int, ...], float], ...]]
+
+
 class Kernel(NamedTuple):
-    """A Pallas kernel's calls: how many, and the shapes of its array operands."""
+    """A Pallas kernel's calls: of which ``jax.named_scope``, how many, and the shapes of its array operands."""
 
     name: str
+    scope: str
     calls: float
     shapes: tuple[tuple[int, ...], ...]
 
@@ -39,12 +45,14 @@ class Cost:
       flops: of matrix products, kernels excepted.
       bytes: read and written in main memory.
       collectives: bytes that the chip sends, by kind of collective.
+      sent: the same, by the chips that it exchanges them with (``first_group``).
       kernels: Pallas calls, which the walk cannot price.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: dict[str, float] = field(default_factory=dict)
+    sent: dict[tuple[int, ...], float] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
 
     def add(self, other: "Cost", times: float = 1) -> None:
@@ -52,6 +60,8 @@ class Cost:
         self.bytes += times * other.bytes
         for kind, size in other.collectives.items():
             self.collectives[kind] = self.collectives.get(kind, 0.0) + times * size
+        for group, size in other.sent.items():
+            self.sent[group] = self.sent.get(group, 0.0) + times * size
         self.kernels += [kernel._replace(calls=times * kernel.calls) for kernel in other.kernels]
 
 
@@ -97,12 +107,12 @@ class Program:
 
     def collectives(self) -> Iterator[tuple[str, Instruction]]:
         """Every collective with its kind, once, wherever it is in the program."""
-        seen: set[tuple[str | None, tuple[Array, ...]]] = set()
+        seen: set[_Key] = set()
         for name, body in self.computations.items():
             for instruction in body.values():
                 kind = _kind(instruction, name)
                 # A collective that runs beside other work is repeated in each computation it runs beside.
-                key = (instruction.attribute(r"channel_id=(\d+)"), instruction.arrays)
+                key = _key(instruction)
                 if kind and key not in seen:
                     seen.add(key)
                     yield kind, instruction
@@ -115,7 +125,7 @@ class Program:
 
     def parts(self, name: str, without: Sequence[Instruction] = ()) -> Iterator[tuple[Instruction, Cost, int]]:
         """The instructions of a computation and of those that it runs: what each costs once, and how often it runs."""
-        beside: set[tuple[str | None, tuple[Array, ...]]] = set()
+        beside: set[_Key] = set()
         for instruction in self.computations[name].values():
             if instruction in without:
                 continue
@@ -133,9 +143,7 @@ class Program:
                 self._add(instruction, name, cost, beside)
                 yield instruction, cost, 1
 
-    def _add(
-        self, instruction: Instruction, name: str, cost: Cost, beside: set[tuple[str | None, tuple[Array, ...]]]
-    ) -> None:
+    def _add(self, instruction: Instruction, name: str, cost: Cost, beside: set[_Key]) -> None:
         body = self.computations[name]
         if instruction.opcode == "fusion":
             (called,) = instruction.called()
@@ -143,7 +151,7 @@ class Program:
                 cost.flops += self._flops(*inner)
                 holder, part = inner
                 kind = _kind(part, holder)
-                key = (part.attribute(r"channel_id=(\d+)"), part.arrays)
+                key = _key(part)
                 if kind and key not in beside:
                     beside.add(key)
                     _send(cost, kind, part)
@@ -155,7 +163,8 @@ class Program:
             _send(cost, kind, instruction)
         if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
             shapes = tuple(array.shape for operand in instruction.operands for array in body[operand].arrays)
-            cost.kernels.append(Kernel(instruction.name, 1, shapes))
+            scope = instruction.attribute(r'op_name="([^"]*)"') or ""
+            cost.kernels.append(Kernel(instruction.name, scope, 1, shapes))
         cost.bytes += _bytes(instruction, body)
 
     def _inside(self, name: str) -> Iterator[tuple[str, Instruction]]:
@@ -293,11 +302,17 @@ def _kind(instruction: Instruction, computation: str) -> str | None:
     return "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
 
 
+def _key(collective: Instruction) -> _Key:
+    arrays = tuple((array.shape, array.bytes) for array in collective.arrays)
+    return collective.attribute(r"channel_id=(\d+)"), arrays
+
+
 def _send(cost: Cost, kind: str, instruction: Instruction) -> None:
     size = max((array.bytes for array in instruction.arrays), default=0.0)
     if kind in ("all-reduce", "reduce-scatter", "all-to-all"):
         size = sum(array.bytes for array in instruction.arrays)
-    n = _group_size(instruction)
+    group = first_group(instruction)
+    n = len(group)
     if kind == "collective-permute":
         sent = size
     elif kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
@@ -305,26 +320,12 @@ def _send(cost: Cost, kind: str, instruction: Instruction) -> None:
     else:
         sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
     cost.collectives[kind] = cost.collectives.get(kind, 0.0) + sent
-
-
-def _group_size(instruction: Instruction) -> int:
-    """Chips that take part together: from a list of groups, from [groups,size], or from named axes of a mesh."""
-    listed = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
-    if listed is not None:
-        return len(listed.split(","))
-    tiled = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]")
-    if tiled is not None:
-        return int(tiled)
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 1
+    cost.sent[group] = cost.sent.get(group, 0.0) + sent
 
 
 def _bytes(instruction: Instruction, body: dict[str, Instruction]) -> float:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith("-done") or 'custom_call_target="AllocateBuffer"' in instruction.attributes:
         return 0.0
     if opcode in ("dynamic-slice", "slice", "gather"):
         return instruction.traffic + min(instruction.traffic, sum(body[o].traffic for o in instruction.operands[:1]))

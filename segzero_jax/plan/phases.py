@@ -10,8 +10,10 @@ import jax
 
 from segzero_jax.config import Config
 from segzero_jax.mesh import parse_mesh
+from segzero_jax.model.attention import IMAGE_SCOPE
 from segzero_jax.model.weights import check_fits
 from segzero_jax.plan.cost import Cost, Kernel, Program
+from segzero_jax.plan.groups import crossed_axes
 from segzero_jax.plan.slices import Chip, PlanError, make_topology_mesh, read_topology
 from segzero_jax.plan.step import Step, find_dims, shard_bytes
 
@@ -68,12 +70,19 @@ class Plan:
 
 
 def analyse(
-    name: str, runs: int, lower: Callable[[], Any], beside: Sequence[Any], chip: Chip, attention: Mapping[int, int]
+    name: str,
+    runs: int,
+    lower: Callable[[], Any],
+    beside: Sequence[Any],
+    chip: Chip,
+    mesh: Sequence[int],
+    attention: Mapping[tuple[bool, int], int],
 ) -> list[PhasePlan]:
     """Compiles a program and reads its memory and cost from it. The rollout is two phases: prefill and decode.
 
     Args:
       name, runs, lower, beside: see ``Step.programs``.
+      mesh: sizes of its axes.
       attention: see ``Step.attention_scores``.
     """
     names = ["prefill", "decode"] if name == "rollout" else [name]
@@ -100,7 +109,7 @@ def analyse(
     for phase, (cost, runs) in zip(names, costs, strict=True):
         flops = total_flops(cost, attention)
         times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
-        times["interconnect"] = sum(cost.collectives.values()) / chip.link
+        times["interconnect"] = max(axis_bytes(cost.sent, mesh)) / chip.link
         bound = max(times, key=times.__getitem__)
         phases.append(
             PhasePlan(
@@ -121,18 +130,33 @@ def analyse(
     return phases
 
 
-def total_flops(cost: Cost, attention: Mapping[int, int]) -> float:
+def axis_bytes(sent: Mapping[tuple[int, ...], float], mesh: Sequence[int]) -> list[float]:
+    """Bytes that a chip sends along each axis of the mesh, all axes at once; what crosses several is divided evenly.
+
+    Args:
+      sent: see ``Cost.sent``.
+    """
+    along = [0.0] * len(mesh)
+    for group, size in sent.items():
+        axes = crossed_axes(group, mesh)
+        for axis in axes:
+            along[axis] += size / len(axes)
+    return along
+
+
+def total_flops(cost: Cost, attention: Mapping[tuple[bool, int], int]) -> float:
     """FLOPs of matrix products, those of attention kernels too."""
     return cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
 
 
-def kernel_flops(kernel: Kernel, attention: Mapping[int, int]) -> float:
+def kernel_flops(kernel: Kernel, attention: Mapping[tuple[bool, int], int]) -> float:
     """FLOPs of a splash attention call: its forward pass is 2 matrix products a block, its backward passes 3 and 4."""
     products = next((n for name, n in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name in kernel.name), None)
-    queries = next(shape for shape in kernel.shapes if len(shape) >= 3 and shape[-2] in attention)
+    image = IMAGE_SCOPE in kernel.scope
+    queries = next(shape for shape in kernel.shapes if len(shape) >= 3 and (image, shape[-2]) in attention)
     if products is None:
         raise PlanError(f"kernel {kernel.name}: expected one of splash attention's")
-    return kernel.calls * 2.0 * products * math.prod(queries[:-2]) * attention[queries[-2]] * queries[-1]
+    return kernel.calls * 2.0 * products * math.prod(queries[:-2]) * attention[image, queries[-2]] * queries[-1]
 
 
 def make_plan(config: Config, config_path: str | None, topology: str, report: Callable[[str], None]) -> Plan:
@@ -160,7 +184,7 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
         attention = step.attention_scores()
         for name, runs, lower, beside in step.programs():
             report(name)
-            phases += analyse(name, runs, lower, beside, chip, attention)
+            phases += analyse(name, runs, lower, beside, chip, mesh.devices.shape, attention)
     times = [phase.runs * phase.seconds for phase in phases if phase.seconds is not None]
     seconds = sum(times) if len(times) == len(phases) else None
     samples = config.train.batch_size * config.rollout.group_size

@@ -136,13 +136,13 @@ class Step:
             self.state, learnt, base=self.base, micro_batches=self.config.train.micro_batches, **settings
         )
 
-    def attention_scores(self) -> dict[int, int]:
-        """Scores that the attention kernel computes for one head, by the padded length of its sequence."""
+    def attention_scores(self) -> dict[tuple[bool, int], int]:
+        """Scores that the attention kernel computes for one head: whether of an image, and the padded length."""
         p, _, r = self.stream
         return {
-            padded_length(self.patch_slots): padded_length(self.patch_slots) ** 2,
-            padded_length(p): live_scores(p, 1, p),
-            padded_length(self.stream.tokens): live_scores(p, r, self.stream.tokens),
+            (True, padded_length(self.patch_slots)): padded_length(self.patch_slots) ** 2,
+            (False, padded_length(p)): live_scores(p, 1, p),
+            (False, padded_length(self.stream.tokens)): live_scores(p, r, self.stream.tokens),
         }
 
     def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
