@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.peer_group import machine
+from benchmarks.peer_group import at_least, machine
 from segzero_jax import train
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
@@ -99,7 +99,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="What checkpoints cost.")
     parser.add_argument("--output", type=Path, help="write the numbers there as JSON")
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=at_least(3 * BLOCK), default=90)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ from benchmarks.peer_group import (
     Settings,
     Shape,
     Unequal,
+    at_least,
     machine,
     need,
     side,
@@ -134,8 +135,8 @@ def sam_images_per_second() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured [all]")
-    parser.add_argument("--prompts", type=int, default=4, help="prompt groups of a step of ours [4]")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps and rollouts of each side [3]")
+    parser.add_argument("--prompts", type=at_least(1), default=4, help="prompt groups of a step of ours [4]")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="timed steps and rollouts of each side [3]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     if not torch.cuda.is_available():

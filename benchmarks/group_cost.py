@@ -3,10 +3,11 @@
     python -m benchmarks.group_cost [--plot docs/group_cost.png] [--output FILE]
 
 Both layouts are this code: the repeated one has a row for every response, each with its own prompt and picture, as
-peers train; where their losses or KL differ it ends with a line. The policy of ``benchmarks/learning_phase.py`` and a
-picture of 280 x 280 (100 tokens), float32. Time is the median of three; memory is what the compiled programs hold at
-their peak. One size varies, the others stay at G = 8, prompts of 300 and responses of 64 tokens. Plots with ``--plot``,
-which needs ``pip install -e '.[bench]'``. Takes about a quarter of an hour on two cores.
+peers train; where their losses, KL or gradients differ it ends with a line. The policy of
+``benchmarks/learning_phase.py`` and a picture of 280 x 280 (100 tokens), float32. Time is the median of three; memory
+is what the compiled programs hold at their peak. One size varies, the others stay at G = 8, prompts of 300 and
+responses of 64 tokens. Plots with ``--plot``, which needs ``pip install -e '.[bench]'``. Takes about a quarter of an
+hour on two cores.
 """
 
 import argparse
@@ -43,8 +44,8 @@ from segzero_jax.types import Rollout
 BASE = Shape(prompt=300, response=64, group=8, image=280)
 SWEEPS = {"group": (1, 2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
 LAYOUTS = ("shared", "repeated")
-# Loss and KL of the two, relatively, at most.
-APART = 1e-4
+# Loss and KL of the two, and the norm of their gradients, relatively, at most.
+APART = {"loss": 1e-4, "kl": 1e-4, "grad_norm": 3e-4}
 
 
 def place(tree: Any) -> Any:
@@ -84,7 +85,7 @@ def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, flo
         first(reference, prompt, rollout.tokens_bgr).block_until_ready()
         state, metrics = jax.block_until_ready(second(state, batch))
         seconds.append(time.perf_counter() - start)
-        numbers = numbers or {name: float(metrics[name]) for name in ("loss", "kl")}
+        numbers = numbers or {name: float(metrics[name]) for name in APART}
     return {**numbers, "seconds": statistics.median(seconds[1:]), "gib": max(held(first), held(second)) / 2**30}
 
 
@@ -106,9 +107,9 @@ def measure(dims: Dims) -> list[dict[str, Any]]:
             for layout in LAYOUTS:
                 row[layout] = run(shape, layout, dims)
                 jax.clear_caches()
-            for number in ("loss", "kl"):
+            for number, apart in APART.items():
                 a, b = (row[layout][number] for layout in LAYOUTS)
-                if not abs(a - b) <= APART * abs(b):
+                if not abs(a - b) <= apart * abs(b):
                     raise Unequal(f"{name} {value}: {number} {a:g} shared, {b:g} repeated")
             rows.append(row)
             seconds, gib = ([row[layout][key] for layout in LAYOUTS] for key in ("seconds", "gib"))

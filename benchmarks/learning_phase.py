@@ -17,7 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peer_group import Settings, Shape, Side, Unequal, keep_to, machine, need, sides, take_turns, write
+from benchmarks.peer_group import (
+    Settings,
+    Shape,
+    Side,
+    Unequal,
+    at_least,
+    keep_to,
+    machine,
+    need,
+    sides,
+    take_turns,
+    write,
+)
 
 # How far the sides may be apart, relatively. On-policy the loss is the mean advantage but for a small share of KL, in
 # which the reference and the policy show.
@@ -56,8 +68,8 @@ def measure(ours: Side, peer: Side, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side [3]")
-    parser.add_argument("--cores", type=int, default=2, help="cores of each side [2]")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="timed steps of each side [3]")
+    parser.add_argument("--cores", type=at_least(1), default=2, help="cores of each side [2]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     need("reward,dev", "torch", "transformers")

@@ -8,13 +8,14 @@ then depends on all that was before, where else the last token decides alone and
 memory is counted apart.
 """
 
+import argparse
 import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -113,6 +114,17 @@ def need(extra: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             sys.exit(f"{module} is not installed: pip install -e '.[{extra}]' -c constraints.txt")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from ``least`` on, for argparse: with fewer there would be nothing to take a median of."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number, {least} or more")
+        return int(text)
+
+    return read
 
 
 def keep_to(cores: int) -> None:

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.peer_group import Unequal, machine, need
+from benchmarks.peer_group import Unequal, at_least, machine, need
 
 need("reward", "torch", "sam2", "omegaconf")
 
@@ -299,9 +299,9 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--groups", type=int, default=64, help="groups a round [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
-    parser.add_argument("--batch", type=int, default=8, help="--max-batch of the server [%(default)s]")
+    parser.add_argument("--groups", type=at_least(1), default=64, help="groups a round [%(default)s]")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="[%(default)s]")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="--max-batch of the server [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="--compile for the server, and for the model beside it")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     usual = "large" if torch.cuda.is_available() else "toy"

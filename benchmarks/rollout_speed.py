@@ -13,7 +13,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.peer_group import Settings, Shape, Side, Unequal, keep_to, machine, need, sides, take_turns, write
+from benchmarks.peer_group import (
+    Settings,
+    Shape,
+    Side,
+    Unequal,
+    at_least,
+    keep_to,
+    machine,
+    need,
+    sides,
+    take_turns,
+    write,
+)
 
 
 def compare(ours: Side, peer: Side, tokens: int) -> None:
@@ -43,9 +55,9 @@ def measure(ours: Side, peer: Side, tokens: int, rounds: int, group: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each response [128]")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rollouts of each side [3]")
-    parser.add_argument("--cores", type=int, default=2, help="cores of each side [2]")
+    parser.add_argument("--tokens", type=at_least(2), default=128, help="new tokens of each response [128]")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="timed rollouts of each side [3]")
+    parser.add_argument("--cores", type=at_least(1), default=2, help="cores of each side [2]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     need("reward,dev", "torch", "transformers")

@@ -60,6 +60,9 @@ def table(plan: dict[str, Any]) -> str:
     ]
     for phase in plan["phases"]:
         runs, sent = phase["runs"], sum((phase["collective_bytes"] or {}).values()) / 1e9
+        if phase["seconds"] is None:  # It does not fit, and was not compiled to the end.
+            lines.append(f"| {phase['phase']} | {runs} | {phase['hbm_gib']:.2f} | ? | ? | ? | ? | ? |")
+            continue
         short = lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}"  # noqa: E731
         cost = [short(x) for x in (phase["flops"] / 1e12, phase["bytes"] / 1e9, sent)]
         cost.append(f"{runs * phase['seconds']:.2f}")
@@ -70,11 +73,14 @@ def table(plan: dict[str, Any]) -> str:
 def summary(name: str, plan: dict[str, Any]) -> str:
     """Markdown: one line a case."""
     peak = max(plan["phases"], key=lambda phase: phase["hbm_gib"])
+    memory = f"{peak['hbm_gib']:.2f} of {plan['hbm_limit_gib']:.2f} in {peak['phase']}"
+    if plan["seconds_per_step"] is None:
+        return f"| {name} | {plan['topology']} | {plan['mesh']} | {memory}: does not fit | - | - | - |"
     seconds = {phase["phase"]: phase["runs"] * phase["seconds"] for phase in plan["phases"]}
     longest = max(plan["phases"], key=lambda phase: seconds[phase["phase"]])
     return (
-        f"| {name} | {plan['topology']} | {plan['mesh']} | {peak['hbm_gib']:.2f} of {plan['hbm_limit_gib']:.2f} in "
-        f"{peak['phase']} | {plan['seconds_per_step']:.1f} | {plan['samples_per_second_per_chip']:.3g} | "
+        f"| {name} | {plan['topology']} | {plan['mesh']} | {memory} | "
+        f"{plan['seconds_per_step']:.1f} | {plan['samples_per_second_per_chip']:.3g} | "
         f"{longest['phase']} {seconds[longest['phase']]:.1f} s: {longest['bound']} |"
     )
 

@@ -37,6 +37,16 @@ def estimate(model: str, topology: str, response: int) -> dict[str, Any]:
     return asdict(make_plan(config, path.name, topology, lambda phase: print(f"  {phase}", flush=True)))
 
 
+def line(name: str, plan: dict[str, Any]) -> str:
+    """What is printed of a plan."""
+    if plan["seconds_per_step"] is None:
+        over = [f"{p['phase']} takes {p['hbm_gib']:.2f} GiB" for p in plan["phases"] if not p["fits"]]
+        return f"{name:20}{'-':>10}{'-':>16}  DOES NOT FIT: {', '.join(over)}"
+    phases = ", ".join(f"{p['phase']} {p['runs'] * p['seconds']:.2f} ({p['bound']})" for p in plan["phases"])
+    fits = "" if plan["fits"] else "  DOES NOT FIT"
+    return f"{name:20}{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}  {phases}{fits}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--response", type=int, default=256, help="tokens of the longest response [256]")
@@ -53,11 +63,7 @@ def main() -> None:
             if args.output:
                 args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'':20}{'s a step':>10}{'samples/s/chip':>16}  seconds by phase (what bounds it)")
-    for name in wanted:
-        plan = found[name]
-        phases = ", ".join(f"{p['phase']} {p['runs'] * p['seconds']:.2f} ({p['bound']})" for p in plan["phases"])
-        fits = "" if plan["fits"] else "  DOES NOT FIT"
-        print(f"{name:20}{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}  {phases}{fits}")
+    print("\n".join(line(name, found[name]) for name in wanted))
     print(f"The original's step on 8 GPUs, published: {PUBLISHED_S:.1f} s. The figures above are estimates.")
 
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.peer_group import ROOT, Unequal, keep_to, machine, need, turns
+from benchmarks.peer_group import ROOT, Unequal, at_least, keep_to, machine, need, turns
 from segzero_jax import jsonl
 from segzero_jax.config import Config
 
@@ -67,10 +67,10 @@ def compare(ours: dict[str, float], theirs: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=112, help="pixels along a picture's side, 28 a token [112]")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts of a step, 8 responses to each [16]")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each run [6]")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each side [2]")
-    parser.add_argument("--cores", type=int, default=2, help="cores of each side [2]")
+    parser.add_argument("--prompts", type=at_least(1), default=16, help="prompts of a step, 8 responses to each [16]")
+    parser.add_argument("--steps", type=at_least(_WARM_UP + 1), default=6, help="steps of each run [6]")
+    parser.add_argument("--rounds", type=at_least(1), default=2, help="runs of each side [2]")
+    parser.add_argument("--cores", type=at_least(1), default=2, help="cores of each side [2]")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     need("bench", "trl")

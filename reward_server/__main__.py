@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from reward_server.access import Access
+    from reward_server.server import RewardServer
 
 _PARENT_POLL_S = _SIGNAL_POLL_S = 0.5
 _SWITCH_S = 0.0005
+_DAY_S = 86_400
 _EXAMPLES = """
 examples:
   python -m reward_server --model toy
@@ -39,9 +41,9 @@ _BOUNDS = [
     ("max-batch", 1, 256),
     ("max-delay-ms", 0, 10_000),
     ("max-queue", 1, 4096),
-    ("max-batch-seconds", 1, math.inf),
+    ("max-batch-seconds", 1, _DAY_S),
     ("cache-mib", 0, math.inf),
-    ("drain-seconds", 0, math.inf),
+    ("drain-seconds", 0, _DAY_S),
 ]
 
 
@@ -119,6 +121,7 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
     sys.setswitchinterval(_SWITCH_S)
     devices = args.device.split(",")
     server = RewardServer(settings, len(devices))
+    _servers.append(server)
     try:
         listening = {"listening": server.address}
         if server.metrics_address:
@@ -127,7 +130,7 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
         server.serve([Segmenter.load(args.model, device, args.config, args.compile) for device in devices])
         # Python answers signals in this thread alone, and one that another thread receives does not wake it, as where a
         # library holds signals back here: a wait without an end would never hear of it.
-        while True:
+        while not _signals:
             time.sleep(_SIGNAL_POLL_S)
     finally:
         server.stop()
@@ -179,7 +182,7 @@ def _parse() -> argparse.Namespace:
         type=float,
         default=300,
         metavar="S",
-        help="a batch that takes longer means that its device hangs: health then says NOT_SERVING [%(default)s]",
+        help="a batch of which nobody is answered for so long: its device hangs, health says NOT_SERVING [%(default)s]",
     )
     batching.add_argument(
         "--cache-mib", type=int, default=256, metavar="MIB", help="of embeddings, per device [%(default)s]"
@@ -212,11 +215,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"reward_server: {message}\n")
 
 
+# The server once there is one, and the signals that have come since it serves.
+_servers: list["RewardServer"] = []
+_signals: list[int] = []
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Ends the main thread in good order, wherever it is; further signals do not cut that short."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise SystemExit(0)
+    """Ends the process in good order; further signals do not cut that short.
+
+    Nothing is raised here: what this thread is at, an import of PyTorch's for one, may catch it or be left half done.
+    """
+    if not any(server.serves for server in _servers):
+        os._exit(0)
+    _signals.append(number)
 
 
 def _watch_parent(pid: int) -> None:

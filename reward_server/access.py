@@ -50,7 +50,8 @@ class Access:
             return None
         # gRPC logs what is wrong with a file and goes on; Python's ssl says it.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        _load("--tls-cert, --tls-key", lambda: context.load_cert_chain(str(self.tls_cert), str(self.tls_key)))
+        files = str(self.tls_cert), str(self.tls_key)
+        _load("--tls-cert, --tls-key", lambda: context.load_cert_chain(*files, password=_no_passphrase))
         if self.client_ca:
             _load("--client-ca", lambda: context.load_verify_locations(str(self.client_ca)))
         return grpc.ssl_server_credentials(
@@ -119,10 +120,15 @@ def _load(what: str, load: Callable[[], object]) -> None:
         raise AccessError(f"{what}: cannot be used: {error}") from None
 
 
+def _no_passphrase() -> str:
+    """Is asked for one where the key is encrypted; gRPC, which loads it again, could not be given any."""
+    raise OSError("the key is encrypted; expected one without a passphrase")
+
+
 def _is_loopback(host: str) -> bool:
     """Whether a name or address, IPv6 in brackets or not, is this machine's own and nobody else's way in."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), None)
-    except OSError:
-        return False
+    except OSError as error:
+        raise AccessError(f"--host={host}: no address of that name: {error.strerror or error}") from None
     return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)

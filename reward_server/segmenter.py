@@ -21,7 +21,7 @@ import numpy as np
 import sam2
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -268,7 +268,7 @@ def _files(model: str, config: str) -> tuple[Path, Path]:
 def _network(config: Path, weights: Path) -> SAM2Base:
     try:
         network = build_model(OmegaConf.load(config))
-    except (YAMLError, OmegaConfBaseException, HydraException) as error:
+    except (YAMLError, OmegaConfBaseException, HydraException, UnicodeDecodeError, AttributeError) as error:
         raise ModelError(f"{config}: not the configuration of a SAM 2: {_one_line(error)}") from None
     try:
         if weights.suffix == ".safetensors":
@@ -276,7 +276,15 @@ def _network(config: Path, weights: Path) -> SAM2Base:
         else:
             values = torch.load(weights, map_location="cpu", weights_only=True)["model"]
         network.load_state_dict({name: value.float() for name, value in values.items()})
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (pickle.UnpicklingError, EOFError):
+        # PyTorch's own message is advice to load whatever it is without looking.
+        size = weights.stat().st_size
+        raise ModelError(f"{weights}: {size} bytes, not a PyTorch checkpoint of tensors alone") from None
+    except (KeyError, IndexError):
+        raise ModelError(
+            f"{weights}: has no entry 'model', under which a published checkpoint has its weights"
+        ) from None
+    except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{weights}: no weights for {config.name}: {_one_line(error)}") from None
     return network
 
@@ -284,7 +292,7 @@ def _network(config: Path, weights: Path) -> SAM2Base:
 def _download(model: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id=model, filename=HF_MODEL_ID_TO_FILENAMES[model][1]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"model {model!r}: neither cached here nor had from the hub: {_one_line(error)}") from None
 
 

@@ -1,18 +1,22 @@
 """The life of a server: listen, load, warm up, serve, drain, stop."""
 
+import errno
 import logging
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_reflection.v1alpha import reflection
 
 from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.access import Access, TokenCheck, bracketed
 from reward_server.batcher import Batcher
 from reward_server.engine import Engine, Job, Outcome
+from reward_server.health import HealthServicer
 from reward_server.segmenter import ModelError, Segmenter
 from reward_server.service import RewardService
 from reward_server.telemetry import Metrics, expose
@@ -21,8 +25,8 @@ from reward_server.worker import Workers
 _SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"]
 SERVICE_NAME = _SERVICE.full_name
 _METHODS = {method.name for method in _SERVICE.methods}
-# A call holds a thread while it waits, so there is one for each that may wait or compute, and some for refusals and
-# health checks, which take no time.
+# A call holds a thread while it waits, and while its request is on its way, so there is one for each that may wait or
+# compute, and some for refusals and requests that arrive slowly. Health has threads of its own.
 _SPARE_THREADS = 32
 _MESSAGE_BYTES = 32 * 2**20
 # For a batch that still runs when all calls have ended.
@@ -84,6 +88,7 @@ class RewardServer:
     Attributes:
       address: host and port that it listens on.
       metrics_address: the same of the metrics page; empty without one.
+      serves: it has a warm model; until then calls are refused.
 
     Raises:
       AccessError: on construction, when it may not listen there, or a certificate is of no use.
@@ -95,8 +100,9 @@ class RewardServer:
         self.metrics = Metrics()
         self._batcher: Batcher[Job, Outcome] = Batcher(settings.max_batch, settings.max_delay_s, settings.max_queue)
         self._service = RewardService(self._batcher, self.metrics)
-        self._health = health.HealthServicer()
+        self._health = HealthServicer()
         self._workers: Workers | None = None
+        self.serves = False
         self._host = bracketed(settings.host)
         settings.access.check_address(settings.host)
         credentials = settings.access.credentials()
@@ -110,7 +116,7 @@ class RewardServer:
         reward_pb2_grpc.add_RewardServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
-            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._health.set("", _SERVING)
         self._health.set(SERVICE_NAME, _NOT_SERVING)
@@ -146,6 +152,7 @@ class RewardServer:
         self.metrics.watch_memory([segmenter.device for segmenter in segmenters])
         self._workers = Workers(engines, self._batcher, self.metrics, self._die, self._settings.max_batch_s)
         self._workers.start()
+        self.serves = True
         self._service.ready(self._workers)
         self._health.set(SERVICE_NAME, _SERVING)
         first = segmenters[0]
@@ -168,7 +175,8 @@ class RewardServer:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, credentials)
         except RuntimeError:
-            raise OSError(f"cannot listen on {address}: is another process there? port 0 picks a free one") from None
+            reason = _cannot_bind(self._settings.host, self._settings.port)
+            raise OSError(f"cannot listen on {address}: {reason}") from None
 
     def _note_refused(self, method: str, peer: str) -> None:
         name = method.rpartition("/")[2]
@@ -191,6 +199,18 @@ def _check_alike(segmenters: Sequence[Segmenter]) -> None:
     if len({segmenter.checkpoint_sha256 for segmenter in segmenters}) > 1:
         found = ", ".join(f"{segmenter.device} {segmenter.checkpoint_sha256[:12]}" for segmenter in segmenters)
         raise ModelError(f"model {segmenters[0].name!r}: its file changed while it was loaded: {found}; start again")
+
+
+def _cannot_bind(host: str, port: int) -> str:
+    """Why nobody can listen there, which gRPC does not say."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as one:
+                one.bind(address)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        return f"{error.strerror or error}" + ("; port 0 picks a free one" if taken else "")
+    return "gRPC's own line says why"
 
 
 def _nothing() -> None:

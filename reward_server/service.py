@@ -27,6 +27,8 @@ from reward_server.worker import Workers
 _MEMORY_RETRY_S = 1.0
 # gRPC ends a late call by a clock of its own; one that ends this close to its deadline was late, not cancelled.
 _CLOCKS_APART_S = 0.05
+# How often a call that waits for its picture's turn looks whether it is still wanted.
+_LOOK_S = 0.2
 
 Request = TypeVar("Request", reward_pb2.ScoreRequest, reward_pb2.SegmentRequest)
 Response = TypeVar("Response", reward_pb2.ScoreResponse, reward_pb2.SegmentResponse)
@@ -125,8 +127,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         # A place comes before the picture: an overloaded server should not spend its time on decoding, and those that
         # wait for it would otherwise take all threads.
         with self._batcher.reserve(deadline):
-            if not self._preparing.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
-                raise TooLateError
+            self._take_turn(context, deadline)
             try:
                 job, statuses = job_from(request, self._workers.find)
             finally:
@@ -139,14 +140,21 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             self._metrics.queue_seconds.observe(call.queue_s)
             self._metrics.compute_seconds.observe(call.compute_s)
         if not ticket.future.done() or ticket.future.cancelled():
-            if now >= deadline - _CLOCKS_APART_S:
-                raise TooLateError
-            raise RequestError(grpc.StatusCode.CANCELLED, "nobody waited for the answer any more")
+            raise _unwanted(deadline)
         outcome = ticket.future.result()
         for i, score in enumerate(outcome.scores):
             if not math.isfinite(score):
                 statuses[i] = status(grpc.StatusCode.INTERNAL, f"SAM 2 gave the score {score}")
         return statuses, outcome
+
+    def _take_turn(self, context: grpc.ServicerContext, deadline: float) -> None:
+        """Waits until a picture may be decoded; to be released. Raises TooLateError or RequestError: nobody waits."""
+        while not self._preparing.acquire(timeout=_LOOK_S):
+            if not context.is_active():
+                raise _unwanted(deadline)
+        if not context.is_active():
+            self._preparing.release()
+            raise _unwanted(deadline)
 
     @staticmethod
     def _wait(ticket: Ticket[Job, Outcome], context: grpc.ServicerContext) -> None:
@@ -177,7 +185,9 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
     def _record(self, call: _Call, code: grpc.StatusCode, reason: str) -> None:
         seconds = time.monotonic() - call.start
         self._metrics.requests.labels(call.method, code.name).inc()
-        self._metrics.call_seconds.observe(seconds)
+        if code is grpc.StatusCode.OK:
+            # Refusals take no time: under load they would make calls look quicker.
+            self._metrics.call_seconds.observe(seconds)
         fields: dict[str, Any] = {
             "method": call.method,
             "request_id": call.request_id,
@@ -192,6 +202,13 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         level = logging.INFO if code is grpc.StatusCode.OK else logging.WARNING
         what = f"refused: {code.name}: {reason}" if reason else f"{call.candidates} candidates in {seconds:.3f} s"
         _log.log(level, "%s %r %s", call.method, call.request_id, what, extra={"fields": fields})
+
+
+def _unwanted(deadline: float) -> Exception:
+    """What ends a call that nobody waits for any more."""
+    if time.monotonic() >= deadline - _CLOCKS_APART_S:
+        return TooLateError()
+    return RequestError(grpc.StatusCode.CANCELLED, "nobody waited for the answer any more")
 
 
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}

@@ -28,7 +28,7 @@ class Metrics:
       requests: answered calls, by method and gRPC status.
       candidates: answered candidates, by status ("OK", "INVALID_ARGUMENT", …).
       queue_seconds, compute_seconds: per call, in the queue and with the device (its whole batch).
-      call_seconds: per call, from arrival to answer, picture decoding included.
+      call_seconds: per answered call, from arrival to answer, picture decoding included.
       batch_size: calls per batch.
       encoded, hits: pictures encoded, and calls that found theirs encoded already.
       out_of_memory: batches that a GPU had no memory for.
@@ -40,7 +40,8 @@ class Metrics:
         self.candidates = self._counter("candidates", "Candidates answered", "code")
         self.queue_seconds = self._histogram("queue_seconds", "Seconds that a call waited for a device", _SECONDS)
         self.compute_seconds = self._histogram("compute_seconds", "Seconds that a call's batch took", _SECONDS)
-        self.call_seconds = self._histogram("call_seconds", "Seconds from a call's arrival to its answer", _SECONDS)
+        meaning = "Seconds from an answered call's arrival to its answer"
+        self.call_seconds = self._histogram("call_seconds", meaning, _SECONDS)
         self.batch_size = self._histogram("batch_size", "Calls in a batch", _SIZES)
         self.encoded = self._counter("images_encoded", "Pictures that went through the encoder")
         self.hits = self._counter("cache_hits", "Calls whose picture was encoded already")
@@ -122,4 +123,5 @@ def log_to_stderr(as_json: bool) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if as_json else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
     logging.getLogger("reward_server").setLevel(logging.INFO)

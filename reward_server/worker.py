@@ -21,8 +21,8 @@ class Workers:
     """Threads that take batches from one queue, an engine each.
 
     A worker that meets an error it cannot lay on a request is dead, and the service with it: the queue is closed, all
-    who wait are told (ClosedError), and ``on_death`` is called. So is one whose batch takes longer than
-    ``max_batch_s``: a device that hangs raises nothing.
+    who wait are told (ClosedError), and ``on_death`` is called. So is one that answers nobody of its batch for longer
+    than ``max_batch_s``: a device that hangs raises nothing.
     """
 
     def __init__(
@@ -97,14 +97,19 @@ class Workers:
             self._batcher.finished(batch, time.monotonic() - start)
 
     def _watch(self) -> None:
-        """Ends the service when a batch takes too long."""
+        """Ends the service when a batch gets no further."""
+        # When each batch got as far as it is: its start, and how many of it are answered.
+        reached: dict[Engine, tuple[float, int, float]] = {}
         while not self._ended.wait(self._max_batch_s * _LOOK):
             for engine, (start, batch) in list(self._running.items()):
-                late = time.monotonic() - start > self._max_batch_s
+                answered = sum(ticket.future.done() for ticket in batch)
+                if reached.get(engine, (0.0, 0, 0.0))[:2] != (start, answered):
+                    reached[engine] = start, answered, time.monotonic() if answered else start
+                late = time.monotonic() - reached[engine][2] > self._max_batch_s
                 if late and self._running.pop(engine, None) is not None:
-                    device = engine.segmenter.device
-                    _log.error("%s hangs: a batch of %d takes more than %g s", device, len(batch), self._max_batch_s)
-                    self._die(f"{device} hangs: a batch takes more than {self._max_batch_s:g} s", batch)
+                    device, left = engine.segmenter.device, len(batch) - answered
+                    _log.error("%s hangs: %d of a batch unanswered after %g s", device, left, self._max_batch_s)
+                    self._die(f"{device} hangs: a batch gets no further in {self._max_batch_s:g} s", batch)
 
     def _die(self, reason: str, batch: Sequence[Ticket[Job, Outcome]]) -> None:
         """Takes the service down; who waits for this batch or in the queue is told."""

@@ -16,7 +16,7 @@ from etils import epath
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import complete_steps, locate
 from segzero_jax.compiled import keep_compiled
-from segzero_jax.config import Config, RolloutConfig
+from segzero_jax.config import Config, ConfigError, RolloutConfig
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.mesh import TRAIN, MeshError
 from segzero_jax.model.attention import choose_kernel
@@ -117,7 +117,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         # A run's precision is known only once it is read.
         dtype = compute_dtype(released.model.compute_dtype) if released else jnp.float32
         policy, dims, config = load_policy(name, dtype)
-    except (CheckpointError, MeshError):
+    except (CheckpointError, MeshError, ConfigError):
         raise
     # What Orbax, safetensors and json raise on damaged files, and JAX where a weight does not divide over the mesh.
     except (ValueError, KeyError, OSError) as error:

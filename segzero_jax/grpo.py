@@ -106,11 +106,12 @@ def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
     Returns:
       float32 ``[b, g]``; 0 where the score is missing or fewer than two of the group have one.
     """
+    rewards_bg = np.asarray(rewards_bg, np.float64)
     present = np.isfinite(rewards_bg)
     count = present.sum(axis=1, keepdims=True)
     least = np.min(rewards_bg, axis=1, keepdims=True, where=present, initial=np.inf)
     # Counted from the least, equal rewards are exactly 0: a rounded mean would leave noise for AdamW to blow up.
-    above = np.where(present, rewards_bg - least, 0.0).astype(np.float64)
+    above = np.where(present, rewards_bg - least, 0.0)
     deviation = np.where(present, above - above.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
     if norm_by_std:
         std = np.sqrt((deviation**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))

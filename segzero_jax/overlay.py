@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from segzero_jax.run_lengths import run_lengths
+
 PREDICTION = (38, 120, 220)
 TARGET = (255, 150, 30)
 _CASING = (255, 255, 255)
@@ -88,7 +90,7 @@ def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
       ValueError: the runs do not add up to the size, or the text is not in that encoding.
     """
     height, width, counts = int(rle["height"]), int(rle["width"]), rle["counts"]
-    runs = _runs(counts)
+    runs = run_lengths(counts)
     if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise ValueError(f"mask of {height}x{width}: expected runs of {height * width} pixels, got {sum(runs)}")
     values = np.arange(len(runs)) % 2 == 1
@@ -155,27 +157,6 @@ def _advance(
 
 def _right_of(corner: tuple[int, int], heading: tuple[int, int]) -> tuple[int, int]:
     return corner[0] - heading[1], corner[1] + heading[0]
-
-
-def _runs(counts: str) -> list[int]:
-    """Run lengths from COCO's text: 5 bits a character, low bits first; later runs relative to the one before last."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 40:
-            raise ValueError(f"mask counts: expected COCO's compressed run lengths, got {counts[:40]!r}")
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if bits & 0x20:
-            continue
-        if bits & 0x10:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise ValueError(f"mask counts: cut off in the middle of a number: {counts[-40:]!r}")
-    return runs
 
 
 class _Canvas:

@@ -45,7 +45,7 @@ _WORD = TypeAdapter(_Word)
 
 
 class Patience:
-    """Goes with one wait for scores. Use it as a context manager: what ends the wait in failure saves a checkpoint too.
+    """Goes with waits for scores, one after another. A context manager: what ends one in failure saves a checkpoint.
 
     Silence is the time since the wait began or the last answer came: a service that is merely slow is never given up.
     """
@@ -96,6 +96,10 @@ class Patience:
         if isinstance(error, RewardServerError) and not self._all_know:
             with contextlib.suppress(RewardServerError):
                 self._agree(_Word(save=True, gave_up=str(error), away=isinstance(error, RewardServiceAway)))
+
+    def begin(self) -> None:
+        """Another wait begins: what came before it was no silence."""
+        self._since = self._spoke_s = None
 
     def heard(self) -> None:
         """An answer came."""

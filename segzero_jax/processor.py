@@ -316,7 +316,8 @@ class Processor:
     @property
     def text_identity(self) -> str:
         """Stands for all that ``count_tokens`` depends on."""
-        told = f"{self._tokenizer.to_str()} {self._wording} {self.image_size} {self.vision.patch} {self.vision.merge}"
+        around = f"{_BEFORE} {question_text(self._wording, '')} {_AFTER}"
+        told = f"{self._tokenizer.to_str()} {around} {self.image_size} {self.vision.patch} {self.vision.merge}"
         return hashlib.sha256(told.encode()).hexdigest()
 
     def encode_parts(self, name: str, text: str, images: Sequence[PatchedImage]) -> EncodedPrompt:

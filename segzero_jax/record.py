@@ -17,13 +17,13 @@ from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.grpo import UPDATE_METRICS, advantages
 from segzero_jax.intervals import with_interval
 from segzero_jax.report.evaluations import measure
+from segzero_jax.report.run import ENDS
 from segzero_jax.rewards import component_names, thinks
 from segzero_jax.scoring import Scored, answered_objects, solution
-from segzero_jax.time_account import STEP_TIMES
+from segzero_jax.step_phases import STEP_TIMES
 from segzero_jax.types import Example, Frame, Rollout
 from segzero_jax.watch import ALARMS
 
-_ENDS = 10
 _BATCHES, _GROUPS = "dynamic_sampling/batches", "dynamic_sampling/groups"
 # So many prompts of a step are kept with picture and masks.
 PICTURED_PROMPTS = 1
@@ -225,7 +225,7 @@ def print_summary(run_dir: Path) -> None:
     metrics = jsonl.read(run_dir / "metrics.jsonl")
     scored = [row for row in metrics if row["reward/mean"] is not None]
     # At most half of the steps, so that no step is in both ends.
-    ends = min(_ENDS, len(scored) // 2)
+    ends = min(ENDS, len(scored) // 2)
     if scored:
         parts = (scored[:ends], scored[-ends:]) if ends else (scored,)
         console.print(f"mean reward: {', '.join(map(_mean, parts))}")

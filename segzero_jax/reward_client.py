@@ -55,6 +55,9 @@ _PLAIN = Access()
 class Listener(Protocol):
     """Whoever waits patiently, see ``patience.Patience``."""
 
+    def begin(self) -> None:
+        """A wait begins."""
+
     def heard(self) -> None:
         """An answer came."""
 
@@ -111,6 +114,8 @@ class PendingScores:
         reasons: dict[int, str] = {}  # Why the groups failed last that are still asked for.
         strikes: Counter[int] = Counter()
         heard = False
+        if patience is not None:
+            patience.begin()
         try:
             while len(self._answers) < len(self._requests):
                 try:

@@ -11,13 +11,8 @@ from typing import Any
 import jax
 
 from segzero_jax import jsonl
+from segzero_jax.step_phases import BESIDE, PRODUCTIVE
 
-# What the accelerators do for the policy; goodput is their share of all time.
-PRODUCTIVE = ("rollout", "reference", "update")
-# What every line has the time of, as ``time/<name>``; the last four are computed of the others.
-STEP_TIMES = ("data", *PRODUCTIVE, "reward_wait", "other", "step", "total", "data_share", "goodput")
-# What a run spends beside its steps.
-BESIDE = ("startup", "compile", "checkpoint", "evaluation", "profile", "lost")
 _COMPILING = "/jax/core/compile/"
 
 
@@ -139,6 +134,9 @@ class TimeAccount:
       timer: of this process.
       kept: rows of ``metrics.jsonl`` that this process goes on from.
       removed: rows past them, whose steps are repeated.
+
+    Raises:
+      JsonLinesError: ``clock.json`` is not JSON.
     """
 
     def __init__(
@@ -197,5 +195,8 @@ class TimeAccount:
 def _read(file: Path | None) -> dict[str, Any]:
     if file is None or not file.exists():
         return {"after_step": -1, "ended": False, "seconds": {}}
-    content: dict[str, Any] = json.loads(file.read_bytes())
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise jsonl.JsonLinesError(f"{file}: expected JSON: {error}; delete it, only seconds are lost") from None
     return content

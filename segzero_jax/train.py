@@ -27,6 +27,7 @@ from segzero_jax.file_lock import FolderHeld
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
+from segzero_jax.jsonl import JsonLinesError
 from segzero_jax.keeper import Keeper
 from segzero_jax.mesh import MeshError, make_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, SilentWriter
@@ -81,6 +82,7 @@ USER_ERRORS = (
     CheckpointError,
     FolderHeld,
     MetricsError,
+    JsonLinesError,
     ImageError,
     PromptTooLong,
     RewardServerError,
@@ -254,9 +256,9 @@ def make_evaluation(
 ) -> Evaluation:
     """A function ``(step, rollout weights)`` that evaluates the held-out splits that are missing and writes results.
 
-    While the reward service is away, ``timer`` counts that as waiting for rewards: an evaluation does not hang then.
+    While it waits for the reward service, its phase grows no older for whoever looks at ``timer``: it does not hang.
     """
-    waiting = lambda seconds: timer.move(seconds, "reward_wait")  # noqa: E731
+    waiting = lambda seconds: timer.move(seconds, "evaluation")  # noqa: E731
     config = job.config
     splits = {
         split_label(name): [source[i] for i in source.first(config.eval.examples)]

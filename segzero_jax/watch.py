@@ -18,8 +18,9 @@ from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import WatchConfig
 from segzero_jax.metrics import MetricsWriter, duration
 from segzero_jax.profiling import Profiler
+from segzero_jax.step_phases import BESIDE
 from segzero_jax.terminal import write_line
-from segzero_jax.time_account import BESIDE, CompileClock, PhaseTimer, TimeAccount
+from segzero_jax.time_account import CompileClock, PhaseTimer, TimeAccount
 
 # Exit codes: no update of too many steps in a row was finite; a phase took longer than watch.kill_after_s.
 DIVERGED, HUNG = 5, 6

@@ -1,23 +1,36 @@
 """The benchmarks' two sides compute the same thing, and what they say of hardware is counted right."""
 
+import argparse
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_on_paper, group_cost, learning_phase, reward_server, rollout_speed, trl_step
-from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, side, sides, write
+from benchmarks import (
+    gpu,
+    gpu_on_paper,
+    group_cost,
+    learning_phase,
+    reward_server,
+    rollout_speed,
+    scaling,
+    tpu_on_paper,
+    trl_step,
+)
+from benchmarks.peer_group import SPECIAL, TEXT, VISION, Settings, Shape, Side, Unequal, at_least, side, sides, write
 from benchmarks.reward_requests import picture, prompts
 from reward_server import reward_pb2
 from reward_server.segmenter import Segmenter
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model.dims import Dims, from_hf
+from segzero_jax.plan.phases import PhasePlan
 
 SMALL = Shape(prompt=60, response=12, group=3, image=112)
 
@@ -117,11 +130,47 @@ def test_a_trainer_that_does_less_gets_no_time() -> None:
             trl_step.compare(less, theirs)
 
 
-def test_shared_and_repeated_prompts_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"shared": {"loss": 1.0, "kl": 0.1}, "repeated": {"loss": 1.0, "kl": 0.2}}
+@pytest.mark.parametrize("differs", ["loss", "kl", "grad_norm"])
+def test_shared_and_repeated_prompts_are_compared(differs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that leaves part of the gradient out has the same loss."""
+    same = {"loss": 1.0, "kl": 0.1, "grad_norm": 2.0}
+    rows = {"shared": same, "repeated": same | {differs: 4.0}}
     monkeypatch.setattr(group_cost, "run", lambda shape, layout, dims: rows[layout])
-    with pytest.raises(Unequal, match=r"group 1: kl 0.1 shared, 0.2 repeated"):
+    with pytest.raises(Unequal, match=rf"group 1: {differs} .* shared, 4 repeated"):
         group_cost.measure(dims())
+
+
+def test_too_few_rounds_are_refused_before_anything_is_measured() -> None:
+    assert at_least(3)("3") == 3
+    for text in ("2", "-1", "x", "1.5"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text}: expected a whole number, 3 or more"):
+            at_least(3)(text)
+
+
+def test_a_plan_that_does_not_fit_has_a_line_all_the_same() -> None:
+    fits = PhasePlan("rollout", 1, 1.0, 2.0, 3.0, 6.0, True, 1e12, 1e9, {"all-gather": 1e9}, 0.5, "HBM")
+    over = PhasePlan("update", 1, 0.0, 20.0, 3.0, 23.0, False)
+    plan = {
+        "topology": "v5e:4x4", "mesh": "4x4", "hbm_limit_gib": 15.75, "fits": False, "seconds_per_step": None,
+        "samples_per_second_per_chip": None, "phases": [asdict(fits), asdict(over)],
+    }  # fmt: skip
+    assert scaling.table(plan).splitlines()[-2:] == [
+        "| rollout | 1 | 6.00 | 1 | 1 | 1 | 0.50 | HBM |",
+        "| update | 1 | 23.00 | ? | ? | ? | ? | ? |",
+    ]
+    assert scaling.summary("it", plan) == "| it | v5e:4x4 | 4x4 | 23.00 of 15.75 in update: does not fit | - | - | - |"
+    assert tpu_on_paper.line("it", plan).split() == [
+        "it",
+        "-",
+        "-",
+        "DOES",
+        "NOT",
+        "FIT:",
+        "update",
+        "takes",
+        "23.00",
+        "GiB",
+    ]
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -179,6 +179,8 @@ def test_a_missing_file_says_where_presets_are(tmp_path):
         ("reward.server=", ["reward.server=''", "at least 1 character"]),
         ("train=5", ["train: is a section"]),
         ("train.steps", ["--train.steps: expected --train.steps=value"]),
+        ("train.beta2=1", ["train.beta2=1", "less than 1"]),
+        ("seed=4294967296", ["seed=4294967296", "less than 4294967296"]),
         ("train.batch_size=24", ["train.batch_size=24", "train.micro_batch_size=16"]),
         ("train.mini_batch_size=12", ["train.batch_size=16", "train.mini_batch_size=12"]),
         ("train.mini_batch_size=8", ["train.mini_batch_size=8", "train.micro_batch_size=16"]),

@@ -1,8 +1,10 @@
 """Before the first step: the count of every prompt is the encoder's, and what does not fit or is held out is named."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import question_sources as sources
 from PIL import Image
@@ -11,9 +13,10 @@ from thread_pod import on_hosts
 from segzero_jax import config as configs
 from segzero_jax.config import Config
 from segzero_jax.data import build
-from segzero_jax.data.checks import check_held_out, check_prompts, check_same
+from segzero_jax.data.checks import check_held_out, check_prompts, check_same, counted_once
 from segzero_jax.data.pipeline import DataError, Source, Splits, open_split
 from segzero_jax.processor import Processor, PromptTooLong
+from segzero_jax.prompt import WORDINGS
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.train import open_questions
 
@@ -74,6 +77,26 @@ def test_a_count_is_remembered_by_what_it_depends_on(
         Source("other", "other checksum", source._rows, source._decode, source._places), processor(), tmp_path
     )
     assert counted == ["seg_zero", "toy", "toy"]
+    # A wording is known by its text, not by its name.
+    monkeypatch.setitem(WORDINGS, "seg_zero", WORDINGS["seg_zero"] + " Be brief.")
+    check_prompts(source, processor("seg_zero"), tmp_path)
+    assert counted == ["seg_zero", "toy", "toy", "seg_zero"]
+
+
+def test_a_count_survives_what_happens_to_its_file(tmp_path: Path) -> None:
+    """Damage, and others who count the same at the same time."""
+    path = tmp_path / "counts/name.npy"
+    numbers = np.arange(1000)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(40):
+            found = pool.map(lambda _: counted_once(path, lambda: numbers), range(8))
+            assert all(np.array_equal(one, numbers) for one in found)
+            path.unlink()
+    for damage in (b"", b"\x93NUMPY"):
+        path.write_bytes(damage)
+        assert np.array_equal(counted_once(path, lambda: numbers), numbers)
+        assert np.array_equal(np.load(path), numbers)
+    assert [one.name for one in path.parent.iterdir()] == ["name.npy"]
 
 
 def test_data_where_nobody_may_write_is_counted_each_time(built: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from segzero_jax import asking, export
 from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints, locate
-from segzero_jax.config import Config
+from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import TOY
 from segzero_jax.identity import Identity
@@ -158,6 +158,15 @@ def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
             (out / "segzero_jax.json").write_text(broken)
             with pytest.raises(CheckpointError, match=r"segzero_jax\.json: not what segzero_jax\.export writes"):
                 asking.load(str(out))
+
+
+def test_a_run_of_other_options_is_not_the_mesh_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_policy(*_: object) -> None:
+        raise ConfigError("run/config.yaml: unknown key 'train.of_another_version'")
+
+    monkeypatch.setattr(asking, "load_policy", load_policy)
+    with jax.set_mesh(make_mesh("1x1")), pytest.raises(ConfigError, match=r"unknown key 'train\.of_another_version'"):
+        asking.load("toy")
 
 
 def test_an_earlier_export_is_replaced_whole(run: Path, tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ def test_a_group_without_a_difference_teaches_nothing(rewards):
         assert (advantages(np.array([rewards])) == 0).all()
 
 
+def test_advantages_of_rewards_that_are_whole_numbers():
+    assert np.array_equal(advantages(np.array([[0, 1], [3, 3]])), advantages(np.array([[0.0, 1.0], [3.0, 3.0]])))
+    assert np.array_equal(advantages(np.array([[False, True]])), advantages(np.array([[0.0, 1.0]])))
+
+
 def test_advantages_without_the_spread_of_their_group():
     """Dr. GRPO's: how far a group is spread neither raises nor lowers them."""
     rewards = np.array([[1.0, 4.0, 1.0, math.nan], [5.0, 5.0, 5.0, 5.0]])

@@ -153,7 +153,9 @@ ENTRY %main (x: bf16[4,16,8], y: f32[64,32]) -> f32[64,8] {
   %p = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} copy(%x)
   %q = bf16[8,32]{1,0} copy(%x)
   %scores = f32[4,16,16]{2,1,0:T(8,128)S(1)} fusion(%x, %x), kind=kOutput, calls=%batched
-  %kernel.5 = bf16[2,512,128]{2,1,0} custom-call(%k), custom_call_target="tpu_custom_call", metadata={op_name="f/image"}
+  %kernel.5 = bf16[2,512,128]{2,1,0} custom-call(%k), custom_call_target="tpu_custom_call", attributes={a={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="f/image"}
   %k = bf16[2,512,128]{2,1,0:S(1)} broadcast(%x)
   ROOT %out = f32[64,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
 }

@@ -29,7 +29,7 @@ class Run:
             self.save,
             pod=pod,
             clock=lambda: self.now,
-            count=lambda seconds: self.timer.move(seconds, "reward_wait"),
+            count=lambda seconds: self.timer.move(seconds, "evaluation"),
         )
 
     def save(self) -> bool:
@@ -81,7 +81,18 @@ def test_an_evaluation_that_waits_does_not_hang() -> None:
         run.patience.heard()
         run.now += 3
         run.silent_until(100)
-    assert run.timer.take() == {"evaluation": pytest.approx(12), "reward_wait": pytest.approx(89), "other": 0}
+    assert run.timer.take() == {"evaluation": pytest.approx(101), "other": 0}, "none of it is a step's"
+
+
+def test_what_passes_between_two_waits_is_no_silence() -> None:
+    """A wait may end with a refusal, after which nobody was heard."""
+    run = Run()
+    with run.patience:
+        run.silent_until(90)
+        run.now += 1500  # The policy answers the next questions.
+        run.patience.begin()
+        run.silent_until(run.now - 5 + 401)
+    assert run.saves == [90 + 1 + 1500 + 100]
 
 
 def test_a_short_patience_still_says_and_saves() -> None:

@@ -372,6 +372,9 @@ class TestACheckpoint:
 class Waiter:
     """Patience that is never needed."""
 
+    def begin(self) -> None:
+        pass
+
     def heard(self) -> None:
         pass
 

@@ -212,6 +212,11 @@ class TestLoading:
         broken.write_bytes(checkpoint.read_bytes()[:1000])
         bare = tmp_path / "bare.pt"
         torch.save({"weights": 1}, bare)
+        page, empty, nothing, odd = (tmp_path / f"{name}.pt" for name in ("page", "empty", "nothing", "odd"))
+        page.write_text("<html>Sign in</html>")
+        empty.touch()
+        torch.save({"model": None}, nothing)
+        torch.save({"model": {"a": 1}}, odd)
         toy_config = str(TOY / "config.yaml")
         cases = [
             (("facebook/sam3",), r"'facebook/sam3'.*expected toy"),
@@ -221,7 +226,12 @@ class TestLoading:
             (("toy", "cpu", toy_config), r"only a checkpoint file needs one, model 'toy' is none"),
             (("toy", "cuda:7"), r"device 'cuda:7': expected auto, cpu or a GPU"),
             ((str(broken), "cpu", toy_config), r"broken\.pt: no weights for config\.yaml"),
-            ((str(bare), "cpu", toy_config), r"bare\.pt: no weights for config\.yaml"),
+            ((str(bare), "cpu", toy_config), r"bare\.pt: has no entry 'model'"),
+            ((str(page), "cpu", toy_config), r"page\.pt: 20 bytes, not a PyTorch checkpoint"),
+            ((str(empty), "cpu", toy_config), r"empty\.pt: 0 bytes, not a PyTorch checkpoint"),
+            ((str(nothing), "cpu", toy_config), r"nothing\.pt: no weights for config\.yaml"),
+            ((str(odd), "cpu", toy_config), r"odd\.pt: no weights for config\.yaml"),
+            ((toy_config, "cpu", str(checkpoint)), r"mine\.pt: not the configuration of a SAM 2"),
         ]
         for arguments, reason in cases:
             with pytest.raises(ModelError, match=reason) as refused:

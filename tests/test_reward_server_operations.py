@@ -17,6 +17,8 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -102,17 +104,53 @@ class TestHealth:
                 with pytest.raises(grpc.RpcError) as refused:
                     call.result()
                 assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-                assert "cpu hangs: a batch takes more than 0.5 s" in refused.value.details()
+                assert "cpu hangs: a batch gets no further in 0.5 s" in refused.value.details()
             assert health(channel) == [NOT_SERVING, NOT_SERVING]
-            assert "cpu hangs: a batch of 1 takes more than 0.5 s" in caplog.text
+            assert "cpu hangs: 1 of a batch unanswered after 0.5 s" in caplog.text
             wake.set()  # An answer that comes too late is nobody's any more, and wakes nothing.
             assert health(channel) == [NOT_SERVING, NOT_SERVING]
+
+    def test_goes_on_as_long_as_a_batch_gets_further(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Four requests of one batch in 0.4 s each, where nobody may wait more than 1 s for the next answer."""
+        segmenter = Segmenter.load("toy", "cpu")
+        settings = Settings(max_batch_s=1.0, max_batch=4, max_delay_s=2.0)
+        with serving(settings, [segmenter]) as (server, stub), grpc.insecure_channel(server.address) as channel:
+            decode, sizes = segmenter.decode, []
+            monkeypatch.setattr(segmenter, "decode", lambda *given: time.sleep(0.4) or decode(*given))
+            calls = [stub.Score.future(group_request(index), timeout=60) for index in range(4)]
+            sizes = [call.result().target_area > 0 for call in calls]
+            assert sizes == [True] * 4
+            assert server.metrics.registry.get_sample_value("segzero_reward_batch_size_sum") == 4
+            assert server.metrics.registry.get_sample_value("segzero_reward_batch_size_count") == 1
+            assert health(channel) == [SERVING, SERVING]
+
+    def test_outlives_watchers_that_come_and_go(self) -> None:
+        """Every client watches. In one process of its own, which a server that hangs does not take along."""
+        with running(["--model", "toy", "--port", "0"]) as child:
+            address = json.loads(child.stdout.readline())["listening"]
+            asked = health_pb2.HealthCheckRequest()
+
+            def come_and_go(_: int) -> int:
+                for _ in range(60):
+                    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                        watch = health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=20)
+                        assert next(watch).status == SERVING
+                        watch.cancel()
+                return 1
+
+            with ThreadPoolExecutor(8) as pool:
+                assert sum(pool.map(come_and_go, range(8))) == 8
+            with grpc.insecure_channel(address) as channel:
+                until_ready(channel)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(timeout=30) == 0
 
     def test_of_a_port_that_is_taken(self) -> None:
         server = RewardServer()
         try:
             host, _, port = server.address.partition(":")
-            with pytest.raises(OSError, match=f"cannot listen on {server.address}"):
+            taken = f"cannot listen on {server.address}: Address already in use; port 0 picks a free one"
+            with pytest.raises(OSError, match=taken):
                 RewardServer(Settings(host=host, port=int(port)))
             with pytest.raises(OSError, match=f"cannot listen on {server.address} for metrics: Address already in use"):
                 RewardServer(Settings(host=host, port=0, metrics_port=int(port)))
@@ -144,7 +182,7 @@ class TestMetrics:
             "cache_hits_total": 1,
             "queue_seconds_count": 2,
             "compute_seconds_count": 2,
-            "call_seconds_count": 3,
+            "call_seconds_count": 2,
             'batch_size_bucket{le="1.0"}': 2,
             "out_of_memory_total": 0,
             "queue_depth": 0,
@@ -291,7 +329,13 @@ class TestCommand:
         [
             (["--port", "x"], "reward_server: argument --port: invalid int value: 'x'"),
             (["--max-batch", "0"], "reward_server: --max-batch=0: expected 1 to 256"),
-            (["--drain-seconds", "nan"], "reward_server: --drain-seconds=nan: expected 0 or more"),
+            (["--drain-seconds", "nan"], "reward_server: --drain-seconds=nan: expected 0 to 86400"),
+            (["--max-batch-seconds", "inf"], "reward_server: --max-batch-seconds=inf: expected 1 to 86400"),
+            (["--host", "no.such.invalid"], "reward_server: --host=no.such.invalid: no address of that name"),
+            (
+                ["--host", "192.0.2.1", "--insecure", "--port", "0"],
+                "reward_server: cannot listen on 192.0.2.1:0: Cannot assign requested address",
+            ),
             (["--host", "0.0.0.0"], "reward_server: --host=0.0.0.0: reachable by others and without TLS"),
             (["--token-file", "/nowhere"], "reward_server: --token-file=/nowhere: cannot be read"),
             (["--tls-cert", "/nowhere"], "reward_server: --tls-cert and --tls-key: one is given"),
@@ -303,6 +347,17 @@ class TestCommand:
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(reason)
         assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize("after_s", [0.0, 0.3, 0.7, 1.5, 2.5])
+    def test_ends_with_0_whenever_it_is_told_to(self, after_s: float) -> None:
+        """While its libraries are imported, which may catch what a signal raises, and while its model is loaded."""
+        with running(["--model", "toy", "--port", "0"]) as child:
+            status = Path(f"/proc/{child.pid}/status")
+            while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1:
+                time.sleep(0.005)
+            time.sleep(after_s)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(timeout=30) == 0
 
 
 @contextlib.contextmanager
@@ -332,6 +387,35 @@ def test_every_flag_is_in_the_manual() -> None:
     flags = set(re.findall(r"--[a-z-]+", shown.stdout)) - {"--help"}
     manual = (Path(__file__).parent.parent / "docs" / "reward_server.md").read_text()
     assert {flag for flag in flags if f"`{flag}" not in manual} == set()
+
+
+def test_calls_that_nobody_waits_for_leave_the_queue_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled while another picture is decoded; and so does a server that stops, with calls in the same place."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    begun, go_on, decode = [], threading.Event(), validation.decode_image
+    monkeypatch.setattr(validation, "decode_image", lambda data: begun.append(1) or (go_on.wait(60) and decode(data)))
+
+    def until(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    with serving(Settings(metrics_port=0, drain_s=0.5)) as (server, stub):
+        depth = lambda: server.metrics.registry.get_sample_value("segzero_reward_queue_depth")  # noqa: E731
+        calls = [stub.Score.future(group_request(i), timeout=60) for i in range(8)]
+        until(lambda: depth() == 8)
+        for call in calls:
+            call.cancel()
+        until(lambda: depth() == 1)
+        more = [stub.Score.future(group_request(i), timeout=60) for i in range(8)]
+        until(lambda: depth() == 9)
+        # The one picture goes on for as long as the others are given.
+        threading.Timer(1.5, go_on.set).start()
+        server.stop()
+        assert {call.exception().code() for call in more} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+        until(lambda: depth() == 0)
+    assert len(begun) == 1
 
 
 def test_a_burst_leaves_a_core_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from segzero_jax import train
+from segzero_jax.jsonl import JsonLinesError
 from segzero_jax.time_account import CompileClock, PhaseTimer, TimeAccount
 
 
@@ -214,3 +216,13 @@ def test_a_finished_run_that_goes_on_has_lost_nothing(tmp_path, timer, clock):
     assert "time/lost" not in line
     assert (line["time/evaluation"], line["time/checkpoint"], line["time/startup"]) == (20.0, 1.0, 1.0)
     assert line["time/total"] == 27.0
+
+
+def test_a_clock_that_is_no_json_is_one_line(tmp_path, timer):
+    (tmp_path / "clock.json").write_text("<<<<<<< HEAD")
+    with pytest.raises(JsonLinesError, match=r"clock\.json: expected JSON: .*; delete it, only seconds are lost"):
+        TimeAccount(tmp_path, timer, [], [])
+
+
+def test_what_somebody_did_to_a_file_of_a_run_is_told_in_one_line():
+    assert JsonLinesError in train.USER_ERRORS

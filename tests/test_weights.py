@@ -258,6 +258,15 @@ def test_shards_stay_below_their_limit_and_are_indexed(tmp_path: Path, saved: Pa
         assert same(rounded, wanted)
 
 
+def test_a_directory_in_the_home_folder_is_there(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, _ = load_hf(saved)
+        assert save_hf(policy, DIMS, "~/policy") == [tmp_path / "policy/model.safetensors"]
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_rewritten_directory_holds_nothing_of_the_old_weights(tmp_path: Path, saved: Path) -> None:
     """From several files with an index to one, and back; a policy that is still mapped to the old files stays."""
     out = tmp_path / "out"

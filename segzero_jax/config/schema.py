@@ -25,6 +25,9 @@ QUESTION = "{question}"
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+# Of random numbers: JAX takes 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -241,8 +244,8 @@ class TrainConfig:
     warmup_steps: Count = 0
     lr_decay: Literal["none", "linear", "cosine"] = "none"
     decay_steps: Count = 0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
     weight_decay: NonNegative = 1e-2
     max_grad_norm: Above0 = 1.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -307,7 +310,7 @@ class Config:
       mesh: 4x4 is fsdp x tensor, 2x4x4 data x fsdp x tensor.
     """
 
-    seed: Count = 0
+    seed: Seed = 0
     mesh: Text = "1x1"
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import io
+import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -82,11 +84,16 @@ def _counts(source: Source, processor: Processor, cache: Path) -> np.ndarray:
 def counted_once(path: Path, count: Callable[[], np.ndarray]) -> np.ndarray:
     """What ``count`` returns, kept in a file for the next time; its name stands for what is counted."""
     if path.is_file():
-        return np.load(path)
+        # A damaged file is written anew.
+        with contextlib.suppress(ValueError, EOFError):
+            return np.load(path)
     counts = count()
     content = io.BytesIO()
     np.save(content, counts)
     with contextlib.suppress(OSError):  # Data may lie where nobody may write; then they are counted each time.
         path.parent.mkdir(exist_ok=True)
-        jsonl.replace(path, content.getvalue())
+        # Several processes may count the same at once: each writes a file of its own.
+        mine = path.with_suffix(f".{secrets.token_hex(4)}.npy")
+        jsonl.replace(mine, content.getvalue())
+        os.replace(mine, path)
     return counts

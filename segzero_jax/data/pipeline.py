@@ -88,9 +88,9 @@ class Source(Sequence[Example]):
             return list(range(min(count, len(self))))
         before: Counter[str] = Counter()
         rounds = []
-        for example, picture in zip(index["id"].to_pylist(), index["image_id"].to_pylist(), strict=True):
-            rounds.append(before[picture or example])
-            before[picture or example] += 1
+        for picture in index["image_id"].to_pylist():
+            rounds.append(before[picture])
+            before[picture] += 1
         return np.argsort(rounds, kind="stable")[:count].tolist()
 
     def object_counts(self) -> np.ndarray:

@@ -91,11 +91,6 @@ def _by_key_head(q_bgtnh: jax.Array, kv_heads: int) -> jax.Array:
     return by_head * jnp.asarray(h**-0.5, q_bgtnh.dtype)
 
 
-def causal_mask(length: int) -> jax.Array:
-    """Bool ``[1, 1, length, length]``: a query sees itself and what came before."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
-
-
 class Stream(NamedTuple):
     """How many tokens of a stream are prompt, how many responses follow, and how long each is (static)."""
 

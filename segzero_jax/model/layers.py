@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from segzero_jax.types import Array
 
 T = TypeVar("T")
-Initializer = Callable[[jax.Array, tuple[int, ...], PartitionSpec], jax.Array]
 
 
 def normal_param(key: jax.Array, shape: tuple[int, ...], spec: PartitionSpec, scale: float = 0.02) -> nnx.Param:

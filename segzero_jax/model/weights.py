@@ -309,7 +309,7 @@ def save_hf(
     Returns:
       The files written; none in other processes than the first.
     """
-    directory, dtype = Path(directory), np.dtype(dtype)
+    directory, dtype = Path(directory).expanduser(), np.dtype(dtype)
     sizes, tensors = _in_files(policy, dims, dtype)
     written = []
     if jax.process_index() == 0:

@@ -77,7 +77,8 @@ def read_computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     current: dict[str, Instruction] | None = None
-    for line in text.splitlines():
+    # A kernel's own remarks are JSON with line ends in the middle of an instruction.
+    for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():
         header = _COMPUTATION.match(line)
         if header:
             current = computations.setdefault(header[2], {})

@@ -33,7 +33,7 @@ class PhasePlan:
       fits: whether that is within the chip's limit.
       flops, bytes: of matrix products; of main memory. None where the program could not be compiled.
       collective_bytes: sent over the links, by kind.
-      seconds: the longest of computing, memory and links.
+      seconds: the longest of computing, memory and links, each axis of the mesh with a link of its own.
       bound: which of them that is.
     """
 
@@ -153,9 +153,10 @@ def kernel_flops(kernel: Kernel, attention: Mapping[tuple[bool, int], int]) -> f
     """FLOPs of a splash attention call: its forward pass is 2 matrix products a block, its backward passes 3 and 4."""
     products = next((n for name, n in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name in kernel.name), None)
     image = IMAGE_SCOPE in kernel.scope
-    queries = next(shape for shape in kernel.shapes if len(shape) >= 3 and (image, shape[-2]) in attention)
-    if products is None:
-        raise PlanError(f"kernel {kernel.name}: expected one of splash attention's")
+    known = (shape for shape in kernel.shapes if len(shape) >= 3 and (image, shape[-2]) in attention)
+    queries = next(known, None)
+    if products is None or queries is None:
+        raise PlanError(f"kernel {kernel.name} of {kernel.scope}: expected splash attention of {list(attention)}")
     return kernel.calls * 2.0 * products * math.prod(queries[:-2]) * attention[image, queries[-2]] * queries[-1]
 
 

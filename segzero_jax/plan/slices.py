@@ -24,8 +24,8 @@ class Chip:
       hbm_gib: what the compiler lets a program use.
       flops: bfloat16, per second.
       hbm: bytes per second.
-      link: bytes per second one way over one of the chip's links. A mesh axis is taken to have one link each way, as at
-        the end of a row; a ring that closes has two.
+      link: bytes per second one way over one of the chip's links. Each mesh axis is taken to have one link each way, as
+        at the end of a row; a ring that closes has two.
     """
 
     hbm_gib: float

@@ -14,7 +14,7 @@ from PIL import Image
 from segzero_jax import jsonl, overlay, rewards
 
 _TIERED = rewards.maximum("vision_reasoner", 1.0, "tiered") - rewards.maximum("vision_reasoner")
-_WINDOW = 10  # steps at either end that are compared
+ENDS = 10  # steps at either end that are compared
 
 
 class RunError(ValueError):
@@ -176,7 +176,7 @@ def ends(values: Sequence[float | None]) -> Ends | None:
     measured = [value for value in values if value is not None]
     if not measured:
         return None
-    window = max(1, min(_WINDOW, len(measured) // 2))
+    window = max(1, min(ENDS, len(measured) // 2))
     first, last = measured[:window], measured[-window:]
     return Ends(window, float(np.mean(first)), float(np.mean(last)), _standard_error(first), _standard_error(last))
 

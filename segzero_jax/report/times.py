@@ -10,11 +10,10 @@ from segzero_jax.report.charts import Series, Size
 from segzero_jax.report.curves import figure, wrap
 from segzero_jax.report.markup import label, show, text
 from segzero_jax.report.run import Run
+from segzero_jax.step_phases import BESIDE, PRODUCTIVE
 
-# In the order of the bar: what teaches the policy, what a step waits for, what a run spends beside its steps.
-_PRODUCTIVE = ("rollout", "reference", "update")
+# What a step waits for, in the order of the bar, where it stands between PRODUCTIVE and BESIDE.
 _WAITING = ("reward_wait", "data", "other")
-_BESIDE = ("startup", "compile", "evaluation", "checkpoint", "profile", "lost")
 _SUMS = ("step", "total", "goodput", "data_share")
 _NAMES = {
     "reward_wait": "waiting for rewards",
@@ -38,12 +37,12 @@ def time_section(run: Run) -> str:
         share, kind = seconds / total, _kind(name, index)
         inside = f"{_name(name)} {share:.0%}" if share >= _NAMED_SHARE else ""
         bar.append(f'<i class="{kind}" style="flex:{share:.4f}" title="{_name(name)} {share:.1%}">{inside}</i>')
-        each = "" if name in _BESIDE else f"{seconds / count:.2f} s"
+        each = "" if name in BESIDE else f"{seconds / count:.2f} s"
         rows.append(
             f'<tr><td><i class="swatch {kind}"></i>{_name(name)}</td>'
             f"<td>{duration(seconds)}</td><td>{share:.1%}</td><td>{each}</td></tr>"
         )
-    steps = {name: seconds for name, seconds in spent.items() if name not in _BESIDE}
+    steps = {name: seconds for name, seconds in spent.items() if name not in BESIDE}
     table = (
         '<table><tr><th class="text">phase</th><th>in all</th><th>share</th><th>a step</th></tr>'
         f"{''.join(rows)}<tr><td>in all</td><td>{duration(total)}</td><td></td>"
@@ -70,13 +69,13 @@ def _spent(run: Run) -> dict[str, float]:
                 found[name] = found.get(name, 0.0) + value
     for name, seconds in run.after_last_line.items():
         found[name] = found.get(name, 0.0) + seconds
-    first, last = [*_PRODUCTIVE, *_WAITING], list(_BESIDE)
+    first, last = [*PRODUCTIVE, *_WAITING], list(BESIDE)
     order = [*first, *(name for name in found if name not in first + last), *last]
     return {name: found[name] for name in order if found.get(name)}
 
 
 def _note(spent: Mapping[str, float], steps: Mapping[str, float], total: float) -> str:
-    productive = sum(spent.get(name, 0.0) for name in _PRODUCTIVE)
+    productive = sum(spent.get(name, 0.0) for name in PRODUCTIVE)
     data = spent.get("data", 0.0) / sum(steps.values()) if steps else 0.0
     lost = f" Restarts cost {duration(spent['lost'])} of work that had to be done again." if "lost" in spent else ""
     return (
@@ -96,7 +95,7 @@ def _step_chart(run: Run, names: Sequence[str]) -> str:
 
 
 def _kind(name: str, index: int) -> str:
-    return f"beside b{_BESIDE.index(name)}" if name in _BESIDE else f"l{index}"
+    return f"beside b{BESIDE.index(name)}" if name in BESIDE else f"l{index}"
 
 
 def _name(name: str) -> str:

@@ -48,6 +48,9 @@ class Waiter:
         self.heard_count = self.silent_count = 0
         self.answered = threading.Event()
 
+    def begin(self) -> None:
+        pass
+
     def heard(self) -> None:
         self.heard_count += 1
         self.answered.set()

@@ -29,6 +29,7 @@ from segzero_jax.data.forms.form import (
 )
 from segzero_jax.data.targets import target_object
 from segzero_jax.data.unusable import Unusable, kind_of
+from segzero_jax.run_lengths import run_lengths
 from segzero_jax.types import Frame, ObjectPrompt
 
 # Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
@@ -76,7 +77,13 @@ def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
         compressed = {"size": size, "counts": counts}
     elif isinstance(counts, str | bytes):
         encoded = counts.encode() if isinstance(counts, str) else counts
-        total = sum(_decompressed(encoded))
+        try:
+            runs = run_lengths(encoded.decode("latin-1"))
+        except ValueError as error:
+            raise Unusable(NO_SEGMENTATION, str(error)) from None
+        if min(runs, default=0) < 0:
+            raise Unusable(NO_SEGMENTATION, f"run lengths {encoded[:80]!r}: expected none below 0")
+        total = sum(runs)
         compressed = {"size": size, "counts": encoded}
     else:
         raise Unusable(NO_SEGMENTATION, f"counts {str(counts)[:80]}: expected run lengths")
@@ -84,32 +91,6 @@ def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
         kind = "run lengths of another size than the picture"
         raise Unusable(kind, f"run lengths for {total} pixels, expected the picture's {frame.height * frame.width}")
     return coco.frPyObjects(compressed, frame.height, frame.width) if isinstance(counts, list) else compressed
-
-
-def _decompressed(counts: bytes) -> list[int]:
-    """Run lengths from COCO's text: base 32 from 48 on, low digits first, from the third on less the last but one.
-
-    Source: cocodataset/cocoapi, ``common/maskApi.c``, rleFrString.
-    """
-    runs: list[int] = []
-    value = digits = 0
-    for character in counts:
-        digit = character - 48
-        if not 0 <= digit < 64:
-            raise Unusable(NO_SEGMENTATION, f"run lengths {counts[:80]!r}: expected characters from 0 to o")
-        value |= (digit & 31) << 5 * digits
-        digits += 1
-        if digit & 32:
-            continue
-        if digit & 16:
-            value -= 1 << 5 * digits
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        if runs[-1] < 0:
-            raise Unusable(NO_SEGMENTATION, f"run lengths {counts[:80]!r}: expected none below 0")
-        value = digits = 0
-    if digits:
-        raise Unusable(NO_SEGMENTATION, f"run lengths {counts[:80]!r}: expected an end")
-    return runs
 
 
 class _Boxed(NamedTuple):

@@ -57,7 +57,7 @@ class HubParquet:
                 for group in range(file.num_row_groups):
                     rows = file.read_row_group(group, columns=columns)
                     groups[split].append((path, group, rows.num_rows))
-                    names[split] += _names(self.name, split, rows, len(names[split]))
+                    names[split] += _names(split, rows, len(names[split]))
         parts: dict[str, list[Part]] = {}
         for split, found in groups.items():
             ids = iter(unique(names[split]))
@@ -212,7 +212,7 @@ _TYPES: Mapping[str, tuple[str, Callable[[pa.DataType], bool]]] = {
 }
 
 
-def _names(name: str, split: str, rows: pa.Table, start: int) -> list[str]:
+def _names(split: str, rows: pa.Table, start: int) -> list[str]:
     if "id" in rows.column_names:
         return [str(value) for value in rows["id"].to_pylist()]
     if "image_id" in rows.column_names:
