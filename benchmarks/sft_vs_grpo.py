@@ -32,6 +32,7 @@ from segzero_jax.evaluate.evaluator import Evaluator, How, open_questions
 from segzero_jax.evaluate.results import write_results
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
+from segzero_jax.intervals import with_interval
 from segzero_jax.job import Job, prepare
 from segzero_jax.mesh import make_mesh, prepare_cpu
 from segzero_jax.model.logprobs import response_logps
@@ -171,7 +172,7 @@ def table(results: list[dict[str, Any]], methods: dict[str, dict[int | None, str
     for method, checkpoints in methods.items():
         for seed, checkpoint in checkpoints.items():
             cells = [found[checkpoint, split] for split in SPLITS]
-            numbers = (f"{one['giou']:.3f} [{one['giou_low']:.3f}, {one['giou_high']:.3f}]" for one in cells)
+            numbers = (with_interval(one, "giou") for one in cells)
             lines.append(f"| {method} | {'' if seed is None else seed} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ def _access(args: argparse.Namespace) -> "Access":
 
 
 def _serve(args: argparse.Namespace, access: "Access") -> None:
-    """Serves until a signal raises out of it; announces the addresses as one line of JSON on standard output."""
+    """Serves until a signal has come; announces the addresses as one line of JSON on standard output."""
     from reward_server.segmenter import Segmenter
     from reward_server.server import RewardServer, Settings
 
@@ -227,6 +227,9 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     """
     if not any(server.serves for server in _servers):
         os._exit(0)
+    # Python itself forgets this handler at its very end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _signals.append(number)
 
 

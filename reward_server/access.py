@@ -61,7 +61,7 @@ class Access:
         )
 
     def check_address(self, host: str) -> None:
-        """Raises AccessError where others could listen in, unless that is allowed."""
+        """Raises AccessError where others could listen in, unless that is allowed, and of a name without an address."""
         if self.tls is None and not self.insecure and not _is_loopback(host):
             raise AccessError(
                 f"--host={host}: reachable by others and without TLS: give --tls-cert and --tls-key, "
@@ -126,7 +126,10 @@ def _no_passphrase() -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a name or address, IPv6 in brackets or not, is this machine's own and nobody else's way in."""
+    """Whether a name or address, IPv6 in brackets or not, is this machine's own and nobody else's way in.
+
+    Raises AccessError: the name has no address.
+    """
     try:
         found = socket.getaddrinfo(host.strip("[]"), None)
     except OSError as error:

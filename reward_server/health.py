@@ -8,8 +8,9 @@ from typing import Any
 
 from grpc_health.v1 import health
 
-# Calls whose request is still on its way hold the threads that they will be answered in. Probes must not wait for them.
-_THREADS = ThreadPoolExecutor(16, thread_name_prefix="health")
+# Calls whose request is still on its way hold the threads that they will be answered in. Probes must not wait for them,
+# and those of strangers who send nothing should be many. Threads are started when they are needed.
+_THREADS = ThreadPoolExecutor(256, thread_name_prefix="health")
 
 
 class HealthServicer(health.HealthServicer):

@@ -60,7 +60,7 @@ class Settings:
       max_batch: requests that go to a device together, and pictures that are encoded together.
       max_delay_s: how long the first request of an incomplete batch waits for others.
       max_queue: requests at most that wait for a device or are prepared for it; the next one is refused.
-      max_batch_s: a batch that takes longer means that its device hangs: the server is dead.
+      max_batch_s: a batch of which nobody is answered for so long means that its device hangs: the server is dead.
       cache_bytes: embeddings kept per device.
       drain_s: how long calls in flight may take to finish once the server stops.
       reflection: tell callers what the proto says.
@@ -202,15 +202,21 @@ def _check_alike(segmenters: Sequence[Segmenter]) -> None:
 
 
 def _cannot_bind(host: str, port: int) -> str:
-    """Why nobody can listen there, which gRPC does not say."""
+    """Why nobody can listen there, which gRPC does not say; of several addresses first that one is taken."""
+    problems: list[OSError] = []
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        addresses, problems = [], [error]
+    for family, kind, protocol, _, address in addresses:
+        try:
             with socket.socket(family, kind, protocol) as one:
                 one.bind(address)
-    except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        return f"{error.strerror or error}" + ("; port 0 picks a free one" if taken else "")
-    return "gRPC's own line says why"
+        except OSError as error:
+            problems.append(error)
+    if taken := next((error for error in problems if error.errno == errno.EADDRINUSE), None):
+        return f"{taken.strerror}; port 0 picks a free one"
+    return problems[0].strerror or str(problems[0]) if problems else "gRPC's own line says why"
 
 
 def _nothing() -> None:

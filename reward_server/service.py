@@ -5,7 +5,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, NoReturn, TypeVar
@@ -50,6 +52,39 @@ class _Call:
     compute_s: float = 0.0
 
 
+class _Turns:
+    """So many at a time, in order of arrival; who is not wanted any more leaves without a turn."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: deque[threading.Event] = deque()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, wanted: Callable[[], bool]) -> Iterator[bool]:
+        """Waits for a turn and keeps it within; gives whether it is still wanted, and no turn where it is not."""
+        mine = threading.Event()
+        with self._lock:
+            self._waiting.append(mine)
+            self._go_on()
+        while not mine.wait(_LOOK_S) and wanted():
+            pass
+        try:
+            yield wanted()
+        finally:
+            with self._lock:
+                if mine.is_set():
+                    self._free += 1
+                else:
+                    self._waiting.remove(mine)
+                self._go_on()
+
+    def _go_on(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._waiting.popleft().set()
+
+
 class RewardService(reward_pb2_grpc.RewardServiceServicer):
     """The three calls of reward.proto. Until ``ready`` is called, only GetInfo answers."""
 
@@ -59,7 +94,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self._workers: Workers | None = None
         self._checkpoint = self._dtype = ""
         # A burst of calls would otherwise take the cores from the threads that run the models.
-        self._preparing = threading.BoundedSemaphore(max(1, len(os.sched_getaffinity(0)) - 1))
+        self._turns = _Turns(max(1, len(os.sched_getaffinity(0)) - 1))
 
     def ready(self, workers: Workers) -> None:
         """Serves with these workers from now on."""
@@ -127,11 +162,10 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         # A place comes before the picture: an overloaded server should not spend its time on decoding, and those that
         # wait for it would otherwise take all threads.
         with self._batcher.reserve(deadline):
-            self._take_turn(context, deadline)
-            try:
+            with self._turns.taken(context.is_active) as wanted:
+                if not wanted:
+                    raise _unwanted(deadline)
                 job, statuses = job_from(request, self._workers.find)
-            finally:
-                self._preparing.release()
             ticket = self._batcher.submit(job, deadline, reserved=True)
         self._wait(ticket, context)
         now = time.monotonic()
@@ -146,15 +180,6 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             if not math.isfinite(score):
                 statuses[i] = status(grpc.StatusCode.INTERNAL, f"SAM 2 gave the score {score}")
         return statuses, outcome
-
-    def _take_turn(self, context: grpc.ServicerContext, deadline: float) -> None:
-        """Waits until a picture may be decoded; to be released. Raises TooLateError or RequestError: nobody waits."""
-        while not self._preparing.acquire(timeout=_LOOK_S):
-            if not context.is_active():
-                raise _unwanted(deadline)
-        if not context.is_active():
-            self._preparing.release()
-            raise _unwanted(deadline)
 
     @staticmethod
     def _wait(ticket: Ticket[Job, Outcome], context: grpc.ServicerContext) -> None:
@@ -186,7 +211,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         seconds = time.monotonic() - call.start
         self._metrics.requests.labels(call.method, code.name).inc()
         if code is grpc.StatusCode.OK:
-            # Refusals take no time: under load they would make calls look quicker.
+            # Quick refusals would make a server under load look quick; calls that were too late are among the requests.
             self._metrics.call_seconds.observe(seconds)
         fields: dict[str, Any] = {
             "method": call.method,

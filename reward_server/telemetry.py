@@ -25,10 +25,10 @@ class Metrics:
     """The numbers of one server, in a registry of its own.
 
     Attributes:
-      requests: answered calls, by method and gRPC status.
+      requests: calls that have ended, by method and gRPC status.
       candidates: answered candidates, by status ("OK", "INVALID_ARGUMENT", …).
       queue_seconds, compute_seconds: per call, in the queue and with the device (its whole batch).
-      call_seconds: per answered call, from arrival to answer, picture decoding included.
+      call_seconds: per call that ended with OK, from arrival to answer, picture decoding included.
       batch_size: calls per batch.
       encoded, hits: pictures encoded, and calls that found theirs encoded already.
       out_of_memory: batches that a GPU had no memory for.

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+from segzero_jax.config import QUESTION
 from segzero_jax.decoding import UNDECODABLE, cause
 from segzero_jax.hub import model_directory
 from segzero_jax.prompt import question_text
@@ -316,7 +317,7 @@ class Processor:
     @property
     def text_identity(self) -> str:
         """Stands for all that ``count_tokens`` depends on."""
-        around = f"{_BEFORE} {question_text(self._wording, '')} {_AFTER}"
+        around = f"{_BEFORE} {question_text(self._wording, QUESTION)} {_AFTER}"
         told = f"{self._tokenizer.to_str()} {around} {self.image_size} {self.vision.patch} {self.vision.merge}"
         return hashlib.sha256(told.encode()).hexdigest()
 

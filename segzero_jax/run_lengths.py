@@ -25,5 +25,5 @@ def run_lengths(counts: str) -> list[int]:
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value = shift = 0
     if shift:
-        raise ValueError(f"mask counts: cut off in the middle of a number: {counts[-40:]!r}")
+        raise ValueError(f"mask counts: expected an end, cut off in the middle of a number: {counts[-40:]!r}")
     return runs

@@ -31,7 +31,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from sam_calls import candidate, group_request, image_message, request_for, scene, serving
 
-from reward_server import reward_pb2, reward_pb2_grpc, validation
+from reward_server import reward_pb2, reward_pb2_grpc, service, validation
 from reward_server.segmenter import TOY, ModelError, Prompt, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
 from reward_server.telemetry import JsonLines, Metrics
@@ -111,15 +111,14 @@ class TestHealth:
             assert health(channel) == [NOT_SERVING, NOT_SERVING]
 
     def test_goes_on_as_long_as_a_batch_gets_further(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Four requests of one batch in 0.4 s each, where nobody may wait more than 1 s for the next answer."""
+        """Four requests of one batch in a second each, where nobody may wait more than 3 s for the next answer."""
         segmenter = Segmenter.load("toy", "cpu")
-        settings = Settings(max_batch_s=1.0, max_batch=4, max_delay_s=2.0)
+        settings = Settings(max_batch_s=3.0, max_batch=4, max_delay_s=30.0)
         with serving(settings, [segmenter]) as (server, stub), grpc.insecure_channel(server.address) as channel:
-            decode, sizes = segmenter.decode, []
-            monkeypatch.setattr(segmenter, "decode", lambda *given: time.sleep(0.4) or decode(*given))
+            decode = segmenter.decode
+            monkeypatch.setattr(segmenter, "decode", lambda *given: time.sleep(1.0) or decode(*given))
             calls = [stub.Score.future(group_request(index), timeout=60) for index in range(4)]
-            sizes = [call.result().target_area > 0 for call in calls]
-            assert sizes == [True] * 4
+            assert [call.result().target_area > 0 for call in calls] == [True] * 4
             assert server.metrics.registry.get_sample_value("segzero_reward_batch_size_sum") == 4
             assert server.metrics.registry.get_sample_value("segzero_reward_batch_size_count") == 1
             assert health(channel) == [SERVING, SERVING]
@@ -354,6 +353,7 @@ class TestCommand:
         with running(["--model", "toy", "--port", "0"]) as child:
             status = Path(f"/proc/{child.pid}/status")
             while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1:
+                assert child.poll() is None
                 time.sleep(0.005)
             time.sleep(after_s)
             child.send_signal(signal.SIGTERM)
@@ -404,7 +404,7 @@ def test_calls_that_nobody_waits_for_leave_the_queue_undecoded(monkeypatch: pyte
     with serving(Settings(metrics_port=0, drain_s=0.5)) as (server, stub):
         depth = lambda: server.metrics.registry.get_sample_value("segzero_reward_queue_depth")  # noqa: E731
         calls = [stub.Score.future(group_request(i), timeout=60) for i in range(8)]
-        until(lambda: depth() == 8)
+        until(lambda: depth() == 8 and bool(begun))
         for call in calls:
             call.cancel()
         until(lambda: depth() == 1)
@@ -416,6 +416,29 @@ def test_calls_that_nobody_waits_for_leave_the_queue_undecoded(monkeypatch: pyte
         assert {call.exception().code() for call in more} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
         until(lambda: depth() == 0)
     assert len(begun) == 1
+
+
+def test_pictures_are_decoded_in_the_order_of_their_calls() -> None:
+    """Whoever has looked in vain whether it is still wanted keeps its place; who is not leaves, and holds nobody up."""
+    turns, order = service._Turns(1), []
+
+    def take(number: int) -> None:
+        with turns.taken(lambda: number != 5) as wanted:
+            order.append((number, wanted))
+
+    with turns.taken(lambda: True) as wanted:
+        assert wanted
+        threads = [threading.Thread(target=take, args=(number,)) for number in range(12)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            while len(turns._waiting) < number + 1 - any(n == 5 for n, _ in order):
+                time.sleep(0.001)
+        time.sleep(3 * service._LOOK_S)
+        assert order == [(5, False)]
+    for thread in threads:
+        thread.join(timeout=30)
+    assert order == [(5, False), *((number, True) for number in range(12) if number != 5)]
+    assert (turns._free, len(turns._waiting)) == (1, 0)
 
 
 def test_a_burst_leaves_a_core_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

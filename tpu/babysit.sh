@@ -7,7 +7,7 @@
 #
 # Gives up when it had to do something N times (20) without finding the training running at ten looks in a row in between, and
 # at once when the training ends with exit code 2 or 5 (updates that are not finite), which only a person can put right.
-# Exit codes: 0 the training is done, and its files are in the bucket; 1 gave up; 130 stopped. The slice stays in each case.
+# Exit codes: 0 the training is done; 1 gave up; 130 stopped. The slice stays in each case.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -47,13 +47,13 @@ fi
 still="the slice stays, and costs, until tpu/delete.sh"
 child='' answer=$(mktemp)
 trap 'rm -f "$answer"' EXIT
-trap '[[ ! $child ]] || kill -- "-$child" 2>/dev/null; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
+trap '[[ ! $child ]] || { kill -- "-$child"; kill -CONT -- "-$child"; } 2>/dev/null || true; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
 
 # Runs a command beside this one and waits for it, so that a signal is answered at once and ends what it has called too.
 set -m
 await() {
   local code=0
-  "$@" &
+  "$@" </dev/null &
   child=$!
   wait "$child" || code=$?
   child=''
@@ -70,6 +70,10 @@ training_state() {
   # An evaluation is waited for; once it has ended, the training is what is missing.
   lines=$(grep -oE 'segzero (evaluation )?(new|idle|running|done|failed [0-9]+)$' "$answer" |
     sed -E 's/evaluation (done|failed.*)/idle/; s/evaluation //' || true)
+  # Not only where it runs: machines begin and end one after the other.
+  if grep -q 'segzero evaluation running$' "$answer"; then
+    lines=$(sed -E 's/^segzero (idle|done)$/segzero running/' <<<"$lines")
+  fi
   CODE=$(sed -n 's/^segzero failed //p' <<<"$lines" | sort -n | tail -n 1)
   if (($(grep -c . <<<"$lines") != HOSTS)); then
     STATE=unknown
@@ -101,7 +105,7 @@ attempt() { await "$@" || say "${1##*/}: failed; looking again in $every s"; }
 
 # Does what one look finds missing.
 tend() {
-  await look_at_slice
+  await look_at_slice || echo unknown >"$answer"
   case $(<"$answer") in
     absent) try "$NAME: making the slice" && attempt "$HERE/create.sh" && return ;;
     lost) try "$NAME: was taken away or broke; deleting what is left" && attempt "$HERE/delete.sh" && return ;;

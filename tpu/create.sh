@@ -2,7 +2,8 @@
 # tpu/create.sh [--wait]: asks for the slice.
 #
 # v4 and v5e wait in Cloud TPU's queue until there is capacity; v5p and v6e are a managed instance group, which keeps trying.
-# Returns at once, or with --wait once the slice is ready. What exists already is left as it is.
+# Returns at once, or with --wait once the slice is ready. A slice that exists already is left as it is; a template or policy
+# that an earlier attempt left behind is made anew.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

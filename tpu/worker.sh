@@ -146,7 +146,7 @@ launch() {
   # LimitMEMLOCK: TPUs reach into the host's memory, which is locked for that; systemd's own limit is 8 MB.
   sudo systemd-run --quiet --unit="$UNIT" --remain-after-exit --uid="$USER" --working-directory="$ROOT" \
     --setenv=HOME="$HOME" --setenv=JAX_COMPILATION_CACHE_DIR="${where[0]}/compiled" \
-    --property=EnvironmentFile="-$HOME/segzero.env" --property=After=network-online.target \
+    --property=EnvironmentFile="-$HOME/segzero.env" --property=After="network.target network-online.target" \
     --property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity \
     --property=StandardOutput=append:"$ROOT/train.log" --property=StandardError=append:"$ROOT/train.log" \
     --property=ExecStopPost="$ROOT/tpu/worker.sh copy" \
@@ -155,7 +155,7 @@ launch() {
 
 # Which worker of the slice this is; JAX numbers processes by it as well.
 number() {
-  curl -sf --retry 5 -H Metadata-Flavor:Google "$METADATA" || {
+  curl -sf --max-time 10 --retry 5 -H Metadata-Flavor:Google "$METADATA" || {
     echo "tpu/worker.sh: the metadata server does not say which worker this is; once more" >&2
     exit 1
   }

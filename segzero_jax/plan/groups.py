@@ -27,8 +27,9 @@ def first_group(instruction: Instruction) -> tuple[int, ...]:
         return next(((int(a), int(b)) for a, b in found if a != b), (int(found[0][0]),))
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return tuple(_chips(tiled[2], tiled[3]).reshape(-1, int(tiled[1]))[0].tolist())
+    # A part of an axis, 'a':(1)2, is none of these.
     if mesh := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}", text
     ):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         chips = _chips(mesh[2] or ",".join(map(str, sizes.values())), mesh[3]).reshape(*sizes.values())

@@ -234,7 +234,10 @@ class TestWorker:
         assert "--uid=me" in run
         assert "KillMode=mixed" in run
         assert "LimitMEMLOCK=infinity" in run
-        assert "--property=After=network-online.target" in run, "it saves at a shutdown, over the network"
+        # It saves at a shutdown, over the network.
+        assert "--property=After=network.target network-online.target" in run, (
+            "it saves at a shutdown, over the network"
+        )
         assert f"--setenv=JAX_COMPILATION_CACHE_DIR={START[1]}/compiled" in run
 
     def test_evaluates_under_systemd_and_keeps_what_is_written(self, tmp_path: Path) -> None:

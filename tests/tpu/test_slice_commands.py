@@ -371,6 +371,15 @@ class TestBabysit:
         code, said = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=machines)
         assert (code, cloud.did()) == (0, ["start"]), said
 
+    @pytest.mark.parametrize("other", ["idle", "evaluation done", "evaluation failed 2"])
+    def test_an_evaluation_that_runs_on_one_machine_runs(self, tmp_path: Path, other: str) -> None:
+        """Machines begin and end one after the other; a training beside it would take its ports."""
+        cloud = Cloud(tmp_path, "v6e:2x4")
+        looks = [("evaluation running", other), (other, "evaluation running"), ("running", "running"), ("done", "done")]
+        machines = [f"worker {number}: segzero {word}" for look in looks for number, word in enumerate(look)]
+        code, said = cloud.play("babysit", "--every", "0", states=["RUNNING+RUNNING"], machines=machines)
+        assert (code, cloud.did()) == (0, []), said
+
     def test_ends_once_the_files_are_in_the_bucket_and_says_what_still_costs(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path)
         code, said = cloud.play("babysit", states=[QUEUE_READY], machines=["segzero done"])
@@ -437,7 +446,8 @@ class TestBabysit:
         cloud = Cloud(tmp_path)
         if busy:
             fake = tmp_path / "bin/gcloud"
-            slow = f'echo "$*" >>{cloud.log}\n[[ $* != *{shlex.quote(busy)}* ]] || exec sleep 30\n'
+            begins = f"{{ echo $$ >>{tmp_path}/pids; exec sleep 30; }}"
+            slow = f'echo "$*" >>{cloud.log}\n[[ $* != *{shlex.quote(busy)}* ]] || {begins}\n'
             fake.write_text(fake.read_text().replace(f'echo "$*" >>{cloud.log}\n', slow))
         cloud.states.write_text(f"{QUEUE_READY}\n")
         cloud.machines.write_text("segzero running\n")
@@ -453,6 +463,12 @@ class TestBabysit:
         assert child.returncode == 130
         assert "stopped; slice and training go on" in said
         assert cloud.did() == []
+        # What it had called ends with it.
+        pids = (tmp_path / "pids").read_text().split() if busy else []
+        assert bool(pids) == bool(busy)
+        while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":
