@@ -141,7 +141,7 @@ def prepare(
         base = load_hf(config.model.path, dtype=dtype)[0]
         key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
         learning = jax.jit(lambda key: Adapters(dims, TRAIN, rank, key))(key)
-        # With adapters too, of nothing: sums are then rounded where the policy's are, and the first KL is 0.
+        # With adapters too, of nothing: sums are then rounded where the policy's are, and the first KL is next to 0.
         nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), learning)
         reference = adapt(base, nothing) if config.grpo.kl_coef else None
     else:

@@ -281,7 +281,7 @@ def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    (found,) = analyse("update", 4, Lowered, (beside,), CHIPS["v5e"], {})
+    (found,) = analyse("update", 4, Lowered, (beside,), CHIPS["v5e"], (1, 4, 4), {})
     assert (found.runs, found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (4, False, 61.5, 1.0, None)
 
 

@@ -107,7 +107,9 @@ def test_adapters_learn_go_on_exactly_and_are_evaluated_as_they_were_in_the_run(
     rows = same_run.lines(whole / "metrics.jsonl")
     assert same_run.lines(parts / "metrics.jsonl") == rows
     assert lines(parts / "rollouts/2.jsonl") == lines(whole / "rollouts/2.jsonl")
-    assert rows[0]["kl"] == 0 < rows[1]["kl"], "the second update is measured after the first"
+    # Reference and update are two programs, whose float32 sums may differ in the last bit; bfloat16's would be 1e-5.
+    assert 0 <= rows[0]["kl"] < 1e-12
+    assert rows[1]["kl"] > 1e-6, "the second update is measured after the first"
     assert all(row["grad_norm"] > 0 for row in rows)
     out = [f"--out={tmp_path}/out", "--server=none", f"--data-dir={data_dir}", "--limit=4", "--batch=4"]
     assert evaluate.main(["--dataset=toy/val", f"--checkpoint={whole}", *out]) == 0
