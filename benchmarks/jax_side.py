@@ -94,7 +94,7 @@ class JaxSide:
         )
         self.advantages = repeat(group["advantages"][None])
         kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
-        self.train_pass = Pass(self.dims, TRAIN, dtype, settings.remat, kernel)
+        self.train_pass = Pass(self.dims, TRAIN, dtype, settings.remat, kernel, one_loop=settings.remat)
         self.rollout_pass = self.train_pass._replace(layout=ROLLOUT, remat=False)
         self.to_rollout = rollout_layout(self.dims, dtype)
         # transformers forbids no token.

@@ -235,7 +235,7 @@ def respond(
     batch = processor.batch([processor.encode(example)], multiple=padding_multiple(rollout.max_prompt_tokens))
     dtype = compute_dtype(loaded.config.model.compute_dtype)
     kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
-    setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel)
+    setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel, one_loop=loaded.config.model.remat)
     parts = sample_in_parts(
         loaded.policy, batch, jax.random.key(seed or 0), setup=setup, sampling=sampling, tokens=_WATCHED_TOKENS
     )

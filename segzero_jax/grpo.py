@@ -277,8 +277,8 @@ def update(
       ``update/skipped``, 1 where the state was kept.
     """
     counts = counted(batch)
-    # With remat they keep little: their inputs.
-    setup = setup._replace(keeps=not setup.remat)
+    # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
+    setup = setup._replace(written_out=setup.kernel == "cudnn" and not setup.remat)
 
     def loss_of(learning: Policy | Adapters, part: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return group_loss(whole_policy(learning, base, settings), part, counts, setup, settings)

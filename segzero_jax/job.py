@@ -135,7 +135,7 @@ def prepare(
     check(processor)
     dtype = compute_dtype(config.model.compute_dtype)
     kernel = choose_kernel(mesh, dtype)
-    rank = config.model.lora_rank
+    rank, remat = config.model.lora_rank, config.model.remat
     learning: Policy | Adapters
     if rank:
         base = load_hf(config.model.path, dtype=dtype)[0]
@@ -153,8 +153,8 @@ def prepare(
         mesh=mesh,
         processor=processor,
         frame=Frame(config.data.image_size, config.data.image_size),
-        train_pass=Pass(dims, TRAIN, dtype, config.model.remat, kernel),
-        rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel),
+        train_pass=Pass(dims, TRAIN, dtype, remat, kernel, one_loop=remat),
+        rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel, one_loop=remat),
         sampling=make_sampling(config.rollout, processor),
         loss=loss_settings(config, processor.visual_ids),
         optimizer=make_optimizer(config.train, config.model.freeze_vision),

@@ -227,7 +227,7 @@ def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
     with jax.set_mesh(make_mesh(mesh)):
         policy, (batch, losses) = random_policy(UNEVEN), learning()
         for chosen in (kernel, "xla"):
-            setup = Pass(UNEVEN, TRAIN, jnp.dtype("float32"), True, chosen, keeps=chosen == "cudnn")
+            setup = Pass(UNEVEN, TRAIN, jnp.dtype("float32"), True, chosen, written_out=chosen == "cudnn")
             run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, batch, counted(batch), s, losses)[0]))
             results.append(jax.device_get(run(policy)))
     (loss, gradients), (expected_loss, expected_gradients) = results

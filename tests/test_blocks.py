@@ -76,15 +76,15 @@ def test_a_tower_in_one_loop_or_in_several_is_the_same(mesh: str) -> None:
         # Empty slots hold what nobody reads, and a prompt without a picture has nothing else.
         real = put(batch.patch_valid_bis[:, 0, :: dims.vision.merge**2])
 
-        def loss(tower, keeps):
+        def loss(tower, one_loop):
             out = encode_images(
                 tower, dims.vision, TRAIN, patches, places, valid,
-                dtype=jnp.dtype("float32"), kernel="xla", remat=not keeps, keeps=keeps, written_out=False,
+                dtype=jnp.dtype("float32"), kernel="xla", remat=one_loop, one_loop=one_loop, written_out=False,
             )  # fmt: skip
             return (jnp.where(real[..., None], out, 0) ** 2).sum()
 
-        for keeps in (False, True):
-            run = jax.jit(jax.value_and_grad(partial(loss, keeps=keeps)))
+        for one_loop in (False, True):
+            run = jax.jit(jax.value_and_grad(partial(loss, one_loop=one_loop)))
             results.append(jax.device_get(run(policy.vision)))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()

@@ -55,7 +55,9 @@ class Respondent:
         self._processor = loaded.processor
         self._mesh = mesh
         self._weights = rollout_layout(loaded.dims, dtype, loaded.config.model.lora_rank)(loaded.policy)
-        self._setup = Pass(loaded.dims, ROLLOUT, dtype, kernel=choose_kernel(mesh, dtype))
+        # As in the run's own evaluations, whose answers these are.
+        one_loop = loaded.config.model.remat
+        self._setup = Pass(loaded.dims, ROLLOUT, dtype, kernel=choose_kernel(mesh, dtype), one_loop=one_loop)
         sampling = make_sampling(loaded.config.rollout, loaded.processor)
         self._sampling = sampling._replace(greedy=samples == 0, group=max(1, samples))
         self._multiple = padding_multiple(loaded.config.rollout.max_prompt_tokens)

@@ -80,8 +80,9 @@ class Pass(NamedTuple):
       dtype: of activations.
       remat: recompute blocks in the backward pass.
       kernel: what computes attention over whole streams.
-      keeps: blocks keep what they compute for a backward pass. Their loops are then others, see ``written_out`` and
-        ``encode_images``; without it a backward pass is as right, but copies.
+      one_loop: the strides of the vision tower are turns of one loop, see ``encode_images``. All passes of a run should
+        agree: XLA rounds bfloat16 otherwise in another loop.
+      written_out: the program holds every block by itself instead of a loop over them (``run_blocks``).
     """
 
     dims: Dims
@@ -89,12 +90,8 @@ class Pass(NamedTuple):
     dtype: jnp.dtype
     remat: bool = False
     kernel: Kernel = "xla"
-    keeps: bool = False
-
-    @property
-    def written_out(self) -> bool:
-        """The program holds every block by itself instead of a loop over them (``run_blocks``): on GPUs."""
-        return self.keeps and self.kernel == "cudnn"
+    one_loop: bool = False
+    written_out: bool = False
 
 
 def _linear(
@@ -181,7 +178,7 @@ def _encode_images(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array
         dtype=setup.dtype,
         kernel=setup.kernel,
         remat=setup.remat,
-        keeps=setup.keeps,
+        one_loop=setup.one_loop,
         written_out=setup.written_out,
     )
     units = images * slots // setup.dims.vision.merge**2

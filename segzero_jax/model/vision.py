@@ -126,7 +126,7 @@ def encode_images(
     dtype: jnp.dtype,
     kernel: Kernel,
     remat: bool,
-    keeps: bool,
+    one_loop: bool,
     written_out: bool,
 ) -> jax.Array:
     """Images to embeddings of merged units, in window order.
@@ -135,8 +135,8 @@ def encode_images(
       patches_bsc: float32 normalised pixels, ``s`` a multiple of ``dims.window_slots``.
       patch_hw_bs2: int32 row and column of each patch.
       valid_bs: bool, False in empty slots.
-      keeps: blocks keep what they compute for a backward pass; the loop over windows is then in no other loop, which
-        would copy what it keeps. One in the other is a smaller program.
+      one_loop: strides of blocks are turns of one loop, with the loop over windowed blocks inside: a smaller program.
+        Where blocks keep what they compute for a backward pass, the outer loop would copy what the inner one keeps.
 
     Returns:
       ``[b, s / merge**2, out]`` in ``dtype``; empty units hold numbers that nothing reads.
@@ -158,12 +158,12 @@ def encode_images(
         windows, whole = (jax.tree.map(lambda a, at=at: a[at], blocks) for at in (slice(stride - 1), -1))
         return step(None)(run_blocks(step(seen_bwss), x_bsd, windows, written_out), whole)
 
-    if keeps:
-        for first in range(0, dims.depth, stride):
-            x_bsd = run_stride(x_bsd, jax.tree.map(lambda a, at=first: a[at : at + stride], tower.blocks))
-    else:
+    if one_loop:
         strides = jax.tree.map(lambda a: a.reshape(-1, stride, *a.shape[1:]), tower.blocks)
         x_bsd = run_blocks(run_stride, x_bsd, strides, False)
+    else:
+        for first in range(0, dims.depth, stride):
+            x_bsd = run_stride(x_bsd, jax.tree.map(lambda a, at=first: a[at : at + stride], tower.blocks))
 
     y = rms_norm(x_bsd, tower.merger_norm_d[...], _EPS)
     b, s, d = y.shape

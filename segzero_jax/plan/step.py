@@ -64,8 +64,9 @@ class Step:
         self.patch_slots = len(window_order(side, side, vision.merge, vision.window_side)[0])
         dtype = compute_dtype(config.model.compute_dtype)
         kernel = choose_kernel(mesh, dtype)
-        self.train_pass = Pass(dims, TRAIN, dtype, config.model.remat, kernel)
-        self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel)
+        remat = config.model.remat
+        self.train_pass = Pass(dims, TRAIN, dtype, remat, kernel, one_loop=remat)
+        self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel, one_loop=remat)
         self.loss = loss_settings(config, _VISUAL_IDS)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
         self.rank = config.model.lora_rank

@@ -119,6 +119,18 @@ def test_adapters_learn_go_on_exactly_and_are_evaluated_as_they_were_in_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", ["false", "true"])
+def test_policy_and_reference_round_alike(tmp_path: Path, data_dir: str, remat: str) -> None:
+    """In bfloat16, where a program that loops in another way over the same blocks rounds otherwise."""
+    arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
+    how = ["--train.steps=1", "--model.compute_dtype=bfloat16", f"--model.remat={remat}"]
+    assert train.main([*arguments, *how]) == 0
+    (row,) = lines(tmp_path / "run/metrics.jsonl")
+    assert 0 <= row["kl"] < 1e-12
+    assert row["sampler_gap"] < 6e-4
+
+
+@pytest.mark.slow
 def test_without_kl_no_reference_is_read_and_the_page_is_written(
     tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
