@@ -37,14 +37,11 @@ def hold(path: Path, what: str) -> Iterator[None]:
     # Not "w": it would empty the file of the one who holds it.
     with (path / _HELD).open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderHeld(
                 f"{path}: {_holder(lock)} works on this {what}; wait until it ends, or choose another folder"
             ) from None
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
@@ -74,7 +71,15 @@ def _holder(lock: IO[str]) -> str:
 
 @contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Waits until no other process is between this file's lock and its end."""
+    """Waits until no other process is between this file's lock and its end; not on a file system without locks."""
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _lock(file: IO[str], how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
 from segzero_jax.config import QUESTION
-from segzero_jax.decoding import UNDECODABLE, cause
+from segzero_jax.decoding import UNDECODABLE, cause, upright
 from segzero_jax.hub import model_directory
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
@@ -122,7 +122,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         if image.width * image.height > _MAX_PIXELS:
             raise ImageError(f"{name}: image of {image.width}x{image.height} pixels, expected at most {_MAX_PIXELS}")
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(upright(image))
     except UNDECODABLE as error:
         if isinstance(error, ImageError):
             raise

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from segzero_jax.file_lock import FolderHeld, hold
+from segzero_jax.file_lock import FolderHeld, hold, turn
 
 # Holds the folder of its argument until it is killed.
 HOLDER = """
@@ -88,8 +88,9 @@ def test_a_disk_without_locks_refuses_nobody(tmp_path: Path, monkeypatch: pytest
         raise raised
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with hold(tmp_path, "evaluation"), hold(tmp_path, "evaluation"):
+    with hold(tmp_path, "evaluation"), hold(tmp_path, "evaluation"), turn(tmp_path / "built"):
         pass
     raised = OSError(errno.EIO, os.strerror(errno.EIO))
-    with pytest.raises(OSError, match="Input/output"), hold(tmp_path, "evaluation"):
-        pass
+    for one in (hold(tmp_path, "evaluation"), turn(tmp_path / "built")):
+        with pytest.raises(OSError, match="Input/output"), one:
+            pass

@@ -55,6 +55,11 @@ BAD_VALUES = {
     "image a list": (line(image=["a.jpg"]), 'image ["a.jpg"], expected text'),
     "mask a number": (line(mask=5), "mask 5, expected text"),
     "mask a list": (line(mask=["masks/one.png"]), 'mask ["masks/one.png"], expected text'),
+    "mask null, as pandas writes an empty cell": (
+        line(mask=None),
+        "mask null, expected a file; where nothing answers: masks []",
+    ),
+    "mask empty": (line(mask=""), 'mask "", expected a file; where nothing answers: masks []'),
     "masks text": (without_mask(masks="masks/one.png"), 'masks "masks/one.png", expected a list of text'),
     "masks with null": (without_mask(masks=[None]), "masks [null], expected a list of text"),
     "ignore a number": (line(ignore=True), "ignore true, expected text"),
@@ -73,6 +78,16 @@ def test_a_value_of_another_type_is_named_with_its_line(
     assert run(tmp_path, folder) == 2
     complaint = capsys.readouterr().err.strip()
     assert complaint == f"segzero_jax.data.build: {folder}/train.jsonl:2: {expected}"
+
+
+def test_null_is_no_id_and_no_instance(tmp_path: Path) -> None:
+    folder = sources.lines(tmp_path / "s")
+    write(folder, [line(question=text, id=None, instance=None) for text in ("mug", "jug")])
+    write(folder, [line(image="images/1.jpg")], "val")
+    assert run(tmp_path, folder) == 0
+    mug, jug = opened(tmp_path)
+    assert (mug.id, jug.id) == ("train-000000", "train-000001")
+    assert mug.instance_id != jug.instance_id
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])

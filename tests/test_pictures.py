@@ -1,10 +1,11 @@
 """Stored pictures: what the policy and the segmenter decode from them is the same, whatever the source had."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from question_sources import encoded, picture
 
 from reward_server.codec import decode_image as as_the_segmenter
@@ -81,6 +82,23 @@ def test_annotations_on_unturned_pixels_keep_them_unturned() -> None:
     assert read_picture(KINDS["turned jpeg"], Frame(96, 128)).frame == Frame(96, 128)
     with pytest.raises(PictureError, match="picture of 128x96 pixels, expected the annotated 100x96"):
         read_picture(KINDS["jpeg"], Frame(100, 96))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_turned_picture_whose_exif_nobody_can_write_is_upright(turn: int) -> None:
+    """A resolution of -1/0, as some cameras have it: Pillow's own turning writes EXIF again, and ends with an error."""
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9), np.uint8))
+    entries = (0x0112, 3, 1, struct.pack("<H", turn)), (0x011A, 10, 1, struct.pack("<I", 38))
+    fields = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3].ljust(4, b"\0") for entry in entries)
+    exif = b"II*\0" + struct.pack("<IH", 8, 2) + fields + struct.pack("<Iii", 0, -1, 0)
+    stored = as_the_segmenter(read_picture(encoded(square, "PNG", exif=b"Exif\0\0" + exif), None).data)
+    expected = np.asarray(ImageOps.exif_transpose(reopened(encoded(square, "PNG", exif=b"Exif\0\0" + plain(turn)))))
+    np.testing.assert_array_equal(stored[..., 0], expected)
+
+
+def plain(turn: int) -> bytes:
+    """EXIF that says how a picture is turned, and nothing else."""
+    return b"II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 3, 1, turn, 0)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])

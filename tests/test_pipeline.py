@@ -58,6 +58,18 @@ def test_a_set_that_is_not_built_is_told_with_the_command_that_builds_it(
     )
 
 
+def test_a_set_that_is_built_anew_beneath_a_run_is_not_read_on(tmp_path: Path) -> None:
+    """Files are opened when they are first read: some rows would be of one set, some of the other."""
+    command = ["mugs", f"--data-dir={tmp_path}", "--workers=1", "--rebuild"]
+    source = sources.lines(tmp_path / "source")
+    assert build.main([*command, f"--source={source}"]) == 0
+    split = open_split("mugs", "train", tmp_path)
+    assert split[0].id
+    assert build.main([*command, f"--source={source}"]) == 0
+    with pytest.raises(DataError, match="mugs/train: was built anew beneath this command"):
+        split[0]
+
+
 def test_several_sets_are_one_and_keep_their_names(tmp_path: Path) -> None:
     """ "val" is of the first; one that is named twice counts twice."""
     for name, source in {

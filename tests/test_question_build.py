@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -530,6 +533,93 @@ def test_a_bad_command_is_one_line(
     complaint = capsys.readouterr().err.strip()
     assert expected in complaint
     assert len(complaint.splitlines()) == 1
+
+
+def test_a_build_that_is_killed_leaves_no_worker() -> None:
+    """It would write the same files as the build that goes on."""
+    code = (
+        "import time\n"
+        "from segzero_jax.data import builder\n"
+        "if __name__ == '__main__':\n"
+        "    with builder._pool(2) as pool:\n"
+        "        list(pool.map(time.sleep, (3, 3)))\n"
+        "        asleep = [pool.submit(time.sleep, 600) for _ in range(2)]\n"
+        "        print(*pool._processes, flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        process.terminate()
+    assert len(workers) == 2
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in workers):
+        assert time.monotonic() < until, f"workers {workers} outlived their build"
+        time.sleep(0.1)
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with pytest.raises(builder.SourceError, match="was killed, as for want of memory"), builder._pool(1) as pool:
+        pool.submit(os._exit, 1).result()
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.lines(tmp_path / "s")
+    with monkeypatch.context() as patch:
+
+        class Full:
+            def __init__(self, *_: object) -> None:
+                pass
+
+            def write(self, record: bytes) -> None:
+                raise RuntimeError("write() failed: No space left on device; writing train-00000")
+
+        patch.setattr(shards.array_record_module, "ArrayRecordWriter", Full)
+        assert run(tmp_path, "mine", source) == 2
+    (complaint,) = (line for line in capsys.readouterr().err.splitlines() if "No space" in line)
+    assert complaint.startswith("segzero_jax.data.build: write() failed: No space left on device")
+    assert run(tmp_path, "mine", source) == 0
+    assert not list(work(tmp_path, "mine").parent.glob(".mine.building*"))
+
+
+def test_of_two_builds_at_once_the_second_takes_what_the_first_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, places = sources.lines(tmp_path / "s"), []
+    real = builder.turn
+
+    @contextmanager
+    def busy(path: Path) -> Iterator[None]:
+        monkeypatch.setattr(builder, "turn", real)
+        assert run(tmp_path, "mine", source) == 0
+        places.append(built_directory("mine", tmp_path / "built").stat().st_ino)
+        yield
+
+    monkeypatch.setattr(builder, "turn", busy)
+    assert run(tmp_path, "mine", source) == 0
+    out, error = capsys.readouterr()
+    assert "another build has made it meanwhile" in error
+    first, second = (out[: len(out) // 2], out[len(out) // 2 :])
+    assert first == second
+    assert "mine/train: " in first
+    assert built_directory("mine", tmp_path / "built").stat().st_ino == places[0]
+
+
+def test_a_set_that_cannot_be_deleted_is_replaced_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk keeps the files that a run reads."""
+    assert run(tmp_path, "mine", sources.lines(tmp_path / "s")) == 0
+    other = sources.solution_parquet(tmp_path / "other")
+    with monkeypatch.context() as patch:
+        real = shutil.rmtree
+        kept = lambda path, **options: None if "file" in {p.name for p in Path(path).iterdir()} else real(path)  # noqa: E731
+        (built_directory("mine", tmp_path / "built") / "file").touch()
+        patch.setattr(shutil, "rmtree", kept)
+        assert run(tmp_path, "mine", other, "--rebuild") == 0
+    assert len(open_split("mine", "train", tmp_path / "built")) == 6
+    assert list((tmp_path / "built/question_set").glob(".mine.*.replaced"))
+    assert run(tmp_path, "mine", other, "--rebuild") == 0
+    assert not list((tmp_path / "built/question_set").glob(".mine.*.replaced"))
 
 
 @pytest.mark.parametrize("command", [["--source=s"], ["--check"]])

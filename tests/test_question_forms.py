@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import question_sources as sources
 from PIL import Image
@@ -177,6 +178,43 @@ def test_a_polygon_of_reason_seg_that_is_none_leaves_its_questions_out(points: A
     assert ids(open_split("ReasonSeg", "train", out)) == ["train-101_b"]
 
 
+def test_shapes_of_labelme_that_are_no_polygons(tmp_path: Path) -> None:
+    """A rectangle has two corners; what else is drawn otherwise leaves its questions out."""
+    folder = sources.reason_seg(tmp_path / "s")
+    for stem, kind in {"train/101_b": "rectangle", "test/103_d": "circle"}.items():
+        path = folder / f"{stem}.json"
+        content = json.loads(path.read_bytes().decode("cp1252"))
+        content["shapes"] = [{"label": "target", "shape_type": kind, "points": [[60, 50], [10, 20]]}]
+        path.write_text(json.dumps(content))
+    out = built(tmp_path, "R", folder)
+    example = open_split("R", "train", out)[2]
+    np.testing.assert_array_equal(pixels(example.mask), rectangle(10, 20, 60, 50))
+    assert set(left_out(out, "R").values()) == {"shape 0: a circle of LabelMe's, expected a polygon or a rectangle"}
+
+
+def test_other_json_files_beside_cocos_are_passed_over(tmp_path: Path) -> None:
+    folder = sources.coco_json(tmp_path / "s")
+    (folder / "classes.json").write_text('["mug"]')
+    assert len(open_split("c", "train", built(tmp_path, "c", folder))) == 2
+
+
+def test_parquet_files_in_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    there = sources.mask_parquet(tmp_path / "elsewhere", rows=1)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/data").symlink_to(there / "data")
+    assert len(open_split("r", "test", built(tmp_path, "r", tmp_path / "s"))) == 1
+
+
+def test_a_parquet_file_without_rows_is_no_split(tmp_path: Path) -> None:
+    folder = sources.mask_parquet(tmp_path / "s", rows=1)
+    whole = pq.read_table(folder / "data/test-00000-of-00001.parquet")
+    pq.write_table(whole.slice(0, 0), folder / "data/val-00000-of-00001.parquet")
+    out = built(tmp_path, "r", folder)
+    assert len(open_split("r", "test", out)) == 1
+    with pytest.raises(ValueError, match="split 'val' of data set r: expected one of test"):
+        open_split("r", "val", out)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpeg", ".webp", ".JPG"])
 def test_pictures_of_reason_seg_in_other_formats(suffix: str, tmp_path: Path) -> None:
     folder = sources.reason_seg(tmp_path / "s")
@@ -212,7 +250,7 @@ MASKS = {
     ),
 }
 PALETTE = Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8), "P")
-PALETTE.putpalette([255, 255, 255, 0, 0, 0])  # The object's colour is black.
+PALETTE.putpalette([255, 255, 255, 9, 0, 0])  # How the colours look says nothing.
 MASKS["palette"] = PALETTE
 
 
@@ -222,6 +260,18 @@ def test_a_mask_file_of_any_kind(tmp_path: Path, kind: str) -> None:
     MASKS[kind].save(folder / "masks/one.png")
     mug = open_split("mine", "train", built(tmp_path, "mine", folder))[0]
     np.testing.assert_array_equal(pixels(mug.mask), rectangle(1, 2, 3, 4))
+
+
+def test_a_mask_in_a_palette_that_a_program_has_made_is_refused(tmp_path: Path) -> None:
+    """It may number white 0 and black 1: everything but the object would be the target."""
+    folder = sources.lines(tmp_path / "s")
+    grey = Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8) * 255)
+    numbered = grey.quantize(2)
+    assert numbered.getpalette("RGB")[:6] == [255, 255, 255, 0, 0, 0], "what Pillow makes of it"
+    numbered.save(folder / "masks/one.png")
+    found = left_out(built(tmp_path, "mine", folder), "mine")
+    reason = "a mask in a palette whose 0 is not black while another number is, expected grey: masks/one.png"
+    assert reason in found.values()
 
 
 @pytest.mark.parametrize(
@@ -339,7 +389,7 @@ def test_questions_about_nothing_are_about_different_things(tmp_path: Path) -> N
     folder = sources.coco_json(tmp_path / "s")
     more = [
         {"image_id": 601, "text": "the dragon", "annotation_ids": []},
-        {"image_id": 601, "text": "the griffin"},
+        {"image_id": 601, "text": "the griffin", "annotation_ids": []},
         {"image_id": 601, "text": "the sofa", "annotation_ids": [4]},
         {"image_id": 601, "text": "the couch", "annotation_ids": [4]},
     ]
@@ -710,9 +760,30 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
               '[{"image_id": 1, "text": "t", "annotation_ids": [5]}]}'),
         "a.json: a question means annotation 5",
     ),
+    "one id for two annotations": (
+        *instances(lambda content: content["annotations"].append(content["annotations"][0] | {"image_id": 601})),
+        "instances_train2017.json: annotations: two with id 1, expected one",
+    ),
+    "one id for two pictures": (
+        *instances(lambda content: content["images"].append(content["images"][0] | {"file_name": "b.jpg"}), False),
+        "instances_train2017.json: images: two with id 600, expected one",
+    ),
+    "a question that names no annotations": (
+        *instances(lambda content: content["questions"][0].pop("annotation_ids")),
+        "instances_train2017.json: questions: no 'annotation_ids', found image_id, text, ignored_ids",
+    ),
+    "an annotation of another picture": (
+        *instances(lambda content: content["questions"][0].update(annotation_ids=[1, 4])),
+        "a question about image 600 means annotation 4, which is in image 601",
+    ),
+    "a split that would be all": (
+        sources.lines,
+        lambda folder: (folder / "train.jsonl").rename(folder / "all.jsonl"),
+        "split 'all', expected another name",
+    ),
     "two files for a split": (
         sources.coco_json,
-        write("annotations/instances_train2014.json", "{}"),
+        write("annotations/instances_train2014.json", '{"images": []}'),
         "instances_train2017.json: split train, which",
     ),
     "picture unknown": (
@@ -780,7 +851,11 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
         *instances(lambda content: content["questions"][0].update(annotation_ids=[[1]])),
         "a question means annotation [1], which is not there",
     ),
-    "a file that is a list": (sources.coco_json, write("annotations/a.json", "[]"), "a.json: no 'images', found list"),
+    "a file that is a list": (
+        sources.coco_json,
+        write("annotations/a.json", '[{"images": []}]'),
+        "a.json: no 'images', found list",
+    ),
     "a reference without an object": (
         sources.refer,
         pickled(lambda references: references[0].pop("ann_id")),

@@ -5,15 +5,18 @@ their place by one rename. What an interrupted build has finished, the next one 
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +28,7 @@ import tensorflow_datasets as tfds
 
 from segzero_jax import jsonl
 from segzero_jax.data import shards
+from segzero_jax.data.end_with_parent import end_with_parent
 from segzero_jax.data.forms.form import Form, Part, SourceError
 from segzero_jax.data.leaks import Leak, find_leaks
 from segzero_jax.data.records import BUILT, FEATURES, VERSION, built_directory, index_path, read_index
@@ -152,12 +156,14 @@ class Outcome:
 
 def make_plan(form: Form) -> Plan:
     """Reads the annotations. Raises SourceError for a picture that is not there, or no questions at all."""
-    splits = form.splits()
-    if not any(splits.values()):
+    splits = {split: parts for split, parts in form.splits().items() if any(part.ids for part in parts)}
+    if not splits:
         raise SourceError(f"{form.root}: no questions")
     for split in splits:
         if not split.isidentifier():
             raise SourceError(f"{form.root}: split {split!r}, expected letters, digits and _")
+        if split == "all":
+            raise SourceError(f"{form.root}: split 'all', expected another name: it would stand for all splits")
     files = []
     for path in form.files():
         with path.open("rb") as file:
@@ -190,9 +196,14 @@ def build(
       SourceError: too much of the source cannot be used.
       OSError: the source cannot be read, or ``data_dir`` not written.
     """
-    place = data_dir / BUILT
+    place, directory = data_dir / BUILT, built_directory(name, data_dir)
     place.mkdir(parents=True, exist_ok=True)
+    before = built_from(name, data_dir)
     with turn(place / f".{name}.lock"):
+        if before != plan.digest and built_from(name, data_dir) == plan.digest:
+            say("another build has made it meanwhile")
+            check_leaks(name, data_dir, against)
+            return _outcome(directory, plan)
         work = _work_directory(place / f".{name}.building", plan, say)
         _write_all(form, plan, work, workers, progress)
         written = [(shard, _finished(work, shard)) for shard in plan.shards]
@@ -200,15 +211,28 @@ def build(
         indices = {split: _merged(work, written, split) for split in dict.fromkeys(s.split for s in plan.shards)}
         dropped = _drop_leaks(indices, data_dir, name, against, drop_leaks)
         pieces = _pieces(work, plan, written, indices, dropped)
-        directory = built_directory(name, data_dir)
-        shutil.rmtree(directory, ignore_errors=True)
+        _move_away(directory, place / f".{name}.{secrets.token_hex(4)}.replaced")
         for leftover in directory.parent.glob("incomplete.*"):
             shutil.rmtree(leftover)
         with contextlib.redirect_stdout(io.StringIO()):  # It would announce a download of unknown size.
             QuestionSet(name, data_dir, pieces).download_and_prepare()
         shutil.rmtree(work)
-    left_out = Counter(row["kind"] for row in pieces.left_out)
-    return Outcome(directory, {split: len(index) for split, index in indices.items()}, dict(left_out))
+        for replaced in place.glob(f".{glob.escape(name)}.*.replaced"):
+            shutil.rmtree(replaced, ignore_errors=True)
+    return _outcome(directory, plan)
+
+
+def _move_away(directory: Path, to: Path) -> None:
+    """Whole, where a set is there: of one that is being read, a network disk may not delete everything."""
+    if directory.exists():
+        directory.rename(to)
+
+
+def _outcome(directory: Path, plan: Plan) -> Outcome:
+    """What a finished build has made."""
+    left_out = Counter(row["kind"] for row in jsonl.read(directory / "left_out.jsonl"))
+    splits = dict.fromkeys(shard.split for shard in plan.shards)
+    return Outcome(directory, {split: len(read_index(directory, split)) for split in splits}, dict(left_out))
 
 
 def built_from(name: str, data_dir: Path) -> str | None:
@@ -265,6 +289,8 @@ def _work_directory(work: Path, plan: Plan, say: Callable[[str], None]) -> Path:
     if work.is_dir() and before != plan.digest:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
+    for unfinished in work.glob("*.partial"):
+        unfinished.unlink()
     jsonl.replace(mark, plan.digest.encode())
     done = sum(shards.finished(work, shard.name) is not None for shard in plan.shards)
     if done:
@@ -296,13 +322,21 @@ def _write_all(form: Form, plan: Plan, work: Path, workers: int, progress: Progr
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that finish the shards they are at when this one is interrupted, and start no others."""
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
+    except BrokenProcessPool:
+        raise SourceError(
+            "a process of the build was killed, as for want of memory; the same command goes on, with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C does not end a worker; the end of the build does: the next one writes the same files."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _finished(work: Path, shard: Shard) -> Written:

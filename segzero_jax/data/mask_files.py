@@ -34,8 +34,8 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
                 raise MaskError(kind, f"{kind}, expected PNG: {name} is {image.format}")
             if image.mode == "CMYK":  # Ink is what colours are the absence of.
                 raise MaskError("a mask in inks", f"a mask in inks, expected PNG: {name} is CMYK")
-            if image.mode == "P":  # The number of a colour is what counts, not how it looks.
-                return np.asarray(image) > 0
+            if image.mode == "P":
+                return _numbered(image, name)
             pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
     except UNDECODABLE as error:
         if isinstance(error, MaskError):
@@ -46,6 +46,21 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
         return pixels > 0
     seen = (pixels[..., :3] > 0).max(axis=-1)
     return seen & (pixels[..., 3] > 0) if pixels.shape[-1] == 4 else seen
+
+
+def _numbered(image: Image.Image, name: str) -> np.ndarray:
+    """Of a palette's colours the number counts, not how they look: 0 is where the object is not.
+
+    Raises MaskError where another number is black and 0 is not: programs that make a palette of black and white number
+    its colours in any order.
+    """
+    numbers = np.asarray(image)
+    colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    black = np.flatnonzero(~colours.any(axis=1))
+    if 0 not in black and np.isin(numbers, black).any():
+        kind = "a mask in a palette whose 0 is not black"
+        raise MaskError(kind, f"{kind} while another number is, expected grey: {name}")
+    return numbers > 0
 
 
 def _is_lossy_webp(data: bytes) -> bool:

@@ -10,10 +10,10 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from segzero_jax.data.unusable import Unusable
-from segzero_jax.decoding import UNDECODABLE, cause
+from segzero_jax.decoding import UNDECODABLE, cause, orientation, upright
 from segzero_jax.types import Frame
 
 # A reward server takes no larger ones; larger pictures are scaled down, with their masks.
@@ -22,7 +22,6 @@ MAX_PIXELS = 16_000_000
 # Nor is anything decoded that would not fit into memory many times over.
 _MAX_DECODED = 200_000_000
 _STORED = ("PNG", "JPEG", "WEBP")
-_EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # Orientations that exchange width and height; 2, 3 and 4 keep them.
 _SIDE = 16
 
@@ -70,7 +69,7 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
                 "picture of too many pixels",
                 f"picture of {image.width}x{image.height} pixels, expected at most {_MAX_DECODED}",
             )
-        turn = image.getexif().get(_EXIF_ORIENTATION, 1)
+        turn = orientation(image)
         plain = image.format in _STORED and image.mode in ("RGB", "L") and "transparency" not in image.info
         size = Frame(image.width, image.height)
         told_by_size = turn in _SIDEWAYS and size.width != size.height
@@ -83,8 +82,8 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
                 f"expected the annotated {annotated.width}x{annotated.height}",
             )
         stored = data
-        if not plain or turn not in (0, 1) or getattr(image, "n_frames", 1) > 1 or _too_large(image, data):
-            image, stored = _written_again(image if unturned else ImageOps.exif_transpose(image), image.format)
+        if not plain or turn != 1 or getattr(image, "n_frames", 1) > 1 or _too_large(image, data):
+            image, stored = _written_again(image if unturned else upright(image), image.format)
         frame = Frame(image.width, image.height)
         return Picture(stored, frame, original, hashlib.sha256(data).hexdigest(), fingerprint(image))
     except UNDECODABLE as error:
@@ -162,7 +161,7 @@ def upright_size(data: bytes) -> Frame:
     """The size of a picture after its EXIF rotation, without decoding it. Raises PictureError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _SIDEWAYS
+            turned = orientation(image) in _SIDEWAYS
             return Frame(image.height, image.width) if turned else Frame(image.width, image.height)
     except UNDECODABLE as error:
         raise _unreadable(error) from None

@@ -4,9 +4,7 @@ import bisect
 import functools
 import hashlib
 import itertools
-import multiprocessing
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +19,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from segzero_jax.data import records, toy
+from segzero_jax.data.end_with_parent import end_with_parent
 from segzero_jax.data.hub_sets import build_command
 from segzero_jax.data.scenes import SPLITS
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -50,13 +49,17 @@ class Source(Sequence[Example]):
         decode: Callable[[dict[str, Any], int], Example],
         places: np.ndarray | None = None,
         index: Callable[[], pa.Table] | None = None,
+        stamp: Callable[[], object] = lambda: None,
     ) -> None:
+        """``stamp`` gives another value once what is stored there is no longer what was opened."""
         self.name = name
         self.checksum = checksum
         self._rows = rows
         self._decode = decode
         self._places = places
         self._index = index
+        self._stamp = stamp
+        self._opened = stamp()
 
     def __len__(self) -> int:
         return len(self._rows) if self._places is None else len(self._places)
@@ -65,7 +68,11 @@ class Source(Sequence[Example]):
         if not 0 <= index < len(self):  # Iteration ends at an IndexError, which array_record does not raise.
             raise IndexError(f"{self.name}: example {index}, expected 0 to {len(self) - 1}")
         record, place = (index, 0) if self._places is None else self._places[index]
-        return self._decode(self._rows[int(record)], int(place))
+        example = self._decode(self._rows[int(record)], int(place))
+        # Afterwards: files are opened when they are first read.
+        if self._stamp() != self._opened:
+            raise DataError(f"{self.name}: was built anew beneath this command; expected one set from beginning to end")
+        return example
 
     def contents(self) -> pa.Table | None:
         """The index of a built set (``records.INDEX``); None for a generated one."""
@@ -134,6 +141,7 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
         records.to_example,
         places,
         functools.partial(records.read_index, directory, split),
+        functools.partial(records.build_time, directory),
     )
 
 
@@ -220,16 +228,9 @@ def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
         raise DataError(f"split {split!r} of data set {name}: expected one of {', '.join(splits)}")
 
 
-def _end_with_trainer(_worker: int, _workers: int) -> None:
+def _begin_worker(_worker: int, _workers: int) -> None:
     """Of a trainer that is killed nothing stays: Grain's workers would wait for their queue to be emptied, for ever."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-
-    def watch() -> None:
-        trainer.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
+    end_with_parent()
 
 
 def _start_quiet_tracker() -> None:
@@ -267,7 +268,7 @@ class Batches(Iterator[T]):
                 flags.FLAGS.mark_as_parsed()  # Grain reads some of its own, and absl refuses that before a parsing.
                 _start_quiet_tracker()
                 options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
-                rest = rest.mp_prefetch(options, _end_with_trainer)
+                rest = rest.mp_prefetch(options, _begin_worker)
             self._ahead = iter(rest)
         batch = next(self._ahead)
         self._taken += 1

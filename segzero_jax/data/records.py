@@ -139,6 +139,14 @@ def _mask(counts: bytes, frame: Frame) -> RleMask | None:
     return RleMask(frame.height, frame.width, counts.decode()) if counts else None
 
 
+def build_time(directory: Path) -> int | None:
+    """When a set was built, in nanoseconds; None while it is not there."""
+    try:
+        return (directory / "build.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def read_index(directory: Path, split: str) -> pa.Table:
     """The index of a split of a built set. Raises OSError."""
     return pq.read_table(index_path(directory, split), schema=INDEX)

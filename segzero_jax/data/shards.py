@@ -7,7 +7,8 @@ number of processes write them and an interrupted build goes on with those that 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -113,22 +114,25 @@ def index_file(directory: Path, name: str) -> Path:
 
 def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
     """Reads a shard's parts and writes its files."""
-    partial = directory / f"{shard.name}.partial"
+    # Of this process alone: one that a killed build has left writes on for a moment.
+    partial = directory / f"{shard.name}.{os.getpid()}.partial"
     serializer = ExampleSerializer(FEATURES.get_serialized_info())
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
     index: list[tuple[object, ...]] = []
     left_out: list[LeftOut] = []
     records = 0
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
     for part in shard.parts:
         for shown in form.read(part):
             stored = _store(shown, left_out)
             if stored is None:
                 continue
             record, lines = stored
-            writer.write(serializer.serialize_example(FEATURES.encode_example(record)))
+            with _disk_errors():
+                writer.write(serializer.serialize_example(FEATURES.encode_example(record)))
             index += [(name, text, records, place, *rest) for place, (name, text, *rest) in enumerate(lines)]
             records += 1
-    writer.close()
+    with _disk_errors():
+        writer.close()
     columns = zip(*index, strict=True) if index else [()] * len(INDEX)
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, INDEX, strict=True)], INDEX)
     pq.write_table(table, index_file(directory, shard.name))
@@ -138,6 +142,15 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
     os.replace(partial, data_file(directory, shard.name))
     jsonl.replace(directory / f"{shard.name}.json", json.dumps(asdict(written)).encode())
     return written
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Raises OSError where ArrayRecord's writer cannot write, which it says in an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def _store(shown: Shown | Unreadable, left_out: list[LeftOut]) -> tuple[dict, list[tuple]] | None:

@@ -36,6 +36,7 @@ from segzero_jax.types import Frame, ObjectPrompt
 OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 # What is said of any of them, however it is malformed.
 NO_SEGMENTATION = "a segmentation that is none of COCO's"
+_LISTS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
 _SPLIT = re.compile(r"(?:\w+_)?(train|val|test)\d{4}")
 
 
@@ -116,6 +117,7 @@ class CocoJson:
     def find(name: str, source: Path, images: Path | None) -> "CocoJson | None":
         """The JSON files in ``source`` and in its folder ``annotations``; None where there are none."""
         found = annotation_files(source)
+        found = [path for path in found if is_cocos(path)] or found
         return CocoJson(name, images or source, tuple(found)) if found else None
 
     def files(self) -> list[Path]:
@@ -142,14 +144,18 @@ class CocoJson:
         unknown = [image for image in by_image if image not in images]
         if unknown:
             raise SourceError(f"{path}: questions about image_id {unknown[0]!r}, which is not among its images")
-        ids = iter(unique([str(q.get("id", f"{path.stem}-{i}")) for i in by_image for q in by_image[i]]))
+        named = [(image, question.get("id")) for image in by_image for question in by_image[image]]
+        ids = iter(unique([f"{path.stem}-{image}" if own is None else str(own) for image, own in named]))
         parts = []
         for image_id, questions in by_image.items():
             read = [
                 (
                     text(question, "text", where),
                     [_outline(*one) for one in _named(question, "annotation_ids", annotations, path)],
-                    [row.get("segmentation") or [] for row, _ in _named(question, "ignored_ids", annotations, path)],
+                    [
+                        row.get("segmentation") or []
+                        for row, _ in _named({"ignored_ids": [], **question}, "ignored_ids", annotations, path)
+                    ],
                     # Nothing is no thing that two questions could both be about.
                     str(question["annotation_ids"]) if question.get("annotation_ids") else None,
                 )
@@ -202,10 +208,21 @@ def annotation_files(source: Path) -> list[Path]:
     return found
 
 
+def is_cocos(path: Path) -> bool:
+    """Whether a JSON file has lists as COCO's do; one that is cut off counts too, lest it be passed over."""
+    return not path.name.startswith(OTHER_TASKS) and _LISTS.search(path.read_bytes()) is not None
+
+
 def by_id(content: Any, name: str, path: Path) -> dict[Any, Any]:
     """The rows of a list in COCO's JSON by their ids. Raises SourceError."""
     where = f"{path}: {name}"
-    return {key(row, "id", where): row for row in rows(content, name, str(path))}
+    found: dict[Any, Any] = {}
+    for row in rows(content, name, str(path)):
+        number = key(row, "id", where)
+        # Files that were joined without numbering them anew: one would have what belongs to the other.
+        if found.setdefault(number, row) != row:
+            raise SourceError(f"{where}: two with id {number!r}, expected one")
+    return found
 
 
 def annotated_size(image: Any, where: str) -> Frame:
@@ -221,9 +238,17 @@ def _named(
 ) -> list[tuple[Mapping[str, Any], str]]:
     """The annotations that a question names, each with what it is called in an error."""
     found = []
-    for wanted in rows({name: [], **question}, name, str(path)):
+    # What is not said to be ignored is not; what is meant, everybody says.
+    asked = question if name == "annotation_ids" else {name: [], **question}
+    for wanted in rows(asked, name, f"{path}: questions"):
         if not isinstance(wanted, int | str) or wanted not in annotations:
             raise SourceError(f"{path}: a question means annotation {wanted!r}, which is not there")
+        image = annotations[wanted].get("image_id", question["image_id"])
+        if image != question["image_id"]:
+            raise SourceError(
+                f"{path}: a question about image {question['image_id']!r} means annotation {wanted!r}, "
+                f"which is in image {image!r}"
+            )
         found.append((annotations[wanted], f"{path}: annotation {wanted}"))
     return found
 

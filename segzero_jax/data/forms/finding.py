@@ -1,6 +1,5 @@
 """Which form a source is in, seen from its files; a folder that could be meant in two ways is refused."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,6 @@ from segzero_jax.data.forms.refer import Refer
 
 _FORMS = "parquet files, refs(…).p, train|val|test with *.json, *.jsonl, or annotations in *.json"
 _PARQUET, _REFER, _REASON_SEG, _LINES, _COCO = "parquet", "REFER", "ReasonSeg", "lines", "COCO"
-_LISTS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
 
 
 def find_form(
@@ -81,7 +79,7 @@ def _kind(name: str, source: Path) -> str | None:
         found |= {_PARQUET: below, _REFER: refer.first_below(source)}
     if references is None:  # REFER has COCO's instances.json beside its references.
         files = coco.annotation_files(source)
-        found[_COCO] = next((path for path in files if _is_coco(path)), None)
+        found[_COCO] = next((path for path in files if coco.is_cocos(path)), None)
         if not any(found.values()):  # Whoever reads what is there says what is wrong with it.
             return _REASON_SEG if ReasonSeg.find(name, source) is not None else _COCO if files else None
     return _only(source, found)
@@ -105,8 +103,3 @@ def _asked_of_shapes(source: Path) -> Path | None:
     except SourceError:
         return None
     return example[0] if example is not None and {"shapes", "text"} <= set(example[1]) else None
-
-
-def _is_coco(path: Path) -> bool:
-    """Whether a JSON file has lists as COCO's do; one that is cut off counts too, lest it be passed over."""
-    return not path.name.startswith(coco.OTHER_TASKS) and _LISTS.search(path.read_bytes()) is not None

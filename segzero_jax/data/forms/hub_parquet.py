@@ -118,7 +118,8 @@ def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParqu
     tables: dict[Path, str] = {}
     held: dict[str, Path] = {}
     for source in sources:
-        found = {path: _split(path) for path in source.rglob("*.parquet")}
+        # A folder data that is a link is none to rglob.
+        found = {path: _split(path) for path in (*source.rglob("*.parquet"), *source.glob("data/*.parquet"))}
         if source in splits and len(set(found.values())) == 1:
             found = dict.fromkeys(found, splits[source])
         for split in set(found.values()) - {"train"}:

@@ -78,7 +78,8 @@ class Lines:
 
     def _parts(self, path: Path) -> list[Part]:
         rows = _rows(path)
-        ids = iter(unique([str(row.get("id", f"{path.stem}-{n:06d}")) for n, row in enumerate(rows)]))
+        given = [row.get("id") for row in rows]
+        ids = iter(unique([f"{path.stem}-{n:06d}" if one is None else str(one) for n, one in enumerate(given)]))
         parts = []
         # Lines about the same picture that follow one another share it.
         for image, group in itertools.groupby(rows, key=lambda row: row["image"]):
@@ -107,12 +108,12 @@ class Lines:
             yield Shown(data, name, file, None, tuple(boxed))
 
     def _question(self, own: str, row: dict[str, Any], picture: str) -> Asked:
-        instance = f"{picture}:{row.get('instance', own)}"
+        instance = f"{picture}:{own if row.get('instance') is None else row['instance']}"
         ignore = self._mask(row["ignore"]) if row.get("ignore") else None
         if "objects" in row:
             objects = tuple(_object(given, f"object {n}") for n, given in enumerate(row["objects"]))
             return Asked(own, row["question"], instance, objects=objects, ignore=ignore)
-        files = row["masks"] if "masks" in row else [row["mask"]] if row["mask"] else []
+        files = row["masks"] if "masks" in row else [row["mask"]]
         masks = tuple(self._mask(file) for file in files)
         return Asked(own, row["question"], instance, masks, ignore=ignore)
 
@@ -163,6 +164,8 @@ def _check(row: Any, where: str) -> None:
     for name in ("mask", "ignore"):
         if row.get(name) is not None and not is_text(row[name]):
             raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
+    if "mask" in row and not row["mask"]:
+        raise SourceError(f"{where}: mask {_shown(row['mask'])}, expected a file; where nothing answers: masks []")
     masks = row.get("masks", [])
     if not isinstance(masks, list) or not all(map(is_text, masks)):
         raise SourceError(f"{where}: masks {_shown(masks)}, expected a list of text")

@@ -79,7 +79,10 @@ class ReasonSeg:
         name = f"{self.name}:{Path(part.pictures[0]).with_suffix('')}"
         try:
             frame = upright_size(data)
-            shapes = [(label, _corners(points, f"shape {n}: ")) for n, (label, points) in enumerate(outlined)]
+            shapes = [
+                (label, _outline(kind, _corners(points, f"shape {n}: "), f"shape {n}: "))
+                for n, (label, kind, points) in enumerate(outlined)
+            ]
         except PictureError as error:
             yield Unreadable(part.ids, error.kind, f"{error}, in {part.pictures[0]}")
             return
@@ -105,9 +108,9 @@ def _texts(content: Any, path: Path) -> list[str]:
     return [text({"text": sentence}, "text", str(path)) for sentence in sentences]
 
 
-def _shape(shape: Any, where: str) -> tuple[str, Any]:
-    """Label and points, the latter as they stand there. Raises SourceError."""
-    return text(shape, "label", where), field(shape, "points", where)
+def _shape(shape: Any, where: str) -> tuple[str, str, Any]:
+    """Label, kind and points, the latter as they stand there. Raises SourceError."""
+    return text(shape, "label", where), str(shape.get("shape_type") or "polygon"), field(shape, "points", where)
 
 
 def _picture(path: Path) -> Path:
@@ -122,6 +125,16 @@ def _corners(points: Any, where: str) -> list[tuple[float, ...]]:
         form = "[[x, y], [x, y], ...]"
         raise Unusable(f"points not like {form}", f"{where}points {json.dumps(points)[:80]}, expected {form}")
     return [coordinates(point, "[x, y]", "points", where) for point in points]
+
+
+def _outline(kind: str, corners: list[tuple[float, ...]], where: str) -> list[tuple[float, ...]]:
+    """The corners of a shape of LabelMe's, which draws more than polygons. Raises Unusable for what has none."""
+    if kind == "rectangle" and len(corners) == 2:
+        (x1, y1), (x2, y2) = corners
+        return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    if kind in ("circle", "mask"):
+        raise Unusable(f"a {kind} of LabelMe's", f"{where}a {kind} of LabelMe's, expected a polygon or a rectangle")
+    return corners
 
 
 def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.ndarray]:
