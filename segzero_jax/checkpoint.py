@@ -211,7 +211,7 @@ class Checkpoints:
             "lines": lines or {},
         }
         try:
-            self._manager.save(
+            begun = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     policy=ocp.args.PyTreeSave(_named_leaves(state.policy)),
@@ -222,6 +222,10 @@ class Checkpoints:
             )
         except self._failures as error:
             raise self._failed(error) from None
+        if not begun:  # What is beyond it, Orbax takes for saved.
+            raise SaveError(
+                f"{self.directory}: holds {self.latest}, which is no complete checkpoint; delete it, or bring it whole"
+            )
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises SaveError."""
@@ -313,7 +317,7 @@ class Checkpoints:
                 f"{self.directory}/{step}: its reference policy has fingerprint {saved.reference}, "
                 f"model.path={config.model.path} has {now.reference}; resume with the weights that the run began with"
             )
-        if saved.sam2 != now.sam2:
+        if saved.sam2 != now.sam2 or (saved.sam2_dtype and saved.sam2_dtype != now.sam2_dtype):
             raise CheckpointError(
                 f"{self.directory}/{step}: its rewards came from {_sam2(saved)}, reward.server={config.reward.server} "
                 f"means {_sam2(now)}; resume with the same, or choose another run.dir"
@@ -362,6 +366,9 @@ class Checkpoints:
 
 def _why_not_saved(error: Exception) -> str:
     """One line of what a save failed with. Raises what JAX says of anything else."""
+    # Where its own part has failed, a host waits for the others all the same, and that fails after it.
+    while str(error).startswith(_NOT_ALL_CAME) and isinstance(error.__context__, Exception):
+        error = error.__context__
     if str(error).startswith(_NOT_ALL_CAME):
         return "not all hosts have written their part in time"
     if isinstance(error, jax.errors.JaxRuntimeError):
@@ -431,11 +438,13 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
     if directory.name.isdigit() and directory.parent.name == _FOLDER:
         return directory.parent, int(directory.name)
     with _reading(directory):
-        if (directory / _FOLDER).is_dir():
+        if (directory / _FOLDER).is_dir() and complete_steps(directory / _FOLDER):
             return directory / _FOLDER, None
         if (directory / "config.yaml").is_file():
             elsewhere = checkpoint_directory(configs.load(str(directory / "config.yaml")))
             return (elsewhere, None) if elsewhere.is_dir() else None
+        if (directory / _FOLDER).is_dir():
+            return directory / _FOLDER, None
         if directory.name.isdigit() and _is_complete(directory):
             return directory.parent, int(directory.name)
         return (directory, None) if directory.is_dir() and complete_steps(directory) else None
@@ -452,6 +461,18 @@ def complete_steps(directory: epath.Path) -> list[int]:
         if not directory.is_dir():
             return []
         return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
+
+
+def refuse_unfinished(directory: epath.Path) -> None:
+    """Raises CheckpointError where a directory without a checkpoint has a part of one, as of a copy that was cut off.
+
+    Nothing up to its step would be saved beside it. What a save has left is none: that is known, and cleared away.
+    """
+    with _reading(directory):
+        found = directory.iterdir() if directory.is_dir() else ()
+        parts = [path for path in found if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
+    if parts:
+        raise CheckpointError(f"{parts[0]}: is no complete checkpoint; delete it, or bring it whole")
 
 
 def _unfinished(directory: epath.Path) -> list[epath.Path]:
@@ -471,4 +492,7 @@ def _is_complete(checkpoint: epath.Path) -> bool:
 
 
 def _sam2(identity: Identity) -> str:
-    return "no SAM 2" if identity.sam2 is None else f"SAM 2 checkpoint {identity.sam2[:12] or '(unnamed)'}"
+    if identity.sam2 is None:
+        return "no SAM 2"
+    dtype = f" in {identity.sam2_dtype}" if identity.sam2_dtype else ""
+    return f"SAM 2 checkpoint {identity.sam2[:12] or '(unnamed)'}{dtype}"

@@ -21,12 +21,14 @@ class Identity(NamedTuple):
         and says so.
       data: checksum of each split that is trained on or evaluated, by its name; None in older checkpoints, which go on
         with any.
+      sam2_dtype: what SAM 2 computes in, by its name; None without a server, and in older checkpoints likewise.
     """
 
     reference: str
     sam2: str | None
     data: Mapping[str, str] | None = None
     functions: Mapping[str, str] | None = None
+    sam2_dtype: str | None = None
 
 
 def fingerprint(weights: Any, dtype: jnp.dtype) -> str:

@@ -79,7 +79,9 @@ def _difference(path: epath.Path, expected: dict[str, Any]) -> str:
         length = path.stat().length
         if length != expected["bytes"]:
             return f"{length} bytes, expected {expected['bytes']}"
-        return "" if _digest(path) == expected["sha256"] else "its content has changed"
+        # Of what a bucket holds, or held when it was saved and has been copied from, the length alone is known.
+        found = expected["sha256"] and _digest(path)
+        return "" if not found or found == expected["sha256"] else "its content has changed"
     except OSError as error:
         return _harm(error)
 

@@ -70,7 +70,7 @@ class Patience:
           check: is called every second, of several hosts by all alike, and raises to end the wait for another reason.
           pod: the hosts that wait together.
           clock: seconds.
-          count: is told of all seconds that passed in silence, as they pass.
+          count: is told of all seconds that passed in silence, here or on another host, as they pass.
           advice: what the user can do after the end of all patience.
         """
         self._reward = reward
@@ -85,6 +85,7 @@ class Patience:
         self._since: float | None = None
         self._spoke_s: float | None = None
         self._saved = False
+        self._save_from_s = 0.0
         self._all_know = False
 
     def __enter__(self) -> "Patience":
@@ -122,7 +123,7 @@ class Patience:
             self._check()
         now = self._clock()
         if self._since is None:
-            self._since, self._counted_s = now, 0.0
+            self._since, self._counted_s, self._save_from_s = now, 0.0, 0.0
         silent_s = now - self._since
         self._count(silent_s - self._counted_s)
         self._counted_s = silent_s
@@ -133,7 +134,7 @@ class Patience:
             began = datetime.fromtimestamp(time.time() - silent_s).strftime("%H:%M:%S")
             line = f"waiting for scores since {began}: {why()}"
             self._spoke_s = silent_s
-        save = bool(gave_up) or silent_s >= self._reward.checkpoint_after_s
+        save = bool(gave_up) or silent_s >= max(self._reward.checkpoint_after_s, self._save_from_s)
         self._agree(_Word(line=line, save=save, gave_up=gave_up))
 
     def finish(self, found: str) -> list[str]:
@@ -144,10 +145,12 @@ class Patience:
           RewardServiceAway: it has waited for too long.
         """
         while True:
+            began = self._clock()
             words = self._agree(_Word(found=found))
             everything = [word.found for word in words if word.found is not None]
             if len(everything) == len(words):
                 return everything
+            self._count(self._clock() - began)
 
     def _agree(self, word: _Word) -> list[_Word]:
         """Tells the other hosts and does what any of them asks for. Raises what the first to give up raises."""
@@ -176,6 +179,10 @@ class Patience:
         return silent_s >= self._spoke_s + _NEXT_WORD_S
 
     def _keep(self) -> None:
-        if not self._saved and self._save():
+        if self._saved:
+            return
+        if self._save():
             self._saved = True
             self._say("the last finished step is saved: --resume goes on from it")
+        elif self._since is not None:
+            self._save_from_s = self._clock() - self._since + _NEXT_WORD_S

@@ -5,6 +5,7 @@ the servers that serve, retries what they could not take and gives up at the dea
 again.
 """
 
+import math
 import queue
 import threading
 import time
@@ -231,19 +232,24 @@ class RewardClient:
         """
         return self._model[0] if self._model else ""
 
+    @property
+    def dtype(self) -> str:
+        """What those scores are computed in, by its name; known when ``checkpoint_sha256`` is."""
+        return self._model[1] if self._model else ""
+
     def close(self) -> None:
         """Ends the connection; calls on their way are cancelled."""
         self._channel.close()
 
     def wait_until_serving(
-        self, timeout_s: float, say: Callable[[str], None] | None = None, everyone: bool = True
+        self, timeout_s: float, say: Callable[[str], None] | None = None, everyone_s: float = math.inf
     ) -> list[ServerInfo]:
-        """Waits until every server has loaded its model, or the time is over: one that serves is enough then.
+        """Waits until every server has loaded its model; after a while one that serves is enough.
 
         Args:
           timeout_s: patience.
           say: is told whom this waits for, and who is missing in the end.
-          everyone: one that serves is enough at once, without it.
+          everyone_s: after so long one that serves is enough.
 
         Returns:
           What those that serve say of themselves.
@@ -265,7 +271,7 @@ class RewardClient:
                         away[address] = str(error)
             check_same_model(infos)
             waited_s = time.monotonic() - start
-            if not away or waited_s >= timeout_s or (infos and not everyone):
+            if not away or waited_s >= timeout_s or (infos and waited_s >= everyone_s):
                 break
             if say is not None and not told and waited_s >= _PROBE_S:
                 told = True

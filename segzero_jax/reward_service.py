@@ -44,5 +44,6 @@ def reward_service(
                 address = stack.enter_context(local_server(reward.local_model, log, if_it_dies=advice))
             address = pod.exchange("local reward servers", address)[starter]
         client = stack.enter_context(RewardClient(address, reward.timeout_s, wait_for_ready=not local, access=access))
-        client.wait_until_serving(_START_PATIENCE_S if local else patience_s, say=say)
+        timeout_s = _START_PATIENCE_S if local else patience_s
+        client.wait_until_serving(timeout_s, say=say, everyone_s=reward.timeout_s)
         yield client

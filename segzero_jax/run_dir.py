@@ -7,9 +7,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
+
 from segzero_jax import config as configs
 from segzero_jax import jsonl
-from segzero_jax.checkpoint import Checkpoints, StorageError, checkpoint_directory, complete_steps, differing_runs
+from segzero_jax.checkpoint import (
+    Checkpoints,
+    StorageError,
+    checkpoint_directory,
+    complete_steps,
+    differing_runs,
+    refuse_unfinished,
+)
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
 from segzero_jax.file_lock import FolderHeld, hold
@@ -55,11 +64,15 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
     if not complete_steps(directory):
         if resume:
             raise ConfigError(f"run.dir={run_dir}: no checkpoint to resume from; start without --resume")
+        refuse_unfinished(directory)
         _refuse_another_run(config, run_dir)
+        _refuse_lost_checkpoints(run_dir, directory)
         return Beginning(None, done=False), []
     with Checkpoints(directory, read_only=True) as checkpoints:
         step, damaged = checkpoints.newest()
         checkpoints.check_config(step, config)
+    if (run_dir / "config.yaml").exists():
+        _refuse_another_run(config, run_dir)
     done = step >= config.train.steps and not missing_splits(config, run_dir, step)
     return Beginning(step, done), [f"{line}: going on from step {step}" for line in damaged]
 
@@ -111,6 +124,27 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
         raise ConfigError(
             f"run.dir={run_dir}: holds a run already, with another configuration ({', '.join(differing)} differ); "
             "go on with the same one or choose another run.dir"
+        )
+
+
+def _refuse_lost_checkpoints(run_dir: Path, directory: epath.Path) -> None:
+    """A run whose checkpoints are not where they should be is not begun anew over what it has written."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return
+    earlier = configs.load(run_dir / "config.yaml")
+    before = checkpoint_directory(earlier)
+    if steps := complete_steps(before):
+        raise ConfigError(
+            f"run.checkpoint_dir={directory}: no checkpoint, those of the run in run.dir={run_dir} are in {before}, to "
+            f"step {steps[-1]}; go on with that place, bring them here, or choose another run.dir"
+        )
+    rows = jsonl.read(run_dir / "metrics.jsonl")
+    # A save has begun behind its step's line, and the one before it is whole by then.
+    begun = [row["step"] for row in rows[:-1] if checkpoint_due(earlier, row["step"])]
+    if len(begun) > 1 and not any(row.get("checkpoint/failed") for row in rows):
+        raise ConfigError(
+            f"{directory}: no checkpoint, though the run in run.dir={run_dir} has saved step {begun[-2]}; is the disk "
+            "mounted? Bring them back, or choose another run.dir"
         )
 
 

@@ -82,7 +82,7 @@ def connected(
             server, access = stack.enter_context(served), Access()
         late = "choose a smaller --sam" if local else "look at its log"
         client = stack.enter_context(RewardClient(server, _ANSWER_S, not local, access, late))
-        client.wait_until_serving(_HELLO_S if local else STARTUP_S, say, everyone=False)
+        client.wait_until_serving(_HELLO_S if local else STARTUP_S, say, everyone_s=0)
         yield client
     if local:
         shutil.rmtree(folder)

@@ -31,6 +31,10 @@ class PhaseTimer:
         self._idle_since = self._start
         self._carried = 0.0
 
+    def now(self) -> float:
+        """Seconds by the clock that it counts with."""
+        return self._clock()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to ``name``. Phases do not nest: shares of a step must add up."""
@@ -93,6 +97,7 @@ class CompileClock:
         self._timer = timer
         self._thread = threading.get_ident()
         self._depth = 0
+        self._since = 0.0
 
     @property
     def compiling(self) -> bool:
@@ -113,13 +118,16 @@ class CompileClock:
     def _begin(self, event: str, value: float | int, **kwargs: str | int) -> None:
         if event.startswith(_COMPILING) and threading.get_ident() == self._thread:
             self._depth += 1
+            # JAX tells when it began by the wall clock, which may be set meanwhile.
+            if self._depth == 1:
+                self._since = self._timer.now()
 
     def _end(self, event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
         if event.startswith(_COMPILING) and threading.get_ident() == self._thread:
             self._depth = max(0, self._depth - 1)
             # A function traced inside another's trace is part of it.
             if self._depth == 0:
-                self._timer.move(end_time - start_time, "compile")
+                self._timer.move(self._timer.now() - self._since, "compile")
 
 
 class TimeAccount:

@@ -6,6 +6,7 @@ works, turn rewards into advantages relative to the group, learn from them.
 
 import argparse
 import contextlib
+import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,7 @@ USER_ERRORS = (
     PromptTooLong,
     RewardServerError,
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TRAIN_KEY = 0
 # Of a step's further batches; what is below is for tokens.
 _DRAW_KEY = 2**31
@@ -211,6 +213,7 @@ def train(
             )
             losses = jax.device_get(losses)
             del batch
+        keeper.finished(step, state, batches.get_state())
         made = step_of(step, draws, learnt)
         for line in (unscored_groups(made.scored), "" if losses else unlearnt(draws)):
             if line:
@@ -228,7 +231,6 @@ def train(
         writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
         writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
         watch.check(step, numbers)
-        keeper.finished(step, state, batches.get_state())
         if checkpoint_due(config, step):
             with watch.phase("checkpoint"):
                 keeper.save()
@@ -351,8 +353,8 @@ def _continue(
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
         start = fingerprint(state.policy if job.base is None else job.base, job.train_pass.dtype)
-        sam2 = client.checkpoint_sha256 if client else None
-        identity = Identity(start, sam2, splits.checksums(), sources(functions))
+        sam2, sam2_dtype = (client.checkpoint_sha256, client.dtype) if client else (None, None)
+        identity = Identity(start, sam2, splits.checksums(), sources(functions), sam2_dtype)
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
         best = partial(score, config, run_dir)
@@ -393,6 +395,13 @@ def _continue(
         except Stopped:
             keeper.keep_or_fail()
             raise
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            # Checkpoints may lie elsewhere. Of several hosts the others know nothing of it, and all save or none.
+            saved = pod.count == 1 and keeper.keep()
+            kept = "the last finished step is saved" if saved else "steps since the last checkpoint are lost"
+            raise StorageError(f"run.dir={run_dir}: cannot be written to: {error}; {kept}") from None
         with watch.phase("checkpoint"):
             keeper.keep_or_fail()
         watch.done()
@@ -407,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "finished step saved; 2 something to put right; 3 the reward service stayed away; "
         f"{HOST_LOST} another host of the run was lost; {DIVERGED} no update of too many steps in a row was finite; "
         f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "
-        "checkpoints not be read; 130 stopped by Ctrl-C.",
+        "checkpoints not be read, or run.dir is full; 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
     parser.add_argument(

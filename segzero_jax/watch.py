@@ -155,6 +155,7 @@ class HangWatch:
       kill_after_s: a phase that takes longer ends the process with exit code 6; 0 never does.
       note: called every ten seconds.
       end: ends the process.
+      step: the last one that is done.
     """
 
     def __init__(
@@ -166,11 +167,12 @@ class HangWatch:
         kill_after_s: float,
         note: Callable[[], None] = lambda: None,
         end: Callable[[int], object] = os._exit,
+        step: int = 0,
     ) -> None:
         self._timer, self._compiling, self._stacks = timer, compiling, stacks
         self._say, self._kill_after_s, self._note, self._end = say, kill_after_s, note, end
         self._usual: dict[str, deque[float]] = {}
-        self._step = 0
+        self._step = step
         self._told: tuple[int, str, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
@@ -278,6 +280,7 @@ class Watch:
             self._say_here,
             config.kill_after_s,
             note=self._account.note,
+            step=kept[-1]["step"] if kept else 0,
         )
         self._listening = compilation.listening()
         self._done = False

@@ -23,7 +23,9 @@ from segzero_jax.checkpoint import (
     Checkpoints,
     SaveError,
     StorageError,
+    _why_not_saved,
     checkpoint_directory,
+    locate,
     storage_path,
 )
 from segzero_jax.config import Config
@@ -32,12 +34,12 @@ from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.model.weights import CheckpointError
-from segzero_jax.run_dir import open_run
+from segzero_jax.run_dir import look, open_run
 from segzero_jax.saved_policy import load_policy
 
 DATA = {"next_index": 48}
 ITEMS = ("policy", "optimizer", "run", "manifest")
-IDENTITY = Identity("0123456789abcdef", "ab" * 32)
+IDENTITY = Identity("0123456789abcdef", "ab" * 32, sam2_dtype="bfloat16")
 
 
 @pytest.fixture
@@ -250,6 +252,26 @@ def test_a_host_that_could_not_write_its_part_costs_that_save_alone(
         assert checkpoints.newest() == (1, [])
 
 
+def test_what_a_host_itself_could_not_write_is_said_though_it_waited_for_the_others() -> None:
+    """Orbax's barrier follows in a ``finally``, and its end is what is raised."""
+    late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: set_value_start::3")
+    late.__context__ = ValueError("OUT_OF_RANGE: no space left on device [tensorstore_spec='...']")
+    assert _why_not_saved(late) == "OUT_OF_RANGE: no space left on device"
+
+
+def test_a_part_of_a_checkpoint_is_not_taken_for_one_that_is_saved(config: Config) -> None:
+    """Orbax counts it by its number, and would save nothing up to there."""
+    (folder(config) / "150" / "policy").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="150: is no complete checkpoint; delete it, or bring it whole"):
+        look(config, resume=False)
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        with pytest.raises(SaveError, match="holds 150, which is no complete checkpoint; delete it"):
+            checkpoints.save(50, make_state(config, seed=1), DATA, config, IDENTITY)
+        shutil.rmtree(folder(config) / "150")
+    save(config, (50,))
+    assert look(config, resume=False)[0].step == 50
+
+
 @pytest.mark.parametrize("name", ["manifest/manifest.json", "policy/manifest.ocdbt"])
 def test_files_that_cannot_be_read_for_now_are_no_damage(
     config: Config, monkeypatch: pytest.MonkeyPatch, name: str
@@ -299,10 +321,18 @@ def test_another_reference_or_sam_2_is_refused(config: Config) -> None:
                 IDENTITY._replace(reference="feedface00000000"),
                 "has fingerprint 0123456789abcdef, model.path=.* has feed",
             ),
-            (IDENTITY._replace(sam2="cd" * 32), "came from SAM 2 checkpoint abababababab, .* SAM 2 checkpoint cdcdcd"),
+            (
+                IDENTITY._replace(sam2="cd" * 32),
+                "came from SAM 2 checkpoint abababababab in bfloat16, .* SAM 2 checkpoint cdcdcd",
+            ),
             (
                 IDENTITY._replace(sam2=None),
-                "came from SAM 2 checkpoint abababababab, reward.server=local means no SAM 2",
+                r"came from SAM 2 checkpoint abababababab in bfloat16, reward\.server=local means no SAM 2",
+            ),
+            # A server that is back without its GPU.
+            (
+                IDENTITY._replace(sam2_dtype="float32"),
+                "abababababab in bfloat16, .* means SAM 2 checkpoint abababababab in float32; resume with the same",
             ),
         ):
             with pytest.raises(CheckpointError, match=expected):
@@ -317,7 +347,7 @@ def test_other_data_are_refused_by_the_split_and_older_checkpoints_go_on_with_an
             checkpoints.save(step, state, DATA, config, identity)
         checkpoints.wait()
         run = json.loads((folder(config) / "1/run/metadata").read_text())
-        del run["identity"]["data"]
+        del run["identity"]["data"], run["identity"]["sam2_dtype"]
         (folder(config) / "1/run/metadata").write_text(json.dumps(run))
         assert checkpoints.restore(2, state, config, IDENTITY._replace(data=dict(reversed(data.items())))).step == 2
         with pytest.raises(CheckpointError) as error:
@@ -387,6 +417,17 @@ def test_checkpoints_are_found_where_they_lie(config: Config, tmp_path: Path, fo
         assert found == config
         for got, want in zip(leaves(policy), leaves(random_policy(seed=3)), strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def test_a_run_directory_of_no_checkpoints_does_not_hide_those_elsewhere(config: Config, tmp_path: Path) -> None:
+    """A start that was cut off early leaves the folder; the run went on with another place."""
+    folder(config).mkdir(parents=True)
+    assert locate(config.run.dir) == (epath.Path(folder(config)), None)
+    config = configs.replace(config, **{"run.checkpoint_dir": str(tmp_path / "elsewhere")})
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(checkpoint_directory(config)) as checkpoints:
+        checkpoints.save(4, make_state(config, seed=3), DATA, config, IDENTITY)
+    open_run(config)
+    assert locate(config.run.dir) == (epath.Path(tmp_path / "elsewhere"), None)
 
 
 def test_a_bucket_is_no_local_path(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

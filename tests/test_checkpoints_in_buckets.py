@@ -1,5 +1,6 @@
 """Checkpoints in a bucket: committed by a file, not by a name, and reached by libraries with errors of their own."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,25 @@ def test_a_first_checkpoint_that_was_not_committed_is_none(config: Config, bucke
     assert (bucket / "1" / COMMITTED).is_file()
     assert look(config, resume=True)[0] == Beginning(1, False)
     assert locate(bucket) == (epath.Path(bucket), None)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_a_checkpoint_may_be_copied_from_a_bucket_to_a_disk_and_back(
+    config: Config, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: bool
+) -> None:
+    """On one side contents have checksums, on the other lengths alone are known."""
+    of_a_bucket = lambda path: "" if str(path).startswith(str(bucket)) else digest(path)  # noqa: E731
+    digest = manifest._digest
+    monkeypatch.setattr(manifest, "_digest", of_a_bucket)
+    places = (tmp_path / "disk", bucket) if up else (bucket, tmp_path / "disk")
+    with Checkpoints(places[0]) as checkpoints:
+        save(checkpoints, 2, config)
+    shutil.copytree(*places)
+    with Checkpoints(places[1], read_only=True) as checkpoints:
+        assert checkpoints.newest() == (2, [])
+        (file,) = (places[1] / "2" / "policy").glob("manifest.ocdbt")
+        file.write_bytes(file.read_bytes()[:-1])
+        assert "policy/manifest.ocdbt: " in checkpoints.damage(2)
 
 
 def test_a_later_one_that_was_not_committed_is_passed_over(config: Config, bucket: Path) -> None:

@@ -84,6 +84,15 @@ def test_an_evaluation_that_waits_does_not_hang() -> None:
     assert run.timer.take() == {"evaluation": pytest.approx(101), "other": 0}, "none of it is a step's"
 
 
+def test_a_save_that_fails_is_tried_once_a_minute() -> None:
+    """The network that keeps scores away may keep checkpoints away."""
+    run = Run()
+    run.patience._save = lambda: run.save() and len(run.saves) > 3
+    with run.patience:
+        run.silent_until(400)
+    assert run.saves == [100, 160, 220, 280]
+
+
 def test_what_passes_between_two_waits_is_no_silence() -> None:
     """A wait may end with a refusal, after which nobody was heard."""
     run = Run()
@@ -146,6 +155,28 @@ def test_hosts_that_are_done_wait_for_the_last() -> None:
     met, ended = hosts(seconds=1)
     assert [end.result() for end in ended] == [["scores of 0", "scores of 1", "scores of 2"]] * 3
     assert [host.run.saves for host in met] == [[]] * 3
+
+
+def test_hosts_that_wait_for_another_do_not_hang() -> None:
+    """Nor are they ended: what they wait for is the reward service."""
+
+    def act(pod: Pod) -> float:
+        run = Run(pod=pod)
+        with run.timer.phase("evaluation"), run.patience as patience:
+            for _ in range(0 if pod.index else 5):
+                patience.silent(lambda: "nobody home")
+                run.now += 1
+            exchange = pod.exchange
+
+            def late(what: str, text: str) -> list[str]:
+                run.now += 1
+                return exchange(what, text)
+
+            pod.exchange = late  # type: ignore[method-assign]
+            patience.finish("scores")
+            return run.timer.running()[1]
+
+    assert max(end.result() for end in on_hosts(2, act)) <= 6
 
 
 def test_what_one_host_asks_for_all_save() -> None:

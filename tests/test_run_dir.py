@@ -152,7 +152,7 @@ def test_a_run_that_is_done_is_told_on_a_machine_that_did_not_make_it(
     save(config, 2, 4, lines={"metrics": rows[1:], "evaluations": [evaluation]})
     if copied != "nothing":
         open_run(config)
-        (run / "config.yaml").write_text("seed: 0  # as it was\n")
+        (run / "config.yaml").write_text(f"# as it was\n{configs.to_yaml(config)}")
         lines = "".join(json.dumps(row) + "\n" for row in (rows if copied == "all" else rows[:3]))
         (run / "metrics.jsonl").write_text(lines)
     assert train.main(options) == 0
@@ -167,7 +167,7 @@ def test_a_run_that_is_done_is_told_on_a_machine_that_did_not_make_it(
     assert f"mean reward: {'2.000 in step 2, 4.000 in step 4' if lost else '1.500 ± 0.500 in steps 1 to 2'}" in out
     assert "after 2 steps" in out, "not 'before', which was lost"
     assert [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()] == [evaluation]
-    assert configs.load(run / "config.yaml") == (config if lost else Config())
+    assert (run / "config.yaml").read_text().startswith("# as it was") != lost
     assert list((run / "tensorboard").iterdir())
 
 
@@ -183,6 +183,44 @@ def test_another_run_is_refused_with_or_without_checkpoints(config: Config) -> N
         look(other, resume=False)
     (run_dir / "config.yaml").unlink()
     assert look(config, resume=False)[0] == Beginning(1, False)
+
+
+def test_a_run_that_goes_on_does_not_take_anothers_directory(config: Config, tmp_path: Path) -> None:
+    """Its checkpoints lie elsewhere; what lies here would be cut, and pass for its own."""
+    config = configs.replace(config, **{"run.checkpoint_dir": str(tmp_path / "elsewhere")})
+    save(config, 3)
+    run_dir = open_run(configs.replace(config, **{"train.lr": 0.5, "run.checkpoint_dir": ""}))
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match=r"holds a run already, with another configuration \(train\.lr differ\)"):
+        look(config, resume=False)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(config: Config, tmp_path: Path) -> None:
+    """A disk that is not mounted yet: all that the run has written would be deleted."""
+    config = configs.replace(config, **{"train.checkpoint_every": 2, "train.steps": 9})
+    run_dir = open_run(config)
+
+    def written(steps: int, failed: int = 0) -> None:
+        rows = [{"step": step, "checkpoint/failed": failed} for step in range(1, steps + 1)]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    written(4)
+    assert look(config, resume=False)[0].step is None, "the save of step 2 may have been cut off"
+    written(5)
+    lost = r"/checkpoints: no checkpoint, though the run in run\.dir=.* has saved step 2; is the disk mounted\?"
+    with pytest.raises(ConfigError, match=lost):
+        look(config, resume=False)
+    written(5, failed=1)
+    assert look(config, resume=False)[0].step is None
+
+
+def test_checkpoints_that_are_elsewhere_are_named(config: Config, tmp_path: Path) -> None:
+    run_dir = open_run(config)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    save(config, 3)
+    moved = configs.replace(config, **{"run.checkpoint_dir": str(tmp_path / "elsewhere")})
+    with pytest.raises(ConfigError, match=r"those of the run in run\.dir=.*/run are in .*/run/checkpoints, to step 3;"):
+        look(moved, resume=False)
 
 
 def test_only_the_splits_without_numbers_are_evaluated_again(config: Config) -> None:

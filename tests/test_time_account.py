@@ -120,12 +120,16 @@ def test_jax_tells_when_it_compiles():
 def test_what_is_traced_inside_a_trace_counts_once(timer, clock):
     compilation, event = CompileClock(timer), "/jax/core/compile/jaxpr_trace_duration"
     with compilation.listening(), timer.phase("update"):
-        clock.now += 8.0
+        clock.now += 3.0
         jax.monitoring.record_scalar(event, 0.0)
+        clock.now += 1.0
         jax.monitoring.record_scalar(event, 1.0)
-        jax.monitoring.record_event_time_span(event, 1.0, 3.0)
+        clock.now += 2.0
+        # JAX's own times are the wall clock's, which is set back an hour meanwhile.
+        jax.monitoring.record_event_time_span(event, 1.0, 3.0 - 3600)
         assert compilation.compiling
-        jax.monitoring.record_event_time_span(event, 0.0, 5.0)
+        clock.now += 2.0
+        jax.monitoring.record_event_time_span(event, 0.0, 5.0 - 3600)
         jax.monitoring.record_event_time_span("/jax/another/event", 0.0, 2.0)
         assert not compilation.compiling
     assert timer.take() == {"compile": 5.0, "update": 3.0, "other": 0.0}

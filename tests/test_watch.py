@@ -126,12 +126,18 @@ def test_a_restart_changes_no_alarm(states, cut, after):
 class Scene:
     """A watch whose clock and compiler the test moves."""
 
-    def __init__(self, folder, kill_after_s=0.0):
+    def __init__(self, folder, kill_after_s=0.0, step=0):
         self.now, self.compiling, self.told, self.ended = 0.0, False, [], []
         self.timer = PhaseTimer(lambda: self.now)
         self.stacks = folder / "stacks-0.txt"
         self.watch = HangWatch(
-            self.timer, lambda: self.compiling, self.stacks, self.told.append, kill_after_s, end=self.ended.append
+            self.timer,
+            lambda: self.compiling,
+            self.stacks,
+            self.told.append,
+            kill_after_s,
+            end=self.ended.append,
+            step=step,
         )
 
     def usual(self, steps, **times):
@@ -193,10 +199,10 @@ def test_an_evaluation_is_measured_by_evaluations(tmp_path):
 
 
 def test_a_process_ends_itself_only_where_it_is_told_to(tmp_path):
-    scene = Scene(tmp_path, kill_after_s=20.0)
+    scene = Scene(tmp_path, kill_after_s=20.0, step=7)
     assert scene.stuck("data", 19.0, 2.0)[0] == 0
     assert scene.ended == [HUNG]
-    assert "data has taken 21 s, longer than watch.kill_after_s=20: this ends it" in scene.told[0]
+    assert "step 8: data has taken 21 s, longer than watch.kill_after_s=20: this ends it" in scene.told[0]
 
 
 def test_the_thread_looks_and_notes_by_itself(tmp_path, monkeypatch):
@@ -233,8 +239,8 @@ def test_a_hang_is_told_and_ended_on_a_full_disk(monkeypatch):
     monkeypatch.setattr(watch, "_LOOK_S", 0.01)
     timer, said, ended = PhaseTimer(), [], []
     with (
-        HangWatch(timer, lambda: False, Path("/dev/full"), said.append, 0.02, end=ended.append),
         timer.phase("rollout"),
+        HangWatch(timer, lambda: False, Path("/dev/full"), said.append, 0.02, end=ended.append),
     ):
         while not ended:
             time.sleep(0.01)

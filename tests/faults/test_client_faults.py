@@ -16,10 +16,14 @@ import pytest
 from fake_reward_server import Fake, free_port, serving
 
 from reward_server import reward_pb2
+from segzero_jax import config as configs
 from segzero_jax import reward_client
-from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
+from segzero_jax.config import Config
+from segzero_jax.pods import ALONE
+from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
 from segzero_jax.reward_client import PendingScores, RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
+from segzero_jax.reward_service import reward_service
 from segzero_jax.types import Frame, ObjectPrompt
 
 SERVER = Path(__file__).parents[1] / "fake_reward_server.py"
@@ -106,6 +110,21 @@ def test_killed_in_the_middle_of_calls_and_restarted_on_the_same_port(patient: b
             scores = pending.result(Waiter() if patient else None)
     assert scores == healthy_scores(asked)
     assert len({score.intersection for group in scores for score in group}) > 6
+
+
+def test_a_start_that_goes_on_does_not_wait_for_servers_that_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patience is for a service of which nobody serves."""
+    with serving(Fake()) as here:
+        gone = f"127.0.0.1:{free_port()}"
+        config = configs.replace(Config(), **{"reward.server": f"{here},{gone}", "reward.timeout_s": 1.0})
+        began = time.monotonic()
+        with reward_service(config, Access(), tmp_path, ALONE, patience_s=600) as client:
+            assert client is not None
+            assert [one.address for one in client.servers] == [here]
+        assert time.monotonic() - began < 60
+    assert f"going on without reward server {gone}: " in capsys.readouterr().err
 
 
 def test_one_of_two_killed_in_the_middle_of_calls() -> None:

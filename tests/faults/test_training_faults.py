@@ -1,5 +1,6 @@
 """A run whose reward servers die under it: it goes on, or stops in good order and is resumed, with the same rewards."""
 
+import errno
 import json
 import re
 import subprocess
@@ -96,6 +97,31 @@ def test_one_of_two_servers_is_killed_and_the_rewards_stay(
         assert run(tmp_path / "one", data_dir, steps, f"--reward.server={second}") == 0
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
     assert [row["missing_scores"] for row in outcome(tmp_path / "two")[0]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_run_directory_loses_no_finished_step(
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints lie elsewhere; weeks of rollouts fill this one."""
+    options = ["--reward.server=none", "--train.steps=3", "--data.eval_splits=[]"]
+    options += [f"--run.checkpoint_dir={tmp_path / 'elsewhere'}", "--train.checkpoint_every=9"]
+    write = train.MetricsWriter.write_step
+
+    def full(self: train.MetricsWriter, step: int, numbers: dict) -> None:
+        if step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
+        write(self, step, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.MetricsWriter, "write_step", full)
+        assert run(tmp_path / "run", data_dir, *options) == 7
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"segzero_jax.train: run.dir={tmp_path / 'run'}: cannot be written to: [Errno 28] No space")
+    assert last.endswith("; the last finished step is saved")
+    assert run(tmp_path / "run", data_dir, *options) == 0
+    assert "going on after step 2" in capsys.readouterr().err
+    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 3]
 
 
 @pytest.mark.slow
