@@ -263,6 +263,10 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
         ),
         (["--data.prompt=seg_zer"], ["data.prompt=seg_zer: expected toy, seg_zero, ", "a text with {question}"]),
         (["--reward.recipe=seg_zero_strict"], ["data.prompt=toy: asks for a list", "or data.prompt=seg_zero"]),
+        (
+            ["--config=a.yaml", "--config=b.yaml"],
+            ["--config=b.yaml: --config=a.yaml is given already", "--section.key="],
+        ),
     ],
 )
 def test_command_line_mistakes_are_one_line_and_exit_2(argv, parts, capsys):
@@ -293,6 +297,11 @@ def test_a_wording_of_ones_own_goes_with_every_recipe(recipe):
 
 def test_a_policy_may_be_asked_in_a_wording_that_it_is_not_trained_in():
     assert config.load(None, ["data.prompt=seg_zero"]).reward.recipe == "vision_reasoner"
+
+
+def test_a_key_on_the_command_line_counts_where_it_is_given_last():
+    """As tpu/run.sh adds keys to those of its settings."""
+    assert read("--train.steps=3", "--train.steps=2")[1].train.steps == 2
 
 
 def test_no_key_is_without_a_meaning():

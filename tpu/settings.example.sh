@@ -34,5 +34,6 @@ SECRETS=()
 # one's own that were built and copied to BUCKET/data/question_set/NAME (README: data of one's own).
 DATA=(refCOCOg_9k_840)
 
-# What is trained: options of `python -m segzero_jax.train`, but for run.dir and where checkpoints go.
+# What is trained: options of `python -m segzero_jax.train`, but for run.dir and where checkpoints go. Keys after the "--" of
+# tpu/run.sh take the place of those here; --config is given once, here.
 TRAIN=(--config configs/seg_zero_7b.yaml --mesh=4x4)

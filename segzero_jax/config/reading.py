@@ -129,6 +129,7 @@ def parse_command_line(
     )
     parser.add_argument(
         "--config",
+        action=_Preset,
         type=os.path.expanduser,  # no shell does, in --config=~/a.yaml
         metavar="FILE",
         help="a YAML preset, see configs/; without it the embedded toy run",
@@ -156,6 +157,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+class _Preset(argparse.Action):
+    """Refuses a second preset, which would silently take the place of the first."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        first = getattr(namespace, self.dest)
+        if first is not None:
+            parser.error(
+                f"--config={value}: --config={first} is given already, expected one preset, which holds all that "
+                "differs from the toy run; change keys of it by --section.key=value"
+            )
+        setattr(namespace, self.dest, value)
 
 
 def count(text: str) -> int:
