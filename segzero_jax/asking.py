@@ -202,9 +202,13 @@ def _asked_differently(config: Config, image_size: int | None, prompt: str | Non
 
 
 def default_sam(config: Config) -> str:
-    """The SAM 2 that a policy was trained with; the best one where it was trained with none, or with one elsewhere."""
-    mine = config.model.path == "toy" or config.reward.server == "local"
-    return config.reward.local_model if mine else _LARGE_SAM
+    """The SAM 2 that a policy was trained with; the best one where it was trained with none, or with one elsewhere.
+
+    So it is where that one was the toy's on other pictures than the toy set's, which it knows nothing of.
+    """
+    mine, sam = config.model.path == "toy" or config.reward.server == "local", config.reward.local_model
+    blind = sam == "toy" and config.model.path != "toy" and "toy" not in config.data.names
+    return _LARGE_SAM if blind or not mine else sam
 
 
 def respond(

@@ -313,7 +313,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
         if config.reward.server == "local":
             if missing := missing_package():
                 raise CheckFailed(f"reward.server=local: {missing}; or reward.server=none or host:port")
-            return "local: starts with the run"
+            return f"local: starts with the run and loads {config.reward.local_model}"
         with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
             said: list[str] = []
             infos = client.wait_until_serving(config.reward.timeout_s, said.append)

@@ -346,6 +346,10 @@ def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path)
     assert (other.processor.image_size, other.config.data.prompt) == (112, "seg_zero")
     assert asking.default_sam(config) == "facebook/sam2.1-hiera-large"
     assert asking.default_sam(larger) == "toy"
+    earlier = {"model.path": "org/name", "reward.server": "local", "reward.local_model": "toy"}
+    assert asking.default_sam(configs.replace(Config(), **earlier)) == "toy"
+    photographs = configs.replace(Config(), **earlier, **{"data.name": "mugs"})
+    assert asking.default_sam(photographs) == "facebook/sam2.1-hiera-large"
     assert larger.rollout.max_prompt_tokens == Config().rollout.max_prompt_tokens + 25 - 16, "the question has its room"
 
 

@@ -225,7 +225,7 @@ def test_a_local_reward_server_without_its_packages(
     absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(tmp_path, **{"reward.server": "local"})
-    assert CHECKS["reward servers"](given, Pod()) == "local: starts with the run"
+    assert CHECKS["reward servers"](given, Pod()) == "local: starts with the run and loads toy"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == absent else find(name))
     said = failure("reward servers", given)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from segzero_jax.config.schema import Config, ConfigError, check_answer_form
+from segzero_jax.config.schema import Config, ConfigError, check_trainable
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -146,7 +146,14 @@ def parse_command_line(
             raise ConfigError(f"command line: unexpected {item!r}: expected --key=value")
         overrides = [f"{key}={value}" for key, value in vars(args).items() if key in all_keys()]
         config = load(args.config, overrides)
-        check_answer_form(config)
+        check_trainable(config)
+        # By default the weight is above 0, so that a run without a server has one that nobody asked for.
+        weight = config.reward.mask_iou_weight
+        if weight and config.reward.server == "none" and "reward.mask_iou_weight" in vars(args):
+            raise ConfigError(
+                f"command line: reward.mask_iou_weight={weight:g}: SAM 2 measures what it weighs, expected "
+                "reward.server=local or host:port, got none"
+            )
         return args, config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

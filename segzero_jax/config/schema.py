@@ -148,7 +148,7 @@ class RewardConfig:
       functions: rewards of one's own, "module:function"; what they return is added. See docs/rewards.md.
       mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
       mask_iou_mode: the component's form: the IoU itself, "raw"; 1 above 0.5, "threshold"; or SAM-R1's, "tiered".
-      local_model: the SAM 2 model that a local server loads: "toy" or a hub id.
+      local_model: the SAM 2 that a local server loads: a hub id, a directory, or "toy", which knows the toy set alone.
       timeout_s: how long one call for a group's scores may take; then it is sent again.
       missing: what becomes of a group that the service did not answer in time while it answered others: the step
         waits for it, "wait", or its responses are left out of the loss, "drop".
@@ -377,6 +377,24 @@ def check_answer_form(config: Config) -> None:
         raise ConfigError(
             f"data.prompt={prompt}: asks for {asked}, reward.recipe={recipe} scores {scored}; expected "
             f"reward.recipe={recipes}, or data.prompt={prompts}"
+        )
+
+
+def check_trainable(config: Config) -> None:
+    """Raises ConfigError where a run would not do what its configuration says, as ``check_answer_form`` and besides.
+
+    A configuration that is only read may be like that: runs and exports of earlier versions can be asked all the same.
+    """
+    check_answer_form(config)
+    reward, train = config.reward, config.train
+    if reward.server == "local" and reward.local_model == "toy" and "toy" not in config.data.names:
+        raise ConfigError(
+            f"reward.local_model=toy: knows the toy set's pictures alone, data.name={config.data.name} has others; "
+            "expected another SAM 2 for reward.server=local, such as --reward.local_model=facebook/sam2.1-hiera-large"
+        )
+    if train.decay_steps and train.lr_decay == "none":
+        raise ConfigError(
+            f"train.decay_steps={train.decay_steps}: expected train.lr_decay=linear or cosine beside it, got none"
         )
 
 

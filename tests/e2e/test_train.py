@@ -282,7 +282,8 @@ BAD = {
         ["--rollout.max_prompt_tokens=40", "--reward.server=none"],
         "expected at most max_prompt_tokens=40",
     ),
-    "no such data": (["--data.name=nothing"], "data set 'nothing'"),
+    "no such data": (["--data.name=nothing", "--reward.server=none"], "data set 'nothing'"),
+    "toy SAM 2": (["--data.name=mugs"], "expected another SAM 2 for reward.server=local, such as"),
     "no room for data": (["--data.dir=/dev/null/data"], "data set 'toy': cannot be built in /dev/null/data"),
 }
 
