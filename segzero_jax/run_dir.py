@@ -197,8 +197,16 @@ def _best_evaluation(config: Config) -> tuple[str, str, str] | None:
 
 
 def check_keep_best(config: Config) -> None:
-    """Raises ConfigError where ``train.keep_best`` names nothing that the run will measure: nothing would be kept."""
+    """Raises ConfigError where ``train.keep_best`` names nothing that the run will measure: nothing would be kept.
+
+    Nor would it where only the last step is measured, which is kept anyway.
+    """
     name, known = config.train.keep_best, _scores(config)
+    if _best_evaluation(config) and name in known and not 0 < config.eval.every < config.train.steps:
+        raise ConfigError(
+            f"train.keep_best={name}: is measured after the last step alone with eval.every={config.eval.every}, "
+            f"expected eval.every from 1 to below train.steps={config.train.steps}"
+        )
     if not name or name in known:
         return
     if name in _scores(configs.replace(config, **{"reward.server": "local"})):

@@ -254,11 +254,12 @@ def test_steps_that_may_prove_the_best_are_saved(config: Config) -> None:
     assert due(configs.replace(config, **{"train.keep_best": "val/greedy/giou"})) == [3, 4, 6, 8, 9]
 
 
-SPLITS = {"data.eval_splits": ["val", "ReasonSeg/test"]}
+SPLITS = {"data.eval_splits": ["val", "ReasonSeg/test"], "eval.every": 2}
 NAMES = (
     "expected SPLIT/MODE/NUMBER of an evaluation, of data.eval_splits=[val, ReasonSeg/test], or a key of "
     "metrics.jsonl, "
 )
+LAST = "is measured after the last step alone with eval.every={}, expected eval.every from 1 to below train.steps=4"
 SAM2 = "is measured by SAM 2, expected reward.server=local or host:port, got none"
 MISTYPED = {
     "eval/val/greedy/giou": (SPLITS, NAMES + "did you mean 'val/greedy/giou'?"),  # TensorBoard's name
@@ -273,6 +274,8 @@ MISTYPED = {
     "heldout_pairs/greedy/giou": (SPLITS, NAMES + "did you mean 'val/greedy/giou'?"),
     "ReasonSeg/test/greedy/ciou": (SPLITS | {"reward.server": "none"}, SAM2),
     "reward/mask_iou": (SPLITS | {"reward.server": "none"}, SAM2),
+    "val/greedy/giou": (SPLITS | {"eval.every": 0}, LAST.format(0)),
+    "ReasonSeg-test/sampled/giou": (SPLITS | {"eval.every": 4}, LAST.format(4)),
 }
 
 
@@ -296,7 +299,7 @@ def test_a_best_that_would_never_be_measured_is_refused_at_the_start(config: Con
         ("ReasonSeg-test/greedy/n_acc", {}),
         ("val/greedy/box_accuracy", {"reward.server": "none"}),
         ("reward/mean", {"data.eval_splits": []}),
-        ("reward/accuracy", {}),
+        ("reward/accuracy", {"eval.every": 0}),
         ("reward/mask_iou", {}),
         ("mask_iou/mean", {"reward.mask_iou_weight": 0.0}),
         ("reward/mask_iou", {"reward.recipe": "sam_r1", "reward.mask_iou_weight": 0.0}),
