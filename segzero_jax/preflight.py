@@ -44,7 +44,7 @@ from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.lora import abstract_learning
 from segzero_jax.model.tensor_files import find_tensors
-from segzero_jax.model.weights import CheckpointError, StorageError, check_fits, read_dims
+from segzero_jax.model.weights import CheckpointError, check_fits, read_dims
 from segzero_jax.own_rewards import check_same_files, load_functions, sources
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.processor import PromptTooLong
@@ -52,7 +52,7 @@ from segzero_jax.recipe_check import check_splits
 from segzero_jax.reward_channel import RewardServerError, addresses, read_access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.rewards import component_names
-from segzero_jax.run_dir import check_keep_best, run_directory
+from segzero_jax.run_dir import check_keep_best, check_same_run, run_directory
 from segzero_jax.shared_storage import probe
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -216,14 +216,15 @@ def check_data(config: Config, pod: Pod) -> str:
 def check_checkpoints(config: Config, pod: Pod) -> str:
     """Every host can write where checkpoints go, list them, delete there, and see what the first one writes.
 
-    What names the best of them will be measured.
+    What names the best of them will be measured. No other run's are there.
     """
     directory = checkpoint_directory(config)
     try:
         run_directory(config)
         check_keep_best(config)
         probe(directory, pod)
-    except (ConfigError, StorageError) as error:
+        check_same_run(config)
+    except (ConfigError, CheckpointError) as error:
         raise CheckFailed(str(error)) from None
     return f"{directory}: written, read and deleted"
 

@@ -64,15 +64,12 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
     if not complete_steps(directory):
         if resume:
             raise ConfigError(f"run.dir={run_dir}: no checkpoint to resume from; start without --resume")
-        refuse_unfinished(directory)
-        _refuse_another_run(config, run_dir)
-        _refuse_lost_checkpoints(run_dir, directory)
+        _check_nothing_there(config, run_dir, directory)
         return Beginning(None, done=False), []
     with Checkpoints(directory, read_only=True) as checkpoints:
         step, damaged = checkpoints.newest()
         checkpoints.check_config(step, config)
-    if (run_dir / "config.yaml").exists():
-        _refuse_another_run(config, run_dir)
+    _check_run_dir(config, run_dir)
     done = step >= config.train.steps and not missing_splits(config, run_dir, step)
     return Beginning(step, done), [f"{line}: going on from step {step}" for line in damaged]
 
@@ -112,6 +109,19 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
     return Beginning(beginning.step, done, saved)
 
 
+def _check_nothing_there(config: Config, run_dir: Path, directory: epath.Path) -> None:
+    """Where there is no checkpoint: whether that is how it should be, so that the run may begin."""
+    refuse_unfinished(directory)
+    _refuse_another_run(config, run_dir)
+    _refuse_lost_checkpoints(run_dir, directory)
+
+
+def _check_run_dir(config: Config, run_dir: Path) -> None:
+    """Where there are checkpoints: whether the run's other files are its own, as far as they are there."""
+    if (run_dir / "config.yaml").exists():
+        _refuse_another_run(config, run_dir)
+
+
 def _refuse_another_run(config: Config, run_dir: Path) -> None:
     """A directory with metrics but no checkpoint is begun anew only by the run that left it."""
     if not (run_dir / "metrics.jsonl").exists():
@@ -146,6 +156,26 @@ def _refuse_lost_checkpoints(run_dir: Path, directory: epath.Path) -> None:
             f"{directory}: no checkpoint, though the run in run.dir={run_dir} has saved step {begun[-2]}; is the disk "
             "mounted? Bring them back, or choose another run.dir"
         )
+
+
+def check_same_run(config: Config) -> None:
+    """Raises where the run's directories hold another run, as ``look`` does, but reads no arrays.
+
+    Raises:
+      ConfigError: ``run.dir`` holds another run, or one whose checkpoints are gone.
+      CheckpointError: the checkpoints are another run's, or a part of one.
+    """
+    directory = checkpoint_directory(config)
+    run_dir = run_directory(config)
+    if not complete_steps(directory):
+        _check_nothing_there(config, run_dir, directory)
+        return
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        # Of a damaged one a start says so, and goes on from the one before.
+        whole = [step for step in checkpoints.steps if not checkpoints.damage(step, ["run"])]
+        if whole:
+            checkpoints.check_config(whole[-1], config)
+    _check_run_dir(config, run_dir)
 
 
 def missing_splits(config: Config, run_dir: Path, step: int) -> list[str]:

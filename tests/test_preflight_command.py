@@ -10,6 +10,8 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import question_sources as sources
 from fake_reward_server import Fake, free_port, serving
@@ -17,12 +19,17 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from segzero_jax import config as configs
 from segzero_jax import preflight
+from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
 from segzero_jax.data import build
+from segzero_jax.grpo import TrainState
 from segzero_jax.hub import TOY
+from segzero_jax.identity import Identity
+from segzero_jax.mesh import make_mesh
 from segzero_jax.model.dims import RELEASED
 from segzero_jax.pods import Pod
 from segzero_jax.preflight import CHECKS, CheckFailed
+from segzero_jax.run_dir import open_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,6 +94,14 @@ def test_hosts_with_other_code(tmp_path: Path) -> None:
     assert said.endswith(" on host 1 (b): tpu/setup.sh")
 
 
+def save(given: Config, *steps: int) -> None:
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(Path(given.run.dir) / "checkpoints") as checkpoints:
+        for step in steps:
+            state = TrainState({"w": jnp.ones(3)}, {}, jnp.int32(step))  # type: ignore[arg-type]
+            checkpoints.save(step, state, {}, given, Identity("", None))
+        checkpoints.wait()
+
+
 class TestCheckpoints:
     def test_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
@@ -114,6 +129,33 @@ class TestCheckpoints:
     def test_whose_best_is_misspelt(self, tmp_path: Path) -> None:
         said = failure("checkpoints", config(tmp_path, **{"train.keep_best": "val/greedy/gIoU"}))
         assert said.startswith("train.keep_best=val/greedy/gIoU: expected ")
+
+    def test_of_another_run(self, tmp_path: Path) -> None:
+        given = config(tmp_path)
+        save(given, 1, 2)
+        CHECKS["checkpoints"](configs.replace(given, **{"train.steps": 9}), Pod())
+        another = configs.replace(given, **{"train.lr": 0.5})
+        lines = f"{tmp_path}/runs/new/checkpoints/2: written with another configuration (train.lr differ); "
+        assert failure("checkpoints", another).startswith(lines)
+        shutil.rmtree(tmp_path / "runs/new/checkpoints/2/run")
+        assert "checkpoints/1: written with another configuration (train.lr differ)" in failure("checkpoints", another)
+
+    def test_are_not_read_for_that(self, tmp_path: Path) -> None:
+        """They may be 83 GB."""
+        save(config(tmp_path), 1)
+        for item in ("policy", "optimizer"):
+            shutil.rmtree(tmp_path / "runs/new/checkpoints/1" / item)
+        CHECKS["checkpoints"](config(tmp_path), Pod())
+        assert "(train.lr differ)" in failure("checkpoints", config(tmp_path, **{"train.lr": 0.5}))
+
+    def test_are_none_yet_of_another_run(self, tmp_path: Path) -> None:
+        given = config(tmp_path)
+        (open_run(given) / "metrics.jsonl").touch()
+        CHECKS["checkpoints"](given, Pod())
+        said = failure("checkpoints", configs.replace(given, **{"train.lr": 0.5}))
+        assert said.startswith(
+            f"run.dir={tmp_path}/runs/new: holds a run already, with another configuration (train.lr"
+        )
 
     def test_of_a_run_that_is_going_on_stay(self, tmp_path: Path) -> None:
         kept = tmp_path / "runs/new/checkpoints/7"
