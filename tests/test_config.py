@@ -130,6 +130,7 @@ def test_values_cannot_be_changed_in_place():
         ("reward: {server: 'a:99999'}", ["reward.server=a:99999", "host:port"]),
         ("train: {batch_size: 10, micro_batch_size: 4}", ["train.batch_size=10", "train.micro_batch_size=4"]),
         ("reward: {recipe: sam_r1, server: none}", ["reward.recipe=sam_r1", "got none"]),
+        ("train.steps: 5", ["train.steps: expected the key steps in the section train"]),
     ],
 )
 def test_a_bad_file_names_itself_the_key_the_value_and_what_was_expected(tmp_path, text, parts):
@@ -151,6 +152,8 @@ def test_a_bad_file_names_itself_the_key_the_value_and_what_was_expected(tmp_pat
         (b"- a\n- b\n", "expected sections with keys, got list"),
         (b"42\n", "expected sections with keys, got int"),
         (b"!!python/object/apply:os.getcwd []\n", "not YAML"),
+        (b"seed: 1\nrun: {dir: 2026-02-31}\n", "line 2, column 12"),
+        (b"seed: " + b"9" * 5000, "not YAML: Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_not_a_preset_is_one_line(tmp_path, content, part):
@@ -174,6 +177,8 @@ def test_a_missing_file_says_where_presets_are(tmp_path):
         ("train.steps=0", ["command line", "train.steps=0", "greater than 0"]),
         ("train.steps=[1", ["train.steps='[1'", "valid integer"]),
         ("train.lr=", ["train.lr=None", "valid number"]),
+        ("seed=2026-13-01", ["seed='2026-13-01'", "valid integer"]),
+        ("seed=" + "9" * 5000, ["seed='99", "exceeded maximum size"]),
         ("data.eval_splits=val,ReasonSeg/val", ["data.eval_splits='val,ReasonSeg/val'", "a list, [val,ReasonSeg/val]"]),
         ("reward.functions=my:reward", ["reward.functions='my:reward'", "expected a list, [my:reward]"]),
         ("reward.server=", ["reward.server=''", "at least 1 character"]),

@@ -61,6 +61,10 @@ def _attributes(documented: type) -> dict[str, str]:
 
 def build(tree: dict[str, Any], source: str = "config") -> Config:
     """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing wrong."""
+    for key in tree:
+        section, _, name = key.rpartition(".")
+        if section and key in all_keys():
+            raise ConfigError(f"{source}: {key}: expected the key {name} in the section {section}")
     for key, value in _flatten(tree):
         _check_key(key, source)
         if isinstance(value, bool) and not isinstance(all_keys()[key], bool):  # "train.steps: yes" is not one step
@@ -90,7 +94,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if not Path(path).is_file():
             raise ConfigError(f"--config={path}: no such file; presets are in configs/")
         try:
-            tree = yaml.load(Path(path).read_bytes(), _UniqueKeyLoader) or {}
+            tree = yaml.load(Path(path).read_bytes(), _PresetLoader) or {}
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
@@ -186,8 +190,17 @@ def count(text: str) -> int:
     return int(text)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice: plain YAML would silently drop the first, with its whole section."""
+class _PresetLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: plain YAML would silently drop the first, with its whole section.
+
+    A date that is none and a number of thousands of digits are YAML's mistakes like any other, with their place.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -206,7 +219,7 @@ def _override_value(key: str, text: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the second of a date that is none, or a number of thousands of digits
         return text
 
 
