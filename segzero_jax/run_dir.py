@@ -193,7 +193,7 @@ def split_label(name: str) -> str:
 
 
 def _labels(config: Config) -> list[str]:
-    return [split_label(name) for name in config.data.eval_splits]
+    return list(dict.fromkeys(split_label(name) for name in config.data.eval_splits))
 
 
 def evaluation_due(config: Config, step: int) -> bool:

@@ -230,6 +230,8 @@ def test_only_the_splits_without_numbers_are_evaluated_again(config: Config) -> 
     evaluated(config, (0, "val", "greedy", 0.5))
     assert missing_splits(config, run_dir, 0) == ["ReasonSeg-test"]
     assert missing_splits(config, run_dir, 2) == []
+    twice = configs.replace(config, **{"data.eval_splits": ["val", "val"]})
+    assert missing_splits(twice, run_dir, config.train.steps) == ["val"], "a split is evaluated once"
 
 
 def test_the_best_step_by_an_evaluation_or_a_metric(config: Config) -> None:
