@@ -54,6 +54,9 @@ def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[st
     functions: dict[str, RewardFunction] = {}
     for name in names:
         module_name, _, attribute = name.partition(":")
+        if module_name.endswith(".py"):
+            meant = f"{Path(module_name).stem}:{attribute or 'function'}"
+            raise ConfigError(f"reward.functions: {name!r}: expected module:function, such as {meant}")
         if not module_name or module_name.startswith(".") or not attribute.isidentifier():
             raise ConfigError(f"reward.functions: {name!r}: expected module:function")
         try:
@@ -114,6 +117,6 @@ def measure(functions: Mapping[str, RewardFunction], answer: Answer) -> dict[str
             error.add_note(f"in {where}, answer {answer.text!r}")
             raise
         if not isinstance(value, int | float | np.integer | np.floating | np.bool_) or not math.isfinite(value):
-            raise ValueError(f"{where}: expected a finite number, got {value!r}")
+            raise ValueError(f"{where}, answer {answer.text!r}: expected a finite number, got {value!r}")
         values[name] = float(value)
     return values

@@ -102,6 +102,8 @@ def test_their_names_are_keys_of_every_line(module: str) -> None:
         ("{}:a.b", "expected module:function"),
         ("nowhere_at_all:short", "there is no module nowhere_at_all; run the command in the folder"),
         ("{}.deeper:short", "there is no module {}.deeper"),
+        ("{}.py:short", "'{0}.py:short': expected module:function, such as {0}:short"),
+        ("own/{}.py:short", "expected module:function, such as {}:short"),
         ("{}:absent", "has no function absent"),
         ("{}:number", "has no function number"),
         ("{}:accuracy", "another number is called accuracy"),
@@ -133,7 +135,8 @@ def test_a_mistake_keeps_its_traceback_and_names_the_answer(module: str) -> None
     with pytest.raises(KeyError) as error:
         measure(functions, Answer("hm", example(TARGET), (), None))
     assert error.value.__notes__ == ["in reward function wrong, question row-1, answer 'hm'"]
-    with pytest.raises(ValueError, match="reward function nothing, question row-1: expected a finite number, got nan"):
+    where = "reward function nothing, question row-1, answer 'hm'"
+    with pytest.raises(ValueError, match=f"{where}: expected a finite number, got nan"):
         measure(load_functions([f"{module}:nothing"]), Answer("hm", example(TARGET), (), None))
 
 
