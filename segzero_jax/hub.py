@@ -20,7 +20,8 @@ _SETTINGS = ("*.json", "*.jinja", "*.txt", "LICENSE*")
 _MODEL = ("*.safetensors", *_SETTINGS)
 _TABLES = ("*.parquet",)
 _COMMIT = re.compile("[0-9a-f]{40}")
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+# A slash at the end, as shells complete the names of folders, is part of no id.
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]*[\w.-]))?/?")
 
 
 # Answers of a hub that has too much to do, or is being mended.
@@ -48,7 +49,7 @@ def model_directory(path: str | Path, *, weights: bool = True) -> Path:
       HubError: the cache has no such model, and the hub has none either or may not be asked.
       HubAway: the cache has none, and the hub cannot be asked now.
     """
-    match = _as_hub_id(path)
+    match = as_hub_id(path)
     if match:
         settings = _download(match["repo"], match["revision"], "model", _SETTINGS)
         # Weights of the commit that the settings are of, whatever has been pushed meanwhile.
@@ -66,16 +67,17 @@ def data_directory(source: str | Path) -> Path:
     Raises:
       HubError, HubAway: as in ``model_directory``.
     """
-    match = _as_hub_id(source)
+    match = as_hub_id(source)
     return _download(match["repo"], match["revision"], "dataset", _TABLES) if match else Path(source).expanduser()
 
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a path means a Hugging Face checkpoint: "toy", a directory with config.json, or a hub id."""
-    return _as_hub_id(path) is not None or (model_directory(path) / "config.json").is_file()
+    return as_hub_id(path) is not None or (model_directory(path) / "config.json").is_file()
 
 
-def _as_hub_id(path: str | Path) -> re.Match[str] | None:
+def as_hub_id(path: str | Path) -> re.Match[str] | None:
+    """``repo`` and ``revision``, None where there is none, of what may be a hub id and is no path that exists."""
     match = _HUB_ID.fullmatch(str(path))
     return None if match is None or Path(path).exists() else match
 

@@ -37,7 +37,7 @@ from segzero_jax.config import Config, ConfigError
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError, open_splits, questions
 from segzero_jax.grpo import initial_state, make_optimizer
-from segzero_jax.hub import is_checkpoint
+from segzero_jax.hub import as_hub_id
 from segzero_jax.local_path import is_url
 from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
@@ -172,23 +172,25 @@ def _fitting_mesh(config: Config, dims: Dims) -> jax.sharding.Mesh:
 
 
 def _is_remote(path: str) -> bool:
-    return path != "toy" and not Path(path).expanduser().exists() and is_checkpoint(path)
+    return as_hub_id(path) is not None
 
 
 def _missing_bytes(path: str) -> int:
     """What the hub has of a model and its cache here has not. Raises CheckFailed."""
-    repo, _, revision = path.partition("@")
+    match = as_hub_id(path)
+    assert match is not None
+    repo, revision = match["repo"], match["revision"]
     try:
-        files = HfApi().model_info(repo, revision=revision or None, files_metadata=True).siblings or []
+        files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
     except (OSError, ValueError, HTTPError) as error:
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         with contextlib.suppress(CheckpointError):  # Without weights it is there in part only.
             if isinstance(cached, str) and find_tensors(Path(cached).parent):
                 return 0
         reason = " ".join(str(error).split())[:200]
         raise CheckFailed(f"model.path={path}: not in the cache, and the hub does not answer: {reason}") from None
     wanted = [file for file in files if file.rfilename.endswith((".safetensors", ".json"))]
-    have = [try_to_load_from_cache(repo, file.rfilename, revision=revision or None) for file in wanted]
+    have = [try_to_load_from_cache(repo, file.rfilename, revision=revision) for file in wanted]
     return sum(file.size or 0 for file, there in zip(wanted, have, strict=True) if not isinstance(there, str))
 
 

@@ -77,6 +77,16 @@ def test_a_revision_is_pinned_behind_an_at_sign(asked: list[dict[str, Any]]) -> 
     assert {question["repo"] for question in asked} == {"someone/policy"}
 
 
+def test_a_slash_at_the_end_is_part_of_no_id(asked: list[dict[str, Any]]) -> None:
+    read_dims("someone/policy/")
+    read_dims("someone/policy@refs/pr/3/")
+    assert [(question["repo"], question["revision"]) for question in asked] == [
+        ("someone/policy", None),
+        ("someone/policy", "refs/pr/3"),
+    ]
+    assert find_dims("Qwen/Qwen2.5-VL-7B-Instruct/") == find_dims("Qwen/Qwen2.5-VL-7B-Instruct")
+
+
 def test_only_the_files_of_a_checkpoint_are_downloaded(asked: list[dict[str, Any]]) -> None:
     hub.model_directory("someone/policy")
     wanted = lambda name: any(fnmatch(name, pattern) for pattern in asked[-1]["allow_patterns"])  # noqa: E731
@@ -119,7 +129,7 @@ def test_directories_are_never_asked_of_the_hub(
         read_dims(path)
     for path in ("./models/other", "../models", "/models/other", "~/models/other", "models", "runs/toy/checkpoints/9"):
         assert not hub.is_checkpoint(path)
-        with pytest.raises(CheckpointError, match=r"no config\.json there"):
+        with pytest.raises(CheckpointError, match=r"no config\.json there; .* a hub id such as "):
             read_dims(path)
     assert asked == []
 

@@ -60,7 +60,8 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
         if (directory / ADAPTER_CONFIG).is_file():
             raise CheckpointError(f"model.path={path}: {ALONE}")
         raise CheckpointError(
-            f"model.path={path}: no config.json there; expected a Hugging Face checkpoint directory or 'toy'"
+            f"model.path={path}: no config.json there; expected a Hugging Face checkpoint's directory on this machine, "
+            "such as segzero_jax.export makes of a run, a hub id such as Qwen/Qwen2.5-VL-7B-Instruct, or 'toy'"
         )
     return directory
 

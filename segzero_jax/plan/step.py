@@ -38,8 +38,9 @@ _END_IDS, _PAD_ID, _VISUAL_IDS = (151645, 151643), 151643, (151652, 151653, 1516
 
 def find_dims(path: str) -> Dims:
     """The dimensions of ``model.path``: of a directory, or of a released model, whose weights need not be here."""
-    if path in RELEASED and not Path(path).is_dir():
-        return RELEASED[path]
+    released = path.rstrip("/")
+    if released in RELEASED and not Path(path).is_dir():
+        return RELEASED[released]
     return read_dims(path)
 
 
