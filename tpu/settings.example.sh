@@ -8,7 +8,8 @@ ZONE=us-west4-a
 # Names the slice, its run and their folder in the bucket.
 NAME=segzero-7b
 
-# Generation and topology, as `python -m segzero_jax.plan --topology` takes them: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4.
+# Generation and topology, as `python -m segzero_jax.plan --topology` takes them: v5e:4x4, v5p:2x2x4, v6e:4x4; or v4:2x2x4,
+# which it does not know.
 TPU=v5e:4x4
 
 # "yes": Spot, which costs less and may be taken away at any moment. "no": on demand.
