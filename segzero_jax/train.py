@@ -380,12 +380,8 @@ def _continue(
         evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
-        learning = config.steps_that_learn
-        if learning < config.train.steps:
-            writer.message(
-                f"after step {learning} of {config.train.steps} the learning rate is 0: train.decay_steps="
-                f"{config.train.decay_steps} counts updates, of which a step makes {config.updates_per_rollout}"
-            )
+        for line in config.schedule_notes:
+            writer.message(line)
         preemption.begin(writer.message)
         try:
             if pod.from_first("evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))):

@@ -351,6 +351,18 @@ def test_steps_that_learn_are_those_with_a_rate(decay: str) -> None:
     assert configs.replace(config, **{"train.steps": 2}).steps_that_learn == 2
 
 
+def test_a_schedule_that_never_reaches_its_rate_or_leaves_it_early_is_told() -> None:
+    config = configs.replace(Config(), **{"train.steps": 10, "train.lr": 1e-6, "grpo.iterations": 2})
+    assert config.schedule_notes == []
+    assert configs.replace(config, **{"train.warmup_steps": 20}).schedule_notes == []
+    (line,) = configs.replace(config, **{"train.warmup_steps": 21}).schedule_notes
+    assert line == (
+        "the learning rate stays below train.lr=1e-06: train.warmup_steps=21 counts updates, of which 10 steps make 20"
+    )
+    (line,) = configs.replace(config, **{"train.lr_decay": "linear", "train.decay_steps": 8}).schedule_notes
+    assert line.startswith("after step 4 of 10 the learning rate is 0: train.decay_steps=8 counts updates")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_moment_has_its_dtype_and_the_second_stays_wide(dtype):
     """With beta2 at 0.999 a step changes the second moment by less than bfloat16 resolves."""

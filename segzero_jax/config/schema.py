@@ -333,6 +333,22 @@ class Config:
             return self.train.steps
         return min(self.train.steps, -(-self.train.decay_steps // self.updates_per_rollout))
 
+    @property
+    def schedule_notes(self) -> list[str]:
+        """A line for each way in which the learning rate is not what ``train.lr`` makes one expect."""
+        train, each, notes = self.train, self.updates_per_rollout, []
+        if self.steps_that_learn < train.steps:
+            notes.append(
+                f"after step {self.steps_that_learn} of {train.steps} the learning rate is 0: train.decay_steps="
+                f"{train.decay_steps} counts updates, of which a step makes {each}"
+            )
+        if train.steps * each < train.warmup_steps:
+            notes.append(
+                f"the learning rate stays below train.lr={train.lr:g}: train.warmup_steps={train.warmup_steps} counts "
+                f"updates, of which {train.steps} steps make {train.steps * each}"
+            )
+        return notes
+
     def __post_init__(self) -> None:
         check_wording(self.data.prompt, "data.prompt=")
         sizes = [f"{name}_size" for name in ("batch", "mini_batch", "micro_batch")]
