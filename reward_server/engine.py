@@ -1,4 +1,4 @@
-"""What a device does with a batch: encodes each picture once, decodes all of its prompts together, counts pixels."""
+"""What a device does with a batch: encodes each picture once, decodes each call's prompts together, counts pixels."""
 
 import itertools
 import logging
@@ -176,24 +176,22 @@ class Engine:
                 self._run([ticket], prompts_per_call)
 
     def _together(self, batch: Sequence[Ticket[Job, Outcome]], prompts_per_call: int) -> None:
-        by_picture: dict[bytes, list[Ticket[Job, Outcome]]] = defaultdict(list)
+        by_picture: dict[bytes, list[Job]] = defaultdict(list)
         for ticket in batch:
-            by_picture[ticket.item.key].append(ticket)
-        embeddings = self._embed({key: [t.item for t in tickets] for key, tickets in by_picture.items()})
-        for key, tickets in by_picture.items():
-            prompts = [prompt for ticket in tickets for group in ticket.item.groups for prompt in group]
-            decoded = self.segmenter.decode(embeddings[key], prompts, prompts_per_call)
-            end = 0
-            for ticket in tickets:
-                start, end = end, end + sum(map(len, ticket.item.groups))
-                logits, scores = decoded.logits[start:end], decoded.scores[start:end]
-                outcome = self._outcome(ticket.item, embeddings[key], logits, scores)
-                # Here, once for each answer: after an error calls are run again.
-                if key in self._fresh:
-                    self._fresh.remove(key)
-                else:
-                    self._metrics.hits.inc()
-                ticket.future.set_result(outcome)
+            by_picture[ticket.item.key].append(ticket.item)
+        embeddings = self._embed(by_picture)
+        for ticket in batch:
+            job, embedding = ticket.item, embeddings[ticket.item.key]
+            # Apart from others about the same picture: beside more prompts, those of a small call come out otherwise in
+            # their last bits, and who meets in a batch is chance.
+            decoded = self.segmenter.decode(embedding, [p for group in job.groups for p in group], prompts_per_call)
+            outcome = self._outcome(job, embedding, decoded.logits, decoded.scores)
+            # Here, once for each answer: after an error calls are run again.
+            if job.key in self._fresh:
+                self._fresh.remove(job.key)
+            else:
+                self._metrics.hits.inc()
+            ticket.future.set_result(outcome)
 
     def _embed(self, by_picture: dict[bytes, list[Job]]) -> dict[bytes, Embedding]:
         """The embedding of every picture; those that are nowhere yet are encoded together, each once."""

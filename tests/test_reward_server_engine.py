@@ -1,9 +1,11 @@
-"""What a device does with a batch: one encoding a picture, one decoding, and every error stays with its cause."""
+"""What a device does with a batch: pictures encoded once, calls decoded one by one, errors kept with their cause."""
 
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,16 +74,28 @@ def count_decoded(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> list
 
 class TestBatches:
     def test_answer_each_job_as_if_it_were_alone(self, segmenter: Segmenter, engine: Engine) -> None:
-        jobs = [job(0), job(1, 2), job(0, 0, (3.0,)), job(2), job(1, 1, (-4.0,))]
-        together = outcomes(engine, *jobs)
-        for item, ours in zip(jobs, together, strict=True):
+        """To the bit, above all calls of few prompts about one picture."""
+        few = [[prompt] for shift in range(8) for prompt in prompts_of(scene(4), 0, shift)]
+        starts = (0, 1, 2, 3, 4, 6, 9, 12)
+        small = [replace(job(4), candidates=few[i:j]) for i, j in itertools.pairwise(starts)]
+        against_prompts = replace(small[0], target=few[12])
+        jobs = [job(0), *small, job(1, 2), job(0, 0, (3.0,)), against_prompts, job(1, 1, (-4.0,))]
+        jobs = [replace(item, want_masks=True) for item in jobs]
+        for item, ours in zip(jobs, outcomes(engine, *jobs), strict=True):
             (alone,) = outcomes(Engine(segmenter, 2**28, Metrics()), item)
-            assert ours.target_area == alone.target_area == item.target.sum()
-            np.testing.assert_allclose(ours.intersections, alone.intersections, atol=5)
-            np.testing.assert_allclose(ours.unions, alone.unions, atol=5)
-            np.testing.assert_allclose(ours.scores, alone.scores, atol=1e-4)
+            assert ours.scores == alone.scores
+            np.testing.assert_array_equal(ours.masks, alone.masks)
+            assert (ours.intersections, ours.unions) == (alone.intersections, alone.unions)
+            assert ours.target_area == alone.target_area
 
-    def test_encode_and_decode_a_picture_once_whoever_asks(
+    def test_a_picture_is_encoded_as_if_it_were_alone(self, segmenter: Segmenter) -> None:
+        pictures = [scene(index).image for index in range(8)]
+        alone = [embedding for picture in pictures for embedding in segmenter.embed([picture])]
+        for count in (2, 3, 8):
+            for ours, theirs in zip(segmenter.embed(pictures[:count]), alone, strict=False):
+                assert all(map(torch.equal, ours.levels, theirs.levels))
+
+    def test_encode_a_picture_once_whoever_asks_and_decode_each_call_in_one(
         self, segmenter: Segmenter, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoded, decoded = count_encoded(segmenter, monkeypatch), count_decoded(segmenter, monkeypatch)
@@ -89,7 +103,7 @@ class TestBatches:
         objects = [len(item.candidates) for item in jobs]
         outcomes(engine, *jobs)
         assert encoded == [2]
-        assert decoded == [objects[0] + objects[2] + objects[3], objects[1] + objects[4]]
+        assert decoded == objects
         outcomes(engine, job(1), job(2))
         assert encoded == [2, 1]
         registry = engine._metrics.registry
