@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 import jax
 import numpy as np
+from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -100,7 +101,7 @@ def make_page(ask: Ask, policy: str, masks: bool = True) -> gr.Blocks:
         if path is None or not question.strip(" \t\r\n."):
             raise gr.Error("A picture and a question are needed, such as 'the red circle'.", print_exception=False)
         try:
-            for state in ask(_uploaded(Path(path)), question):
+            for state in ask(_uploaded(path), question):
                 if isinstance(state, Answered) and state.scaled():
                     gr.Info(state.scaled())
                 yield _shown(state)
@@ -123,14 +124,24 @@ def make_page(ask: Ask, policy: str, masks: bool = True) -> gr.Blocks:
                     numbers = gr.JSON(label="answer as JSON")
         outputs = [reasoning, drawn, mask, numbers]
         # Gradio's own preprocessing would open the file, with a traceback where that is no picture, and may rewrite it.
+        # It would also check that the file was uploaded, as ``_uploaded`` does.
         triggers = [button.click, question.submit]
         gr.on(triggers, respond, [image, question], outputs, api_name="ask", preprocess=False)
     return page
 
 
-def _uploaded(path: Path) -> Picture:
-    """The file as it was uploaded; a picture in another format than the policy's as PNG. Raises ImageError."""
-    data = path.read_bytes()
+def _uploaded(path: str) -> Picture:
+    """The file as it was uploaded; a picture in another format than the policy's as PNG.
+
+    Raises:
+      ImageError: it cannot be read, or is no upload: whoever asks may name any file of this machine.
+    """
+    try:
+        data = Path(path).read_bytes() if is_in_or_equal(path, get_upload_folder()) else None
+    except (OSError, ValueError):  # gone, a folder, or no name that a file can have
+        data = None
+    if data is None:
+        raise ImageError("the picture: is not among the uploads, expected one that was uploaded to this page")
     # What is damaged is left as it is: reading it says how.
     with contextlib.suppress(*UNDECODABLE), Image.open(io.BytesIO(data)) as image:
         if image.format not in _READABLE:

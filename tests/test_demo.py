@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from box_server import FRAME, PICTURE, QUESTION, encoded, rotated
 from fake_reward_server import free_port
+from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -41,6 +42,13 @@ def ask(picture: Picture, question: str) -> Iterator[str | Answered]:
     seen = Frame(48, 60) if question == "the large" else picture.frame
     found = Found(None, model="boxes", seen=seen)
     yield Answered(picture, question, TEXT, parse_answer(TEXT), True, 112, objects, found, mask)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +132,29 @@ def test_an_upload_that_is_no_picture_is_told_to_whoever_uploaded_it(
     assert "Traceback" not in "".join(capsys.readouterr())
 
 
-def test_a_file_of_this_machine_is_no_upload(address: str, tmp_path: Path) -> None:
-    (tmp_path / "private.png").write_bytes(encoded(PICTURE))
-    asked = len(ASKED)
-    named = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
-    # By hand: Gradio's client would upload it.
+def asked_by_hand(address: str, image: object) -> str:
+    """What the page answers to a picture that is named as no client of Gradio's would."""
     call = f"{address}gradio_api/call/ask"
-    event = httpx.post(call, json={"data": [named, QUESTION]}).json()["event_id"]
-    assert "event: error" in httpx.get(f"{call}/{event}", timeout=60).text
+    event = httpx.post(call, json={"data": [image, QUESTION]}).json()["event_id"]
+    return httpx.get(f"{call}/{event}", timeout=60).text
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}], ids=["checked by Gradio", "unmarked"])
+def test_a_file_of_this_machine_is_no_upload(address: str, tmp_path: Path, meta: dict[str, object]) -> None:
+    private = tmp_path / "private.png"
+    private.write_bytes(encoded(PICTURE))
+    (link := Path(get_upload_folder(), f"{tmp_path.name}.png")).symlink_to(private)
+    asked = len(ASKED)
+    for path in (private, link):
+        assert "event: error" in asked_by_hand(address, {"path": str(path), **meta})
     assert len(ASKED) == asked
+
+
+def test_what_is_no_upload_any_more_is_told_in_words(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(get_upload_folder())
+    for path in (folder / "gone.png", folder, "/etc/hostname", "a\0b"):
+        assert "the picture: is not among the uploads" in asked_by_hand(address, {"path": str(path)})
+    assert "Traceback" not in "".join(capsys.readouterr())
 
 
 def test_the_page_says_that_sam_saw_the_picture_smaller(
