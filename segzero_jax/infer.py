@@ -36,11 +36,13 @@ from segzero_jax.options import (
     seed,
     shown,
 )
-from segzero_jax.processor import ImageError, PromptTooLong
+from segzero_jax.processor import ImageError, Processor, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import Segmenter, greet
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_OVERLAY = "_overlay.png"
+_NAME_BYTES = 255  # that a file's name may have, on Linux and macOS
 
 
 class InferError(ValueError):
@@ -76,18 +78,28 @@ class Reasoning:
             sys.stdout.flush()
 
 
-def write_together(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes files, by name, so that each is there whole; where one cannot be written, none is. Makes the folder."""
+def write_together(folder: Path, files: dict[str, bytes | None]) -> None:
+    """Writes files, by name, so that each is there whole; where one cannot be written, none is. Makes the folder.
+
+    A file without content is removed: what an earlier answer left would pass for this one's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in files}
+    contents = {name: content for name, content in files.items() if content is not None}
+    temporary = {name: folder / (name + _unfinished()) for name in contents}
     try:
-        for name, content in files.items():
+        for name, content in contents.items():
             temporary[name].write_bytes(content)
+        for name in files.keys() - contents.keys():
+            (folder / name).unlink(missing_ok=True)
         for name, path in temporary.items():
             os.replace(path, folder / name)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _unfinished() -> str:
+    return f".{os.getpid()}.tmp"
 
 
 def find_pictures(path: Path) -> list[Path]:
@@ -135,22 +147,24 @@ def run(args: argparse.Namespace) -> None:
         check_port(args.port)
     else:
         paths, questions = find_pictures(args.image), find_questions(args.query, args.queries)
-    for path in paths:
-        Picture.read(path.read_bytes(), str(path))  # all of them can be read, before anybody waits for the policy
+    names = stems(paths)
+    _check_names(paths, names, len(questions))
+    once = read_through(paths)
     access = access_from(args)
     greet(args.server, access)
     name = find_checkpoint(args.checkpoint)
     say(f"policy: {name}" + ("" if args.checkpoint else " (the default: runs/toy once it has a checkpoint, else toy)"))
     with jax.set_mesh(make_mesh(args.mesh)):
         loaded = load(name, args.image_size, args.prompt)
+        check_lengths(questions, loaded.processor)
         with Segmenter(args.server, access, lambda: args.sam or default_sam(loaded.config), say) as segmenter:
             if args.demo:
                 from segzero_jax.demo import serve  # Gradio is an extra
 
                 serve(loaded, segmenter, args.port)
                 return
-            for path, own in zip(paths, stems(paths), strict=True):
-                picture = Picture.read(path.read_bytes(), str(path))
+            for path, own in zip(paths, names, strict=True):
+                picture = Picture.read(once[path] if path in once else path.read_bytes(), str(path))
                 for number, question in enumerate(questions, 1):
                     if len(paths) * len(questions) > 1:
                         say(f"\n{path}: {question}")
@@ -167,6 +181,33 @@ def run(args: argparse.Namespace) -> None:
                     _write(answered, Path(args.out).expanduser(), stem, name)
 
 
+def read_through(paths: Sequence[Path]) -> dict[Path, bytes]:
+    """Sees that all pictures can be read, before anybody waits for the policy. Raises ImageError or OSError.
+
+    Returns:
+      The bytes of those that can be read only once, such as a pipe; the others may be more than memory holds.
+    """
+    once = {}
+    for path in paths:
+        data = path.read_bytes()
+        Picture.read(data, str(path))
+        if not path.is_file():
+            once[path] = data
+    return once
+
+
+def check_lengths(questions: Sequence[str], processor: Processor) -> None:
+    """Raises PromptTooLong where a question would end the command with others answered already."""
+    limit = processor.max_prompt_tokens
+    counts = processor.count_tokens(questions).tolist() if questions else []
+    for number, (question, tokens) in enumerate(zip(questions, counts, strict=True), 1):
+        if tokens > limit:
+            raise PromptTooLong(
+                f"question {number} of {len(questions)}, {question[:40]!r}...: prompt of {tokens} tokens, those of the "
+                f"picture included, expected at most max_prompt_tokens={limit}; ask it in fewer words"
+            )
+
+
 def stems(paths: Sequence[Path]) -> list[str]:
     """What the files of each picture are named by, no two alike.
 
@@ -177,14 +218,25 @@ def stems(paths: Sequence[Path]) -> list[str]:
     return unique([path.stem if shared[path.stem] == 1 else path.name.replace(".", "-") for path in paths])
 
 
+def _check_names(paths: Sequence[Path], names: Sequence[str], questions: int) -> None:
+    """Raises InferError where a picture's name leaves no room for what the names of its files add."""
+    ending = (f"_{questions}" if questions > 1 else "") + _OVERLAY
+    for path, stem in zip(paths, names, strict=True):
+        over = len(os.fsencode(stem + ending + _unfinished())) - _NAME_BYTES
+        if over > 0:
+            raise InferError(f"--image={path}: the name is {over} bytes too long for STEM{ending}; rename the picture")
+
+
 def _write(answered: Answered, out: Path, stem: str, checkpoint: str) -> None:
-    files = {f"{stem}_overlay.png": _png(answered.drawn())}
-    if answered.mask is not None:
-        files[f"{stem}_mask.png"] = _png(Image.fromarray(answered.mask.astype(np.uint8) * 255))
+    mask = None if answered.mask is None else _png(Image.fromarray(answered.mask.astype(np.uint8) * 255))
     row = answered.row() | {"checkpoint": checkpoint}
-    files[f"{stem}.json"] = (json.dumps(row, indent=1, allow_nan=False) + "\n").encode()
+    files = {
+        stem + _OVERLAY: _png(answered.drawn()),
+        f"{stem}_mask.png": mask,
+        f"{stem}.json": (json.dumps(row, indent=1, allow_nan=False) + "\n").encode(),
+    }
     write_together(out, files)
-    say("wrote " + ", ".join(str(out / name) for name in files))
+    say("wrote " + ", ".join(str(out / name) for name, content in files.items() if content is not None))
 
 
 def _png(picture: Image.Image) -> bytes:

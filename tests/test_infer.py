@@ -1,11 +1,13 @@
 """The infer command: a picture and a question in, reasoning, box and mask out; bad input is one line."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,6 +24,7 @@ from reward_server import reward_pb2
 from reward_server.codec import decode_image
 from segzero_jax import asking, infer, options
 from segzero_jax import config as configs
+from segzero_jax.answering import Answered, Picture
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
 from segzero_jax.frames import rescale_object
@@ -33,6 +36,7 @@ from segzero_jax.overlay import decode_mask
 from segzero_jax.processor import Processor, checkpoint_directory
 from segzero_jax.prompt import parse_answer
 from segzero_jax.rollout import Sampling
+from segzero_jax.segmenting import Found
 from segzero_jax.types import Frame, Rollout
 
 SIDE = 112
@@ -270,6 +274,61 @@ def test_a_file_of_questions_is_read_line_by_line(tmp_path: Path) -> None:
     assert infer.find_questions(["first"], file) == ["first", "the dog", "the cat\u2028on the mat", "the mouse"]
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The pictures that are asked about, by a policy that takes no time and a SAM 2 that refuses "the last"."""
+    pictures: list[bytes] = []
+    text = "<answer>[]</answer>"
+
+    def answer(_: object, picture: Picture, question: str, *more: object) -> Answered:
+        pictures.append(picture.stored)
+        mask = None if question == "the last" else np.ones((picture.frame.height, picture.frame.width), bool)
+        return Answered(picture, question, text, parse_answer(text), True, SIDE, (), Found(None), mask)
+
+    processor = Processor.load("toy", SIDE, "toy", 64)
+    monkeypatch.setattr(infer, "load", lambda *_: SimpleNamespace(processor=processor, config=Config()))
+    monkeypatch.setattr(infer, "answer_question", answer)
+    return pictures
+
+
+def test_no_mask_of_an_earlier_answer_stays(image: Path, shown: list[bytes]) -> None:
+    ask(image, "--server=none")
+    assert mask_file(image).all()
+    ask(image, "--server=none", query="the last")
+    assert sorted(path.name for path in (image.parent / "out").iterdir()) == ["scene.json", "scene_overlay.png"]
+
+
+def test_questions_that_are_too_long_are_told_before_the_first_is_asked(
+    image: Path, shown: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image.with_name("more.txt").write_text("the red circle\n" + "the red circle " * 30)
+    arguments = ["--image", str(image), "--query=the star", "--queries", str(image.with_name("more.txt"))]
+    arguments += ["--checkpoint=toy", "--server=none", "--out", str(image.parent / "out")]
+    refused(capsys, arguments, "question 3 of 3, 'the red circle the", "expected at most max_prompt_tokens=64")
+    assert shown == []
+
+
+def test_a_picture_that_can_be_read_only_once_is_read_once(image: Path, shown: list[bytes]) -> None:
+    small = encoded(PICTURE.resize((30, 20)))  # less than a pipe holds
+    reader, writer = os.pipe()
+    os.write(writer, small)
+    os.close(writer)
+    arguments = ["--image", f"/dev/fd/{reader}", "--query=x", "--checkpoint=toy", "--server=none"]
+    assert infer.main([*arguments, "--out", str(image.parent / "out")]) == 0
+    os.close(reader)
+    assert shown == [small]
+    assert image.parent.joinpath("out", f"{reader}_overlay.png").exists()
+
+
+def test_a_name_that_is_too_long_for_its_files_is_told_before_the_first_is_asked(
+    image: Path, shown: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image.with_name("é" * 122 + ".png").write_bytes(image.read_bytes())
+    arguments = ["--image", str(image.parent), "--query=x", "--checkpoint=toy", "--server=none"]
+    refused(capsys, [*arguments, "--out", str(image.parent / "out")], "bytes too long for STEM_overlay.png; rename")
+    assert shown == []
+
+
 def test_space_around_a_question_is_no_part_of_it(image: Path) -> None:
     row = ask(image, "--server=none", query=f" {QUESTION}.\t")
     assert row["question"] == f"{QUESTION}."
@@ -414,7 +473,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--queries": "hollow"}, ("--queries=hollow: Is a directory, expected a file",)),
         ({"--queries": "absent.txt"}, ("--queries=absent.txt: No such file",)),
         ({"--query": "the \udcff"}, ("--query: expected UTF-8",)),
-        ({"--query": "the red circle " * 30}, ("scene.png: prompt of", "max_prompt_tokens=64")),
+        ({"--query": "the red circle " * 30}, ("question 1 of 1, 'the red circle the", "max_prompt_tokens=64")),
         ({"--checkpoint": "absent"}, ("absent: expected a run directory", "'toy'")),
         ({"--checkpoint": "damaged"}, ("damaged", "cut short")),
         ({"--image-size": "100"}, ("data.image_size=100", "multiple of 28")),
@@ -513,6 +572,8 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in folder.iterdir()] == [b"old"]
     infer.write_together(folder, {"a": b"1", "b": b"2"})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"1", "b": b"2"}
+    infer.write_together(folder, {"a": None, "b": b"3", "c": None})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"b": b"3"}
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
