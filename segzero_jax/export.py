@@ -40,7 +40,7 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
 
     Args:
       run: a run directory, or its checkpoints' own; local or ``gs://``.
-      out: a new or empty directory, or an earlier export, which is replaced.
+      out: a new or empty directory, or an earlier export, which is replaced; or a link to where one is to be.
       step: of the checkpoint; None is the newest.
       dtype: what the weights are rounded to.
       adapters: write them alone, without the weights that they are for.
@@ -49,12 +49,14 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
       The files written.
 
     Raises:
-      ExportError: ``out`` holds something else, or ``run`` is no run.
+      ExportError: ``out`` holds something else or cannot be replaced, or ``run`` is no run.
       CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, its
         ``model.path`` is gone, or it has no adapters to be written alone.
       ConfigError: the run's configuration is of another version, or ``out`` would be in a file.
     """
     _refuse_to_mix(out)
+    # What stands there is replaced whole: of a link, what it leads to, on that disk.
+    target = _target(out)
     name = _find(run, step)
     try:
         if adapters:
@@ -75,8 +77,8 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
         "segzero_jax": __version__,
         "asked": asked(config),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         if adapters:
             new.mkdir()
@@ -86,9 +88,9 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
             files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
         files.append(new / ORIGIN)
         files[-1].write_text(json.dumps(origin, indent=2) + "\n")
-        if out.exists():
-            os.rename(out, old)
-        os.rename(new, out)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
     return [out / file.name for file in files]
 
 
@@ -100,8 +102,17 @@ def _find(run: str | Path, step: int | None) -> str:
     raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
 
 
+def _target(out: Path) -> Path:
+    return Path(os.path.realpath(out))
+
+
 def _refuse_to_mix(out: Path) -> None:
     if out.is_dir():
+        target = _target(out)
+        fixed = "where a disk is mounted" if os.path.ismount(target) else ""
+        fixed = fixed or ("the current folder" if target == Path.cwd() else "")
+        if fixed:
+            raise ExportError(f"--out={out}: is {fixed}, which cannot be replaced; expected a folder in it")
         other = next((entry.name for entry in sorted(out.iterdir())), None)
         if other is None or (out / ORIGIN).is_file():
             return

@@ -180,6 +180,37 @@ def test_an_earlier_export_is_replaced_whole(run: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_is_followed_and_stays(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    for there in ("out", "out", "other"):  # what is to be there, what is there, and from another place
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / "disk" / there)
+        assert export.main(["--run", str(run), "--out", str(link)]) == 0
+        assert link.is_symlink()
+        assert str(link / "config.json") in capsys.readouterr().out
+        assert (tmp_path / "disk" / there / "config.json").is_file()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_what_cannot_be_replaced_is_refused_before_anything_is_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "disk"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
+    monkeypatch.setattr(export, "load_policy", lambda *_: pytest.fail("read"))
+    for out in (".", tmp_path / "here"):
+        assert f"--out={out}: is the current folder, which cannot be replaced" in said(
+            capsys, "--run", run, "--out", out
+        )
+    for out in (tmp_path / "disk", tmp_path / "link"):
+        assert f"--out={out}: is where a disk is mounted" in said(capsys, "--run", run, "--out", out)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "here", "link"]
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
