@@ -128,6 +128,16 @@ def test_the_headline_says_what_the_files_say(run_dir, page):
             assert f"interval {row['giou_low']:.3f}{NOTHING}{row['giou_high']:.3f}" in words
 
 
+@pytest.mark.parametrize("scored", [1, 2])
+def test_the_headline_counts_the_steps_that_were_scored(copied, scored):
+    found = rows(copied, "metrics.jsonl")
+    unscored = [row | {"reward/mean": row["reward/mean"] if row["step"] in (7, 9)[:scored] else None} for row in found]
+    jsonl.write(copied / "metrics.jsonl", unscored)
+    tile = report(copied).words("more")
+    assert ("step 7, the only one with scores" in tile) == (scored == 1)
+    assert ("first step → last step" in tile) == (scored == 2)
+
+
 def test_the_evaluation_table_holds_every_row(run_dir, page):
     source = (run_dir / "report.html").read_text()
     first, everything = (
@@ -351,6 +361,17 @@ def test_every_component_is_told_in_words_that_fit_its_recipe(copied, recipe):
         assert re.match(r"(?! *At most)[^.]+\.", caption), caption
         assert ("by more than half" in caption) == (name == "box_iou" and recipe != "seg_zero_soft_accuracy")
         assert ("over 840 px" in caption) == (name in ("box_l1", "point_l1") and recipe == "seg_zero_soft_accuracy")
+
+
+@pytest.mark.parametrize("name", ["box_iou", "answer_format"])
+def test_a_reward_of_one_s_own_has_no_words_of_a_recipe(copied, name):
+    set_recipe(copied, "seg_zero_strict")
+    set_key(copied, "reward", "functions", [f"my_rewards:{name}"])
+    metrics = rows(copied, "metrics.jsonl")
+    jsonl.write(copied / "metrics.jsonl", [row | {f"reward/{name}": 0.5} for row in metrics])
+    source = html.unescape(write_report(copied).read_text())
+    (caption,) = re.findall(rf"<h3>{label(name)}</h3>.*?<figcaption>(.*?)</figcaption>", source, re.DOTALL)
+    assert caption == ""
 
 
 def test_a_picture_outside_the_run_is_not_shown(copied, tmp_path):
@@ -604,6 +625,14 @@ def test_the_page_of_an_evaluation_tells_of_masks_where_they_were_made(giou, sai
     assert legend == said
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, "1 answer failed and counts as 0"), (2, "2 answers failed and count")])
+def test_the_page_of_an_evaluation_counts_failures(count, said):
+    failed = [{"id": f"q{i}", "cause": "not_json", "error": "no JSON"} for i in range(count)]
+    result = {"dataset": "toy", "split": "val", "checkpoint": "c", "failed": failed, "failures": {"not_json": count}}
+    shown = Shown(result | {"expression": {"giou": 0.5}}, [], [], lambda _: None, "vision_reasoner")
+    assert said in build_gallery("it", [shown], {"evaluations": []})
+
+
 def test_the_rank_of_adapters_is_among_the_settings(copied):
     assert "LoRA rank" not in report(copied).words()
     set_key(copied, "model", "lora_rank", 4)
@@ -705,6 +734,17 @@ def test_lines_stay_in_the_drawing_and_break_at_gaps(values, floor, maximum):
     for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path):
         assert 0 <= float(x) <= 350
         assert 0 <= float(y) <= 190
+
+
+@pytest.mark.parametrize(
+    "values", [[None, 2.0, None], [1.0, None, 2.0, 3.0, None, 4.0], [1.0], [None, None], [1.0, 2.0]]
+)
+def test_what_stands_alone_is_a_dot(values):
+    drawing = charts.line_chart(list(range(1, len(values) + 1)), [Series("a", values)], "x")
+    seen = re.sub(r'<g class="at">.*?</g>', "", drawing)
+    line = re.search(r'<path class="line s0" d="([^"]*)"', seen).group(1)
+    dots = re.findall(r'<circle class="point s0" cx="([^"]*)" cy="([^"]*)"', seen)
+    assert dots == re.findall(r"M([\d.]+) ([\d.]+)(?!L)(?=M|$)", line)
 
 
 def test_higher_values_are_drawn_higher_and_later_steps_further_right():

@@ -156,7 +156,8 @@ class Evaluator:
         numbers = self.results[-1]["expression"]
         found = (f"{name} {with_interval(numbers, key)}" for key, name in _SHOWN_NUMBERS if numbers[key] is not None)
         failed = len(self.results[-1]["failed"])
-        say(f"{dataset}/{split}: {', '.join(found)}" + (f"; {failed} answers failed" if failed else ""))
+        also = f"; {failed} answer{'s' if failed > 1 else ''} failed" if failed else ""
+        say(f"{dataset}/{split}: {', '.join(found)}{also}")
 
     def _options(self, sam: str) -> dict[str, Any]:
         return {"batch": self._how.batch, "mesh": self._how.mesh, "sam": sam}

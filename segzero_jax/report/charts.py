@@ -73,9 +73,9 @@ def line_chart(
             parts.append(f'<path class="band s{index}" d="{plot.area(line.low, line.high)}"/>')
         if line.faint:
             parts.append(f'<path class="faint s{index}" d="{plot.path(line.faint)}"/>')
-    parts += [f'<path class="line s{i}" d="{plot.path(line.values)}"/>' for i, line in enumerate(thin)]
-    if len(steps) == 1:
-        parts += [plot.dot(0, line.values[0], f"point s{i}") for i, line in enumerate(thin)]
+    for index, line in enumerate(thin):
+        parts.append(f'<path class="line s{index}" d="{plot.path(line.values)}"/>')
+        parts += plot.dots_alone(line.values, f"point s{index}")
     if len(series) > 1:
         parts += plot.end_labels(thin)
     parts += plot.read_outs(thin, size.places)
@@ -272,6 +272,15 @@ class _Plot:
             if run:
                 commands.append("M" + "L".join(upper + lower) + "Z")
         return "".join(commands)
+
+    def dots_alone(self, values: Values, kind: str) -> list[str]:
+        """Dots in the place of a line, which has no length where neither neighbour is known."""
+        around = [None, *values, None]
+        return [
+            self.dot(index, value, kind)
+            for index, value in enumerate(values)
+            if around[index] is None and around[index + 2] is None
+        ]
 
     def dot(self, index: int, value: float | None, kind: str) -> str:
         return "" if value is None else f'<circle class="{kind}" cx="{self.x(index)}" cy="{self.y(value)}" r="3"/>'

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from segzero_jax.report import charts
 from segzero_jax.report.charts import Series, Size
 from segzero_jax.report.markup import bound, label, show, text
-from segzero_jax.report.run import Run, reward_maxima
+from segzero_jax.report.run import Run, own_rewards, reward_maxima
 
 _MASK_IOU = "mask_iou/mean"
 # Metric, title, caption; every one is drawn from zero when it cannot be negative.
@@ -119,7 +119,8 @@ def _keys(run: Run) -> dict[str, None]:
 
 
 def _component(run: Run, name: str, maximum: float | None) -> str:
-    words = _COMPONENTS | _OF_RECIPE.get(run.setting("reward.recipe"), {})
+    known = _COMPONENTS | _OF_RECIPE.get(run.setting("reward.recipe"), {})
+    words = {} if name in own_rewards(run) else known
     parts = [words.get(name, "")] + ([] if maximum is None else [f"At most {bound(maximum)}."])
     if name == "mask_iou":
         parts.append(f"Weight {text(run.setting('reward.mask_iou_weight'))}.")

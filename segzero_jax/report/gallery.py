@@ -210,8 +210,9 @@ def _failures(one: Shown) -> str:
         for item in failed[:_MOST_FAILURES]
     )
     more = "" if len(failed) <= _MOST_FAILURES else f" The first {_MOST_FAILURES}:"
+    said = "1 answer failed and counts" if len(failed) == 1 else f"{len(failed)} answers failed and count"
     return (
-        f'<p style="margin-top:12px">{len(failed)} answers failed and count as 0: {causes}.</p><details><summary>which'
+        f'<p style="margin-top:12px">{said} as 0: {causes}.</p><details><summary>which'
         f'{more}</summary><div class="scroll"><table><tr><th class="text">question</th><th class="text">cause</th>'
         f'<th class="text">in words</th></tr>{lines}</table></div></details>'
     )

@@ -91,8 +91,10 @@ def _reward_tile(run: Run) -> str:
         return ""
     most = reward_maxima(run).total
     limit = "" if most is None else f" (of {bound(most)} at most)"
-    if reward.window == 1 and reward.first_error is None and len(run.metrics) == 1:
-        return _tile(f"Mean reward{limit}", show(reward.last), "one step")
+    scored = [row["step"] for row in run.metrics if number(row.get("reward/mean")) is not None]
+    if len(scored) == 1:
+        alone = "one step" if len(run.metrics) == 1 else f"step {scored[0]}, the only one with scores"
+        return _tile(f"Mean reward{limit}", show(reward.last), alone)
     span = "step" if reward.window == 1 else f"{reward.window} steps"
     more = f"first {span} → last {span}"
     if reward.first_error is not None and reward.last_error is not None:

@@ -132,6 +132,12 @@ class Maxima:
     components: Mapping[str, float]
 
 
+def own_rewards(run: Run) -> set[str]:
+    """Names of the components that are functions of the run's own: what they measure, no recipe says."""
+    functions = run.setting("reward.functions")
+    return {str(name).rpartition(":")[2] for name in functions} if isinstance(functions, list) else set()
+
+
 def reward_maxima(run: Run) -> Maxima:
     """What the configured recipe gives at most; the mask IoU counts when the run measured it."""
     recipe, mode = run.setting("reward.recipe"), run.setting("reward.mask_iou_mode", "raw")
@@ -143,8 +149,9 @@ def reward_maxima(run: Run) -> Maxima:
     except ValueError:
         return Maxima(None, {})
     # A recipe that brings its own mask IoU has it in both maxima. What functions give at most, nobody knows.
-    known = None if run.setting("reward.functions", ()) else total
-    return Maxima(known, {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED})
+    own = own_rewards(run)
+    components = {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED}
+    return Maxima(None if own else total, {name: most for name, most in components.items() if name not in own})
 
 
 def thinks(run: Run) -> bool:
