@@ -158,7 +158,7 @@ class TestCheckpoints:
         )
 
     def test_of_a_run_that_is_going_on_stay(self, tmp_path: Path) -> None:
-        kept = tmp_path / "runs/new/checkpoints/7"
+        kept = tmp_path / "runs/new/checkpoints/7.orbax-checkpoint-tmp-0"  # a save that has begun
         kept.mkdir(parents=True)
         CHECKS["checkpoints"](config(tmp_path), Pod())
         assert list(kept.parent.iterdir()) == [kept]
