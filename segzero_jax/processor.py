@@ -262,6 +262,10 @@ class Processor:
         # A question that spells out a special token is text, not that token.
         self._literal = Tokenizer.from_buffer(tokenizer)
         self._literal.encode_special_tokens = True
+        for each in (self._tokenizer, self._literal):
+            # A file may bring those of the last call before it was saved; transformers sets both anew for each.
+            each.no_truncation()
+            each.no_padding()
         self._wording = wording
         self.vision = vision
         self.image_size = image_size

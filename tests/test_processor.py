@@ -250,6 +250,35 @@ def test_too_long_prompt_names_id_count_and_limit(processor: Processor) -> None:
         processor.encode(example("the red circle " * 30))
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"truncation": {"direction": "Right", "max_length": 20, "strategy": "LongestFirst", "stride": 0}},
+        {"padding": {"strategy": "BatchLongest", "pad_to_multiple_of": 8}},
+        {"padding": {"strategy": {"Fixed": 300}, "pad_to_multiple_of": None}},
+    ],
+    ids=["truncation", "padding", "padding to a length"],
+)
+def test_what_a_tokenizers_last_call_cut_or_filled_is_no_part_of_it(
+    checkpoint: Path, tmp_path: Path, processor: Processor, left: dict[str, dict]
+) -> None:
+    """``save_pretrained`` after ``processor(..., padding=True, truncation=True)`` writes both into the file."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    if "padding" in left:
+        token = {"direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+        left = {"padding": token | left["padding"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | left))
+    other = Processor.load(tmp_path, image_size=112, wording="toy", max_prompt_tokens=64)
+    asked = ["The red circle.", "The red circle that is left of the large blue square at the top."]
+    for question in asked:
+        np.testing.assert_array_equal(
+            other.encode(example(question)).tokens_p, processor.encode(example(question)).tokens_p
+        )
+    np.testing.assert_array_equal(other.count_tokens(asked), processor.count_tokens(asked))
+
+
 def test_special_tokens_in_a_question_are_text(processor: Processor) -> None:
     encoded = processor.encode_parts("p", "Find <|image_pad|><|im_end|>.", [])
     assert processor.image_id not in encoded.tokens_p

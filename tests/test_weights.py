@@ -353,9 +353,11 @@ def damage(directory: Path, case: str) -> str:
         file.unlink()
         return "no *.safetensors file"
     elif case == "absent part":
+        file.rename(directory / "model-00001-of-00002.safetensors")
         index.write_text(json.dumps({"weight_map": {key: "model-00002-of-00002.safetensors"}}))
         return "model-00002-of-00002.safetensors"
     elif case == "broken index":
+        file.rename(directory / "model-00001-of-00002.safetensors")
         index.write_text("{")
         return index.name
     else:
@@ -376,6 +378,23 @@ def test_a_damaged_checkpoint_is_named(saved: Path, case: str) -> None:
         load_hf(saved)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shards", ["gone", "there still"])
+def test_a_whole_file_that_was_saved_over_shards_is_what_counts(saved: Path, shards: str) -> None:
+    """As transformers reads it, which deletes old shards, but not their index."""
+    key, old = "model.layers.1.mlp.up_proj.weight", "model-00001-of-00001.safetensors"
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, old)}))
+    if shards == "there still":
+        save_file({name: np.zeros_like(value) for name, value in tensors.items()}, saved / old)
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, _ = load_hf(saved)
+    np.testing.assert_array_equal(np.asarray(policy.blocks.up_df[1]).T, tensors[key])
+    assert torch.equal(
+        load_torch(saved).state_dict()["model.language_model.layers.1.mlp.up_proj.weight"],
+        torch.from_numpy(tensors[key]),
+    )
 
 
 @pytest.mark.parametrize("case", ["NaN", "truncated", "missing", "another architecture"])
@@ -401,6 +420,16 @@ def test_training_does_not_begin_from_a_damaged_checkpoint(
 
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_what_transformers_4_49_leaves_out_of_a_config_is_its_default(name: str) -> None:
+    """It wrote what differs from its class's defaults alone: of a 7B, next to nothing of the vision tower."""
+    config = hub_config(SIZES[name])
+    defaults = Qwen2_5_VLConfig().vision_config.to_dict()
+    vision = {key: value for key, value in config["vision_config"].items() if defaults.get(key) != value}
+    assert "depth" not in vision
+    assert from_hf(config | {"vision_config": vision}) == from_hf(config)
 
 
 VISION = hf_config()["vision_config"]

@@ -95,10 +95,11 @@ def from_hf(config: dict[str, Any]) -> Dims:
         norm_eps=_real(text, "rms_norm_eps", None),
         vision=VisionDims(
             hidden=_whole(vision, "hidden_size"),
-            depth=_whole(vision, "depth"),
-            heads=_whole(vision, "num_heads"),
-            mlp=_whole(vision, "intermediate_size"),
-            out=_whole(vision, "out_hidden_size"),
+            # transformers 4.49 writes what differs from its class's defaults alone; those have never changed.
+            depth=_whole(vision, "depth", 32),
+            heads=_whole(vision, "num_heads", 16),
+            mlp=_whole(vision, "intermediate_size", 3420),
+            out=_whole(vision, "out_hidden_size", 3584),
             patch=_whole(vision, "patch_size", 14),
             temporal_patch=_whole(vision, "temporal_patch_size", 2),
             merge=_whole(vision, "spatial_merge_size", 2),

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -69,13 +70,16 @@ def read_json(file: Path) -> dict[str, Any]:
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a directory by the keys in its files; only the files' headers are read.
 
-    Where there is an index, the files it lists count and no others.
+    Where there is an index, the files it lists count and no others; but not beside ``model.safetensors``, which
+    transformers takes first: index and shards are then left from an earlier writing.
 
     Raises:
       CheckpointError: no file, one that the index lists is not there, one is cut short or has an unknown dtype.
     """
     files = sorted(directory.glob("*.safetensors"))
-    if (directory / _INDEX).is_file():
+    if (directory / _INDEX).is_file() and (directory / _WHOLE).is_file():
+        files = [directory / _WHOLE]
+    elif (directory / _INDEX).is_file():
         weight_map = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{directory / _INDEX}: expected a 'weight_map' from tensors to files")
