@@ -222,7 +222,7 @@ class Checkpoints:
             )
         except self._failures as error:
             raise self._failed(error) from None
-        if not begun:  # What is beyond it, Orbax takes for saved.
+        if not begun:  # All steps up to the latest one are saved, as Orbax takes it.
             raise SaveError(
                 f"{self.directory}: holds {self.latest}, which is no complete checkpoint; delete it, or bring it whole"
             )

@@ -21,8 +21,11 @@ _BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, from 1 (upright) to 8; 5 to 8 exchange width and height. What is none of these counts as upright."""
-    found = image.getexif().get(_ORIENTATION, 1)
+    """EXIF's, from 1 (upright) to 8; 5 to 8 exchange width and height. What is none of these counts as upright.
+
+    So does a TIFF: Pillow turns it itself when it loads it, and has its size upright from the start.
+    """
+    found = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
     return found if found in _TURNS else 1
 
 

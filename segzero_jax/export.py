@@ -20,6 +20,7 @@ from segzero_jax import __version__
 from segzero_jax.asking import ORIGIN, asked, find_checkpoint
 from segzero_jax.checkpoint import locate, storage_path
 from segzero_jax.config import ConfigError, OneLineParser
+from segzero_jax.hub import repository
 from segzero_jax.local_path import check_folder, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
@@ -83,7 +84,8 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
         if adapters:
             new.mkdir()
             model = config.model
-            files = save_peft(learnt, new, rank=model.lora_rank, alpha=model.lora_alpha, base=model.path, dtype=dtype)
+            base = repository(model.path)  # PEFT takes no revision with it.
+            files = save_peft(learnt, new, rank=model.lora_rank, alpha=model.lora_alpha, base=base, dtype=dtype)
         else:
             files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
         files.append(new / ORIGIN)

@@ -76,6 +76,12 @@ def is_checkpoint(path: str | Path) -> bool:
     return as_hub_id(path) is not None or (model_directory(path) / "config.json").is_file()
 
 
+def repository(path: str) -> str:
+    """What a hub id is without its revision; a path on this machine as it is."""
+    match = as_hub_id(path)
+    return match["repo"] if match else path
+
+
 def as_hub_id(path: str | Path) -> re.Match[str] | None:
     """``repo`` and ``revision``, None where there is none, of what may be a hub id and is no path that exists."""
     match = _HUB_ID.fullmatch(str(path))

@@ -33,11 +33,12 @@ from segzero_jax import config as configs
 from segzero_jax.asking import load_processor
 from segzero_jax.checkpoint import checkpoint_directory
 from segzero_jax.code_version import this_code
-from segzero_jax.config import Config, ConfigError
+from segzero_jax.config import Config, ConfigError, check_local_model
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError, open_splits, questions
 from segzero_jax.grpo import initial_state, make_optimizer
 from segzero_jax.hub import as_hub_id
+from segzero_jax.jsonl import JsonLinesError
 from segzero_jax.local_path import is_url
 from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
@@ -226,7 +227,7 @@ def check_checkpoints(config: Config, pod: Pod) -> str:
         check_keep_best(config)
         probe(directory, pod)
         check_same_run(config)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, JsonLinesError) as error:
         raise CheckFailed(str(error)) from None
     return f"{directory}: written, read and deleted"
 
@@ -316,6 +317,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
         if config.reward.server == "local":
             if missing := missing_package():
                 raise CheckFailed(f"reward.server=local: {missing}; or reward.server=none or host:port")
+            check_local_model(config)
             return f"local: starts with the run and loads {config.reward.local_model}"
         with RewardClient(config.reward.server, config.reward.timeout_s, access=access) as client:
             said: list[str] = []
@@ -328,7 +330,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
             start = time.monotonic()
             (mask,) = client.segment(picture.getvalue(), Frame(64, 48), [(box,)], id="preflight")
             seconds = time.monotonic() - start
-    except RewardServerError as error:
+    except (RewardServerError, ConfigError) as error:
         raise CheckFailed(str(error)) from None
     if mask.error:
         raise CheckFailed(f"reward server {config.reward.server}: {mask.error}")

@@ -62,9 +62,9 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
     run_dir = run_directory(config)
     directory = checkpoint_directory(config)
     if not complete_steps(directory):
+        _check_nothing_there(config, run_dir, directory)
         if resume:
             raise ConfigError(f"run.dir={run_dir}: no checkpoint to resume from; start without --resume")
-        _check_nothing_there(config, run_dir, directory)
         return Beginning(None, done=False), []
     with Checkpoints(directory, read_only=True) as checkpoints:
         step, damaged = checkpoints.newest()
@@ -114,6 +114,7 @@ def _check_nothing_there(config: Config, run_dir: Path, directory: epath.Path) -
     refuse_unfinished(directory)
     _refuse_another_run(config, run_dir)
     _refuse_lost_checkpoints(run_dir, directory)
+    _check_best_is_chosen(config)
 
 
 def _check_run_dir(config: Config, run_dir: Path) -> None:
@@ -162,7 +163,8 @@ def check_same_run(config: Config) -> None:
     """Raises where the run's directories hold another run, as ``look`` does, but reads no arrays.
 
     Raises:
-      ConfigError: ``run.dir`` holds another run, or one whose checkpoints are gone.
+      ConfigError: ``run.dir`` holds another run, or one whose checkpoints are gone; or as ``look`` does.
+      JsonLinesError: what the run has written is damaged.
       CheckpointError: the checkpoints are another run's, or a part of one.
     """
     directory = checkpoint_directory(config)
@@ -227,16 +229,8 @@ def _best_evaluation(config: Config) -> tuple[str, str, str] | None:
 
 
 def check_keep_best(config: Config) -> None:
-    """Raises ConfigError where ``train.keep_best`` names nothing that the run will measure: nothing would be kept.
-
-    Nor would it where only the last step is measured, which is kept anyway.
-    """
+    """Raises ConfigError where ``train.keep_best`` names nothing that the run will measure: nothing would be kept."""
     name, known = config.train.keep_best, _scores(config)
-    if _best_evaluation(config) and name in known and not 0 < config.eval.every < config.train.steps:
-        raise ConfigError(
-            f"train.keep_best={name}: is measured after the last step alone with eval.every={config.eval.every}, "
-            f"expected eval.every from 1 to below train.steps={config.train.steps}"
-        )
     if not name or name in known:
         return
     if name in _scores(configs.replace(config, **{"reward.server": "local"})):
@@ -252,6 +246,15 @@ def check_keep_best(config: Config) -> None:
     )
 
 
+def _check_best_is_chosen(config: Config) -> None:
+    """Raises ConfigError where a run that begins would measure its last step alone, which is kept anyway."""
+    if _best_evaluation(config) and not 0 < config.eval.every < config.train.steps:
+        raise ConfigError(
+            f"train.keep_best={config.train.keep_best}: is measured after the last step alone with eval.every="
+            f"{config.eval.every}, expected eval.every from 1 to below train.steps={config.train.steps}"
+        )
+
+
 def _scores(config: Config) -> list[str]:
     """All that ``train.keep_best`` can name; splits as ``data.eval_splits`` writes them and as files do."""
     splits = dict.fromkeys([*config.data.eval_splits, *_labels(config)])
@@ -262,7 +265,7 @@ def _scores(config: Config) -> list[str]:
 
 @contextmanager
 def held(config: Config, beginning: Beginning) -> Iterator[None]:
-    """Opens the run directory, for this process alone as long as it trains.
+    """Keeps the run directory for this process alone, as long as it trains.
 
     Raises:
       ConfigError: it cannot be made, or written to.
@@ -282,12 +285,16 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
             raise StorageError(
                 f"{directory}: another process has saved or deleted there meanwhile; start this run again"
             )
-        open_run(config)
+        if not (run_dir / "config.yaml").exists():
+            open_run(config)
         yield
 
 
 def open_run(config: Config) -> Path:
-    """Makes the run directory and writes ``config.yaml``."""
+    """Makes the run directory and writes ``config.yaml``.
+
+    Over an earlier start's only once its lines that go are gone: what they say of saves goes by that configuration.
+    """
     run_dir = run_directory(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     jsonl.replace(run_dir / "config.yaml", configs.to_yaml(config).encode())

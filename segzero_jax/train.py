@@ -20,7 +20,7 @@ from segzero_jax import config as configs
 from segzero_jax import evaluation
 from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, checkpoint_directory
 from segzero_jax.code_version import this_code
-from segzero_jax.config import Config, ConfigError
+from segzero_jax.config import Config, ConfigError, check_local_model
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, Splits, open_splits, questions, training_batches
 from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
@@ -65,6 +65,7 @@ from segzero_jax.run_dir import (
     evaluation_due,
     held,
     missing_splits,
+    open_run,
     say_missing,
     score,
     split_label,
@@ -299,6 +300,7 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
       profile: which steps are traced, see ``parse_steps``; None for none.
     """
     timer = PhaseTimer()
+    check_local_model(config)
     with Preemption() as preemption:
         mesh = make_mesh(config.mesh)
         access = read_access(config.reward)
@@ -373,6 +375,8 @@ def _continue(
                 writer.message(f"the file of the reward function {name} has changed: numbers may differ")
             writer.add_missing(restored.lines)
         removed = writer.truncate_after(-1 if begun is None else begun)
+        if pod.first:
+            open_run(config)
         say_missing(writer, begun or 0, writer.message)
         keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
         keeper.finished(begun or 0, state, batches.get_state())
@@ -380,7 +384,7 @@ def _continue(
         evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
         profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
-        for line in config.schedule_notes:
+        for line in config.notes:
             writer.message(line)
         preemption.begin(writer.message)
         try:

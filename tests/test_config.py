@@ -272,18 +272,6 @@ def test_command_line_gives_the_commands_own_options_and_the_configuration(tmp_p
             ["--config=a.yaml", "--config=b.yaml"],
             ["--config=b.yaml: --config=a.yaml is given already", "--section.key="],
         ),
-        (
-            ["--data.name=mugs"],
-            [
-                "reward.local_model=toy: knows the toy set's pictures alone, data.name=mugs has others",
-                "--reward.local_model=facebook/sam2.1-hiera-large",
-            ],
-        ),
-        (["--train.decay_steps=9"], ["train.decay_steps=9: expected train.lr_decay=linear or cosine", "got none"]),
-        (
-            ["--reward.server=none", "--reward.mask_iou_weight=1"],
-            ["reward.mask_iou_weight=1: SAM 2 measures what", "expected reward.server=local or host:port, got none"],
-        ),
     ],
 )
 def test_command_line_mistakes_are_one_line_and_exit_2(argv, parts, capsys):
@@ -317,19 +305,26 @@ def test_a_policy_may_be_asked_in_a_wording_that_it_is_not_trained_in():
 
 
 @pytest.mark.parametrize(
-    "argv",
+    "changes",
     [
-        ["--data.name=mugs", "--reward.server=none"],
-        ["--data.name=mugs", "--reward.server=gpu:50051"],
-        ["--data.name=mugs", "--reward.local_model=facebook/sam2.1-hiera-large"],
-        ["--data.name=mugs,toy"],
-        ["--model.path=Qwen/Qwen2.5-VL-3B-Instruct"],
-        ["--reward.server=none", "--reward.mask_iou_weight=0"],
-        ["--train.decay_steps=9", "--train.lr_decay=linear"],
+        ["data.name=mugs", "reward.server=none"],
+        ["data.name=mugs", "reward.server=gpu:50051"],
+        ["data.name=mugs", "reward.local_model=facebook/sam2.1-hiera-large"],
+        ["data.name=mugs,toy"],
+        ["model.path=Qwen/Qwen2.5-VL-3B-Instruct"],
     ],
 )
-def test_what_goes_together_is_taken(argv):
-    read(*argv)
+def test_a_local_server_scores_what_its_sam_2_knows(changes):
+    config.check_local_model(config.load(None, changes))
+
+
+def test_the_toys_sam_2_is_refused_for_other_pictures():
+    with pytest.raises(config.ConfigError) as error:
+        config.check_local_model(config.load(None, ["data.name=mugs"]))
+    assert str(error.value) == (
+        "reward.local_model=toy: knows the toy set's pictures alone, data.name=mugs has others; expected another SAM 2 "
+        "for reward.server=local, such as --reward.local_model=facebook/sam2.1-hiera-large, or reward.server=none"
+    )
 
 
 def test_what_would_not_be_trained_can_be_read(tmp_path):

@@ -351,16 +351,21 @@ def test_steps_that_learn_are_those_with_a_rate(decay: str) -> None:
     assert configs.replace(config, **{"train.steps": 2}).steps_that_learn == 2
 
 
-def test_a_schedule_that_never_reaches_its_rate_or_leaves_it_early_is_told() -> None:
+def test_what_a_run_will_not_do_although_its_configuration_says_so_is_told() -> None:
     config = configs.replace(Config(), **{"train.steps": 10, "train.lr": 1e-6, "grpo.iterations": 2})
-    assert config.schedule_notes == []
-    assert configs.replace(config, **{"train.warmup_steps": 20}).schedule_notes == []
-    (line,) = configs.replace(config, **{"train.warmup_steps": 21}).schedule_notes
+    assert config.notes == []
+    assert configs.replace(config, **{"train.warmup_steps": 20}).notes == []
+    (line,) = configs.replace(config, **{"train.warmup_steps": 21}).notes
     assert line == (
         "the learning rate stays below train.lr=1e-06: train.warmup_steps=21 counts updates, of which 10 steps make 20"
     )
-    (line,) = configs.replace(config, **{"train.lr_decay": "linear", "train.decay_steps": 8}).schedule_notes
+    (line,) = configs.replace(config, **{"train.lr_decay": "linear", "train.decay_steps": 8}).notes
     assert line.startswith("after step 4 of 10 the learning rate is 0: train.decay_steps=8 counts updates")
+    for changes, said in (
+        ({"train.decay_steps": 8}, "the learning rate does not fall: train.decay_steps=8 has no train.lr_decay"),
+        ({"reward.server": "none"}, "masks are not scored: reward.mask_iou_weight=1 has no reward.server"),
+    ):
+        assert configs.replace(config, **changes).notes == [said]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -248,3 +248,10 @@ def test_another_kind_of_model_is_said(
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(CheckpointError, match="model_type 'sam2': expected 'qwen2_5_vl'"):
         read_dims("facebook/sam2.1-hiera-large")
+
+
+def test_a_repository_is_named_without_revision_and_slash(tmp_path: Path) -> None:
+    for given in ("org/name", "org/name/", "org/name@v1", "org/name@refs/pr/1/"):
+        assert hub.repository(given) == "org/name"
+    assert hub.repository(str(tmp_path)) == str(tmp_path)
+    assert hub.repository("toy") == "toy"

@@ -10,7 +10,7 @@ from question_sources import encoded, picture
 
 from reward_server.codec import decode_image as as_the_segmenter
 from segzero_jax.data import pictures
-from segzero_jax.data.pictures import PictureError, fingerprint, fit_mask, read_picture
+from segzero_jax.data.pictures import PictureError, fingerprint, fit_mask, read_picture, upright_size
 from segzero_jax.processor import decode_image as as_the_policy
 from segzero_jax.types import Frame
 
@@ -82,6 +82,21 @@ def test_annotations_on_unturned_pixels_keep_them_unturned() -> None:
     assert read_picture(KINDS["turned jpeg"], Frame(96, 128)).frame == Frame(96, 128)
     with pytest.raises(PictureError, match="picture of 128x96 pixels, expected the annotated 100x96"):
         read_picture(KINDS["jpeg"], Frame(100, 96))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_turned_picture_of_any_kind_is_upright_and_has_its_size(turn: int, kind: str) -> None:
+    """Pillow turns a TIFF by itself."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    options = {} if kind in ("PNG", "TIFF") else {"quality": 95}
+    data = encoded(RGB, kind, exif=exif, **options)
+    found = read_picture(data, None)
+    expected = ImageOps.exif_transpose(reopened(data)).convert("RGB")
+    assert found.frame == found.original == upright_size(data) == Frame(*expected.size)
+    shown = as_the_segmenter(found.data).astype(int)
+    assert np.abs(shown - np.asarray(expected).astype(int)).mean() < 2
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

@@ -157,6 +157,11 @@ class TestCheckpoints:
             f"run.dir={tmp_path}/runs/new: holds a run already, with another configuration (train.lr"
         )
 
+    def test_of_a_run_with_a_damaged_line(self, tmp_path: Path) -> None:
+        given = config(tmp_path)
+        (open_run(given) / "metrics.jsonl").write_text("3.5\n")
+        assert "metrics.jsonl:1: expected a JSON object" in failure("checkpoints", given)
+
     def test_of_a_run_that_is_going_on_stay(self, tmp_path: Path) -> None:
         kept = tmp_path / "runs/new/checkpoints/7.orbax-checkpoint-tmp-0"  # a save that has begun
         kept.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Builds that are interrupted, repeated, changed or leaking; and what the command says."""
 
+import errno
 import json
 import os
 import shutil
@@ -606,6 +607,24 @@ def test_of_two_builds_at_once_the_second_takes_what_the_first_has_made(
     assert built_directory("mine", tmp_path / "built").stat().st_ino == places[0]
 
 
+def test_a_set_on_another_disk_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is a link; what lies in it cannot be renamed to beside the link."""
+    assert run(tmp_path, "mine", sources.lines(tmp_path / "s")) == 0
+    place, real = tmp_path / "built/question_set", os.rename
+    (place / "mine").rename(tmp_path / "other disk")
+    (place / "mine").symlink_to(tmp_path / "other disk")
+
+    def within_a_disk(source: Any, target: Any, **options: Any) -> None:
+        here = [Path(path).resolve().is_relative_to(tmp_path / "other disk") for path in (source, target)]
+        if here[0] != here[1]:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", within_a_disk)
+    assert run(tmp_path, "mine", sources.solution_parquet(tmp_path / "other"), "--rebuild") == 0
+    assert len(open_split("mine", "train", tmp_path / "built")) == 6
+
+
 def test_a_set_that_cannot_be_deleted_is_replaced_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk keeps the files that a run reads."""
     assert run(tmp_path, "mine", sources.lines(tmp_path / "s")) == 0
@@ -617,9 +636,9 @@ def test_a_set_that_cannot_be_deleted_is_replaced_all_the_same(tmp_path: Path, m
         patch.setattr(shutil, "rmtree", kept)
         assert run(tmp_path, "mine", other, "--rebuild") == 0
     assert len(open_split("mine", "train", tmp_path / "built")) == 6
-    assert list((tmp_path / "built/question_set").glob(".mine.*.replaced"))
+    assert list((tmp_path / "built/question_set/mine").glob(".*.replaced"))
     assert run(tmp_path, "mine", other, "--rebuild") == 0
-    assert not list((tmp_path / "built/question_set").glob(".mine.*.replaced"))
+    assert not list((tmp_path / "built/question_set/mine").glob(".*.replaced"))
 
 
 @pytest.mark.parametrize("command", [["--source=s"], ["--check"]])

@@ -185,6 +185,7 @@ def test_shapes_of_labelme_that_are_no_polygons(tmp_path: Path) -> None:
         path = folder / f"{stem}.json"
         content = json.loads(path.read_bytes().decode("cp1252"))
         content["shapes"] = [{"label": "target", "shape_type": kind, "points": [[60, 50], [10, 20]]}]
+        content["shapes"].append({"label": "flag", "shape_type": "circle", "points": []})
         path.write_text(json.dumps(content))
     out = built(tmp_path, "R", folder)
     example = open_split("R", "train", out)[2]

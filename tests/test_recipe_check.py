@@ -13,8 +13,8 @@ from PIL import Image
 from segzero_jax import config as configs
 from segzero_jax import job, rewards, train
 from segzero_jax.answers import read_solution
-from segzero_jax.config import Config, ConfigError
-from segzero_jax.config.schema import check_answer_form, check_trainable
+from segzero_jax.config import Config, ConfigError, check_local_model
+from segzero_jax.config.schema import check_answer_form
 from segzero_jax.data import build
 from segzero_jax.data.pipeline import DataError, Source, open_split, open_splits, questions
 from segzero_jax.processor import Processor
@@ -77,7 +77,9 @@ def test_a_recipe_is_refused_where_it_gives_less_than_all_for_the_answer_that_is
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_no_preset_is_refused(path: Path) -> None:
-    check_trainable(configs.load(path))
+    preset = configs.load(path)
+    check_answer_form(preset)
+    check_local_model(preset)
 
 
 def test_other_recipes_take_any_number_of_objects_and_read_no_record(tmp_path: Path) -> None:

@@ -214,6 +214,26 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(config: Config, tmp_
     assert look(config, resume=False)[0].step is None
 
 
+def test_what_was_due_is_what_was_due_then(config: Config) -> None:
+    """A start that asks for saves more often, and ends before it has cut the lines of the one before."""
+    first = configs.replace(config, **{"train.checkpoint_every": 1000, "train.steps": 900})
+    with held(first, begin(first, resume=False, pod=ALONE)):
+        rows = "".join(json.dumps({"step": step, "checkpoint/failed": 0}) + "\n" for step in range(1, 301))
+        Path(config.run.dir, "metrics.jsonl").write_text(rows)
+    second = configs.replace(first, **{"train.checkpoint_every": 50})
+    for _ in range(2):
+        with held(second, begin(second, resume=False, pod=ALONE)):
+            pass  # no reward server
+
+
+def test_a_best_of_the_last_step_alone_is_no_reason_not_to_go_on(config: Config) -> None:
+    config = configs.replace(config, **{"train.keep_best": "val/greedy/giou"})
+    with pytest.raises(ConfigError, match="is measured after the last step alone"):
+        look(config, resume=False)
+    save(config, 2)
+    assert look(config, resume=False)[0].step == 2
+
+
 def test_checkpoints_that_are_elsewhere_are_named(config: Config, tmp_path: Path) -> None:
     run_dir = open_run(config)
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -25,6 +25,7 @@ from segzero_jax.config.schema import (
     RunConfig,
     TrainConfig,
     WatchConfig,
+    check_local_model,
     check_wording,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "WatchConfig",
     "all_keys",
     "build",
+    "check_local_model",
     "check_wording",
     "differing_keys",
     "load",

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from segzero_jax.config.schema import Config, ConfigError, check_trainable
+from segzero_jax.config.schema import Config, ConfigError, check_answer_form
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -150,14 +150,7 @@ def parse_command_line(
             raise ConfigError(f"command line: unexpected {item!r}: expected --key=value")
         overrides = [f"{key}={value}" for key, value in vars(args).items() if key in all_keys()]
         config = load(args.config, overrides)
-        check_trainable(config)
-        # By default the weight is above 0, so that a run without a server has one that nobody asked for.
-        weight = config.reward.mask_iou_weight
-        if weight and config.reward.server == "none" and "reward.mask_iou_weight" in vars(args):
-            raise ConfigError(
-                f"command line: reward.mask_iou_weight={weight:g}: SAM 2 measures what it weighs, expected "
-                "reward.server=local or host:port, got none"
-            )
+        check_answer_form(config)
         return args, config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -199,7 +192,7 @@ class _PresetLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:  # the latter of what is tagged as a date and looks like none
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -334,8 +334,8 @@ class Config:
         return min(self.train.steps, -(-self.train.decay_steps // self.updates_per_rollout))
 
     @property
-    def schedule_notes(self) -> list[str]:
-        """A line for each way in which the learning rate is not what ``train.lr`` makes one expect."""
+    def notes(self) -> list[str]:
+        """A line for each thing that a run will not do although its configuration makes one expect it."""
         train, each, notes = self.train, self.updates_per_rollout, []
         if self.steps_that_learn < train.steps:
             notes.append(
@@ -346,6 +346,14 @@ class Config:
             notes.append(
                 f"the learning rate stays below train.lr={train.lr:g}: train.warmup_steps={train.warmup_steps} counts "
                 f"updates, of which {train.steps} steps make {train.steps * each}"
+            )
+        if train.decay_steps and train.lr_decay == "none":
+            notes.append(
+                f"the learning rate does not fall: train.decay_steps={train.decay_steps} has no train.lr_decay"
+            )
+        if self.reward.mask_iou_weight and self.reward.server == "none":
+            notes.append(
+                f"masks are not scored: reward.mask_iou_weight={self.reward.mask_iou_weight:g} has no reward.server"
             )
         return notes
 
@@ -396,21 +404,17 @@ def check_answer_form(config: Config) -> None:
         )
 
 
-def check_trainable(config: Config) -> None:
-    """Raises ConfigError where a run would not do what its configuration says, as ``check_answer_form`` and besides.
+def check_local_model(config: Config) -> None:
+    """Raises ConfigError where a local server would score pictures that its SAM 2 knows nothing of.
 
-    A configuration that is only read may be like that: runs and exports of earlier versions can be asked all the same.
+    For whoever starts one: runs of earlier versions can be asked all the same.
     """
-    check_answer_form(config)
-    reward, train = config.reward, config.train
+    reward = config.reward
     if reward.server == "local" and reward.local_model == "toy" and "toy" not in config.data.names:
         raise ConfigError(
             f"reward.local_model=toy: knows the toy set's pictures alone, data.name={config.data.name} has others; "
-            "expected another SAM 2 for reward.server=local, such as --reward.local_model=facebook/sam2.1-hiera-large"
-        )
-    if train.decay_steps and train.lr_decay == "none":
-        raise ConfigError(
-            f"train.decay_steps={train.decay_steps}: expected train.lr_decay=linear or cosine beside it, got none"
+            "expected another SAM 2 for reward.server=local, such as --reward.local_model=facebook/sam2.1-hiera-large, "
+            "or reward.server=none"
         )
 
 

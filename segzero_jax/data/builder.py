@@ -5,7 +5,6 @@ their place by one rename. What an interrupted build has finished, the next one 
 """
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
@@ -38,6 +37,7 @@ from segzero_jax.file_lock import turn
 # A source of which more than this share cannot be used is not what it is taken for.
 _MOST_LEFT_OUT = 0.1
 _TRAIN = "train"
+_REPLACED = ".replaced"
 # One more whenever the same source is read into other rows: names, instances, targets.
 _READING = 2
 # What TensorFlow Datasets writes beside the records, and needs to open them.
@@ -211,21 +211,22 @@ def build(
         indices = {split: _merged(work, written, split) for split in dict.fromkeys(s.split for s in plan.shards)}
         dropped = _drop_leaks(indices, data_dir, name, against, drop_leaks)
         pieces = _pieces(work, plan, written, indices, dropped)
-        _move_away(directory, place / f".{name}.{secrets.token_hex(4)}.replaced")
+        _move_away(directory)
         for leftover in directory.parent.glob("incomplete.*"):
             shutil.rmtree(leftover)
         with contextlib.redirect_stdout(io.StringIO()):  # It would announce a download of unknown size.
             QuestionSet(name, data_dir, pieces).download_and_prepare()
         shutil.rmtree(work)
-        for replaced in place.glob(f".{glob.escape(name)}.*.replaced"):
+        for replaced in directory.parent.glob(f"*{_REPLACED}"):
             shutil.rmtree(replaced, ignore_errors=True)
     return _outcome(directory, plan)
 
 
-def _move_away(directory: Path, to: Path) -> None:
+def _move_away(directory: Path) -> None:
     """Whole, where a set is there: of one that is being read, a network disk may not delete everything."""
     if directory.exists():
-        directory.rename(to)
+        # Beside it: its parent may be a link to another disk.
+        directory.rename(directory.with_name(f".{secrets.token_hex(4)}{_REPLACED}"))
 
 
 def _outcome(directory: Path, plan: Plan) -> Outcome:

@@ -71,7 +71,9 @@ class Source(Sequence[Example]):
         example = self._decode(self._rows[int(record)], int(place))
         # Afterwards: files are opened when they are first read.
         if self._stamp() != self._opened:
-            raise DataError(f"{self.name}: was built anew beneath this command; expected one set from beginning to end")
+            raise DataError(
+                f"{self.name}: was built anew, or deleted, beneath this command; expected one set from beginning to end"
+            )
         return example
 
     def contents(self) -> pa.Table | None:

@@ -152,10 +152,7 @@ class CocoJson:
                 (
                     text(question, "text", where),
                     [_outline(*one) for one in _named(question, "annotation_ids", annotations, path)],
-                    [
-                        row.get("segmentation") or []
-                        for row, _ in _named({"ignored_ids": [], **question}, "ignored_ids", annotations, path)
-                    ],
+                    [row.get("segmentation") or [] for row, _ in _named(question, "ignored_ids", annotations, path)],
                     # Nothing is no thing that two questions could both be about.
                     str(question["annotation_ids"]) if question.get("annotation_ids") else None,
                 )

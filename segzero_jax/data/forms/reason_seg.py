@@ -82,6 +82,7 @@ class ReasonSeg:
             shapes = [
                 (label, _outline(kind, _corners(points, f"shape {n}: "), f"shape {n}: "))
                 for n, (label, kind, points) in enumerate(outlined)
+                if _kind(label) != "flag"
             ]
         except PictureError as error:
             yield Unreadable(part.ids, error.kind, f"{error}, in {part.pictures[0]}")
