@@ -289,8 +289,9 @@ class Checkpoints:
         """Raises CheckpointError when ``step`` was written by another run, by the keys that say so."""
         differing = differing_runs(self.config(step), config)
         if differing:
+            differ = f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
             raise CheckpointError(
-                f"{self.directory}/{step}: written with another configuration ({', '.join(differing)} differ); "
+                f"{self.directory}/{step}: written with another configuration ({differ}); "
                 "resume with the same one or choose another run.dir"
             )
 

@@ -290,6 +290,7 @@ def sample_row(
         **vars(measure(example, response, score)),
         "failure": failure(response, score),
         "error": response.problem or (score.error if score else ""),
+        "mask_iou": score.iou if score else None,
         "model_score": score.model_score if score else None,
         "mask": mask_row(score.mask if score else None),
         "target_mask": mask_row(example.mask),

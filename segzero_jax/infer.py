@@ -41,6 +41,7 @@ from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import Segmenter, greet
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".tif", ".tiff")
 _OVERLAY = "_overlay.png"
 _NAME_BYTES = 255  # that a file's name may have, on Linux and macOS
 
@@ -115,6 +116,9 @@ def find_pictures(path: Path) -> list[Path]:
     found = sorted(file for file in named if file.is_file())
     if not found:
         raise InferError(f"--image={path}: no picture in this folder, expected files in {', '.join(_SUFFIXES)}")
+    others = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _OTHER_SUFFIXES)
+    if others:
+        say(f"passed over: {len(others)} pictures that are no PNG, JPEG or WebP, such as {others[0]}")
     return found
 
 

@@ -239,7 +239,7 @@ def print_summary(run_dir: Path) -> None:
     for heading in ("split", "answers", before, f"after {steps[-1]} steps"):
         table.add_column(heading)
     by_key = {(row["step"], row["split"], row["mode"]): row for row in evaluations}
-    for split, mode in sorted({(row["split"], row["mode"]) for row in evaluations}):
+    for split, mode in dict.fromkeys((row["split"], row["mode"]) for row in evaluations):
         table.add_row(split, mode, *(_interval(by_key.get((step, split, mode)), key) for step in (steps[0], steps[-1])))
     console.print(table)
 

@@ -132,8 +132,9 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
         raise ConfigError(f"run.dir={run_dir}: holds a run already, without its config.yaml; choose another run.dir")
     differing = differing_runs(configs.load(earlier), config)
     if differing:
+        differ = f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
         raise ConfigError(
-            f"run.dir={run_dir}: holds a run already, with another configuration ({', '.join(differing)} differ); "
+            f"run.dir={run_dir}: holds a run already, with another configuration ({differ}); "
             "go on with the same one or choose another run.dir"
         )
 

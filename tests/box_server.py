@@ -73,7 +73,8 @@ class BoxServer(reward_pb2_grpc.RewardServiceServicer):
             decode_image(request.image.data)
         except ValueError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        target = pixels_of(request.target.mask)
+        as_boxes = request.target.WhichOneof("kind") == "objects"
+        target = boxes_as_mask(request, request.target.objects) if as_boxes else pixels_of(request.target.mask)
         counted = ~pixels_of(request.ignore) if request.HasField("ignore") else np.ones_like(target)
         response = reward_pb2.ScoreResponse(request_id=request.request_id, api_version=self.version)
         for candidate in request.candidates:

@@ -26,7 +26,7 @@ from thread_pod import on_hosts
 
 from reward_server import reward_pb2
 from segzero_jax import config as configs
-from segzero_jax import segmenting
+from segzero_jax import rescore, segmenting
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, RewardConfig
 from segzero_jax.data.scenes import make_example_scene
@@ -127,6 +127,11 @@ def test_a_split_is_evaluated_and_goes_on_where_it_was_cut_off(
     folder = tmp_path / "toy-val" / "toy"
     rows = lines(folder / "samples.jsonl")
     assert [row["id"] for row in rows] == [f"q{i}" for i in range(QUESTIONS)]
+    scored, again = [row for row in rows if row["mask_iou"] is not None], tmp_path / "again.jsonl"
+    assert len(scored) >= QUESTIONS - 2
+    again.write_text("".join(json.dumps(row) + "\n" for row in scored))
+    rescore.main(["--recipe=vision_reasoner", "--mask-iou-weight=1", f"--input={again}", f"--output={again}"])
+    assert [row["reward"] for row in lines(again)] == [row["reward"] for row in scored]
 
     inside = union = 0
     ious = []
@@ -556,18 +561,40 @@ def test_the_page_counts_components_by_the_recipe_of_the_checkpoint_that_it_show
     assert [(one.result["checkpoint"][-1], one.recipe) for one in shown] == [("2", "seg_zero_strict")]
 
 
+def test_a_target_without_a_mask_has_no_ceiling(
+    source: Source, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its target is what SAM 2 makes of box and point: the oracle would be compared with itself."""
+    for index in (0, 3):
+        source[index] = replace(source[index], mask=None)
+    _, oracle = run(tmp_path / "some", address, "--oracle")["evaluations"]
+    assert (oracle["count"], oracle["expression"]["count"]) == (QUESTIONS - 2, QUESTIONS - 2)
+    ids = [row["id"] for row in lines(tmp_path / "some/toy-val/oracle/samples.jsonl")]
+    assert ids == [f"q{index}" for index in range(QUESTIONS) if index not in (0, 3)]
+    said = "toy/val: no ceiling by 2 of 7 questions, whose targets are no masks"
+    assert said in capsys.readouterr().out
+    assert (
+        f"of the {QUESTIONS - 2} questions that have a mask, the same SAM 2"
+        in (tmp_path / "some/index.html").read_text()
+    )
+    for index in range(QUESTIONS):
+        source[index] = replace(source[index], mask=None, objects=source[0].objects)
+    assert len(run(tmp_path / "none", address, "--oracle")["evaluations"]) == 1
+    assert "the same SAM 2" not in (tmp_path / "none/index.html").read_text()
+
+
 def test_whose_error_it_is_counts_every_drawn_answer() -> None:
     """As the table does: a question is its mean over the drawn answers."""
     rows = [
-        {"index": index, "sample": sample, "iou": iou}
+        {"id": f"q{index}", "index": index, "sample": sample, "iou": iou}
         for index, ious in enumerate(((1.0, 0.2), (0.9, 0.0), (0.1, 0.9)))
         for sample, iou in enumerate(ious)
     ]
-    ceiling = [{"index": index, "sample": 0, "iou": iou} for index, iou in enumerate((0.9, 0.8, 0.4))]
+    ceiling = [{"id": f"q{index}", "sample": 0, "iou": iou} for index, iou in enumerate((0.9, 0.8, 0.4))]
     words = _blame(Shown({}, rows, ceiling, lambda index: None, "vision_reasoner"))
     assert "gIoU 0.700" in words
     assert "0.300 is the segmenter's and 0.183 the policy's" in words  # 0.700 - 3.1 / 6
-    assert "are 1 questions that the oracle gets right and 1 that it gets wrong" in words
+    assert "below IoU 0.5: 1 that the oracle gets right, 1 that it gets wrong too" in words
 
 
 @pytest.mark.parametrize(

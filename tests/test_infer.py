@@ -229,6 +229,8 @@ def test_several_pictures_and_questions(
         (folder / name).write_bytes(encoded(PICTURE, "JPEG" if name.endswith("jpg") else "PNG"))
     (folder / "notes.txt").write_text("no picture")
     (folder / "._a.png").write_bytes(b"Mac OS X")
+    for name in ("d.tif", "c.BMP"):
+        (folder / name).write_bytes(b"a picture of another kind")
     (tmp_path / "more.txt").write_text("the square\n\nthe star\n")
     said = ["<think> it", "<think> it is</th", "<think> it is here </think><answer>[]</answer>"]
 
@@ -245,6 +247,7 @@ def test_several_pictures_and_questions(
     assert sorted(path.stem for path in out.glob("*.json")) == stems
     assert json.loads((out / "b-jpg_3.json").read_text())["question"] == "the star"
     printed = capsys.readouterr().out
+    assert "passed over: 2 pictures that are no PNG, JPEG or WebP, such as c.BMP\n" in printed
     assert printed.count("thinking: it is here\n") == 9
     assert f"\n{folder}/b.png: the square\n" in printed
 

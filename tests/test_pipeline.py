@@ -54,7 +54,8 @@ def test_a_set_that_is_not_built_is_told_with_the_command_that_builds_it(
         open_split(name, split, tmp_path)
     assert str(caught.value) == (
         f"data set {name!r}: not in {tmp_path}, expected toy; "
-        f"python -m segzero_jax.data.{command.replace('FOLDER', str(tmp_path))} makes one"
+        f"python -m segzero_jax.data.{command.replace('FOLDER', str(tmp_path))} makes one; "
+        "one elsewhere is named by data.dir, or --data-dir"
     )
 
 

@@ -135,10 +135,10 @@ class TestCheckpoints:
         save(given, 1, 2)
         CHECKS["checkpoints"](configs.replace(given, **{"train.steps": 9}), Pod())
         another = configs.replace(given, **{"train.lr": 0.5})
-        lines = f"{tmp_path}/runs/new/checkpoints/2: written with another configuration (train.lr differ); "
+        lines = f"{tmp_path}/runs/new/checkpoints/2: written with another configuration (train.lr differs); "
         assert failure("checkpoints", another).startswith(lines)
         shutil.rmtree(tmp_path / "runs/new/checkpoints/2/run")
-        assert "checkpoints/1: written with another configuration (train.lr differ)" in failure("checkpoints", another)
+        assert "checkpoints/1: written with another configuration (train.lr differs)" in failure("checkpoints", another)
 
     def test_are_not_read_for_that(self, tmp_path: Path) -> None:
         """They may be 83 GB."""
@@ -146,7 +146,7 @@ class TestCheckpoints:
         for item in ("policy", "optimizer"):
             shutil.rmtree(tmp_path / "runs/new/checkpoints/1" / item)
         CHECKS["checkpoints"](config(tmp_path), Pod())
-        assert "(train.lr differ)" in failure("checkpoints", config(tmp_path, **{"train.lr": 0.5}))
+        assert "(train.lr differs)" in failure("checkpoints", config(tmp_path, **{"train.lr": 0.5}))
 
     def test_are_none_yet_of_another_run(self, tmp_path: Path) -> None:
         given = config(tmp_path)

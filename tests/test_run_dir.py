@@ -191,7 +191,7 @@ def test_a_run_that_goes_on_does_not_take_anothers_directory(config: Config, tmp
     save(config, 3)
     run_dir = open_run(configs.replace(config, **{"train.lr": 0.5, "run.checkpoint_dir": ""}))
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match=r"holds a run already, with another configuration \(train\.lr differ\)"):
+    with pytest.raises(ConfigError, match=r"holds a run already, with another configuration \(train\.lr differs\)"):
         look(config, resume=False)
 
 

@@ -129,7 +129,7 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
     if not directory.is_dir():
         raise DataError(
             f"data set {name!r}: not in {Path(data_dir).expanduser()}, expected {_known(data_dir)}; "
-            f"{build_command(name, split, data_dir)} makes one"
+            f"{build_command(name, split, data_dir)} makes one; one elsewhere is named by data.dir, or --data-dir"
         )
     builder = tfds.builder_from_directory(directory)
     _check_split(name, split, sorted(builder.info.splits))

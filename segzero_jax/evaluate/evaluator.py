@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ class Evaluator:
             say(f"policy: {checkpoint}")
         loaded = load(checkpoint, how.image_size, how.prompt)
         config = loaded.config
+        if self._pod.first and config.reward.functions:
+            say(f"reward: that of {config.reward.recipe} alone, without {', '.join(config.reward.functions)}")
         # Hosts that are ahead wait for a local server here rather than in a program.
         sam = self._pod.from_first("the reward service", lambda: self._segmenter(config)[1], WHATEVER_IT_TAKES_S)
         respondent = Respondent(loaded, how.batch, how.samples, how.seed, self._pod)
@@ -136,13 +138,21 @@ class Evaluator:
             respondent.finished()
 
     def oracle(self, sets: Sequence[Questions]) -> None:
-        """Evaluates the targets' own boxes and points, for which the first host is enough."""
+        """Evaluates the targets' own boxes and points, for which the first host is enough.
+
+        Questions whose target is no mask are left out: SAM 2's own mask for box and points takes its place.
+        """
         if not self._pod.first:
             return
         client, sam = self._segmenter(Config())
         assert client is not None, "checked with the options"
         for questions in sets:
-            self._one(questions, ORACLE, 0, self._options(sam), OracleJudge(client, self._patience))
+            measured = _with_masks(questions)
+            if left := len(questions) - len(measured):
+                name = f"{questions.dataset}/{questions.split}"
+                say(f"{name}: no ceiling by {left} of {len(questions)} questions, whose targets are no masks")
+            if len(measured):
+                self._one(measured, ORACLE, 0, self._options(sam), OracleJudge(client, self._patience))
 
     def _one(self, questions: Questions, checkpoint: str, samples: int, options: dict[str, Any], judge: Judge) -> None:
         dataset, split, count = questions.dataset, questions.split, len(questions)
@@ -176,6 +186,12 @@ class Evaluator:
             info = client.info(loaded=True)
             self._sam = client, f"{info.model} {info.checkpoint_sha256[:16]} {info.dtype}"
         return self._sam
+
+
+def _with_masks(questions: Questions) -> Questions:
+    """Those whose target is a mask, and those of which nothing in the picture is meant."""
+    examples = ((place, questions.source[place]) for place in questions.places)
+    return replace(questions, places=[place for place, one in examples if one.mask is not None or not one.objects])
 
 
 def _asked_how(loaded: Loaded, drawn: bool) -> dict[str, Any]:

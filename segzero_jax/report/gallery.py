@@ -183,19 +183,21 @@ def _blame(one: Shown) -> str:
     """Policy error and segmenter error told apart by the oracle."""
     if not one.ceiling:
         return ""
-    ceiling = {row["index"]: _quality(row) for row in one.ceiling}
-    answers: dict[int, list[float]] = {}
+    ceiling = {row["id"]: _quality(row) for row in one.ceiling}
+    answers: dict[str, list[float]] = {}
     for row in one.rows:
-        answers.setdefault(row["index"], []).append(_quality(row))
-    # Of several drawn answers the mean, as in the table.
-    pairs = [(sum(got) / len(got), ceiling[index]) for index, got in answers.items()]
+        answers.setdefault(row["id"], []).append(_quality(row))
+    # Of several drawn answers the mean, as in the table. A question without a mask has no ceiling.
+    pairs = [(sum(got) / len(got), ceiling[name]) for name, got in answers.items() if name in ceiling]
+    of = "" if len(pairs) == len(answers) else f" of the {len(pairs)} questions that have a mask"
     ours, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
     segmenter = sum(best < 0.5 for _, best in pairs)
     policy = sum(got < 0.5 <= best for got, best in pairs)
     return (
-        f'<p style="margin-top:18px">With the target boxes and points the same SAM 2 reaches gIoU {fixed(theirs)}: of '
-        f"what is missing to 1, {fixed(1 - theirs)} is the segmenter's and {fixed(theirs - ours)} the policy's. Below "
-        f"IoU 0.5 are {policy} questions that the oracle gets right and {segmenter} that it gets wrong too.</p>"
+        f'<p style="margin-top:18px">With the target boxes and points{of}, the same SAM 2 reaches gIoU '
+        f"{fixed(theirs)}: of what is missing to 1, {fixed(1 - theirs)} is the segmenter's and "
+        f"{fixed(theirs - ours)} the policy's. Questions below IoU 0.5: {policy} that the oracle gets right, "
+        f"{segmenter} that it gets wrong too.</p>"
     )
 
 
