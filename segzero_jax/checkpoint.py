@@ -287,11 +287,9 @@ class Checkpoints:
 
     def check_config(self, step: int, config: Config) -> None:
         """Raises CheckpointError when ``step`` was written by another run, by the keys that say so."""
-        differing = differing_runs(self.config(step), config)
-        if differing:
-            differ = f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+        if difference := run_difference(self.config(step), config):
             raise CheckpointError(
-                f"{self.directory}/{step}: written with another configuration ({differ}); "
+                f"{self.directory}/{step}: written with another configuration ({difference}); "
                 "resume with the same one or choose another run.dir"
             )
 
@@ -415,9 +413,10 @@ def storage_path(path: str | Path | epath.Path) -> epath.Path:
     return given if _is_bucket(given) else given.resolve()
 
 
-def differing_runs(earlier: Config, config: Config) -> list[str]:
-    """The keys by which two configurations are two runs, not one that goes on elsewhere or for longer."""
-    return [key for key in configs.differing_keys(earlier, config) if not key.startswith(_FREE_KEYS)]
+def run_difference(earlier: Config, config: Config) -> str:
+    """By which keys two configurations are two runs, in words; empty for one that goes on elsewhere or for longer."""
+    keys = [key for key in configs.differing_keys(earlier, config) if not key.startswith(_FREE_KEYS)]
+    return f"{', '.join(keys)} {'differs' if len(keys) == 1 else 'differ'}" if keys else ""
 
 
 def checkpoint_directory(config: Config) -> epath.Path:
@@ -439,13 +438,14 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
     if directory.name.isdigit() and directory.parent.name == _FOLDER:
         return directory.parent, int(directory.name)
     with _reading(directory):
-        if (directory / _FOLDER).is_dir() and complete_steps(directory / _FOLDER):
-            return directory / _FOLDER, None
-        if (directory / "config.yaml").is_file():
-            elsewhere = checkpoint_directory(configs.load(str(directory / "config.yaml")))
+        own = directory / _FOLDER
+        config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
+        # An empty folder hides no other place that the run names; without one, a copy's run.dir is not its own.
+        if own.is_dir() and (complete_steps(own) or not (config and config.run.checkpoint_dir)):
+            return own, None
+        if config:
+            elsewhere = checkpoint_directory(config)
             return (elsewhere, None) if elsewhere.is_dir() else None
-        if (directory / _FOLDER).is_dir():
-            return directory / _FOLDER, None
         if directory.name.isdigit() and _is_complete(directory):
             return directory.parent, int(directory.name)
         return (directory, None) if directory.is_dir() and complete_steps(directory) else None

@@ -156,7 +156,7 @@ def check_devices(config: Config, pod: Pod) -> str:
 def check_model(config: Config, pod: Pod) -> str:
     """The model is there, or can be had, with its tokenizer, and divides over the mesh."""
     path = config.model.path
-    missing = _missing_bytes(path) if _is_remote(path) else 0
+    missing = _missing_bytes(path)
     try:
         dims = read_dims(path)
         load_processor(config, f"model.path={path}")
@@ -172,14 +172,11 @@ def _fitting_mesh(config: Config, dims: Dims) -> jax.sharding.Mesh:
     return mesh
 
 
-def _is_remote(path: str) -> bool:
-    return as_hub_id(path) is not None
-
-
 def _missing_bytes(path: str) -> int:
-    """What the hub has of a model and its cache here has not. Raises CheckFailed."""
+    """What the hub has of a model and its cache here has not: nothing of one that is here. Raises CheckFailed."""
     match = as_hub_id(path)
-    assert match is not None
+    if match is None:
+        return 0
     repo, revision = match["repo"], match["revision"]
     try:
         files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
@@ -266,7 +263,7 @@ def _needs(config: Config) -> Iterator[_Need]:
     yield _Need(Path(config.data.dir).expanduser(), _SPARE_BYTES, "data")
     # Where the model cannot be had or does not fit, its own check has said so.
     with contextlib.suppress(CheckFailed):
-        if _is_remote(config.model.path):
+        if as_hub_id(config.model.path) is not None:
             yield _Need(Path(constants.HF_HUB_CACHE), _missing_bytes(config.model.path), "the model")
     directory = checkpoint_directory(config)
     if not is_url(directory):

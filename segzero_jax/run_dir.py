@@ -16,8 +16,8 @@ from segzero_jax.checkpoint import (
     StorageError,
     checkpoint_directory,
     complete_steps,
-    differing_runs,
     refuse_unfinished,
+    run_difference,
 )
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
@@ -130,11 +130,9 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
     earlier = run_dir / "config.yaml"
     if not earlier.exists():
         raise ConfigError(f"run.dir={run_dir}: holds a run already, without its config.yaml; choose another run.dir")
-    differing = differing_runs(configs.load(earlier), config)
-    if differing:
-        differ = f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+    if difference := run_difference(configs.load(earlier), config):
         raise ConfigError(
-            f"run.dir={run_dir}: holds a run already, with another configuration ({differ}); "
+            f"run.dir={run_dir}: holds a run already, with another configuration ({difference}); "
             "go on with the same one or choose another run.dir"
         )
 

@@ -430,6 +430,15 @@ def test_a_run_directory_of_no_checkpoints_does_not_hide_those_elsewhere(config:
     assert locate(config.run.dir) == (epath.Path(tmp_path / "elsewhere"), None)
 
 
+def test_a_copy_without_checkpoints_has_not_those_of_the_run_that_it_is_of(config: Config, tmp_path: Path) -> None:
+    save(config, (1,))
+    open_run(config)
+    copy = tmp_path / "copy"
+    (copy / "checkpoints").mkdir(parents=True)
+    shutil.copy(Path(config.run.dir) / "config.yaml", copy)
+    assert locate(copy) == (epath.Path(copy / "checkpoints"), None)
+
+
 def test_a_bucket_is_no_local_path(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert str(storage_path("gs://bucket/runs/one")) == "gs://bucket/runs/one"

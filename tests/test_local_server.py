@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import has_ended, outliving
 
 from segzero_jax import segmenting
 from segzero_jax.data.scenes import make_example_scene
@@ -45,13 +46,6 @@ def request() -> ScoreRequest:
     prompt = ObjectPrompt(tuple(map(float, item.box)), (tuple(map(float, item.point)),))
     height, width = scene.image.shape[:2]
     return ScoreRequest("one", file.getvalue(), Frame(width, height), (prompt,), ((prompt,), ()))
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
 
 
 def test_serves_stops_and_says_how_it_died(tmp_path: Path, children: list[subprocess.Popen[str]]) -> None:
@@ -137,19 +131,11 @@ def test_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     parent.stdout.close()
     assert address.startswith("127.0.0.1:")
     try:
-        assert wait_until(lambda: state(child) == "Z", 60)
+        assert not outliving([child], 60)
         assert "stopped" in (tmp_path / "log").read_text()
     finally:
-        if state(child) != "Z":
+        if not has_ended(child):
             os.kill(child, signal.SIGKILL)
-
-
-def state(pid: int) -> str:
-    """A process's state letter; "Z" once it has ended, whether or not anybody has asked how."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "Z"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import question_sources as sources
+from processes import outliving
 
 from segzero_jax.config import Config
 from segzero_jax.data import build
@@ -236,15 +237,8 @@ def test_a_trainer_that_is_killed_leaves_no_worker() -> None:
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         trainer.kill()
     assert len(workers) == 2
-
-    def running(pid: int) -> bool:
-        status = Path(f"/proc/{pid}/stat")
-        return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-    until = time.monotonic() + 60
-    while left := [pid for pid in workers if running(pid)]:
-        assert time.monotonic() < until, f"workers {left} outlived their trainer"
-        time.sleep(0.1)
+    left = outliving(workers, 60)
+    assert not left, f"workers {left} outlived their trainer"
 
 
 def test_batches_on_their_way_are_no_leak_at_the_end() -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import question_sources as sources
 from PIL import Image
+from processes import outliving
 from question_sources import encoded, picture
 
 from segzero_jax.data import build, builder, leaks, shards
@@ -552,10 +553,8 @@ def test_a_build_that_is_killed_leaves_no_worker() -> None:
         workers = [int(pid) for pid in process.stdout.readline().split()]
         process.terminate()
     assert len(workers) == 2
-    until = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}/stat").exists() for pid in workers):
-        assert time.monotonic() < until, f"workers {workers} outlived their build"
-        time.sleep(0.1)
+    left = outliving(workers, 60)
+    assert not left, f"workers {left} outlived their build"
 
 
 def test_a_worker_that_is_killed_is_one_line() -> None:
