@@ -439,9 +439,12 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
         return directory.parent, int(directory.name)
     with _reading(directory):
         own = directory / _FOLDER
+        has_own = own.is_dir()
+        if has_own and complete_steps(own):
+            return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
         # An empty folder hides no other place that the run names; without one, a copy's run.dir is not its own.
-        if own.is_dir() and (complete_steps(own) or not (config and config.run.checkpoint_dir)):
+        if has_own and not (config and config.run.checkpoint_dir):
             return own, None
         if config:
             elsewhere = checkpoint_directory(config)

@@ -430,6 +430,12 @@ def test_a_run_directory_of_no_checkpoints_does_not_hide_those_elsewhere(config:
     assert locate(config.run.dir) == (epath.Path(tmp_path / "elsewhere"), None)
 
 
+def test_a_run_whose_configuration_is_of_another_version_has_its_own_checkpoints(config: Config) -> None:
+    save(config, (1,))
+    Path(config.run.dir, "config.yaml").write_text("train: {no_longer_known: 1}\n")
+    assert locate(config.run.dir) == (epath.Path(folder(config)), None)
+
+
 def test_a_copy_without_checkpoints_has_not_those_of_the_run_that_it_is_of(config: Config, tmp_path: Path) -> None:
     save(config, (1,))
     open_run(config)
