@@ -9,7 +9,6 @@ so that window attention is a reshape.
 import hashlib
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,7 +51,6 @@ class VisionSpec:
       merge: patches along the side of a merged unit, which becomes one token.
       window: patches along the side of an attention window.
       mean, std: per channel, of pixels in [0, 1].
-      min_pixels, max_pixels: bounds on the area of a picture that keeps its aspect ratio.
     """
 
     patch: int
@@ -61,8 +59,6 @@ class VisionSpec:
     window: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    min_pixels: int
-    max_pixels: int
 
     @property
     def channels(self) -> int:
@@ -136,24 +132,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     return image.convert("RGB")
-
-
-def fit_size(width: int, height: int, spec: VisionSpec) -> tuple[int, int]:
-    """The (width, height) that Qwen2-VL's ``smart_resize`` gives: whole merged units, aspect ratio nearly kept.
-
-    Raises ValueError for a picture more than 200 times as long as wide.
-    """
-    unit = spec.patch * spec.merge
-    if max(width, height) > 200 * min(width, height):
-        raise ValueError(f"image of {width}x{height} pixels: expected sides of at most 200 to 1")
-    w, h = (round(v / unit) * unit for v in (width, height))
-    if w * h > spec.max_pixels:
-        shrink = math.sqrt((width * height) / spec.max_pixels)
-        w, h = (max(unit, math.floor(v / shrink / unit) * unit) for v in (width, height))
-    elif w * h < spec.min_pixels:
-        grow = math.sqrt(spec.min_pixels / (width * height))
-        w, h = (math.ceil(v * grow / unit) * unit for v in (width, height))
-    return w, h
 
 
 def patch_image(image: Image.Image, size: tuple[int, int], spec: VisionSpec) -> PatchedImage:
@@ -446,7 +424,6 @@ def _read_vision(directory: Path) -> VisionSpec:
             f"{directory}: preprocessor_config.json has patch_size={images.get('patch_size')} and "
             f"merge_size={images.get('merge_size')}, config.json has {patch} and {merge}"
         )
-    size = images.get("size") or {}
     return VisionSpec(
         patch=patch,
         temporal_patch=model.get("temporal_patch_size", 2),
@@ -454,6 +431,4 @@ def _read_vision(directory: Path) -> VisionSpec:
         window=model.get("window_size", 112) // (patch * merge) * merge,
         mean=tuple(images["image_mean"]),
         std=tuple(images["image_std"]),
-        min_pixels=images.get("min_pixels") or size.get("shortest_edge", 56 * 56),
-        max_pixels=images.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280),
     )

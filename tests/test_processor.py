@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hub_size import hub_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,7 +26,6 @@ from segzero_jax.processor import (
     PromptTooLong,
     checkpoint_directory,
     decode_image,
-    fit_size,
     mrope_positions,
     patch_image,
     window_order,
@@ -94,7 +94,7 @@ def raster_rank_of_hub_order(rows: int, columns: int, merge: int) -> np.ndarray:
 def test_pixels_are_bit_equal_to_the_hugging_face_processor(processor: Processor, width: int, height: int) -> None:
     image = picture(width, height)
     theirs = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[image], return_tensors="np")
-    ours = patch_image(image, fit_size(width, height, processor.vision), processor.vision)
+    ours = patch_image(image, hub_size(image), processor.vision)
     rows, columns = (int(v) for v in theirs["image_grid_thw"][0, 1:])
     assert ours.grid == (rows, columns)
     assert ours.patches_sc.dtype == np.float32
@@ -104,13 +104,6 @@ def test_pixels_are_bit_equal_to_the_hugging_face_processor(processor: Processor
     place = ours.patch_hw_s2[ours.valid_s] @ np.array([columns, 1])
     np.testing.assert_array_equal(ours.patches_sc[ours.valid_s], theirs_by_place[place])
     assert not ours.patches_sc[~ours.valid_s].any()
-
-
-def test_large_pictures_shrink_as_in_the_hugging_face_processor(processor: Processor) -> None:
-    assert fit_size(9000, 5000, processor.vision) == (4788, 2660)
-    size = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[picture(4600, 3000)])["image_grid_thw"][0]
-    width, height = fit_size(4600, 3000, processor.vision)
-    assert (height // 14, width // 14) == (size[1], size[2])
 
 
 def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Processor) -> None:
@@ -340,10 +333,6 @@ def test_hub_form_of_the_config_gives_the_same_settings(checkpoint: Path, tmp_pa
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "hidden_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16, "vision_config": vision}))
-    assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
-    newer = json.loads((checkpoint / "preprocessor_config.json").read_text())
-    newer["size"] = {"shortest_edge": newer.pop("min_pixels"), "longest_edge": newer.pop("max_pixels")}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(newer))
     assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
 
 

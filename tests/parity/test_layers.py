@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hub_checkpoint import SIZES, Size, write_hub_checkpoint
+from hub_size import hub_size
 from PIL import Image
 from torch_policy import torch_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -24,7 +25,7 @@ from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf, vision
 from segzero_jax.model.dims import VisionDims
 from segzero_jax.model.policy import Pass, prompt_logits
-from segzero_jax.processor import EncodedPrompt, Processor, fit_size, patch_image
+from segzero_jax.processor import EncodedPrompt, Processor, patch_image
 
 # Contracts. Float32: the largest difference, of the largest value.
 RELATIVE = 1e-4
@@ -50,7 +51,7 @@ def make_prompts(processor: Processor) -> list[EncodedPrompt]:
     prompts = []
     for row, sizes in enumerate(PICTURES):
         pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-        patched = [patch_image(p, fit_size(*p.size, processor.vision), processor.vision) for p in pictures]
+        patched = [patch_image(p, hub_size(p), processor.vision) for p in pictures]
         prompts.append(processor.encode_parts(f"p{row}", "which circle is it?" + " left" * row, patched))
     return prompts
 
@@ -162,9 +163,7 @@ def states(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_pictures_are_of_every_kind(states: dict[str, list[States]]) -> None:
     """Whole and partial windows, one and several, and rows of a batch of different length."""
-    processor = Processor.load("toy", 112, "toy", 256)
-    spec = processor.vision
-    assert [[fit_size(*size, spec) for size in sizes] for sizes in PICTURES] == [
+    assert [[hub_size(Image.new("RGB", size)) for size in sizes] for sizes in PICTURES] == [
         [(112, 112)],
         [(196, 56), (56, 280)],
         [],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hub_checkpoint import SIZES, hub_config
+from hub_size import hub_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from segzero_jax.hub import TOY
-from segzero_jax.processor import EncodedPrompt, Processor, fit_size, patch_image
+from segzero_jax.processor import EncodedPrompt, Processor, patch_image
 
 ROOT = Path(__file__).parents[2]
 FIRST_SPECIAL = 151643
@@ -76,8 +77,7 @@ def noise(sizes: list[tuple[int, int]], seed: int = 0) -> list[Image.Image]:
 
 
 def encode(processor: Processor, text: str, pictures: list[Image.Image]) -> EncodedPrompt:
-    vision = processor.vision
-    return processor.encode_parts("p", text, [patch_image(p, fit_size(*p.size, vision), vision) for p in pictures])
+    return processor.encode_parts("p", text, [patch_image(p, hub_size(p), processor.vision) for p in pictures])
 
 
 def turn(text: str, pictures: list[Image.Image]) -> list[dict[str, Any]]:
@@ -191,11 +191,11 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from segzero_jax.processor import Processor, fit_size, patch_image
+from segzero_jax.processor import Processor, patch_image
 
 processor = Processor.load(sys.argv[1], 840, "seg_zero", 4096)
 picture = Image.open(sys.argv[2])
-patched = patch_image(picture, fit_size(*picture.size, processor.vision), processor.vision)
+patched = patch_image(picture, (196, 56), processor.vision)
 prompt = processor.encode_parts("p", "the 2nd zebra", [patched])
 batch = processor.batch([prompt], multiple=1)
 np.savez(sys.argv[3], **{name: array for name, array in batch._asdict().items() if array is not None})
