@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="segzero_jax.preflight",
         description="Checks what a training run would trip over; takes the options of segzero_jax.train.",
-        epilog="Exit codes: 0 nothing is wrong; 2 something to put right; 4 another host was lost.",
+        epilog="Exit codes: 0 nothing is wrong; 2 something to put right; 4 another host was lost; 130 Ctrl-C.",
     )
     _, config = configs.parse_command_line(parser, argv)
     pod = Pod(prog=parser.prog)
@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pod.leave(HOST_LOST, str(error))
     except (PodError, MeshError) as error:
         return pod.leave(2, str(error))
+    except KeyboardInterrupt:
+        return pod.leave(130, "stopped before all was checked")
     pod.leave(0)
     return 2 if wrong else 0
 
@@ -236,6 +238,14 @@ def check_disks(config: Config, pod: Pod) -> str:
         tempfile.TemporaryFile(dir=_existing(run_dir)).close()  # Leaves nothing, and makes no run.
     except OSError as error:
         raise CheckFailed(f"run.dir={run_dir}: cannot be written to: {error.strerror or error}") from None
+    try:
+        return _compare_room(config)
+    except OSError as error:
+        raise CheckFailed(f"{error.filename}: cannot be looked at: {error.strerror or error}") from None
+
+
+def _compare_room(config: Config) -> str:
+    """What is free and what is needed, disk by disk. Raises CheckFailed, and OSError of what cannot be looked at."""
     by_disk: dict[int, list[_Need]] = {}
     for need in _needs(config):
         by_disk.setdefault(_existing(need.path).stat().st_dev, []).append(need)

@@ -57,6 +57,15 @@ def failure(name: str, given: Config, pod: Pod | None = None) -> str:
     return str(error.value)
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CHECKS, "versions", stopped)
+    assert preflight.main(["--reward.server=none"]) == 130
+    assert capsys.readouterr().err == "segzero_jax.preflight: stopped before all was checked\n"
+
+
 def test_all_is_well_and_nothing_is_left_behind(
     tmp_path: Path, data_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +219,12 @@ class TestDisks:
         (folder / "policy").write_bytes(bytes(1000))
         less = {need.what: need.size for need in preflight._needs(config(tmp_path))}
         assert sum(needed.values()) - sum(less.values()) == 1000
+
+    def test_that_cannot_be_looked_at(self, tmp_path: Path) -> None:
+        place = tmp_path / ("x" * 300)
+        assert failure("disks", config(tmp_path, **{"data.dir": str(place)})) == (
+            f"{place}: cannot be looked at: File name too long"
+        )
 
     def test_that_keep_none(self, tmp_path: Path) -> None:
         bucket = config(tmp_path, **{"run.checkpoint_dir": "gs://bucket/run"})

@@ -45,8 +45,8 @@ if [[ $DRY_RUN ]]; then
 fi
 
 still="the slice stays, and costs, until tpu/delete.sh"
-child='' answer=$(mktemp)
-trap 'rm -f "$answer"' EXIT
+child='' answer=$(mktemp) problem=$(mktemp)
+trap 'rm -f "$answer" "$problem"' EXIT
 trap '[[ ! $child ]] || { kill -- "-$child"; kill -CONT -- "-$child"; } 2>/dev/null || true; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
 
 # Runs a command beside this one and waits for it, so that a signal is answered at once and ends what it has called too.
@@ -61,9 +61,10 @@ await() {
 }
 
 look_at_slice() { slice_state >"$answer"; }
-look_at_machines() { "$HERE/status.sh" >"$answer" 2>/dev/null; }
+look_at_machines() { "$HERE/status.sh" >"$answer" 2>"$problem"; }
 
-# One word on all machines' trainings: new, idle, running, done, failed (CODE is the exit code) or unknown.
+# One word on all machines' trainings: new, idle, running, done, failed (CODE is the exit code, WORKER one that has it) or
+# unknown (ANSWERS of them said how they are).
 training_state() {
   local lines
   await look_at_machines || true
@@ -75,7 +76,9 @@ training_state() {
     lines=$(sed -E 's/^segzero (idle|done)$/segzero running/' <<<"$lines")
   fi
   CODE=$(sed -n 's/^segzero failed //p' <<<"$lines" | sort -n | tail -n 1)
-  if (($(grep -c . <<<"$lines") != HOSTS)); then
+  WORKER=$(sed -n "s/^worker \([0-9]*\): segzero failed $CODE\$/\1/p" "$answer" | head -n 1)
+  ANSWERS=$(grep -c . <<<"$lines") || true
+  if ((ANSWERS != HOSTS)); then
     STATE=unknown
   elif [[ $CODE ]]; then
     STATE=failed
@@ -122,10 +125,10 @@ tend() {
       exit 0
       ;;
     new) try "$NAME: setting up" && attempt "$HERE/setup.sh" ;;
-    unknown) try "$NAME: not all machines answer" ;;
+    unknown) try "$NAME: $ANSWERS of $HOSTS machines answer$(grep . "$problem" | tail -n 1 | sed 's/^/: /' || true)" ;;
     failed)
       if ((CODE == 2 || CODE == 5)); then
-        say "$NAME: the training ended with exit code $CODE; put it right and start again ($still): $("$HERE/logs.sh" --lines 1 2>/dev/null || true)"
+        say "$NAME: the training ended with exit code $CODE; put it right and start again ($still): worker ${WORKER:-0}: $("$HERE/logs.sh" --worker "${WORKER:-0}" --lines 1 2>/dev/null || true)"
         exit 1
       fi
       try "$NAME: the training ended with exit code $CODE; starting it again"

@@ -24,6 +24,7 @@ create_queued() {
   fi
   [[ $SUBNETWORK ]] && flags+=(--subnetwork="$SUBNETWORK")
   [[ $SPOT == yes ]] && flags+=(--spot)
+  [[ $PUBLIC_ADDRESSES == no ]] && flags+=(--internal-ips)
   call gcloud compute tpus queued-resources create "$NAME" "${flags[@]}" --async
 }
 
@@ -38,6 +39,7 @@ create_group() {
   [[ $TPU == v6e:1x1 ]] && machine=ct6e-standard-1t
   [[ $SUBNETWORK ]] && template+=(--subnet="$SUBNETWORK" --region="$REGION")
   [[ $SPOT == yes ]] && template+=(--provisioning-model=SPOT --instance-termination-action=STOP)
+  [[ $PUBLIC_ADDRESSES == no ]] && template+=(--no-address)
   remove_old 'compute instance-templates'
   if ((HOSTS > 1)); then
     group+=(--workload-policy="projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME")
@@ -51,10 +53,21 @@ create_group() {
   call gcloud compute instance-groups managed create "$NAME" "${group[@]}"
 }
 
+# Made before TPU was changed in the settings: it would go on costing beside the new one, under the same name.
+refuse_another() {
+  local other=(compute tpus queued-resources)
+  [[ $ENGINE == group ]] || other=(compute instance-groups managed)
+  ! there gcloud "${other[@]}" describe "$NAME" --zone="$ZONE" ||
+    fail "$NAME: there is a slice of this name, made for another TPU than $TPU; tpu/delete.sh deletes it"
+}
+
 state=absent
 [[ $DRY_RUN ]] || state=$(slice_state)
 case $state in
-  absent) if [[ $ENGINE == queue ]]; then create_queued; else create_group; fi ;;
+  absent)
+    [[ $DRY_RUN ]] || refuse_another
+    if [[ $ENGINE == queue ]]; then create_queued; else create_group; fi
+    ;;
   unknown) exit 1 ;;
   lost) fail "$NAME: was taken away or is broken; tpu/delete.sh, then tpu/create.sh, or tpu/babysit.sh" ;;
   *) say "$NAME: is there already, $state" ;;

@@ -11,5 +11,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 begin "$@"
 after_dashes evaluation
 ((${#REST[@]})) || fail "nothing to ask; expected -- --dataset NAME/SPLIT --mesh FSDPxTENSOR"
+not_ours --out "${REST[@]}"
 folder=evaluate/$NAME
 on_workers "$REMOTE/tpu/worker.sh evaluate $STORE $folder --checkpoint=$STORE$(printf ' %q' "${REST[@]}") --out=$folder"

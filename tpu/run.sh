@@ -8,6 +8,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 begin "$@"
 if [[ ${REST[0]-} == --stop ]]; then
+  REST=("${REST[@]:1}")
+  no_more_options
   on_workers "$REMOTE/tpu/worker.sh stop"
   exit
 fi

@@ -25,10 +25,14 @@ SERVICE_ACCOUNT=segzero-tpu@my-project.iam.gserviceaccount.com
 NETWORK=default
 SUBNETWORK=
 
-# More flags for gcloud's ssh and scp, such as --internal-ip.
+# "no": machines without public addresses. The network then needs Cloud NAT for packages, and ssh another way in.
+PUBLIC_ADDRESSES=yes
+
+# More flags for gcloud's ssh and scp, such as --internal-ip or --tunnel-through-iap.
 SSH_FLAGS=()
 
-# Files that each machine needs in ~/secrets: the reward server's authority, a token.
+# Files that each machine needs in ~/secrets: the reward server's authority, a token. What builds data and trains has the
+# variables of one named segzero.env, such as HF_TOKEN, one NAME=value a line.
 SECRETS=()
 
 # Data sets that tpu/setup.sh brings to each machine: names that `python -m segzero_jax.data.build` knows from the hub, or of

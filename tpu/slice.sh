@@ -57,7 +57,7 @@ after_dashes() {
 
 read_settings() {
   [[ -f $SETTINGS ]] || fail "$SETTINGS: no such file; copy tpu/settings.example.sh to tpu/settings.sh and fill it in"
-  PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK=''
+  PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK='' PUBLIC_ADDRESSES=yes
   SSH_FLAGS=() SECRETS=() DATA=() TRAIN=()
   # shellcheck source=tpu/settings.example.sh
   source "$SETTINGS" || fail "$SETTINGS: bash cannot read it"
@@ -69,7 +69,9 @@ read_settings() {
   [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "$SETTINGS: ZONE=$ZONE: expected a zone such as us-west4-a"
   [[ $NAME =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "$SETTINGS: NAME=$NAME: expected small letters, digits and dashes, 40 at most"
   [[ $BUCKET =~ ^gs://[a-z0-9][a-z0-9._-]+[a-z0-9]$ ]] || fail "$SETTINGS: BUCKET=$BUCKET: expected gs://NAME"
-  [[ $SPOT == yes || $SPOT == no ]] || fail "$SETTINGS: SPOT=$SPOT: expected yes or no"
+  for key in SPOT PUBLIC_ADDRESSES; do
+    [[ ${!key} == yes || ${!key} == no ]] || fail "$SETTINGS: $key=${!key}: expected yes or no"
+  done
   REGION=${ZONE%-*} RUN_DIR=runs/$NAME STORE=$BUCKET/$NAME
   read_tpu
 }
@@ -94,8 +96,21 @@ read_tpu() {
   return 0
 }
 
-# What the trainer is started with, in OPTIONS: TRAIN of the settings, where the run goes, and these.
-train_options() { OPTIONS=(${TRAIN[@]+"${TRAIN[@]}"} --run.dir="$RUN_DIR" --run.checkpoint_dir="$STORE/checkpoints" "$@"); }
+# What the trainer is started with, in OPTIONS: TRAIN of the settings, these, and where the run goes, which NAME says.
+train_options() {
+  OPTIONS=(${TRAIN[@]+"${TRAIN[@]}"} "$@")
+  not_ours --run.dir ${OPTIONS[@]+"${OPTIONS[@]}"}
+  not_ours --run.checkpoint_dir ${OPTIONS[@]+"${OPTIONS[@]}"}
+  OPTIONS+=(--run.dir="$RUN_DIR" --run.checkpoint_dir="$STORE/checkpoints")
+}
+
+# not_ours OPTION GIVEN...: where a run's files lie, or an evaluation's, is what is copied to the bucket.
+not_ours() {
+  local option
+  for option in "${@:2}"; do
+    [[ $option != "$1" && $option != "$1="* ]] || fail "$option: where files go follows from NAME; take another NAME"
+  done
+}
 
 # Runs a command, or in a dry run prints it as it could be typed.
 call() {
@@ -166,8 +181,18 @@ group_state() {
   case $states in
     absent | unknown) echo "$states" ;;
     *STOP* | *TERMINATED* | *SUSPEND*) echo lost ;;
-    *) if (($(grep -c '^RUNNING$' <<<"$states") == HOSTS)); then echo ready; else echo waiting; fi ;;
+    *) group_size "$(grep -c '^RUNNING$' <<<"$states")" "$(grep -c . <<<"$states")" ;;
   esac
+}
+
+# group_size RUNNING ALL: a group that was made with another TPU in the settings would be waited for without an end.
+group_size() {
+  if (($1 == HOSTS)); then
+    echo ready
+  else
+    (($1 == 0 || $1 < $2)) || say "$NAME: $1 machines run, TPU=$TPU has $HOSTS; if TPU was changed: tpu/delete.sh, or change it back"
+    echo waiting
+  fi
 }
 
 # What gcloud answers; "absent" where there is no such thing, "unknown" where it fails for another reason, which is told.
@@ -176,7 +201,8 @@ asked() {
   problem=$(mktemp)
   if answer=$("$@" --project="$PROJECT" 2>"$problem"); then
     printf '%s\n' "$answer"
-  elif grep -qiE 'not.?found' "$problem"; then
+  # Where an API was never switched on, there is nothing of it.
+  elif grep -qiE 'not.?found|has not been used in project|SERVICE_DISABLED|API .* not enabled' "$problem"; then
     echo absent
   else
     say "gcloud: $(tail -n 1 "$problem")"
@@ -225,12 +251,16 @@ on_workers() {
 to_workers() {
   local files=("${@:1:$#-1}") folder=${*: -1} list machine option flags=(${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"})
   for option in "${PATIENCE[@]}"; do flags+=(--scp-flag="$option"); done
+  flags+=(--zone="$ZONE" --project="$PROJECT")
   if [[ $ENGINE == queue ]]; then
-    call gcloud compute tpus tpu-vm scp "${files[@]}" "$NAME:$folder" --zone="$ZONE" --project="$PROJECT" "${flags[@]}" --worker=all
+    # One by one: for --worker=all gcloud wants its key in an ssh-agent, where one runs, and refuses any other.
+    for machine in $(if [[ $DRY_RUN ]]; then echo WORKER; else seq 0 $((HOSTS - 1)); fi); do
+      call gcloud compute tpus tpu-vm scp "${files[@]}" "$NAME:$folder" "${flags[@]}" --worker="$machine"
+    done
     return
   fi
   list=$(machines) || exit 1
   for machine in $list; do
-    call gcloud compute scp "${files[@]}" "$machine:$folder" --zone="$ZONE" --project="$PROJECT" "${flags[@]}"
+    call gcloud compute scp "${files[@]}" "$machine:$folder" "${flags[@]}"
   done
 }

@@ -101,16 +101,27 @@ report() {
   echo "worker $mine: segzero $word"
 }
 
-# Beside a training the same ports and chips would be asked for, and the training would take that for its own end.
+# Beside a training the same ports and chips would be asked for, and the training would take that for its own end. What
+# checks holds the lock until it ends, also where whoever asked for it has hung up.
 preflight() {
+  exec 9>>.checking
+  flock --nonblock 9 || { echo "tpu/worker.sh: $CHECKS" >&2 && exit 2; }
   [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
+  echo "$$" >.checking
   run segzero_jax.preflight "$@"
 }
+CHECKS="a preflight still runs; tpu/run.sh --stop ends it"
 
-# One that was started since the machine was; systemd has forgotten any other.
-stop() { [[ $(systemctl show "$UNIT" --property=LoadState --value) == not-found ]] || sudo systemctl stop "$UNIT"; }
+nothing_checks() { (flock --nonblock 9) 9>>.checking; }
 
-# Runs a module to its end with what the training gets: ~/segzero.env as systemd reads it, NAME=value a line, in quotes or not.
+# A training that was started since the machine was; systemd has forgotten any other. And a preflight.
+stop() {
+  nothing_checks || kill "$(cat .checking)" || true
+  [[ $(systemctl show "$UNIT" --property=LoadState --value) == not-found ]] || sudo systemctl stop "$UNIT"
+}
+
+# Runs a module to its end with what the training gets: ~/secrets/segzero.env as systemd reads it, NAME=value a line, in
+# quotes or not.
 run() {
   local line value
   while IFS= read -r line || [[ $line ]]; do
@@ -118,7 +129,7 @@ run() {
     line=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
     if [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]]; then value=${BASH_REMATCH[1]}; fi
     export "$line=$value"
-  done < <(cat "$HOME/segzero.env" 2>/dev/null)
+  done < <(cat "$HOME/secrets/segzero.env" 2>/dev/null)
   exec .venv/bin/python -m "$@"
 }
 
@@ -132,6 +143,7 @@ launch() {
   shift 5
   [[ $(state) != new ]] || { echo "tpu/worker.sh: not set up: tpu/setup.sh" >&2 && exit 2; }
   [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
+  nothing_checks || { echo "tpu/worker.sh: $CHECKS" >&2 && exit 2; }
   # The timer's service as well: a copy that still runs would have the name that the next one is to get.
   sudo systemctl stop "$UNIT" "$UNIT-copy.timer" "$UNIT-copy.service" 2>/dev/null || true
   sudo systemctl reset-failed "$UNIT" "$UNIT-copy" 2>/dev/null || true
@@ -146,7 +158,7 @@ launch() {
   # LimitMEMLOCK: TPUs reach into the host's memory, which is locked for that; systemd's own limit is 8 MB.
   sudo systemd-run --quiet --unit="$UNIT" --remain-after-exit --uid="$USER" --working-directory="$ROOT" \
     --setenv=HOME="$HOME" --setenv=JAX_COMPILATION_CACHE_DIR="${where[0]}/compiled" \
-    --property=EnvironmentFile="-$HOME/segzero.env" --property=After="network.target network-online.target" \
+    --property=EnvironmentFile="-$HOME/secrets/segzero.env" --property=After="network.target network-online.target" \
     --property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity \
     --property=StandardOutput=append:"$ROOT/train.log" --property=StandardError=append:"$ROOT/train.log" \
     --property=ExecStopPost="$ROOT/tpu/worker.sh copy" \

@@ -35,7 +35,7 @@ def build(run: Run) -> str:
     sections = {
         "Alarms": events.event_section(run),
         "Reward": curves.reward_section(run) if run.metrics else "",
-        "Before and after": cases.gallery(run),
+        "Answers": cases.gallery(run),
         "Rollouts": cases.rollouts_section(run),
         "Held-out evaluations": evaluations.section(run),
         "How it learned": curves.signal_section(run),

@@ -181,7 +181,11 @@ class TestWorker:
             0,
             "|||-m segzero_jax.preflight --mesh=4x4 two words\n",
         )
-        (tmp_path / "segzero.env").write_text("# of the hub\nHF_TOKEN=hf_$x\n\nWORDS=\"two words\"\n; x\nPLAIN= a 'b' ")
+        # As SECRETS of the settings brings it.
+        (tmp_path / "secrets").mkdir()
+        (tmp_path / "secrets/segzero.env").write_text(
+            "# of the hub\nHF_TOKEN=hf_$x\n\nWORDS=\"two words\"\n; x\nPLAIN= a 'b' "
+        )
         assert machine.worker(*INSTALL, "set") == (0, "hf_$x|two words|a 'b'|-m segzero_jax.data.build set\n")
         tool(machine.root / ".venv/bin", "python", "exit 3")
         assert machine.worker("preflight")[0] == 3
@@ -194,6 +198,26 @@ class TestWorker:
         runs = "tpu/worker.sh: runs already; tpu/run.sh --stop ends it\n"
         assert machine.worker("preflight", "--mesh=4x4") == (2, runs)
         assert machine.called() == []
+
+    def test_starts_nothing_beside_a_preflight(self, tmp_path: Path) -> None:
+        """Whoever asked for it may have hung up, which the machine is not told."""
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        tool(machine.root / ".venv/bin", "python", f"touch {tmp_path}/checks; exec sleep 60")
+        script = machine.root / "tpu/worker.sh"
+        child = subprocess.Popen([script, "preflight"], env=machine.environment)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "checks").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        checks = "tpu/worker.sh: a preflight still runs; tpu/run.sh --stop ends it\n"
+        for words in (START, EVALUATE, ("preflight",)):
+            assert machine.worker(*words) == (2, checks)
+            assert not [line for line in machine.called() if line.startswith("systemd-run")]
+        assert machine.worker("stop")[0] == 0
+        assert child.wait(timeout=30) == -signal.SIGTERM
+        assert machine.worker(*START)[0] == 0
+        assert machine.worker("stop") == (0, "")
 
     def test_names_an_evaluation_and_which_worker_it_is(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path, number=3)
@@ -234,6 +258,7 @@ class TestWorker:
         assert "--uid=me" in run
         assert "KillMode=mixed" in run
         assert "LimitMEMLOCK=infinity" in run
+        assert f"--property=EnvironmentFile=-{tmp_path}/secrets/segzero.env" in run
         # It saves at a shutdown, over the network.
         assert "--property=After=network.target network-online.target" in run, (
             "it saves at a shutdown, over the network"

@@ -111,6 +111,7 @@ def test_help_needs_no_settings(name: str) -> None:
         ({"NAME": "Seg_Zero"}, "NAME=Seg_Zero: expected small letters"),
         ({"BUCKET": "my-bucket"}, "BUCKET=my-bucket: expected gs://NAME"),
         ({"SPOT": "maybe"}, "SPOT=maybe: expected yes or no"),
+        ({"PUBLIC_ADDRESSES": "none"}, "PUBLIC_ADDRESSES=none: expected yes or no"),
         ({"TPU": "v5e-16"}, "TPU=v5e-16: expected v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, such as v5e:4x4"),
         ({"TPU": "v5e:3x5"}, "TPU=v5e:3x5: expected"),
         ({"TPU": "v4:4x4"}, "TPU=v4:4x4: expected v4:AxBxC"),
@@ -137,6 +138,10 @@ def test_a_mistake_in_the_settings_is_one_line(changes: dict[str, str], said: st
             "evaluate.sh: --dataset: unexpected; options of the evaluation come after --",
         ),
         (("evaluate", "--"), "evaluate.sh: nothing to ask; expected -- --dataset NAME/SPLIT --mesh FSDPxTENSOR"),
+        (("evaluate", "--", "--dataset", "toy/val", "--out", "x"), "evaluate.sh: --out: where files go follows from"),
+        (("run", "--", "--run.dir=runs/x"), "run.sh: --run.dir=runs/x: where files go follows from NAME; take another"),
+        (("preflight", "--", "--run.checkpoint_dir", "gs://b/x"), "preflight.sh: --run.checkpoint_dir: where files go"),
+        (("run", "--stop", "--wrong"), "run.sh: --wrong: unexpected; --help lists the options"),
         (("logs", "--worker", "first"), "logs.sh: --worker first: expected a number"),
         (("babysit", "--tries"), "babysit.sh: --tries (nothing): expected a number"),
         (("status", "--settings"), "status.sh: --settings: expected a file"),
@@ -149,6 +154,10 @@ def test_a_mistake_on_the_command_line_is_one_line(words: tuple[str, ...], said:
     assert done.returncode == 2
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
+
+
+# What makes slices of v6e where another TPU is asked for, and the other way round.
+_OTHER_ENGINE = {False: r"instance-groups\ managed", True: r"queued-resources"}
 
 
 class Cloud:
@@ -178,12 +187,15 @@ class Cloud:
             "  *tpu-vm\\ describe*)\n"
             f'    [[ ! -e {folder}/no-node ]] || {{ echo "ERROR: NOT_FOUND" >&2; exit 1; }}\n'
             "    echo READY ;;\n"
+            f"  *{_OTHER_ENGINE[tpu.startswith('v6e')]}\\ describe*)\n"
+            f"    [[ -e {folder}/another ]] || {{ cat {folder}/no-other >&2; exit 1; }} ;;\n"
             f"  *describe*) [[ ! -s {folder}/refused ]] || {{ cat {folder}/refused >&2; exit 1; }} ;;\n"
             "  *basename*) printf 'm-b\\nm-a\\n' ;;\n"
             f"  *worker.sh\\ state*) next {self.machines} ;;\n"
             "esac\n"
         )
         fake.chmod(0o755)
+        (folder / "no-other").write_text("ERROR: NOT_FOUND: no such thing\n")
 
     def play(self, name: str, *options: str, states: list[str], machines: list[str] | None = None) -> tuple[int, str]:
         """Runs a command; gives its exit code and what it said."""
@@ -255,8 +267,51 @@ class TestCreate:
         states = ["broken"] if tpu == "v5e:2x2" else ["gone"]  # Of a group, the parts are looked at one by one.
         assert (cloud.play("create", states=states)[0], cloud.did()) == (1, [])
 
+    @pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:4x4"])
+    def test_makes_no_second_one_of_another_kind_beside_it(self, tpu: str, tmp_path: Path) -> None:
+        """TPU was changed in the settings: the slice from before would go on costing."""
+        cloud = Cloud(tmp_path, tpu)
+        (tmp_path / "another").touch()
+        code, said = cloud.play("create", states=["gone"])
+        assert (code, cloud.did()) == (2, [])
+        assert said == (
+            f"create.sh: segzero-7b: there is a slice of this name, made for another TPU than {tpu}; "
+            "tpu/delete.sh deletes it\n"
+        )
+
+    @pytest.mark.parametrize(("tpu", "flag"), [("v5e:4x4", "--internal-ips"), ("v6e:4x4", "--no-address")])
+    def test_gives_machines_no_public_addresses_where_none_are_wanted(
+        self, tpu: str, flag: str, tmp_path: Path
+    ) -> None:
+        for wanted in ("yes", "no"):
+            path = settings(tmp_path, TPU=tpu, PUBLIC_ADDRESSES=wanted)
+            calls = command("create", "--dry-run", "--settings", path).stdout.splitlines()
+            (call,) = [line for line in calls if "queued-resources create" in line or "templates create" in line]
+            assert (flag in call.split()) == (wanted == "no")
+            assert flag in FLAGS[next(kind for kind in FLAGS if call.startswith(f"gcloud {kind} "))]
+
 
 class TestDelete:
+    @pytest.mark.parametrize(("tpu", "others"), [("v5e:2x2", ["delete group"]), ("v6e:1x1", ["delete"])])
+    def test_leaves_nothing_of_another_tpu_either(self, tpu: str, others: list[str], tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, tpu)
+        (tmp_path / "another").touch()
+        (tmp_path / "refused").write_text("ERROR: was not found\n")
+        code, said = cloud.play("delete", states=[])
+        assert (code, cloud.did()) == (0, others), said
+        (tmp_path / "refused").unlink()
+        cloud.play("delete", states=[])
+        assert {"delete template", "delete policy"} <= set(cloud.did()), "a slice of several machines had them"
+
+    def test_takes_an_api_that_was_never_switched_on_for_nothing(self, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, "v6e:4x4")
+        (tmp_path / "no-other").write_text(
+            "ERROR: PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before or it is disabled.\n"
+        )
+        code, said = cloud.play("delete", states=[])
+        assert code == 0, said
+        assert cloud.did() == ["delete group", "delete template", "delete policy"]
+
     @pytest.mark.parametrize("tpu", ["v5e:2x2", "v6e:4x4"])
     def test_says_that_nothing_is_left_once_that_is_known(self, tpu: str, tmp_path: Path) -> None:
         """Whoever is told so stops looking at what goes on costing money."""
@@ -277,7 +332,8 @@ class TestDelete:
         assert cloud.did() == []
         refused.write_text("")
         assert cloud.play("delete", states=[]) == (0, nothing + "\n")
-        assert cloud.did() == (["delete"] if tpu == "v5e:2x2" else ["delete group", "delete template", "delete policy"])
+        own = "delete" if tpu == "v5e:2x2" else "delete group"
+        assert cloud.did() == [own, "delete template", "delete policy"]
 
 
 class TestMachines:
@@ -328,7 +384,29 @@ class TestMachines:
         (tmp_path / "no-node").touch()
         assert cloud.play("status", states=[QUEUE_READY]) == (0, "segzero-7b: lost\n")
         code, _ = cloud.play("babysit", "--every", "0", "--tries", "1", states=[QUEUE_READY])
-        assert (code, cloud.did()) == (1, ["delete"]), "a new request would meet the old one"
+        assert code == 1
+        assert cloud.did()[0] == "delete", "a new request would meet the old one"
+
+    @pytest.mark.parametrize(
+        ("running", "told"), [("RUNNING+RUNNING", True), ("RUNNING+STAGING", False), ("STAGING", False)]
+    )
+    def test_of_another_number_than_the_settings_have_are_told(self, running: str, told: bool, tmp_path: Path) -> None:
+        """They would be waited for without an end, and cost."""
+        code, said = Cloud(tmp_path, "v6e:4x4").play("status", states=[running])
+        assert (code, said.splitlines()[0]) == (0, "segzero-7b: waiting")
+        mistake = "status.sh: segzero-7b: 2 machines run, TPU=v6e:4x4 has 4; if TPU was changed: tpu/delete.sh, or"
+        assert (mistake in said) == told
+
+    @pytest.mark.parametrize("tpu", ["v5e:4x4", "v6e:2x4"])
+    def test_get_files_one_by_one(self, tpu: str, tmp_path: Path) -> None:
+        """For all at once gcloud asks an ssh-agent for its key, and refuses where one runs with other keys."""
+        cloud = Cloud(tmp_path, tpu)
+        assert cloud.play("setup", states=[""])[0] == 0
+        copies = [line.split() for line in cloud.log.read_text().splitlines() if " scp " in line]
+        if tpu == "v5e:4x4":
+            assert [words[-1] for words in copies] == [f"--worker={number}" for number in range(4)]
+        else:
+            assert sorted(word for words in copies for word in words if word.endswith(":.")) == ["m-a:.", "m-b:."]
 
     def test_are_asked_without_taking_what_is_typed(self, tmp_path: Path) -> None:
         """A babysitter in the background would be stopped for reading from its terminal."""
@@ -361,7 +439,8 @@ class TestBabysit:
         code, said = cloud.play("babysit", "--every", "0", "--", "--train.steps=2", states=states, machines=machines)
         assert (code, cloud.did()) == (0, ["create", "copy", "install", "start"])
         assert "babysit.sh: segzero-7b: the training is done" in said.splitlines()[-1]
-        assert "--run.checkpoint_dir=gs://my-bucket/segzero-7b/checkpoints --train.steps=2" in cloud.log.read_text()
+        where = "--run.dir=runs/segzero-7b --run.checkpoint_dir=gs://my-bucket/segzero-7b/checkpoints"
+        assert f"--mesh=4x4 --train.steps=2 {where}" in cloud.log.read_text()
 
     @pytest.mark.parametrize("end", ["done", "failed 2", "failed 3"])
     def test_an_evaluation_is_not_the_training(self, tmp_path: Path, end: str) -> None:
@@ -393,7 +472,9 @@ class TestBabysit:
         states = [*ready, "SUSPENDED", "gone", "gone", "PROVISIONING", *ready * 3]
         machines = ["segzero running", "segzero new", "segzero idle", "segzero done"]
         code, _ = cloud.play("babysit", "--every", "0", states=states, machines=machines)
-        assert (code, cloud.did()) == (0, ["delete", "create", "copy", "install", "start"])
+        # This gcloud describes template and policy whatever was made.
+        gone = ["delete", "delete template", "delete policy"]
+        assert (code, cloud.did()) == (0, [*gone, "create", "copy", "install", "start"])
 
     def test_replaces_a_group_with_all_that_belongs_to_it(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v6e:2x4")
@@ -420,6 +501,21 @@ class TestBabysit:
         assert (code, cloud.did()) == (1, [])
         assert f"exit code {of_training}; put it right" in said
 
+    def test_shows_what_the_machine_said_whose_training_has_failed(self, tmp_path: Path) -> None:
+        """A file may be missing on one of them alone, while the first waits for it."""
+        cloud = Cloud(tmp_path, "v5e:4x4")
+        fake = tmp_path / "bin/gcloud"
+        fake.write_text(
+            fake.read_text().replace(
+                "  *worker.sh\\ state", "  *--worker=2*tail*) echo no such token ;;\n  *worker.sh\\ state"
+            )
+        )
+        said = "+".join(f"worker {n}: segzero {'failed 2' if n == 2 else 'running'}" for n in range(4))
+        fake.write_text(fake.read_text().replace(f"next {cloud.machines} ;;", f'next {cloud.machines} | tr + "\\n" ;;'))
+        code, said = cloud.play("babysit", "--every", "0", states=[QUEUE_READY], machines=[said])
+        assert code == 1
+        assert said.splitlines()[-1].endswith("until tpu/delete.sh): worker 2: no such token")
+
     def test_gives_up_a_training_that_does_not_stay_up(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path)
         options = ("--every", "0", "--tries", "3")
@@ -437,7 +533,17 @@ class TestBabysit:
             "babysit", "--every", "0", "--tries", "2", states=[QUEUE_READY], machines=["segzero running"]
         )
         assert (code, cloud.did()) == (1, [])
-        assert "not all machines answer" in said
+        assert "segzero-7b: 1 of 4 machines answer\n" in said
+
+    def test_says_why_machines_do_not_answer(self, tmp_path: Path) -> None:
+        """A key, a firewall, a role: whoever comes back after a weekend has this log alone."""
+        cloud = Cloud(tmp_path)
+        fake = tmp_path / "bin/gcloud"
+        refusal = "ERROR: Required compute.projects.get permission"
+        fake.write_text(fake.read_text().replace(f"next {cloud.machines} ;;", f'echo "{refusal}" >&2; exit 1 ;;'))
+        code, said = cloud.play("babysit", "--every", "0", "--tries", "1", states=[QUEUE_READY])
+        assert (code, cloud.did()) == (1, [])
+        assert f"babysit.sh: segzero-7b: 0 of 1 machines answer: {refusal}\n" in said
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize("busy", ["", "queued-resources describe", "worker.sh state"])
