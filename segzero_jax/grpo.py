@@ -24,6 +24,8 @@ from segzero_jax.types import Array, PromptBatch, Rollout
 
 ADVANTAGE_EPS = 1e-6
 _KL_CLAMP = 10.0
+# Of the least reward of a group, and of 1: what is nearer to it is equal.
+_SAME_REWARD = 1e-9
 
 
 class TrainState(NamedTuple):
@@ -110,8 +112,10 @@ def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
     present = np.isfinite(rewards_bg)
     count = present.sum(axis=1, keepdims=True)
     least = np.min(rewards_bg, axis=1, keepdims=True, where=present, initial=np.inf)
-    # Counted from the least, equal rewards are exactly 0: a rounded mean would leave noise for AdamW to blow up.
+    # Counted from the least, equal rewards are exactly 0: a rounded mean would leave noise for AdamW to blow up. So
+    # would sums of parts that were added in another order, which differ in their last bit.
     above = np.where(present, rewards_bg - least, 0.0)
+    above = np.where(above > _SAME_REWARD * np.maximum(1.0, np.abs(least)), above, 0.0)
     deviation = np.where(present, above - above.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
     if norm_by_std:
         std = np.sqrt((deviation**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))

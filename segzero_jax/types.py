@@ -68,7 +68,7 @@ class Example:
       image_id: the picture in the names of its source, such as "coco:391895": the same picture has the same one in
         every data set that knows it by name.
       instance_id: what is asked for: questions with the same one are different expressions for the same thing.
-      data_set: the one that it is from, where a run learns from several.
+      data_set: the name of the one that it is from.
     """
 
     id: str

@@ -65,6 +65,14 @@ def test_a_group_without_a_difference_teaches_nothing(rewards):
         assert (advantages(np.array([rewards])) == 0).all()
 
 
+@pytest.mark.parametrize("norm_by_std", [True, False])
+def test_equal_rewards_whose_parts_were_added_in_another_order_teach_nothing(norm_by_std):
+    rewards = np.array([[1 + (0.7 + 0.1), 1 + (0.0 + 0.8)], [0.1 + 0.2, 0.3], [1e6 * (0.1 + 0.2), 3e5]])
+    assert (rewards[:, 0] != rewards[:, 1]).all()
+    assert (advantages(rewards, norm_by_std) == 0).all()
+    assert (advantages(rewards + np.array([[0, 1e-6], [1e-6, 0], [0, 1e-2]]), norm_by_std) != 0).all()
+
+
 def test_advantages_of_rewards_that_are_whole_numbers():
     assert np.array_equal(advantages(np.array([[0, 1], [3, 3]])), advantages(np.array([[0.0, 1.0], [3.0, 3.0]])))
     assert np.array_equal(advantages(np.array([[False, True]])), advantages(np.array([[0.0, 1.0]])))
@@ -364,6 +372,15 @@ def test_what_a_run_will_not_do_although_its_configuration_says_so_is_told() -> 
     for changes, said in (
         ({"train.decay_steps": 8}, "the learning rate does not fall: train.decay_steps=8 has no train.lr_decay"),
         ({"reward.server": "none"}, "masks are not scored: reward.mask_iou_weight=1 has no reward.server"),
+        (
+            {"data.eval_splits": ("val", "mugs/val"), "data.name": "toy,cups"},
+            "masks of cups, mugs mean nothing: reward.local_model=toy knows the toy set's pictures alone",
+        ),
+        (
+            {"grpo.iterations": 1, "grpo.clip_high": 0.28},
+            "nothing is clipped: grpo.clip_high=0.28 acts from a rollout's second update on, of which a step makes one "
+            "(train.mini_batch_size, grpo.iterations)",
+        ),
     ):
         assert configs.replace(config, **changes).notes == [said]
 

@@ -72,7 +72,7 @@ def test_a_set_that_is_built_anew_beneath_a_run_is_not_read_on(tmp_path: Path) -
         split[0]
 
 
-def test_several_sets_are_one_and_keep_their_names(tmp_path: Path) -> None:
+def test_several_sets_are_one_and_keep_their_names(tmp_path: Path, data_dir: str) -> None:
     """ "val" is of the first; one that is named twice counts twice."""
     for name, source in {
         "mugs": sources.lines(tmp_path / "mugs-source"),
@@ -91,6 +91,9 @@ def test_several_sets_are_one_and_keep_their_names(tmp_path: Path) -> None:
         for name, examples in (("mugs", mugs), ("r", r))
     ]
     assert list(mixed) == [*expected[0], *expected[1], *expected[0]]
+    # A reward of one's own may go by it, in evaluations as in training, on one set as on several.
+    for split in (*splits.train, *splits.held_out, questions(open_splits(("toy",), [], data_dir))):
+        assert split[0].data_set == split.name.partition("/")[0]
     for outside in (-1, len(mixed)):
         with pytest.raises(IndexError, match="mugs/train and r/train and mugs/train: example"):
             mixed[outside]

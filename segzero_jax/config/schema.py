@@ -355,6 +355,22 @@ class Config:
             notes.append(
                 f"masks are not scored: reward.mask_iou_weight={self.reward.mask_iou_weight:g} has no reward.server"
             )
+        if each == 1 and self.grpo.clip_low != self.grpo.clip_high:
+            notes.append(
+                f"nothing is clipped: grpo.clip_high={self.grpo.clip_high:g} acts from a rollout's second update on, "
+                "of which a step makes one (train.mini_batch_size, grpo.iterations)"
+            )
+        if self.reward.server == "local" and self.reward.local_model == "toy":
+            asked = [
+                *self.data.names,
+                *(text.rpartition("/")[0] or self.data.names[0] for text in self.data.eval_splits),
+            ]
+            others = dict.fromkeys(name for name in asked if name != "toy")
+            if others:
+                notes.append(
+                    f"masks of {', '.join(others)} mean nothing: reward.local_model=toy knows the toy set's pictures "
+                    "alone"
+                )
         return notes
 
     def __post_init__(self) -> None:

@@ -74,7 +74,12 @@ class Source(Sequence[Example]):
             raise DataError(
                 f"{self.name}: was built anew, or deleted, beneath this command; expected one set from beginning to end"
             )
-        return example
+        return replace(example, data_set=self.data_set)
+
+    @property
+    def data_set(self) -> str:
+        """The name of its data set."""
+        return self.name.rpartition("/")[0]
 
     def contents(self) -> pa.Table | None:
         """The index of a built set (``records.INDEX``); None for a generated one."""
@@ -182,7 +187,7 @@ def open_splits(names: Sequence[str], eval_splits: Iterable[str], data_dir: str 
 
 
 class Mixture(Sequence[Example]):
-    """The examples of several splits as one. Each tells its data set, and its id begins with it: ids may be equal."""
+    """The examples of several splits as one. Each one's id begins with its data set: ids may be equal."""
 
     def __init__(self, splits: Sequence[Source]) -> None:
         self.name = " and ".join(split.name for split in splits)
@@ -198,8 +203,7 @@ class Mixture(Sequence[Example]):
         number = bisect.bisect_right(self._ends, index)
         split = self._splits[number]
         example = split[index - self._ends[number] + len(split)]
-        data_set = split.name.rpartition("/")[0]
-        return replace(example, id=f"{data_set}/{example.id}", data_set=data_set)
+        return replace(example, id=f"{split.data_set}/{example.id}")
 
 
 def questions(splits: Splits) -> Sequence[Example]:
