@@ -37,7 +37,7 @@ examples:
 _BOUNDS = [
     ("port", 0, 65535),
     ("metrics-port", 0, 65535),
-    ("threads", 0, math.inf),
+    ("threads", 0, 4096),
     ("max-batch", 1, 256),
     ("max-delay-ms", 0, 10_000),
     ("max-queue", 1, 4096),
@@ -56,6 +56,9 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     if args.exit_with_parent is not None:
         threading.Thread(target=_watch_parent, args=(args.exit_with_parent,), daemon=True).start()
+    if args.log_json:
+        # gRPC has a line in plain text for each connection that is no TLS; what is wrong with the server stays.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Here, not above: signals are handled by now. And before the model's libraries, which take seconds to import.
     from reward_server.access import AccessError
 

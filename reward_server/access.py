@@ -51,6 +51,9 @@ class Access:
         # gRPC logs what is wrong with a file and goes on; Python's ssl says it.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         files = str(self.tls_cert), str(self.tls_key)
+        for option, file in (("--tls-cert", self.tls_cert), ("--tls-key", self.tls_key)):
+            # Of two files ssl does not say which one it could not read.
+            _load(f"{option}={file}", file.read_bytes)
         _load("--tls-cert, --tls-key", lambda: context.load_cert_chain(*files, password=_no_passphrase))
         if self.client_ca:
             _load("--client-ca", lambda: context.load_verify_locations(str(self.client_ca)))
@@ -117,7 +120,7 @@ def _load(what: str, load: Callable[[], object]) -> None:
     try:
         load()
     except (OSError, ssl.SSLError) as error:
-        raise AccessError(f"{what}: cannot be used: {error}") from None
+        raise AccessError(f"{what}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _no_passphrase() -> str:

@@ -16,7 +16,10 @@ MAX_IMAGE_PIXELS = 16_000_000
 MAX_MASK_BYTES = 4 * 2**20
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow raises on damaged files, by format and by where the damage is.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError),
+    *(struct.error, Image.DecompressionBombError),
+)
 
 
 class CodecError(ValueError):
@@ -94,7 +97,8 @@ def _run_lengths(counts: bytes, pixels: int) -> np.ndarray:
     # Differences to the run before the last, in two interleaved chains; the first run stands alone.
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
-    if values.min() < 0:
+    # A run longer than the picture could make the sum of all of them wrap, to what is expected.
+    if values.min() < 0 or values.max() > pixels:
         raise CodecError("mask: not COCO's compressed run lengths")
     if values.sum() != pixels:
         raise CodecError(f"mask: runs for {values.sum()} pixels, expected {pixels}")

@@ -10,6 +10,7 @@ decoder's attention, so masks would change.
 """
 
 import hashlib
+import json
 import pickle
 from collections import defaultdict
 from collections.abc import Sequence
@@ -96,7 +97,8 @@ class Segmenter:
 
     Attributes:
       name: as asked for.
-      checkpoint_sha256: hexadecimal, of the weights' file; empty for weights that come from none.
+      checkpoint_sha256: hexadecimal, of the weights' file and, unless sam2 or this package has published it, of their
+        configuration; empty for weights that come from none.
       dtype: what encoder and decoder compute in.
       compiled: the encoder is; batches are then filled up to a power of two, because each size is compiled.
     """
@@ -137,10 +139,12 @@ class Segmenter:
             reason = _one_line(error)
             raise ModelError(f"device {device!r}: expected auto, cpu or a GPU that is here: {reason}") from None
         settings, weights = _files(model, config)
-        network = _network(settings, weights).to(device)
-        with weights.open("rb") as file:
-            checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(network, model, checkpoint, compiled)
+        network = _network(settings, weights)
+        try:
+            network = network.to(device)
+        except RuntimeError as error:
+            raise ModelError(f"device {device!r}: cannot take model {model!r}: {_one_line(error)}") from None
+        return cls(network, model, _checksum(settings, weights), compiled)
 
     def check_alive(self) -> None:
         """Raises RuntimeError when the device no longer computes: after some errors a GPU refuses all further work."""
@@ -287,6 +291,20 @@ def _network(config: Path, weights: Path) -> SAM2Base:
     except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{weights}: no weights for {config.name}: {_one_line(error)}") from None
     return network
+
+
+def _checksum(config: Path, weights: Path) -> str:
+    """Of what makes the scores. The same weights at another size of pictures, say, are another model.
+
+    A configuration that came with sam2 or this package is the one that the weights are known by.
+    """
+    with weights.open("rb") as file:
+        of_weights = hashlib.file_digest(file, "sha256").hexdigest()
+    resolved = config.resolve()
+    if resolved.parent == TOY.resolve() or resolved.is_relative_to(Path(sam2.__file__).resolve().parent):
+        return of_weights
+    settings = json.dumps(OmegaConf.to_container(OmegaConf.load(config).model, resolve=True), sort_keys=True)
+    return hashlib.sha256(f"{of_weights} {settings}".encode()).hexdigest()
 
 
 def _download(model: str) -> Path:

@@ -130,7 +130,7 @@ class RewardServer:
         if settings.metrics_port is not None:
             try:
                 port, self._stop_metrics = expose(
-                    self.metrics, settings.host, settings.metrics_port, settings.access.tls
+                    self.metrics, settings.host, settings.metrics_port, settings.access.tls, settings.access.client_ca
                 )
             except OSError as error:
                 where = f"{self._host}:{settings.metrics_port}"
@@ -142,7 +142,8 @@ class RewardServer:
         """Warms up a loaded model on each of its devices and reports ready.
 
         Raises:
-          ModelError: devices compute in several dtypes, or their weights differ: scores would depend on who is free.
+          ModelError: devices compute in several dtypes, or their weights differ: scores would depend on who is free. Or
+            the model cannot be run.
         """
         _check_alike(segmenters)
         engines = [Engine(segmenter, self._settings.cache_bytes, self.metrics) for segmenter in segmenters]
@@ -151,7 +152,11 @@ class RewardServer:
         )
         self.metrics.watch_memory([segmenter.device for segmenter in segmenters])
         self._workers = Workers(engines, self._batcher, self.metrics, self._die, self._settings.max_batch_s)
-        self._workers.start()
+        try:
+            self._workers.start()
+        except RuntimeError as error:  # No memory, or no compiler.
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"model {segmenters[0].name!r}: cannot be run: {reason}") from None
         self.serves = True
         self._service.ready(self._workers)
         self._health.set(SERVICE_NAME, _SERVING)
@@ -170,6 +175,9 @@ class RewardServer:
 
     def _listen(self, credentials: grpc.ServerCredentials | None) -> int:
         address = f"{self._host}:{self._settings.port}"
+        # Of a name with several addresses one is enough for gRPC, and callers of the others would meet somebody else.
+        if self._settings.port and (taken := _taken(self._settings.host, self._settings.port)):
+            raise OSError(f"cannot listen on {address}: {taken}")
         try:
             if credentials is None:
                 return self._server.add_insecure_port(address)
@@ -203,20 +211,35 @@ def _check_alike(segmenters: Sequence[Segmenter]) -> None:
 
 def _cannot_bind(host: str, port: int) -> str:
     """Why nobody can listen there, which gRPC does not say; of several addresses first that one is taken."""
+    problems = _problems(host, port)
+    reason = problems[0].strerror or str(problems[0]) if problems else "gRPC's own line says why"
+    return _taken(host, port) or reason
+
+
+def _taken(host: str, port: int) -> str:
+    """That somebody else listens there, on one of the host's addresses; empty where nobody does."""
+    taken = next((error for error in _problems(host, port) if error.errno == errno.EADDRINUSE), None)
+    return f"{taken.strerror}; port 0 picks a free one" if taken else ""
+
+
+def _problems(host: str, port: int) -> list[OSError]:
+    """What is wrong with listening on each of the host's addresses."""
     problems: list[OSError] = []
     try:
         addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        if host == "localhost":  # gRPC takes it for both, whatever the machine has under that name.
+            addresses += socket.getaddrinfo("::1", port, type=socket.SOCK_STREAM)
     except OSError as error:
-        addresses, problems = [], [error]
+        return [error]
     for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as one:
+                # What is left of closed connections is in nobody's way.
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 one.bind(address)
         except OSError as error:
             problems.append(error)
-    if taken := next((error for error in problems if error.errno == errno.EADDRINUSE), None):
-        return f"{taken.strerror}; port 0 picks a free one"
-    return problems[0].strerror or str(problems[0]) if problems else "gRPC's own line says why"
+    return problems
 
 
 def _nothing() -> None:

@@ -70,15 +70,21 @@ class Metrics:
         return Histogram(f"{_PREFIX}_{name}", meaning, buckets=bounds, registry=self.registry)
 
 
-def expose(metrics: Metrics, host: str, port: int, tls: tuple[Path, Path] | None) -> tuple[int, Callable[[], None]]:
-    """Serves ``/metrics`` over HTTP, or HTTPS with a certificate and its key.
+def expose(
+    metrics: Metrics, host: str, port: int, tls: tuple[Path, Path] | None, client_ca: Path | None = None
+) -> tuple[int, Callable[[], None]]:
+    """Serves ``/metrics`` over HTTP, or HTTPS with a certificate and its key, then for known clients alone if need be.
 
     Returns the port, which is a free one for 0, and what stops it. Raises OSError: it cannot listen there.
     """
     certificate, key = (str(tls[0]), str(tls[1])) if tls else (None, None)
     address = host.strip("[]")
     server: Any
-    server, thread = start_http_server(port, address, metrics.registry, certfile=certificate, keyfile=key)
+    server, thread = start_http_server(
+        *(port, address, metrics.registry, certificate, key),
+        client_cafile=str(client_ca) if client_ca else None,
+        client_auth_required=client_ca is not None,
+    )
     if tls:
         # Else the one thread that takes connections shakes hands too, and whoever connects and is silent keeps it.
         server.socket.do_handshake_on_connect = False

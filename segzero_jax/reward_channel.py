@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def read_access(reward: RewardConfig) -> Access:
     """Reads the files that the configuration names.
 
     Raises:
-      RewardServerError: a file cannot be read or is empty, or the keys do not go together.
+      RewardServerError: a file cannot be read, is empty or no use for TLS, or the keys do not go together.
     """
     if reward.ca_file and reward.server in ("local", "none"):
         raise RewardServerError(f"reward.ca_file={reward.ca_file}: expected reward.server=host:port beside it")
@@ -124,13 +125,16 @@ def read_access(reward: RewardConfig) -> Access:
             f"reward.server={reward.server}: several hosts behind TLS, "
             "expected reward.tls_name, one name that all their certificates hold"
         )
-    return Access(
+    access = Access(
         ca=_read("ca_file", reward.ca_file),
         cert=_read("cert_file", reward.cert_file),
         key=_read("key_file", reward.key_file),
         token=_token(reward.token_file),
         tls_name=reward.tls_name or (min(hosts).strip("[]") if reward.ca_file else ""),
     )
+    if access.ca:
+        _check_tls(reward)
+    return access
 
 
 def addresses(targets: str) -> list[str]:
@@ -268,6 +272,33 @@ def _read(key: str, path: str) -> bytes:
     if not content.strip():
         raise RewardServerError(f"reward.{key}={path}: is empty")
     return content
+
+
+def _check_tls(reward: RewardConfig) -> None:
+    """Raises RewardServerError for what gRPC could not use, which it takes for a server that is away."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ca, cert, key = (str(Path(path).expanduser()) for path in (reward.ca_file, reward.cert_file, reward.key_file))
+    try:
+        context.load_verify_locations(ca)
+    except ssl.SSLError as error:
+        raise RewardServerError(f"reward.ca_file={reward.ca_file}: holds no certificates in PEM: {error}") from None
+    if not reward.cert_file:
+        return
+    files = f"reward.cert_file={reward.cert_file}, reward.key_file={reward.key_file}"
+    try:
+        context.load_cert_chain(cert, key, password=_no_passphrase)
+    except ssl.SSLError as error:
+        raise RewardServerError(f"{files}: no certificate and its key in PEM: {error}") from None
+    except _Encrypted:
+        raise RewardServerError(f"{files}: the key is encrypted; expected one without a passphrase") from None
+
+
+class _Encrypted(Exception):
+    """A key that only a passphrase opens."""
+
+
+def _no_passphrase() -> str:
+    raise _Encrypted
 
 
 def _token(path: str) -> str:

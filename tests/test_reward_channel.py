@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from authority import Authority
+from cryptography.hazmat.primitives import serialization
 from fake_reward_server import Fake, assert_take_turns, serving
 
 from segzero_jax.config import RewardConfig
@@ -34,6 +35,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made.token.write_text("open-sesame\n")
     made.wrong.write_text("close-sesame\n")
     made.empty.touch()
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    key = serialization.load_pem_private_key(made.client_key.read_bytes(), None)
+    locked = key.private_bytes(*form, serialization.BestAvailableEncryption(b"secret"))
+    (folder / "locked.pem").write_bytes(locked)
     return made
 
 
@@ -165,6 +170,24 @@ def test_token(files: SimpleNamespace, tls: bool, health_is_free: bool) -> None:
         ("a:1", {"ca_file": "."}, ("reward.ca_file=", "Is a directory")),
         ("a:1", {"ca_file": "ours/ca.pem", "cert_file": "client.pem"}, ("reward.key_file", "both or neither")),
         ("a:1", {"cert_file": "client.pem", "key_file": "client.key"}, ("expected reward.ca_file beside",)),
+        # gRPC would take what follows for a server that is away.
+        ("a:1", {"ca_file": "token"}, ("reward.ca_file=", "token: holds no certificates in PEM: ")),
+        ("a:1", {"ca_file": "ours/rewards_key.pem"}, ("reward.ca_file=", "rewards_key.pem: holds no certificates")),
+        (
+            "a:1",
+            {"ca_file": "ours/ca.pem", "cert_file": "ours/client.pem", "key_file": "ours/rewards_key.pem"},
+            ("reward.cert_file=", "reward.key_file=", "rewards_key.pem: no certificate and its key in PEM: "),
+        ),
+        (
+            "a:1",
+            {"ca_file": "ours/ca.pem", "cert_file": "ours/client.pem", "key_file": "token"},
+            ("no certificate and its key in PEM",),
+        ),
+        (
+            "a:1",
+            {"ca_file": "ours/ca.pem", "cert_file": "ours/client.pem", "key_file": "locked.pem"},
+            ("locked.pem: the key is encrypted; expected one without a passphrase",),
+        ),
         ("a:1,b:1", {"ca_file": "ours/ca.pem"}, ("a:1,b:1", "several hosts", "expected reward.tls_name")),
         ("local", {"ca_file": "ours/ca.pem"}, ("expected reward.server=host:port",)),
         ("a:1", {"token_file": "token"}, ("a:1", "plain text", "set reward.ca_file")),

@@ -253,7 +253,8 @@ class TestRefusalsToStart:
             (Access(tls_cert=ours.cert, tls_key=theirs.key), "--tls-cert, --tls-key: cannot be used"),
             (Access(tls_cert=nonsense, tls_key=ours.key), "--tls-cert, --tls-key: cannot be used"),
             (Access(tls_cert=ours.cert, tls_key=locked), "cannot be used: the key is encrypted; expected one without"),
-            (Access(tls_cert=tmp_path / "none", tls_key=ours.key), "--tls-cert, --tls-key: cannot be used"),
+            (Access(tls_cert=tmp_path / "none", tls_key=ours.key), "--tls-cert=.*none: cannot be used: No such file"),
+            (Access(tls_cert=ours.cert, tls_key=tmp_path), f"--tls-key={tmp_path}: cannot be used: Is a directory"),
             (Access(tls_cert=ours.cert, tls_key=ours.key, client_ca=nonsense), "--client-ca: cannot be used"),
         ]
         for access, reason in cases:

@@ -16,6 +16,16 @@ from reward_server import codec, reward_pb2
 from reward_server.codec import CodecError, decode_image, decode_mask, encode_mask
 
 
+def _number(value: int) -> str:
+    """As a mask's runs are written: five bits a character, lowest first, with the sign in the last one."""
+    found = ""
+    while True:
+        bits, value = value & 31, value >> 5
+        if value == (-1 if bits & 16 else 0):
+            return found + chr(48 + bits)
+        found += chr(48 + 32 + bits)
+
+
 class TestCodec:
     def test_large_pictures_are_refused_before_they_are_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(codec, "MAX_IMAGE_PIXELS", 100)
@@ -66,6 +76,19 @@ class TestCodec:
         with pytest.raises(CodecError, match="not COCO's compressed run lengths"):
             decode_mask(reward_pb2.Rle(height=3, width=2, counts=counts), 3, 2)
 
+    def test_runs_whose_sum_wraps_to_what_is_expected_are_refused(self) -> None:
+        """Unpacked, they would be written far past the end of the mask."""
+        height, width, most = 2000, 4000, 2**29 - 1
+        # Every second run is so much longer than the one before, what six characters can say at most; others are empty.
+        count, left, growth = 262154, height * width + 2**64, []
+        for runs_that_grow in range(count, 0, -1):
+            growth.append(min(most, left // runs_that_grow))
+            left -= growth[-1] * runs_that_grow
+        assert left == 0
+        counts = "0" + "0".join(map(_number, growth)) + "0"
+        with pytest.raises(CodecError, match="not COCO's compressed run lengths"):
+            decode_mask(reward_pb2.Rle(height=height, width=width, counts=counts), height, width)
+
     def test_short_runs_are_refused(self) -> None:
         whole = encode_mask(np.eye(9, 6, dtype=bool))
         for end in range(len(whole.counts)):
@@ -85,6 +108,15 @@ class TestCodec:
         else:
             assert pixels.ndim == 3
             assert pixels.dtype == np.uint8
+
+    def test_pictures_with_damage_behind_their_pixels_are_refused(self) -> None:
+        """An empty profile, of which Pillow reads the second byte."""
+        whole = encoded(scene().image[:40, :50], "PNG")
+        assert whole[-8:-4] == b"IEND"
+        chunk = b"iCCP"
+        damaged = whole[:-12] + struct.pack(">I", 0) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[-12:]
+        with pytest.raises(CodecError, match="not a whole JPEG, PNG or WebP"):
+            decode_image(damaged)
 
     def test_pictures_are_read_as_stored(self) -> None:
         pixels = scene().image[:40, :60]

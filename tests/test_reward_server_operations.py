@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -29,9 +31,11 @@ import torch
 from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from sam2.modeling.sam2_base import SAM2Base
 from sam_calls import candidate, group_request, image_message, request_for, scene, serving
 
 from reward_server import reward_pb2, reward_pb2_grpc, service, validation
+from reward_server.access import Access
 from reward_server.segmenter import TOY, ModelError, Prompt, Segmenter
 from reward_server.server import SERVICE_NAME, RewardServer, Settings
 from reward_server.telemetry import JsonLines, Metrics
@@ -156,6 +160,20 @@ class TestHealth:
         finally:
             server.stop()
 
+    @pytest.mark.parametrize(
+        ("first", "then"), [("127.0.0.1", "localhost"), ("[::1]", "localhost"), ("127.0.0.1", "::")]
+    )
+    def test_of_a_port_that_is_taken_on_one_of_its_addresses(self, first: str, then: str) -> None:
+        """gRPC is content with another one, and callers would meet either server."""
+        server = RewardServer(Settings(host=first))
+        try:
+            port = int(server.address.rpartition(":")[2])
+            with pytest.raises(OSError, match="Address already in use; port 0 picks a free one"):
+                RewardServer(Settings(host=then, port=port, access=Access(insecure=True)))
+        finally:
+            server.stop()
+        RewardServer(Settings(host=first, port=port)).stop()
+
 
 class TestMetrics:
     def test_count_what_was_asked(self) -> None:
@@ -267,6 +285,42 @@ class TestReflection:
             server.stop()
 
 
+class TestModels:
+    def test_are_known_by_weights_and_a_configuration_of_ones_own(self, tmp_path: Path) -> None:
+        """The same weights at another size make other masks: no client may mix the two."""
+        of_weights = hashlib.sha256((TOY / "model.safetensors").read_bytes()).hexdigest()
+        assert Segmenter.load("toy", "cpu").checkpoint_sha256 == of_weights
+        found = []
+        for name, size in (("same", 256), ("smaller", 128), ("smaller_too", 128)):
+            shutil.copytree(TOY, tmp_path / name)
+            config = tmp_path / name / "config.yaml"
+            text, count = re.subn(r"image_size: 256", f"image_size: {size}", config.read_text())
+            assert count
+            config.write_text(f"# of {name}\n{text}")
+            found.append(Segmenter.load(str(tmp_path / name), "cpu").checkpoint_sha256)
+        assert found[1] == found[2]
+        assert len({of_weights, *found}) == 3
+        weights = Segmenter.load(str(TOY / "model.safetensors"), "cpu", str(TOY / "config.yaml")).checkpoint_sha256
+        assert weights == of_weights
+
+    def test_that_do_not_fit_a_device_are_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 MiB.")
+
+        with monkeypatch.context() as busy:
+            busy.setattr(SAM2Base, "to", full)
+            with pytest.raises(ModelError, match=r"^device 'cpu': cannot take model 'toy': CUDA out of memory\. Tried"):
+                Segmenter.load("toy", "cpu")
+        segmenter = Segmenter.load("toy", "cpu")
+        monkeypatch.setattr(segmenter, "embed", full)
+        server = RewardServer()
+        try:
+            with pytest.raises(ModelError, match=r"^model 'toy': cannot be run: CUDA out of memory\. Tried"):
+                server.serve([segmenter])
+        finally:
+            server.stop()
+
+
 class TestDevices:
     @pytest.mark.parametrize(
         ("differs", "reason"),
@@ -314,12 +368,19 @@ class TestCommand:
                     stub.Score(group_request(0))
                 assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
             url = f"https://{listening['metrics']}/metrics".replace("0.0.0.0", "localhost")
-            with urllib.request.urlopen(url, timeout=60, context=ssl.create_default_context(cafile=ours.ca)) as page:
+            context = ssl.create_default_context(cafile=ours.ca)
+            with pytest.raises((ssl.SSLError, OSError)):  # The page is for clients with a certificate, too.
+                urllib.request.urlopen(url, timeout=60, context=context).read()
+            with socket.create_connection(("localhost", int(listening["listening"].rpartition(":")[2]))) as plain:
+                plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                plain.recv(1)
+            context.load_cert_chain(ours.client_cert, ours.client_key)
+            with urllib.request.urlopen(url, timeout=60, context=context) as page:
                 assert b'segzero_reward_requests_total{code="OK",method="Score"} 1.0' in page.read()
             child.send_signal(signal.SIGTERM)
             _, errors = child.communicate(timeout=60)
         assert child.returncode == 0
-        lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in errors.splitlines()]
         assert [line["request_id"] for line in lines if "request_id" in line] == ["mine"]
         assert lines[-1]["message"] == "stopped"
 
@@ -328,6 +389,7 @@ class TestCommand:
         [
             (["--port", "x"], "reward_server: argument --port: invalid int value: 'x'"),
             (["--max-batch", "0"], "reward_server: --max-batch=0: expected 1 to 256"),
+            (["--threads", "99999999999"], "reward_server: --threads=99999999999: expected 0 to 4096"),
             (["--drain-seconds", "nan"], "reward_server: --drain-seconds=nan: expected 0 to 86400"),
             (["--max-batch-seconds", "inf"], "reward_server: --max-batch-seconds=inf: expected 1 to 86400"),
             (["--host", "no.such.invalid"], "reward_server: --host=no.such.invalid: no address of that name"),
