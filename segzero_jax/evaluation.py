@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
-from scipy.optimize import linear_sum_assignment
 
 from segzero_jax.answers import tagged_json
 from segzero_jax.intervals import bootstrap_interval, by_picture
@@ -121,6 +120,9 @@ def box_hits(answer: Sequence[ObjectPrompt], target: Sequence[ObjectPrompt]) -> 
     if not answer or not target:
         return float(not answer and not target)
     ious = np.array([[box_iou(a.box, t.box) for t in target] for a in answer])
+    # Here: it takes a second to import, which pages and all that only read answers need not wait for.
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(-(ious > 0.5).astype(float))
     return float((ious[rows, columns] > 0.5).sum() / max(len(answer), len(target)))
 

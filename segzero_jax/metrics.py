@@ -6,8 +6,10 @@ read and resumed: metrics reach the disk line by line, other files appear whole 
 
 import hashlib
 import io
+import itertools
 import re
 import sys
+import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -237,20 +239,28 @@ class MetricsWriter:
         # Elsewhere, copies of the files from before may lie beside the new one: it takes the place of all.
         if self._metrics.exists() or self._evaluations.exists():
             self._events = EventFile(self.run_dir / "tensorboard", first_step=0)
-        for row in jsonl.read(self._metrics) if self._metrics.exists() else []:
-            self._write_events(row["step"], {key: value for key, value in row.items() if key != "step"})
+        rows = jsonl.read(self._metrics) if self._metrics.exists() else []
+        # No line has the time of day. Counted back from now, TensorBoard's time axis keeps the steps' distances.
+        until_now = list(itertools.accumulate(reversed([row.get("time/total") or 0.0 for row in rows]), initial=0.0))
+        now = time.time()
+        walls = {row["step"]: now - since for row, since in zip(reversed(rows), until_now, strict=False)}
+        for row in rows:
+            numbers = {key: value for key, value in row.items() if key != "step"}
+            self._write_events(row["step"], numbers, walls[row["step"]])
         for row in jsonl.read(self._evaluations) if self._evaluations.exists() else []:
             numbers = {key: value for key, value in row.items() if key not in ("step", "split", "mode")}
             self._write_events(
-                row["step"], {f"eval/{row['split']}/{row['mode']}/{key}": value for key, value in numbers.items()}
+                row["step"],
+                {f"eval/{row['split']}/{row['mode']}/{key}": value for key, value in numbers.items()},
+                walls.get(row["step"], min(walls.values(), default=None)),
             )
 
-    def _write_events(self, step: int, numbers: Mapping[str, float | None]) -> None:
+    def _write_events(self, step: int, numbers: Mapping[str, float | None], wall_s: float | None = None) -> None:
         if self._events is None:
             folder = self.run_dir / "tensorboard"
             resumed = any(folder.glob("events.out.tfevents.*"))
             self._events = EventFile(folder, first_step=step if resumed else None)
-        self._events.write(step, {key: value for key, value in numbers.items() if value is not None})
+        self._events.write(step, {key: value for key, value in numbers.items() if value is not None}, wall_s)
 
 
 class SilentWriter(MetricsWriter):

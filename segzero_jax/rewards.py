@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from segzero_jax import answers
 from segzero_jax.answers import MAX_OBJECTS, Located
@@ -252,6 +251,9 @@ def accuracy(answer: Any, targets: Sequence[Located]) -> float:
         inside_m2 = (points_m2 >= boxes_m4[:, :2]) & (points_m2 <= boxes_m4[:, 2:])
         point_mn = (distance_mn < 30) & inside_m2.all(axis=1, keepdims=True)
         earned_mn = (_iou(boxes_m4, boxes_n4) > 0.5).astype(float) + near_mn + point_mn
+    # Here: it takes a second to import, which pages and all that only read answers need not wait for.
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(earned_mn, maximize=True)
     return float(earned_mn[rows, columns].sum()) / max(earned_mn.shape)
 

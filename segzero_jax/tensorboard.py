@@ -33,20 +33,20 @@ class EventFile:
             start = _field(1, _VARINT, _varint(1))  # SessionLog.status = START
             self._write(_field(2, _VARINT, _varint(first_step)) + _field(7, _BYTES, start))
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds scalars by tag; they are in the file when this returns."""
+    def write(self, step: int, scalars: Mapping[str, float], wall_s: float | None = None) -> None:
+        """Adds scalars by tag, of now or of a moment since the epoch; they are in the file when this returns."""
         values = b"".join(
             _field(1, _BYTES, _field(1, _BYTES, tag.encode()) + _field(2, _FLOAT, struct.pack("<f", value)))
             for tag, value in scalars.items()
         )
-        self._write(_field(2, _VARINT, _varint(step)) + _field(5, _BYTES, values))
+        self._write(_field(2, _VARINT, _varint(step)) + _field(5, _BYTES, values), wall_s)
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _write(self, event: bytes) -> None:
-        record = _field(1, _DOUBLE, struct.pack("<d", time.time())) + event
+    def _write(self, event: bytes, wall_s: float | None = None) -> None:
+        record = _field(1, _DOUBLE, struct.pack("<d", time.time() if wall_s is None else wall_s)) + event
         length = struct.pack("<Q", len(record))
         self._file.write(length + _checksum(length) + record + _checksum(record))
         self._file.flush()

@@ -382,7 +382,9 @@ def _continue(
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod, functions)
         evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
-        profiler = Profiler(run_dir / "profile", profiled, timer, writer.message)
+        # JAX names a trace's folder by the second, and takes all that it finds there for its own.
+        own = f"host_{pod.index}" if pod.count > 1 else ""
+        profiler = Profiler(run_dir / "profile" / own, profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
         for line in config.notes:
             writer.message(line)
@@ -393,7 +395,8 @@ def _continue(
                     evaluate(begun or 0, job.to_rollout(job.policy(state)))
             train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, watch, first_step)
         except Stopped:
-            keeper.keep_or_fail()
+            with watch.last_save():
+                keeper.keep_or_fail()
             raise
         except OSError as error:
             if error.errno not in _FULL:
@@ -402,7 +405,7 @@ def _continue(
             saved = pod.count == 1 and keeper.keep()
             kept = "the last finished step is saved" if saved else "steps since the last checkpoint are lost"
             raise StorageError(f"run.dir={run_dir}: cannot be written to: {error}; {kept}") from None
-        with watch.phase("checkpoint"):
+        with watch.last_save():
             keeper.keep_or_fail()
         watch.done()
 

@@ -6,8 +6,8 @@ import statistics
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,7 @@ class HangWatch:
         self._usual: dict[str, deque[float]] = {}
         self._step = step
         self._told: tuple[int, str, float] | None = None
+        self._paused = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
 
@@ -192,10 +193,19 @@ class HangWatch:
             if f"time/{name}" in times:
                 self._usual.setdefault(name, deque(maxlen=50)).append(times[f"time/{name}"])
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Says nothing, and ends nothing, meanwhile."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def look(self) -> None:
         """Speaks, or acts, when the phase in progress has taken too long; again whenever that time has doubled."""
         phase, seconds = self._timer.running()
-        if phase == _PATIENT or self._compiling():
+        if phase == _PATIENT or self._paused or self._compiling():
             return
         if self._kill_after_s and seconds > self._kill_after_s:
             self._report(phase, seconds, f"longer than watch.kill_after_s={self._kill_after_s:g}: this ends it")
@@ -312,6 +322,15 @@ class Watch:
     def phase(self, name: str) -> AbstractContextManager[None]:
         """A phase of a step, or of what is beside the steps."""
         return self._timer.phase(name)
+
+    @contextmanager
+    def last_save(self) -> Iterator[None]:
+        """The phase of the save that a run ends with. It waits for the disk, which no save before it has done.
+
+        How long that takes nobody knows, and whoever ended it would lose what it saves: the next start would meet it.
+        """
+        with self._hang.paused(), self.phase("checkpoint"):
+            yield
 
     def done(self) -> None:
         """The run has made all its steps, and saved and evaluated what it should."""

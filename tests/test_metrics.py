@@ -198,6 +198,23 @@ def test_tensorboard_gets_numbers_and_a_resumed_run_takes_over(tmp_path):
     assert scalars == [(1, "kl", 0.5), (0, "eval/val/greedy/giou", 0.5), (2, "kl", 0.25)]
 
 
+def test_a_resumed_run_keeps_tensorboards_distances_in_time(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write_evaluation(0, "val", {"greedy": {"giou": 0.5}}, [])
+        for step, seconds in ((1, 30.0), (2, 40.0), (3, 50.0)):
+            metrics.write_step(step, {"kl": 0.5, "time/total": seconds})
+        metrics.write_evaluation(2, "val", {"greedy": {"giou": 0.6}}, [])
+    with writer(tmp_path) as metrics:
+        metrics.truncate_after(3)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    walls = {(e.step, v.tag): e.wall_time for e in events(file) for v in e.summary.value}
+    now = walls[3, "kl"]
+    assert abs(now - file.stat().st_mtime) < 60
+    assert [now - walls[step, "kl"] for step in (1, 2)] == pytest.approx([90.0, 50.0], abs=1e-3)
+    giou = "eval/val/greedy/giou"
+    assert (walls[0, giou], walls[2, giou]) == (walls[1, "kl"], walls[2, "kl"])
+
+
 def test_a_log_file_gets_readable_lines_now_and_then(tmp_path):
     log = io.StringIO()
     with writer(tmp_path, total_steps=100, show_progress=True, stream=log) as metrics:

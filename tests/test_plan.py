@@ -225,7 +225,8 @@ def test_a_decode_step_of_the_7b_reads_weights_and_caches_once():
         (["--topology=v5e:4x4x1"], "--topology=v5e:4x4x1: expected"),
         (["--topology=v5e:4x4", "--mesh=2x2"], "--mesh=2x2: 4 chips, --topology=v5e:4x4 has 16; make them equal"),
         (["--topology=v5e:2x2", "--mesh=1x4", "--model.path=none"], "model.path=none: no config.json"),
-        (["--topology=v5e:3x5", "--mesh=3x5"], "no such slice"),
+        (["--topology=v5e:²x4"], "--topology=v5e:²x4: expected"),
+        (["--topology=v5e:3x5", "--mesh=3x5"], "a host has 2x2 chips, so the first two sides are expected to be 1 or"),
         (["--topology=v5e:2x4", "--mesh=1x8"], "8 (train)"),
     ],
 )
@@ -329,3 +330,18 @@ def test_the_table_fits_a_narrow_terminal(capsys):
     assert "does not fit: 22.00 GiB of 15.75 GiB a chip, in update" in said
     assert max(map(len, said.splitlines())) <= 80
     assert "…" not in said
+
+
+def test_no_number_of_the_table_is_cut(capsys):
+    """Wherever it goes: a log is 80 wide."""
+    decode = PhasePlan("decode", 1300, 4.9, 2.23, 1.0, 8.13, True, 1.21e11, 1.64e9, {"all": 6.02e7}, 0.002, "HBM")
+    update = PhasePlan(
+        "update", 1, 14.5, 8.6, 1.0, 14.5, True, 7.11e14, 1.461e12, {"all": 1.38e11}, 3.61, "interconnect"
+    )
+    console = Console(width=80)
+    print_plan(Plan("x.yaml", "4x4", "v5e:4x4", 16, 15.75, 1408, 1300, True, 7.3, 1.09, [decode, update], []), console)
+    said = capsys.readouterr().out
+    (first,) = (line.split() for line in said.splitlines() if line.strip().startswith("decode"))
+    assert first == ["decode", "1300", "4.90", "2.23", "1.00", "8.13", "0.121", "1.64", "0.0602", "0.002", "HBM"]
+    (second,) = (line.split() for line in said.splitlines() if line.strip().startswith("update "))
+    assert second == ["update", "1", "14.50", "8.60", "1.00", "14.50", "711", "1.46e+03", "138", "3.61", "interconnect"]

@@ -465,6 +465,43 @@ def test_a_long_run_stays_small(tmp_path):
     assert "Thin: means of 21 steps" in page.words()
 
 
+def test_a_long_run_with_trouble_stays_small_and_is_no_more_red_than_it_was(tmp_path):
+    write_fake_run(tmp_path / "run", steps=1, evaluated=(), questions=1)
+    (row,) = rows(tmp_path / "run", "metrics.jsonl")
+    bad = {0: {"update/skipped": 1.0}, 1: {"missing_scores": 3}}  # Of ten steps one each, never two in a row.
+    found = [row | {"step": step} | bad.get(step * 7 % 10, {}) for step in range(1, 5001)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    report(tmp_path / "run")
+    page = (tmp_path / "run/report.html").read_text()
+    (events,) = re.findall(r'<section id="events">.*?</section>', page)
+    assert len(events) < 250_000
+    wide = events.partition('class="narrow"')[0]
+    bars = re.findall(r'<rect class="span" [^>]*width="([\d.]+)" height="14"(?: fill-opacity="([\d.]+)")?>', wide)
+    (left, right), *_ = re.findall(r'<line class="grid" x1="([\d.]+)" x2="([\d.]+)"', wide)
+    painted = sum(float(width) * float(pale or 1) for width, pale in bars)
+    assert painted < 0.3 * 2 * (float(right) - float(left))
+    assert re.search(r"<title>no score: \d+ to \d+, 2 times</title>", wide)
+
+
+def test_while_an_evaluation_goes_on_each_number_is_of_its_own_step(tmp_path):
+    write_fake_run(tmp_path / "run", evaluated=(0, 6, 12))
+    found = rows(tmp_path / "run", "evaluations.jsonl")
+    late, kept = SPLITS[1], [row for row in found if (row["step"], row["split"]) != (12, SPLITS[1])]
+    jsonl.write(tmp_path / "run/evaluations.jsonl", kept)
+    report(tmp_path / "run")
+    page = (tmp_path / "run/report.html").read_text()
+    assert "before (ring, step 0) and after (dot, step 12)" in page
+    lines = {line for line in re.findall(r'<div class="gain"><span class="of">.*?</div>', page) if late in line}
+    assert len(lines) == 2
+    assert all('<span class="mode">(step 6)</span>' in line for line in lines)
+    assert page.count("(step 6)") == 2
+    jsonl.write(tmp_path / "run/evaluations.jsonl", [row for row in kept if row["split"] != late or not row["step"]])
+    report(tmp_path / "run")
+    page = (tmp_path / "run/report.html").read_text()
+    lines = [line for line in re.findall(r'<div class="gain"><span class="of">.*?</div>', page) if late in line]
+    assert all("(step 0)" in line and 'class="dot new"' not in line for line in lines)
+
+
 def test_the_command_says_what_it_wrote(copied, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(copied.parent))
     for run in (str(copied), f"~/{copied.name}"):
@@ -504,7 +541,8 @@ def test_a_damaged_file_is_named_and_the_old_page_stays(copied, capsys):
 
 
 def test_the_page_needs_no_jax():
-    code = "import sys, segzero_jax.report.__main__; print(sorted({'jax', 'torch', 'flax'} & set(sys.modules)))"
+    unneeded = {"jax", "torch", "flax", "scipy.optimize"}
+    code = f"import sys, segzero_jax.report.__main__; print(sorted({unneeded} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

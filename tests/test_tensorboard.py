@@ -41,6 +41,14 @@ def test_scalars_arrive_with_step_and_tag(tmp_path):
     assert abs(first.wall_time - path.stat().st_mtime) < 60
 
 
+def test_a_moment_can_be_given(tmp_path):
+    file = EventFile(tmp_path)
+    file.write(1, {"kl": 1.0}, wall_s=1.5e9)
+    file.close()
+    (path,) = tmp_path.iterdir()
+    assert events(path)[-1].wall_time == 1.5e9
+
+
 def test_a_resumed_run_starts_a_second_file_that_takes_over(tmp_path):
     EventFile(tmp_path).close()
     EventFile(tmp_path, first_step=7).close()

@@ -189,6 +189,17 @@ def test_compiling_and_waiting_for_rewards_do_not_hang(tmp_path):
     assert scene.ended == []
 
 
+def test_the_save_that_a_run_ends_with_may_take_its_time(tmp_path):
+    """It waits for the disk, as none before it; ended, it would be lost, and met again by the next start."""
+    scene = Scene(tmp_path, kill_after_s=60.0)
+    scene.usual(5, step=1.0, checkpoint=0.1)
+    with scene.watch.paused():
+        assert scene.stuck("checkpoint", 70.0) == [0]
+    assert scene.ended == []
+    assert scene.stuck("checkpoint", 70.0)[0] > 0
+    assert scene.ended == [HUNG]
+
+
 def test_an_evaluation_is_measured_by_evaluations(tmp_path):
     scene = Scene(tmp_path)
     scene.usual(5, step=1.0)

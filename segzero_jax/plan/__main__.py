@@ -9,6 +9,7 @@ from dataclasses import asdict
 import jax
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from segzero_jax import config as configs
@@ -17,6 +18,7 @@ from segzero_jax.mesh import MeshError
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.plan.phases import Plan, make_plan
 from segzero_jax.plan.slices import PlanError
+from segzero_jax.terminal import write_line
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -38,6 +40,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         cost = ((phase.flops or 0) / 1e12, (phase.bytes or 0) / 1e9, sent / 1e9, phase.seconds or 0)
         row = [f"{value:.2f}" for value in gib] + [f"{value:.3g}" if known else "?" for value in cost]
         table.add_row(phase.phase, str(phase.runs), *row, phase.bound or "?", style=None if phase.fits else "bold red")
+    # Rich would cut numbers short where there is less room; a terminal that is too narrow breaks lines instead.
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(console.width, needed)
     console.print(table)
     peak = max(plan.phases, key=lambda phase: phase.hbm_gib)
     verdict = "fits" if plan.fits else "does not fit"
@@ -62,7 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         with console.status("compiling") as status:
-            tell = lambda name: status.update(f"compiling {name}")  # noqa: E731
+
+            def tell(name: str) -> None:
+                # Minutes pass between two of them, also where nobody watches a terminal.
+                if console.is_terminal:
+                    status.update(f"compiling {name}")
+                else:
+                    write_line(sys.stderr, f"compiling {name}")
+
             plan = make_plan(config, args.config, args.topology, tell)
     except (PlanError, ConfigError, MeshError, CheckpointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,14 +42,20 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+_SIZE = re.compile("[1-9][0-9]*")
+
+
 def read_topology(text: str) -> tuple[Chip, str, tuple[int, ...]]:
     """``"v5e:4x4"`` -> the chip, its generation, and the slice's shape. Raises PlanError."""
     generation, _, shape = text.partition(":")
     sizes = shape.split("x")
     flat = 2 if generation in ("v5e", "v6e") else 3
-    if generation not in CHIPS or len(sizes) != flat or not all(size.isdigit() and int(size) for size in sizes):
-        raise PlanError(f"--topology={text}: expected v5e:4x4, v6e:4x4 or v5p:2x2x4, sizes as you like")
-    return CHIPS[generation], generation, tuple(map(int, sizes))
+    if generation not in CHIPS or len(sizes) != flat or not all(_SIZE.fullmatch(size) for size in sizes):
+        raise PlanError(f"--topology={text}: expected v5e:4x4, v6e:4x4 or v5p:2x2x4, or one of other sizes")
+    found = tuple(map(int, sizes))
+    if any(size > 1 and size % 2 for size in found[:2]):
+        raise PlanError(f"--topology={text}: a host has 2x2 chips, so the first two sides are expected to be 1 or even")
+    return CHIPS[generation], generation, found
 
 
 def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:

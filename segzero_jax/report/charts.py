@@ -102,6 +102,10 @@ def stacked_chart(steps: Sequence[int], layers: Sequence[Series], description: s
     return svg(size, description, parts)
 
 
+# Narrower than so many pixels nobody sees a bar.
+_SEEN = 3.0
+
+
 def span_chart(
     steps: Sequence[int], rows: Sequence[tuple[str, Sequence[tuple[int, int]]]], description: str, size: Size
 ) -> str:
@@ -115,14 +119,30 @@ def span_chart(
         middle = plot.top + (index + 0.5) * height
         parts.append(f'<line class="grid" x1="{left:.1f}" x2="{plot.right}" y1="{middle}" y2="{middle}"/>')
         parts.append(f'<text class="tick" x="{left - 10:.1f}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
-        for first, last in spans:
-            width = max(3.0, (last - first + 1) * each)
+        near = max(1.0, _SEEN / each)
+        for stretches in _run_together(spans, near):
+            first, last = stretches[0][0], stretches[-1][1]
+            width = max(_SEEN, (last - first + 1) * each)
             x = min(plot.right - width, plot.left + (first - steps[0] - 0.5) * each)
-            parts.append(
-                f'<rect class="span" x="{max(plot.left, x):.1f}" y="{middle - 7}" width="{width:.1f}" height="14">'
-                f"<title>{escape(name)}: {first if first == last else f'{first} to {last}'}</title></rect>"
-            )
+            # Pale where it is of few of the steps beneath the bar, but to be seen.
+            share = sum(end - begin + 1 for begin, end in stretches) / max(near, last - first + 1)
+            pale = "" if share > 0.99 else f' fill-opacity="{0.25 + 0.75 * share:.2f}"'
+            when = f"{first if first == last else f'{first} to {last}'}"
+            often = "" if len(stretches) == 1 else f", {len(stretches)} times"
+            box = f'x="{max(plot.left, x):.1f}" y="{middle - 7}" width="{width:.1f}" height="14"'
+            parts.append(f'<rect class="span" {box}{pale}><title>{escape(name)}: {when}{often}</title></rect>')
     return svg(size, description, parts)
+
+
+def _run_together(spans: Sequence[tuple[int, int]], near: float) -> list[list[tuple[int, int]]]:
+    """Stretches in runs that are no longer than ``near`` steps; a longer one is alone, and all are where near is 1."""
+    runs: list[list[tuple[int, int]]] = []
+    for span in spans:
+        if near > 1 and runs and span[1] - runs[-1][0][0] < near:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
 
 
 def svg(size: Size, description: str, parts: Sequence[str]) -> str:

@@ -73,10 +73,10 @@ def reward_section(run: Run) -> str:
     thin = "each step" if point == 1 else f"means of {point} steps"
     smoothed = f"Thin: {thin}. Bold: mean of {window} steps around it. " if window > 1 else ""
     caption = f"{smoothed}Shaded: one standard deviation of the step's responses to either side.{most}"
-    known = [key.removeprefix("reward/") for key in _keys(run) if key.startswith("reward/")]
+    known = [key.removeprefix("reward/") for key in run.measured if key.startswith("reward/")]
     components = [key for key in known if key not in ("mean", "std", "zero_std_groups")]
     figures = [_component(run, name, maxima.components.get(name)) for name in components]
-    figures += [_of_data_set(run, key) for key in _keys(run) if key.startswith("data/")]
+    figures += [_of_data_set(run, key) for key in run.measured if key.startswith("data/")]
     below = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
     return (
         '<section id="reward"><h2>Reward</h2>'
@@ -89,12 +89,12 @@ def signal_section(run: Run) -> str:
     figures = [
         figure(run, key, title, caption, maximum=1.0 if key in _SHARES else None)
         for key, title, caption in _SIGNALS
-        if key in _keys(run) and _tells(run, key)
+        if key in run.measured and _tells(run, key)
     ]
-    if _LENGTHS[0] in _keys(run):
+    if _LENGTHS[0] in run.measured:
         figures.insert(2, _lengths(run))
     named = {*(key for key, _, _ in _SIGNALS), *_LENGTHS, "tokens_per_second", "step"}
-    others = [key for key in _keys(run) if key not in named and not key.startswith(_ELSEWHERE)]
+    others = [key for key in run.measured if key not in named and not key.startswith(_ELSEWHERE)]
     figures += [figure(run, key, key, "") for key in others]
     if not figures:
         return ""
@@ -111,11 +111,6 @@ def _tells(run: Run, key: str) -> bool:
 
 def _steps(run: Run) -> list[int]:
     return [row["step"] for row in run.metrics]
-
-
-def _keys(run: Run) -> dict[str, None]:
-    """Every metric that some step measured, in the order of the file."""
-    return {key: None for row in run.metrics for key, value in row.items() if isinstance(value, int | float)}
 
 
 def _component(run: Run, name: str, maximum: float | None) -> str:
@@ -137,7 +132,7 @@ def _lengths(run: Run) -> str:
     caption = "Tokens per response." + (f" The limit is {text(limit)}." if limit is not None else "")
     steps, mean = _steps(run), run.column(_LENGTHS[0])
     window = charts.smoothing_window(len(steps))
-    measured = [key for key in _LENGTHS if key in _keys(run)]
+    measured = [key for key in _LENGTHS if key in run.measured]
     series = [Series(key.removeprefix("response_length/"), charts.smooth(run.column(key), window)) for key in measured]
     drawing = charts.line_chart(steps, series, _describe("Response length", steps, mean), floor=0.0)
     return wrap("Response length", _now(mean), drawing, caption)

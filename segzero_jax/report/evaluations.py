@@ -51,20 +51,22 @@ def gains(run: Run) -> str:
     def width(begin: float, end: float) -> str:
         return f"left:{place(min(begin, end))};width:{100 * abs(end - begin) / (high - low):.2f}%"
 
+    first, last = min(before["step"] for before, _ in rows), max(after["step"] for _, after in rows)
     lines = []
     for before, after in rows:
         old, new = float(before[key]), float(after[key])
         marks = [] if before is after else [_mark(before, key, "old", place, width)]
-        marks.append(_mark(after, key, "new", place, width))
+        # While an evaluation goes on, some splits have their last number from the one before.
+        at = "" if after["step"] == last else f' <span class="mode">(step {after["step"]})</span>'
+        marks.append(_mark(after, key, "old" if at and before is after else "new", place, width))
         change = "" if before is after else f"{fixed(old)} → "
         moved = f'&ensp;<span class="{direction(new - old)}">{signed(new - old)}</span>' if change else ""
         lines.append(
             f'<div class="gain"><span class="of">{text(after.get("split"))} '
             f'<span class="mode">{text(after.get("mode"))}</span></span><span class="track">{"".join(marks)}</span>'
-            f'<span class="numbers">{change}<b>{fixed(new)}</b>{moved}</span></div>'
+            f'<span class="numbers">{change}<b>{fixed(new)}</b>{moved}{at}</span></div>'
         )
     scale = "".join(f'<b style="left:{place(mark)}">{mark:g}</b>' for mark in charts.ticks(low, high, 6))
-    first, last = rows[0][0]["step"], rows[0][1]["step"]
     when = f"at step {last}" if first == last else f"before (ring, step {first}) and after (dot, step {last})"
     return (
         f'<h3 style="margin-top:44px">Held-out {name}, {when}</h3><div class="gains">{"".join(lines)}'

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ class Run:
     def column(self, key: str) -> list[float | None]:
         """One metric over the steps, None where it was not measured."""
         return [number(row.get(key)) for row in self.metrics]
+
+    @cached_property
+    def measured(self) -> list[str]:
+        """Every metric that some step measured, in the order of the file."""
+        found = {key: None for row in self.metrics for key, value in row.items() if isinstance(value, int | float)}
+        return list(found)
 
     def samples(self, step: int, split: str) -> list[dict[str, Any]]:
         """The greedy answers of an evaluation."""
