@@ -20,14 +20,14 @@ from segzero_jax.prompt import parse_answer
 from segzero_jax.reward_messages import CandidateScore
 from segzero_jax.rewards import in_tags
 from segzero_jax.scoring import Scored, Scorer, answered_objects, solution
-from segzero_jax.types import Box, Example, Frame, ObjectPrompt, RleMask
+from segzero_jax.types import Box, Example, Frame, Lengths, ObjectPrompt, RleMask
 
 # How a split is answered, and what is measured of it; SAM 2 alone tells the first two.
 MODES = ("greedy", "sampled")
 _MASK_NUMBERS = ("giou", "ciou")
 _NUMBERS = (*_MASK_NUMBERS, "box_accuracy", "format_rate", "reward", "n_acc", "t_acc")
 
-Answers = Callable[[Sequence[Example], bool], list[list[str]]]
+Answers = Callable[[Sequence[Example], bool], tuple[list[list[str]], Lengths]]
 
 
 @dataclass(frozen=True)
@@ -343,16 +343,17 @@ def evaluate_split(
 
     Args:
       examples: its questions.
-      answer: ``(examples, greedy) -> texts [q][a]``: the policy.
+      answer: ``(examples, greedy) -> texts [q][a]`` and their lengths: the policy.
       store_image: keeps a picture for the report, returns where.
       patience: how long a service that is away is waited for; no question is dropped.
 
     Returns:
       The numbers by mode, "greedy" and "sampled", and a row per question with its greedy answer.
     """
-    greedy, sampled = answer(examples, True), answer(examples, False)
+    (greedy, of_greedy), (sampled, of_sampled) = answer(examples, True), answer(examples, False)
     together = [first + more for first, more in zip(greedy, sampled, strict=True)]
-    scored = scorer.send(examples, together, masks=len(examples)).result(patience)
+    lengths = Lengths(*(np.concatenate(each, axis=1) for each in zip(of_greedy, of_sampled, strict=True)))
+    scored = scorer.send(examples, together, masks=len(examples), lengths=lengths).result(patience)
     groups = [
         [
             (read_response(text, example, frame, recipe), scored.masks[q][a] if scored.masks is not None else None)

@@ -26,7 +26,7 @@ from segzero_jax.pods import Pod
 from segzero_jax.processor import Processor
 from segzero_jax.record import PICTURED_PROMPTS
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
-from segzero_jax.types import Example, Frame, PromptBatch, Rollout
+from segzero_jax.types import Example, Frame, Lengths, PromptBatch, Rollout
 
 _EVAL_KEY = 1
 _LORA_KEY = 3
@@ -168,7 +168,7 @@ def prepare(
 
 def answer(
     job: Job, weights: Policy, examples: Sequence[Example], greedy: bool, before_batch: Callable[[], None]
-) -> list[list[str]]:
+) -> tuple[list[list[str]], Lengths]:
     """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones.
 
     ``before_batch`` may raise to end it between two batches.
@@ -177,6 +177,7 @@ def answer(
     sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
     base = jax.random.fold_in(jax.random.key(job.config.seed), _EVAL_KEY)
     texts: list[list[str]] = []
+    lengths: list[Lengths] = []
     for start in range(0, len(examples), size):
         before_batch()
         rows = list(examples[start : start + size])
@@ -184,6 +185,7 @@ def answer(
         filled = rows + rows[:1] * (size - len(rows))
         key = jax.random.fold_in(base, start)
         prompts = job.encode([filled[row] for row in job.rows.held])
-        rollout = sample(weights, prompts, key, setup=job.rollout_pass, sampling=sampling)
-        texts += job.texts(job.fetch(rollout))[: len(rows)]
-    return texts
+        said = job.fetch(sample(weights, prompts, key, setup=job.rollout_pass, sampling=sampling))
+        texts += job.texts(said)[: len(rows)]
+        lengths.append(Lengths(said.length_bg[: len(rows)], said.finished_bg[: len(rows)]))
+    return texts, Lengths(*map(np.concatenate, zip(*lengths, strict=True)))

@@ -27,12 +27,16 @@ class Answer:
       objects: the boxes and points that the response names, in pixels of the stored picture as the target's are; none
         where it cannot be read.
       mask_iou: of SAM 2's mask for them with the target mask; None without a reward server.
+      tokens: how many the response has, the one that ends it included.
+      finished: whether it ended by itself rather than at ``rollout.max_response_tokens``.
     """
 
     text: str
     example: Example
     objects: tuple[ObjectPrompt, ...]
     mask_iou: float | None
+    tokens: int
+    finished: bool
 
 
 # What the answer earns, its weight included. Deterministic, or a run that goes on is not the run that it was.

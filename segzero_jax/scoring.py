@@ -17,7 +17,7 @@ from segzero_jax.pods import ALONE, Pod
 from segzero_jax.prompt import parse_answer, seg_zero_solution_text, solution_text
 from segzero_jax.reward_client import PendingScores, RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
-from segzero_jax.types import Example, Frame, ObjectPrompt
+from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Scorer:
         texts: Sequence[Sequence[str]],
         masks: int = 0,
         rows: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
     ) -> "PendingRewards":
         """Sends one call per prompt and returns at once.
 
@@ -92,10 +93,13 @@ class Scorer:
           texts: ``[b][g]``.
           masks: so many of the first prompts bring their predicted masks back too.
           rows: the prompts that this host scores, in ascending order; by default every n-th of n hosts.
+          lengths: of all texts; functions of one's own are told.
         """
         own = range(self._pod.index, len(examples), self._pod.count) if rows is None else rows
         masks = sum(row < masks for row in own)
         examples, texts = [examples[row] for row in own], [texts[row] for row in own]
+        if lengths is not None:
+            lengths = Lengths(*(np.asarray(each)[list(own)] for each in lengths))
         pending = None
         if self._client is not None:
             requests = [
@@ -116,7 +120,7 @@ class Scorer:
             for example in examples
         ]
         return PendingRewards(
-            self._config, self._frame, self._functions, own, examples, texts, solutions, pending, self._pod
+            self._config, self._frame, self._functions, own, examples, texts, lengths, solutions, pending, self._pod
         )
 
 
@@ -125,7 +129,7 @@ class PendingRewards:
     """Rewards whose masks are being scored.
 
     Attributes:
-      rows: of the whole batch, what ``examples``, ``texts``, ``solutions`` and ``pending`` are for.
+      rows: of the whole batch, what ``examples``, ``texts``, ``lengths``, ``solutions`` and ``pending`` are for.
       solutions: None for a target that the recipe cannot compare with.
     """
 
@@ -135,6 +139,7 @@ class PendingRewards:
     rows: Sequence[int]
     examples: Sequence[Example]
     texts: Sequence[Sequence[str]]
+    lengths: Lengths | None
     solutions: Sequence[str | None]
     pending: PendingScores | None
     pod: Pod
@@ -173,18 +178,21 @@ class PendingRewards:
                     row.append({})
                     continue
                 score = rewards.score(self.config.recipe, text, target, iou, weight, self.config.mask_iou_mode)
-                own = self._measure_own(self.examples[b], text, iou)
+                own = self._measure_own(b, g, iou)
                 totals[b, g] = score.total + sum(own.values())
                 row.append(score.components | own)
             components.append(row)
         return Scored(totals, components, masks)
 
-    def _measure_own(self, example: Example, text: str, mask_iou: float | None) -> dict[str, float]:
+    def _measure_own(self, b: int, g: int, mask_iou: float | None) -> dict[str, float]:
         """The components that are not the recipe's."""
         if not self.functions:
             return {}
-        answer = Answer(text, example, answered_objects(text, example, self.frame), mask_iou)
-        return measure(self.functions, answer)
+        assert self.lengths is not None, "functions of one's own are told how long a response is"
+        text, example = self.texts[b][g], self.examples[b]
+        objects = answered_objects(text, example, self.frame)
+        tokens, finished = int(self.lengths.tokens_bg[b, g]), bool(self.lengths.finished_bg[b, g])
+        return measure(self.functions, Answer(text, example, objects, mask_iou, tokens, finished))
 
     def _masks(self, patience: Patience | None, drop: bool) -> list[list[CandidateScore]] | None:
         if self.pending is None:

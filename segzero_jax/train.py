@@ -72,7 +72,7 @@ from segzero_jax.run_dir import (
 )
 from segzero_jax.scoring import Scorer
 from segzero_jax.time_account import PhaseTimer
-from segzero_jax.types import Example, PromptBatch, Rollout
+from segzero_jax.types import Example, Lengths, PromptBatch, Rollout
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
@@ -141,7 +141,8 @@ def draw(
         said = job.fetch(rollout)
         texts = job.texts(said)
     preemption.check()
-    pending = scorer.send(examples, texts, masks=0 if before else PICTURED_PROMPTS, rows=job.rows.own)
+    lengths = Lengths(said.length_bg, said.finished_bg)
+    pending = scorer.send(examples, texts, 0 if before else PICTURED_PROMPTS, job.rows.own, lengths)
     with watch.phase("reference"):
         rollout = _crop(rollout, int(said.length_bg.max()))
         setup = job.train_pass._replace(remat=False)

@@ -83,6 +83,18 @@ class Example:
     data_set: str = ""
 
 
+class Lengths(NamedTuple):
+    """What only the tokens of responses tell.
+
+    Attributes:
+      tokens_bg: int, how many each has, the one that ends it included.
+      finished_bg: bool, whether it ended by itself rather than at ``rollout.max_response_tokens``.
+    """
+
+    tokens_bg: np.ndarray
+    finished_bg: np.ndarray
+
+
 class PromptBatch(NamedTuple):
     """Prompts ready for the policy (a pytree: numpy on the host, jax.Array on the mesh).
 

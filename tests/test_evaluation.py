@@ -28,9 +28,10 @@ from segzero_jax.evaluation import (
     summary_names,
 )
 from segzero_jax.intervals import bootstrap_interval, with_interval
+from segzero_jax.own_rewards import Answer
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scorer
-from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
+from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt, RleMask
 
 FRAME = Frame(10, 10)
 
@@ -86,6 +87,12 @@ def read(text: str, example: Example, **more: Any) -> Response:
     return read_response(text, example, FRAME, "vision_reasoner", **more)
 
 
+def with_lengths(texts: list[list[str]]) -> tuple[list[list[str]], Lengths]:
+    """As a policy answers, of which each character is a token."""
+    tokens = np.array([[len(text) for text in group] for group in texts])
+    return texts, Lengths(tokens, tokens < 100)
+
+
 def evaluate(greedy: list[str], recipe: str = "vision_reasoner") -> tuple[dict, list]:
     examples = [
         Example(f"q{i}", b"", FRAME, "?", (ObjectPrompt(box, (box[:2],)),), rle(pixels(box)))
@@ -93,8 +100,8 @@ def evaluate(greedy: list[str], recipe: str = "vision_reasoner") -> tuple[dict, 
     ]
     scorer = Scorer(RewardConfig(recipe=recipe), FRAME, BoxSegmenter())
 
-    def texts(asked: list[Example], is_greedy: bool) -> list[list[str]]:
-        return [[text] if is_greedy else [text, answer(BOXES[i])] for i, text in enumerate(greedy)]
+    def texts(asked: list[Example], is_greedy: bool) -> tuple[list[list[str]], Lengths]:
+        return with_lengths([[text] if is_greedy else [text, answer(BOXES[i])] for i, text in enumerate(greedy)])
 
     return evaluate_split(examples, texts, scorer, FRAME, recipe, lambda example: f"images/{example.id}.jpg")
 
@@ -250,12 +257,29 @@ def test_rows_name_the_picture_and_older_ones_count_each_for_itself() -> None:
     assert summary(judge_rows([*older[:2], *together[2:]], 1)) == summary(judge_rows(rows, 1)), "a run that went on"
 
 
+def test_rewards_of_ones_own_know_how_long_an_answer_is() -> None:
+    example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), None)
+    examples, seen = [example, replace(example, id="p")], []
+
+    def look(given: Answer) -> float:
+        seen.append((given.example.id, given.text, given.tokens, given.finished))
+        return 0.0
+
+    texts = {True: [["a"], ["b" * 100]], False: [["c" * 3, "d" * 200], ["e" * 5, "f"]]}
+    scorer = Scorer(RewardConfig(server="none"), FRAME, None, functions={"look": look})
+    policy = lambda _, greedy: with_lengths(texts[greedy])  # noqa: E731
+    evaluate_split(examples, policy, scorer, FRAME, "vision_reasoner", lambda _: "")
+    expected = {"q": [*texts[True][0], *texts[False][0]], "p": [*texts[True][1], *texts[False][1]]}
+    assert seen == [(id, text, len(text), len(text) < 100) for id, group in expected.items() for text in group]
+
+
 def test_training_s_evaluation_draws_pictures_as_well() -> None:
     example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
     examples = [replace(example, id=f"q{i}", image_id="one") for i in range(4)]
     right = [[GREEDY[0]], [GREEDY[2]]] * 2
     scorer = Scorer(RewardConfig(), FRAME, BoxSegmenter())
-    numbers, _ = evaluate_split(examples, lambda *_: right, scorer, FRAME, "vision_reasoner", lambda _: "")
+    policy = lambda *_: with_lengths(right)  # noqa: E731
+    numbers, _ = evaluate_split(examples, policy, scorer, FRAME, "vision_reasoner", lambda _: "")
     assert [numbers["greedy"][name] for name in ("giou", "giou_low", "giou_high")] == [0.5, None, None]
 
 
@@ -303,7 +327,7 @@ def test_ignored_pixels_count_on_neither_side_and_in_no_reward() -> None:
     texts = [answer((1, 0, 8, 0)), answer((0, 0, 3, 0)), "hm"]  # the second is refused
     summaries, (row,) = evaluate_split(
         [example],
-        lambda _, greedy: [texts[:1]] if greedy else [texts[1:]],
+        lambda _, greedy: with_lengths([texts[:1]] if greedy else [texts[1:]]),
         Scorer(RewardConfig(), FRAME, BoxSegmenter()),
         FRAME,
         "vision_reasoner",

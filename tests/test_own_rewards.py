@@ -15,6 +15,7 @@ from segzero_jax.config import Config, ConfigError, RewardConfig
 from segzero_jax.own_rewards import Answer, check_same_files, load_functions, measure, sources
 from segzero_jax.record import metric_keys
 from segzero_jax.scoring import Scorer
+from segzero_jax.types import Lengths
 
 MODULE = """
 import functools
@@ -50,6 +51,9 @@ built_in = hash
 """
 
 
+LENGTHS = Lengths(np.array([[7, 9]]), np.array([[True, False]]))
+
+
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"rewards_of_{tmp_path.name}"
@@ -62,7 +66,7 @@ def test_what_functions_give_is_added_under_their_names(module: str) -> None:
     functions = load_functions([f"{module}:short", f"{module}:seen_by"])
     with_them, without = (
         Scorer(RewardConfig(), FRAME, Answered([scored(0.75), scored(0.5)]), functions=chosen)
-        .send([example(TARGET)], [[GOOD, BROKEN]])
+        .send([example(TARGET)], [[GOOD, BROKEN]], lengths=LENGTHS)
         .result()
         for chosen in (functions, {})
     )
@@ -71,22 +75,24 @@ def test_what_functions_give_is_added_under_their_names(module: str) -> None:
         assert with_them.components[0][g] == without.components[0][g] | own
         assert with_them.rewards_bg[0, g] == without.rewards_bg[0, g] + sum(own.values())
     first, second = functions["seen_by"].__globals__["seen"]
-    assert first == Answer(GOOD, example(TARGET), (TARGET,), 0.75), "objects in pixels of the stored picture"
+    assert first == Answer(GOOD, example(TARGET), (TARGET,), 0.75, 7, True), "objects in pixels of the stored picture"
     assert (second.text, second.objects, second.mask_iou) == (BROKEN, (), 0.0)
+    assert (second.tokens, second.finished) == (9, False)
 
 
 def test_where_a_score_is_missing_nobody_is_asked(module: str) -> None:
     functions = load_functions([f"{module}:seen_by"])
     scorer = Scorer(RewardConfig(), FRAME, Answered([scored(None, "away"), scored(0.5)]), functions=functions)
-    result = scorer.send([example(TARGET)], [[GOOD, GOOD]]).result()
+    result = scorer.send([example(TARGET)], [[GOOD, GOOD]], lengths=LENGTHS).result()
     assert math.isnan(result.rewards_bg[0, 0])
     assert len(functions["seen_by"].__globals__["seen"]) == 1
     unweighted = RewardConfig(mask_iou_weight=0)
     scorer = Scorer(unweighted, FRAME, Answered([scored(None, "away"), scored(0.5)]), functions=functions)
-    assert np.isnan(scorer.send([example(TARGET)], [[GOOD, GOOD]]).result().rewards_bg).tolist() == [[True, False]]
+    result = scorer.send([example(TARGET)], [[GOOD, GOOD]], lengths=LENGTHS).result()
+    assert np.isnan(result.rewards_bg).tolist() == [[True, False]]
     assert [answer.mask_iou for answer in functions["seen_by"].__globals__["seen"]] == [0.5, 0.5]
     text_alone = Scorer(RewardConfig(server="none"), FRAME, None, functions=functions)
-    assert text_alone.send([example(TARGET)], [[GOOD]]).result().components[0][0]["seen_by"] == 1
+    assert text_alone.send([example(TARGET)], [[GOOD]], lengths=LENGTHS).result().components[0][0]["seen_by"] == 1
 
 
 def test_their_names_are_keys_of_every_line(module: str) -> None:
@@ -133,17 +139,17 @@ def test_a_module_that_lacks_a_module_says_so_itself(module: str, tmp_path: Path
 def test_a_mistake_keeps_its_traceback_and_names_the_answer(module: str) -> None:
     functions = load_functions([f"{module}:wrong"])
     with pytest.raises(KeyError) as error:
-        measure(functions, Answer("hm", example(TARGET), (), None))
+        measure(functions, Answer("hm", example(TARGET), (), None, 1, True))
     assert error.value.__notes__ == ["in reward function wrong, question row-1, answer 'hm'"]
     where = "reward function nothing, question row-1, answer 'hm'"
     with pytest.raises(ValueError, match=f"{where}: expected a finite number, got nan"):
-        measure(load_functions([f"{module}:nothing"]), Answer("hm", example(TARGET), (), None))
+        measure(load_functions([f"{module}:nothing"]), Answer("hm", example(TARGET), (), None, 1, True))
 
 
 def test_numbers_of_numpy_are_numbers(module: str) -> None:
     functions = load_functions([f"{module}:numpy_says"])
     for text, value in (("0", 0.5), ("1", 1.0), ("2", 2.0)):
-        measured = measure(functions, Answer(text, example(TARGET), (), None))["numpy_says"]
+        measured = measure(functions, Answer(text, example(TARGET), (), None, 1, True))["numpy_says"]
         assert (measured, type(measured)) == (value, float)
 
 

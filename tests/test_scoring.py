@@ -14,7 +14,7 @@ from segzero_jax.pods import Pod
 from segzero_jax.record import Step, metric_keys, rollout_rows, step_metrics, update_metrics
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scored, Scorer, solution
-from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask, Rollout
+from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt, RleMask, Rollout
 from segzero_jax.watch import CollapseWatch
 
 FRAME = Frame(100, 100)
@@ -201,11 +201,16 @@ def test_hosts_score_their_shares_and_see_the_whole(rows: list[list[int]] | None
     clients = [Answered(scores) for _ in range(3)]
 
     def score(pod: Pod) -> Scored:
-        scorer = Scorer(RewardConfig(), FRAME, clients[pod.index], pod)
-        return scorer.send(examples, texts, masks=2, rows=rows[pod.index] if rows else None).result()
+        scorer = Scorer(RewardConfig(), FRAME, clients[pod.index], pod, functions)
+        own = rows[pod.index] if rows else None
+        return scorer.send(examples, texts, masks=2, rows=own, lengths=lengths).result()
 
+    lengths = Lengths(np.arange(10).reshape(5, 2), np.arange(10).reshape(5, 2) % 3 == 0)
+    functions = {"length": lambda given: given.tokens + 0.5 * given.finished}
     found = [end.result() for end in on_hosts(3, score)]
-    alone = Scorer(RewardConfig(), FRAME, Answered(scores)).send(examples, texts, masks=2).result()
+    alone = Scorer(RewardConfig(), FRAME, Answered(scores), functions=functions)
+    alone = alone.send(examples, texts, masks=2, lengths=lengths).result()
+    assert [group[0]["length"] for group in alone.components] == [0.5, 2.0, 4.0, 6.5, 8.0]
     for whole in found:
         np.testing.assert_array_equal(whole.rewards_bg, alone.rewards_bg)
         assert whole.components == alone.components
