@@ -127,7 +127,7 @@ def span_chart(
             # Pale where it is of few of the steps beneath the bar, but to be seen.
             share = sum(end - begin + 1 for begin, end in stretches) / max(near, last - first + 1)
             pale = "" if share > 0.99 else f' fill-opacity="{0.25 + 0.75 * share:.2f}"'
-            when = f"{first if first == last else f'{first} to {last}'}"
+            when = str(first) if first == last else f"{first} to {last}"
             often = "" if len(stretches) == 1 else f", {len(stretches)} times"
             box = f'x="{max(plot.left, x):.1f}" y="{middle - 7}" width="{width:.1f}" height="14"'
             parts.append(f'<rect class="span" {box}{pale}><title>{escape(name)}: {when}{often}</title></rect>')
