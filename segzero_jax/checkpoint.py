@@ -29,13 +29,11 @@ from segzero_jax.model.weights import CheckpointError, StorageError
 T = TypeVar("T")
 # A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
 _FREE_KEYS = (
-    *("mesh", "run.", "eval.", "watch.", "data.dir", "data.workers", "model.path"),
-    *("reward.server", "reward.local_model"),
-    "reward.timeout_s",
-    *("reward.missing", "reward.checkpoint_after_s", "reward.patience_s", "reward.ca_file", "reward.cert_file"),
-    *("reward.key_file", "reward.token_file", "reward.tls_name"),
-    *("model.remat", "train.steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints"),
-    "train.keep_best",
+    *("mesh", "run.", "eval.", "watch.", "data.dir", "data.workers", "model.path", "model.remat"),
+    *("reward.server", "reward.local_model", "reward.timeout_s", "reward.missing", "reward.checkpoint_after_s"),
+    *("reward.patience_s", "reward.ca_file", "reward.cert_file", "reward.key_file", "reward.token_file"),
+    *("reward.tls_name", "train.steps", "train.micro_batch_size", "train.checkpoint_every"),
+    *("train.keep_checkpoints", "train.keep_best"),
 )
 _FOLDER = "checkpoints"
 # Exit code of a run that could not save its last step or read its checkpoints.
@@ -439,19 +437,18 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
         return directory.parent, int(directory.name)
     with _reading(directory):
         own = directory / _FOLDER
-        has_own = own.is_dir()
-        if has_own and complete_steps(own):
+        if complete_steps(own):
             return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
         # An empty folder hides no other place that the run names; without one, a copy's run.dir is not its own.
-        if has_own and not (config and config.run.checkpoint_dir):
+        if own.is_dir() and not (config and config.run.checkpoint_dir):
             return own, None
         if config:
             elsewhere = checkpoint_directory(config)
             return (elsewhere, None) if elsewhere.is_dir() else None
         if directory.name.isdigit() and _is_complete(directory):
             return directory.parent, int(directory.name)
-        return (directory, None) if directory.is_dir() and complete_steps(directory) else None
+        return (directory, None) if complete_steps(directory) else None
 
 
 def complete_steps(directory: epath.Path) -> list[int]:

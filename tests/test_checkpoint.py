@@ -26,6 +26,7 @@ from segzero_jax.checkpoint import (
     _why_not_saved,
     checkpoint_directory,
     locate,
+    run_difference,
     storage_path,
 )
 from segzero_jax.config import Config
@@ -121,6 +122,23 @@ def test_another_configuration_is_refused_by_its_keys(config: Config) -> None:
             checkpoints.restore(1, make_state(config, seed=0), other, IDENTITY)
         longer = configs.replace(config, **{"train.steps": 999})
         assert checkpoints.restore(1, make_state(config, seed=0), longer, IDENTITY).step == 1
+
+
+def test_a_run_may_go_on_for_longer_and_elsewhere_and_all_else_makes_it_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = set(configs.all_keys())
+    monkeypatch.setattr(configs, "differing_keys", lambda *_: sorted(every))
+    another_run = set(run_difference(Config(), Config()).removesuffix(" differ").split(", "))
+    assert another_run < every
+    assert every - another_run == {
+        *("mesh", "run.dir", "run.checkpoint_dir", "model.path", "model.remat", "data.dir", "data.workers"),
+        *("reward.server", "reward.local_model", "reward.timeout_s", "reward.missing", "reward.checkpoint_after_s"),
+        *("reward.patience_s", "reward.ca_file", "reward.cert_file", "reward.key_file", "reward.token_file"),
+        *("reward.tls_name", "train.steps", "train.micro_batch_size", "train.checkpoint_every"),
+        *("train.keep_checkpoints", "train.keep_best", "eval.every", "eval.examples", "eval.samples"),
+        *("watch.max_skipped", "watch.alarm_after", "watch.entropy_floor", "watch.kill_after_s"),
+    }
 
 
 def test_nothing_to_resume_from_is_said(config: Config, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from thread_pod import on_hosts
 
 from segzero_jax import config as configs
 from segzero_jax.config import Config
-from segzero_jax.data import build
+from segzero_jax.data import build, checks
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same, counted_once
 from segzero_jax.data.pipeline import DataError, Source, Splits, open_split
 from segzero_jax.processor import Processor, PromptTooLong
@@ -45,13 +45,17 @@ def test_the_count_is_the_length_of_the_encoded_prompt(built: Path, wording: str
     assert check_prompts(source, used, built) == max(lengths)
 
 
-def test_what_does_not_fit_is_named_with_what_to_do(built: Path) -> None:
+def test_what_does_not_fit_is_named_with_what_to_do(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more questions than are counted at once."""
+    monkeypatch.setattr(checks, "_BLOCK", 4)
     source = open_split("r", "train", built)
     counts = processor().count_tokens(TEXTS).tolist()
     (second, longest), limit = sorted(counts)[-2:], sorted(counts)[-3]
-    assert check_prompts(source, processor(limit=longest), built) == longest
+    assert check_prompts(source, processor(limit=longest), tmp_path) == longest
     with pytest.raises(PromptTooLong) as caught:
-        check_prompts(source, processor(limit=limit), built)
+        check_prompts(source, processor(limit=limit), tmp_path)
     first, then = (f"refcocog_{16000 + counts.index(n)} with {n}" for n in (longest, second))
     assert str(caught.value) == (
         f"r/train: 2 of 6 prompts do not fit, expected at most max_prompt_tokens={limit}: {first}, {then}; "
@@ -133,19 +137,22 @@ def test_pictures_of_one_camera_are_trained_on_and_evaluated(
 
 
 def test_a_held_out_picture_is_refused_before_training(built: Path, tmp_path: Path) -> None:
+    """Also behind a generated split, whose pictures are not known, and one that has none of them."""
     image = [
         {"bytes": sources.encoded(sources.picture(seed).resize((200, 300), Image.Resampling.BICUBIC)), "path": None}
         for seed in (1, 1004, 2, 3)
     ]
     mask = [sources.rectangle(1, 1, 50, 50, 200, 300).tolist()] * 4
     source = sources.mask_parquet(tmp_path / "s", image=image, mask=mask)
+    sources.mask_parquet(source, split="val", first=2100)
     assert build.main(["held", f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
     train = open_split("r", "train", built)
     check_held_out(train, [])
+    generated = Source("toy/val", "made up", train._rows, train._decode)
     with pytest.raises(
         DataError, match=r"1 of 6 questions of r/train are about pictures of held/test, the first is ref"
     ) as e:
-        check_held_out(train, [open_split("held", "test", tmp_path)])
+        check_held_out(train, [generated, *(open_split("held", split, tmp_path) for split in ("val", "test"))])
     assert "refcocog_16004: test-picture_1-1 (looks the same" in str(e.value)
     assert "--against held/test --drop-leaks" in str(e.value)
 

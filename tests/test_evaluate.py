@@ -275,16 +275,24 @@ def test_results_of_earlier_commands_stay(source: Source, address: str, tmp_path
 
 
 def test_drawn_answers_are_all_measured(source: Source, address: str, tmp_path: Path) -> None:
-    del source[3:]
+    """Also those that were not given. A question that comes again, in another batch, is answered anew."""
+    source[1:] = [source[2], replace(source[0], id="again"), source[4]]
     (policy,) = run(tmp_path, address, "--samples=3", "--seed=5")["evaluations"]
     rows = lines(tmp_path / "toy-val/toy/samples.jsonl")
-    assert [(row["index"], row["sample"]) for row in rows] == [(i, a) for i in range(3) for a in range(3)]
-    assert len({row["text"] for row in rows}) > 3
-    mean = sum(row["iou"] for row in rows) / 9
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, a) for i in range(4) for a in range(3)]
+    assert len({row["text"] for row in rows}) > 4
+    first, again = ([row["text"] for row in rows if row["id"] == name] for name in ("q0", "again"))
+    assert first != again
+    assert policy["failures"]["not_asked"] == 3
+    mean = sum(row["iou"] for row in rows) / 12
     assert policy["expression"]["giou"] == pytest.approx(mean, abs=1e-12)
-    assert policy["expression"]["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 9)
+    rewarded = [row["reward"] for row in rows if row["reward"] is not None]
+    assert policy["expression"]["reward"] == pytest.approx(sum(rewarded) / 9)
+    things = [[row["iou"] for row in rows if row["instance"] == f"thing{n}"] for n in (0, 1, 2)]
+    assert policy["instance"]["count"] == 3
+    assert policy["instance"]["giou"] == pytest.approx(np.mean([np.mean(ious) for ious in things]), abs=1e-12)
     # All that rows depend on, so that an export whose run asks otherwise is another evaluation.
-    asked = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "mask_iou_weight": 1.0, "mask_iou_mode": "raw"}
+    asked = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "mask_iou_weight": 1.0, "mask_iou_mode": "raw", "seed": 5}
     assert policy["options"].items() >= asked.items()
     other = tmp_path / "other"
     run(other, address, "--samples=3", "--seed=6")
@@ -495,7 +503,11 @@ def test_only_the_chosen_checkpoint_sees_the_other_splits(
     arguments = ["--dataset", "d/test", "d/val", "--checkpoint", every, f"--out={tmp_path}/out", "--server=none"]
     assert command.main(arguments) == 0
     assert asked[0] == [(f"{every}/{n}", ("val",)) for n in (1, 2, 3)] + [(f"{every}/2", ("test",))]
-    assert json.loads((tmp_path / "out/results.json").read_text())["chosen"]["checkpoint"] == f"{every}/2"
+    results = tmp_path / "out/results.json"
+    chosen = json.loads(results.read_text())["chosen"]
+    assert chosen["checkpoint"] == f"{every}/2"
+    assert command.main([*arguments, f"--checkpoint={every}/1"]) == 0
+    assert json.loads(results.read_text())["chosen"] == chosen, "the second command chooses nothing"
 
 
 def test_all_hosts_go_on_with_what_the_first_one_finds_and_chooses(
@@ -525,6 +537,10 @@ def test_all_hosts_go_on_with_what_the_first_one_finds_and_chooses(
     [
         ("--batch", "4", "--batch: 32 on host 0 (w-0), 4 on host 1 (w-1)"),
         ("--limit", "4", "--limit: None on host 0 (w-0), 4 on host 1 (w-1)"),
+        ("--samples", "4", "--samples: 0 on host 0 (w-0), 4 on host 1 (w-1)"),
+        ("--seed", "4", "--seed: 0 on host 0 (w-0), 4 on host 1 (w-1)"),
+        ("--image-size", "84", "--image-size: None on host 0 (w-0), 84 on host 1 (w-1)"),
+        ("--prompt", "seg_zero", "--prompt: None on host 0 (w-0), seg_zero on host 1 (w-1)"),
     ],
 )
 def test_hosts_with_other_options_are_told(option: str, value: str, words: str, source: Source, tmp_path: Path) -> None:
@@ -565,7 +581,7 @@ def test_a_target_without_a_mask_has_no_ceiling(
     source: Source, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its target is what SAM 2 makes of box and point: the oracle would be compared with itself."""
-    for index in (0, 3):
+    for index in (0, 2, 3):  # The third has no target, which needs no mask.
         source[index] = replace(source[index], mask=None)
     _, oracle = run(tmp_path / "some", address, "--oracle")["evaluations"]
     assert (oracle["count"], oracle["expression"]["count"]) == (QUESTIONS - 2, QUESTIONS - 2)

@@ -83,6 +83,7 @@ def test_several_sets_are_one_and_keep_their_names(tmp_path: Path, data_dir: str
     assert [split.name for split in splits.train] == ["mugs/train", "r/train", "mugs/train"]
     assert [split.name for split in splits.held_out] == ["mugs/val", "r/train"]
     assert splits.checksums().keys() == {"mugs/train", "r/train", "mugs/val"}
+    assert [split.name for split in open_splits(("mugs", "r"), ["val"], tmp_path).held_out] == ["mugs/val"]
     mixed = pickle.loads(pickle.dumps(questions(splits)))
     mugs, r = splits.train[:2]
     assert len(mixed) == 2 * len(mugs) + len(r)

@@ -440,21 +440,33 @@ def test_what_counts_as_the_same_picture() -> None:
     near, far = bits[0].copy(), bits[1].copy()
     near[:20] ^= 1
     far[:21] ^= 1
-    flat = np.zeros(256, np.uint8)
-    prints = [np.packbits(row).tobytes() for row in (*bits, near, far, flat)]
-    held_out = index([("coco:1", "s1", prints[0]), ("coco:2", "s2", prints[1]), ("x:3", "s3", prints[6])])
+    flat = [np.arange(256) < count for count in (0, 10, 240)]
+    prints = [np.packbits(row).tobytes() for row in (*bits, near, far, *flat)]
+    held_out = [("coco:1", "s1", prints[0]), ("coco:2", "s2", prints[1])]
+    held_out += [(f"x:{n}", f"s{n}", prints[n]) for n in (6, 7, 8)]
     train = [
         ("coco:2", "t0", prints[2]),
         ("y", "s1", prints[3]),
         ("y", "t2", prints[4]),
         ("y", "t3", prints[5]),
-        ("y", "t4", prints[6]),
+        *(("y", f"t{n}", prints[n]) for n in (6, 7, 8)),
     ]
     named = [(0, "q1", "same name, coco:2"), (1, "q0", "same file")]
     looking = [(2, "q0", "looks the same, 20 of 256 bits differ")]
     for one_set, expected in ((False, named + looking), (True, named)):
-        found = leaks.find_leaks(index(train), held_out, one_set)
+        found = leaks.find_leaks(index(train), index(held_out), one_set)
         assert [(leak.row, leak.held_out, leak.why) for leak in found] == expected
+
+
+def test_every_picture_is_compared_with_every_held_out_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several blocks of both."""
+    monkeypatch.setattr(leaks, "_BLOCK", 2)
+    bits = np.random.default_rng(0).integers(0, 2, (7, 256), dtype=np.uint8)
+    held_out = index([(f"x:{n}", f"s{n}", np.packbits(row).tobytes()) for n, row in enumerate(bits)])
+    bits[:, :5] ^= 1
+    train = index([("y", f"t{n}", np.packbits(row).tobytes()) for n, row in enumerate(bits[::-1])])
+    found = leaks.find_leaks(train, held_out, one_set=False)
+    assert [(leak.row, leak.held_out) for leak in found] == [(n, f"q{6 - n}") for n in range(7)]
 
 
 def test_a_source_that_is_mostly_unusable_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -263,6 +263,17 @@ def test_a_mask_file_of_any_kind(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(pixels(mug.mask), rectangle(1, 2, 3, 4))
 
 
+@pytest.mark.parametrize("column", ["mask", "ignore"])
+def test_a_mask_of_another_size_than_its_picture_is_left_out_by_name(column: str, tmp_path: Path) -> None:
+    folder = sources.lines(tmp_path / "s")
+    Image.fromarray(rectangle(1, 1, 5, 5, 10, 12)).save(folder / "masks/small.png")
+    row = {"image": "images/0.jpg", "question": "the red mug", "mask": "masks/one.png", "id": "small"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row | {column: "masks/small.png"}))
+    out = built(tmp_path, "mine", folder)
+    assert left_out(out, "mine") == {"small": "a mask of 10x12 pixels, expected the picture's 128x96"}
+
+
 def test_a_mask_in_a_palette_that_a_program_has_made_is_refused(tmp_path: Path) -> None:
     """It may number white 0 and black 1: everything but the object would be the target."""
     folder = sources.lines(tmp_path / "s")
@@ -376,6 +387,9 @@ def test_cocos_boxes_share_a_picture_with_masks(tmp_path: Path) -> None:
         (None, "bbox null, expected [x, y, width, height]"),
         ([60, 10, 0, 71], "a target box without area, [60, 10, 59, 80]"),
         ([60, 10, 90, 71], "a target box [60, 10, 149, 80] outside the 128x96 picture"),
+        ([60, 10, 31, 88], "a target box [60, 10, 90, 97] outside the 128x96 picture"),
+        ([-1, 10, 31, 71], "a target box [-1, 10, 29, 80] outside the 128x96 picture"),
+        ([60, -1, 31, 71], "a target box [60, -1, 90, 69] outside the 128x96 picture"),
     ],
 )
 def test_a_box_of_coco_that_is_none_leaves_its_question_out(tmp_path: Path, bbox: Any, reason: str) -> None:

@@ -95,6 +95,10 @@ def test_a_missing_score_is_never_a_zero() -> None:
     assert numbers["mask_iou/mean"] == 0.5
     row, _ = rollout_rows(step(result), FRAME, "vision_reasoner", lambda *_: "images/row-1.jpg")
     assert (row["reward"], row["mask_iou"], row["error"]) == (None, None, "the box is not finite")
+    refused = Answered([scored(None, "stumbled")])
+    unreadable = Scorer(RewardConfig(), FRAME, refused).send([example(TARGET)], [[BROKEN]]).result()
+    assert np.isnan(unreadable.rewards_bg).all()
+    assert unreadable.components == [[{}]]
 
 
 def test_a_point_outside_the_picture_earns_nothing_and_the_row_says_why() -> None:
