@@ -206,6 +206,20 @@ def test_what_is_gathered_beside_other_work_is_sent_once() -> None:
     assert [kind for kind, _ in program.collectives()] == ["all-gather"]
 
 
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        (f"({', '.join(['f32[16,32]'] * 4)}) all-to-all(%y, %y, %y, %y)", {"all-to-all": 4 * 16 * 32 * 4 * 3 / 4}),
+        ("f32[64,32] all-to-all(%y), dimensions={0}", {"all-to-all": 64 * 32 * 4 * 3 / 4}),
+        ("f32[16,32] reduce-scatter(%y), dimensions={0}", {"reduce-scatter": 64 * 32 * 4 * 3 / 4}),
+    ],
+)
+def test_what_four_chips_exchange_is_all_but_each_one_s_own_quarter(written: str, sent: dict[str, float]) -> None:
+    lines = ("%y = f32[64,32] parameter(0)", f"ROOT %out = {written}, replica_groups={{{{0,4,8,12}}}}")
+    text = "ENTRY %main (y: f32[64,32]) -> f32[64,32] {\n  " + "\n  ".join(lines) + "\n}\n"
+    assert Program(f"HloModule exchange\n\n{text}").cost.collectives == sent
+
+
 def test_room_that_is_set_aside_is_not_traffic() -> None:
     without = "\n".join(line for line in BESIDE.splitlines() if "AllocateBuffer" not in line)
     assert Program(BESIDE).cost.bytes == Program(without).cost.bytes > 0

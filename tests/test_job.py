@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from thread_pod import on_hosts
 
-from segzero_jax.job import Job
+from segzero_jax.job import Job, answer
 from segzero_jax.mesh import TRAIN, Rows, make_mesh
 from segzero_jax.pods import Pod
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
@@ -54,3 +55,18 @@ def test_rows_lie_where_the_mesh_wants_them(mesh: str) -> None:
         placed = Job.place(job, whole, range(8))
     np.testing.assert_array_equal(placed, whole)
     assert placed.sharding.spec == TRAIN.spec("batch", None)
+
+
+def test_every_batch_of_an_evaluation_draws_other_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[jax.Array] = []
+    monkeypatch.setattr("segzero_jax.job.sample", lambda weights, prompts, key, **_: keys.append(key))
+    config = SimpleNamespace(seed=0, train=SimpleNamespace(batch_size=3), eval=SimpleNamespace(samples=1))
+    said = SimpleNamespace(length_bg=np.array([[1], [2], [3]]), finished_bg=np.array([[True], [False], [True]]))
+    job: Any = Mock(config=config, rows=Rows([0, 1, 2], [0, 1, 2]), fetch=lambda _: said)
+    job.texts = lambda _: [["a"], ["b"], ["c"]]
+    texts, lengths = answer(job, Mock(), EXAMPLES, greedy=False, before_batch=lambda: None)
+    assert "".join(text for (text,) in texts) == "abcabcab"
+    # A short last batch is filled up with rows that nobody has asked for.
+    assert lengths.tokens_bg.tolist() == [[1], [2], [3]] * 2 + [[1], [2]]
+    assert lengths.finished_bg.tolist() == [[True], [False], [True]] * 2 + [[True], [False]]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3

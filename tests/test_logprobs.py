@@ -66,6 +66,17 @@ def test_gradients_are_those_of_a_plain_softmax(mesh: str, length: int) -> None:
         assert np.abs(found - right).max() <= 1e-5 * np.abs(right).max()
 
 
+def test_the_gradient_of_a_float32_head_is_not_rounded_to_what_the_states_are() -> None:
+    tokens = np.random.default_rng(3).integers(4, 500, (1, 1, 5), dtype=np.int32)
+    setup = SETUP._replace(dtype=jnp.dtype("bfloat16"))
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, hidden = random_policy(), jnp.ones((1, 1, 5, DIMS.hidden), "bfloat16")
+        loss = lambda policy: response_logps(policy, hidden, tokens, setup, 0.7, BANNED)[0].sum()  # noqa: E731
+        gradient = np.asarray(jax.jit(jax.grad(loss))(policy).embed_vd[...])
+    assert gradient.dtype == "float32"
+    assert (gradient != gradient.astype(jnp.bfloat16)).any()
+
+
 def test_a_banned_token_has_no_probability_and_none_banned_changes_nothing():
     with jax.set_mesh(make_mesh("1x1")):
         raw = jnp.asarray(np.random.default_rng(0).standard_normal((2, 512)), jnp.float32)

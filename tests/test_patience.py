@@ -176,7 +176,7 @@ def test_hosts_that_wait_for_another_do_not_hang() -> None:
             patience.finish("scores")
             return run.timer.running()[1]
 
-    assert max(end.result() for end in on_hosts(2, act)) <= 6
+    assert [end.result() for end in on_hosts(2, act)] == [2, 1], "the last second or two, as yet uncounted"
 
 
 def test_what_one_host_asks_for_all_save() -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,8 +18,8 @@ from segzero_jax.model.splash import live_scores
 from segzero_jax.plan import PhasePlan, Plan, PlanError, slices
 from segzero_jax.plan.__main__ import Console, main, print_plan
 from segzero_jax.plan.cost import Kernel
-from segzero_jax.plan.phases import advise, analyse, axis_bytes, kernel_flops
-from segzero_jax.plan.slices import CHIPS, make_topology_mesh, read_topology
+from segzero_jax.plan.phases import advise, analyse, axis_bytes, kernel_flops, make_plan
+from segzero_jax.plan.slices import CHIPS, Chip, make_topology_mesh, read_topology
 from segzero_jax.plan.step import Step, find_dims, shard_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -271,23 +272,34 @@ def test_released_models_are_planned_without_their_files():
     assert (seven.head_width, seven.vision.head_width, seven.vision.patch_width) == (128, 80, 1176)
 
 
-def test_a_phase_that_needs_more_than_the_chip_has(monkeypatch):
+@pytest.mark.parametrize(("written", "gib"), [("60.50G", 60.5), ("512.00M", 0.5)])
+def test_a_phase_that_needs_more_than_the_chip_has(written, gib):
     """Its size is read from what the compiler says, and what else is in memory is added."""
 
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.50G) "
-                "exceeds available HBM (15.75G)."
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+                f"({written}) exceeds available HBM (15.75G)."
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     (found,) = analyse("update", 4, Lowered, (beside,), CHIPS["v5e"], (1, 4, 4), {})
-    assert (found.runs, found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (4, False, 61.5, 1.0, None)
+    assert (found.runs, found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (4, False, gib + 1, 1.0, None)
 
 
 def phase(name: str) -> PhasePlan:
     return PhasePlan(name, 1, 1.0, 20.0, 1.0, 22.0, False, 1e12, 1e9, {}, 1.0, "HBM")
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [("float32", 6), ("bfloat16", 1)])
+def test_a_product_of_float32_numbers_is_six(dtype, passes, monkeypatch):
+    chips: list[Chip] = []
+    monkeypatch.setattr("segzero_jax.plan.phases.analyse", lambda name, *given: chips.append(given[3]) or [phase(name)])
+    run = configs.replace(configs.Config(), **{"mesh": "2x2", "model.compute_dtype": dtype})
+    make_plan(run, None, "v5e:2x2", lambda name: None)
+    assert {chip.flops for chip in chips} == {CHIPS["v5e"].flops / passes}
+    assert {chip.hbm for chip in chips} == {CHIPS["v5e"].hbm}
 
 
 def test_advice_names_what_is_not_yet_done():
@@ -296,7 +308,11 @@ def test_advice_names_what_is_not_yet_done():
     said = "\n".join(advise(wasteful, [phase("update")]))
     assert "--model.remat=true" in said
     assert "--train.micro_batch_size=4" in said
+    assert "--rollout.max_response_tokens=650: shorter answers" in said
     assert "remat" not in "\n".join(advise(preset, [phase("update")]))
+    for frozen in (False, True):
+        tower = configs.replace(preset, **{"model.freeze_vision": frozen})
+        assert ("--model.freeze_vision=true" in "\n".join(advise(tower, [phase("update")]))) != frozen
     parts = configs.replace(preset, **{"train.mini_batch_size": 8})
     said = "\n".join(advise(parts, [phase("prefill")]))
     assert "--train.batch_size=4 --train.mini_batch_size=4: fewer prompts a step" in said, "all that is larger"
@@ -321,11 +337,18 @@ def test_every_axis_of_the_mesh_has_links_of_its_own():
     assert axis_bytes(sent, (1, 2, 4)) == [0.0, 8.0 + 1.0, 30.0 + 5.0 + 1.0]
 
 
+PLAN = Plan("configs/x.yaml", "4x4", "v5e:4x4", 16, 15.75, 1408, 1300, False, 12.0, 0.67, [phase("update")], ["more"])
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_says_whether_the_run_fits(form, fits, code, monkeypatch):
+    monkeypatch.setattr("segzero_jax.plan.__main__.make_plan", lambda *_: replace(PLAN, fits=fits))
+    assert main(["--topology=v5e:4x4", *form]) == code
+
+
 def test_the_table_fits_a_narrow_terminal(capsys):
-    print_plan(
-        Plan("configs/x.yaml", "4x4", "v5e:4x4", 16, 15.75, 1408, 1300, False, 12.0, 0.67, [phase("update")], ["more"]),
-        Console(width=80),
-    )
+    print_plan(PLAN, Console(width=80))
     said = capsys.readouterr().out
     assert "does not fit: 22.00 GiB of 15.75 GiB a chip, in update" in said
     assert max(map(len, said.splitlines())) <= 80

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import question_sources as sources
 from fake_reward_server import Fake, free_port, serving
 from orbax.checkpoint._src.path import gcs_utils
 
+from reward_server import reward_pb2
 from segzero_jax import config as configs
 from segzero_jax import preflight
 from segzero_jax.checkpoint import Checkpoints
@@ -219,6 +221,8 @@ class TestDisks:
         (folder / "policy").write_bytes(bytes(1000))
         less = {need.what: need.size for need in preflight._needs(config(tmp_path))}
         assert sum(needed.values()) - sum(less.values()) == 1000
+        os.truncate(folder / "policy", 2**40)  # Of a run that kept more.
+        assert min(need.size for need in preflight._needs(config(tmp_path))) == 0, "no room for the others"
 
     def test_that_cannot_be_looked_at(self, tmp_path: Path) -> None:
         place = tmp_path / ("x" * 300)
@@ -242,6 +246,15 @@ class TestModel:
         monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
         said = failure("model", config(tmp_path, **{"model.path": "org/some"}))
         assert said.startswith("model.path=org/some: not in the cache, and the hub does not answer: ")
+
+    def test_of_which_the_cache_has_a_part(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = {"config.json": 1, "1.safetensors": 20, "2.safetensors": 300, "other.bin": 4000}
+        found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=sizes[name]) for name in sizes])
+        monkeypatch.setattr(preflight, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: found))
+        here = {"config.json": "/a/config.json", "1.safetensors": "/a/1.safetensors"}
+        monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda repo, name, revision: here.get(name))
+        needed = {need.what: need.size for need in preflight._needs(config(tmp_path, **{"model.path": "org/some"}))}
+        assert needed["the model"] == 300
 
     def test_without_tokenizer(self, tmp_path: Path) -> None:
         shutil.copytree(TOY, tmp_path / "model")
@@ -299,6 +312,18 @@ def test_one_of_several_reward_servers_that_is_away(tmp_path: Path) -> None:
     with serving(Fake()) as address:
         given = config(tmp_path, **{"reward.server": f"{address},127.0.0.1:{free_port()}", "reward.timeout_s": 0.1})
         assert "going on without reward server 127.0.0.1:" in failure("reward servers", given)
+
+
+def test_a_reward_server_that_makes_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: reward_pb2.SegmentRequest, context: object) -> reward_pb2.SegmentResponse:
+        failed = reward_pb2.CandidateMask(status=reward_pb2.Status(code=13, message="out of memory"))
+        return reward_pb2.SegmentResponse(request_id=request.request_id, candidates=[failed])
+
+    fake = Fake()
+    monkeypatch.setattr(fake, "Segment", fail)
+    with serving(fake) as address:
+        said = failure("reward servers", config(tmp_path, **{"reward.server": address}))
+    assert said == f"reward server {address}: out of memory"
 
 
 def test_reward_functions_that_are_not_there_or_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

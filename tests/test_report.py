@@ -19,10 +19,11 @@ from pycocotools import mask as coco
 
 from segzero_jax import jsonl, overlay, rewards
 from segzero_jax.metrics import duration
-from segzero_jax.report import RunError, cards, charts, write_report
+from segzero_jax.report import RunError, cards, charts, evaluations, write_report
 from segzero_jax.report.__main__ import main
-from segzero_jax.report.cases import Case, choose
+from segzero_jax.report.cases import Case, choose, rollouts_section
 from segzero_jax.report.charts import Series
+from segzero_jax.report.curves import reward_section
 from segzero_jax.report.gallery import Shown, build_gallery
 from segzero_jax.report.markup import MINUS, NOTHING, label, show
 from segzero_jax.report.run import ends, read_run, reward_maxima
@@ -136,6 +137,32 @@ def test_the_headline_counts_the_steps_that_were_scored(copied, scored):
     tile = report(copied).words("more")
     assert ("step 7, the only one with scores" in tile) == (scored == 1)
     assert ("first step → last step" in tile) == (scored == 2)
+
+
+@pytest.mark.parametrize(("gain", "colour"), [(2.0, "up"), (0.5, ""), (-0.5, ""), (-2.0, "down")])
+def test_a_change_of_the_reward_has_a_colour_where_it_is_more_than_noise(copied, gain, colour):
+    """Twice its standard error, which is 0.47 here."""
+    for folder in ("rollouts", "evaluations"):
+        shutil.rmtree(copied / folder)
+    (copied / "evaluations.jsonl").unlink()
+    means = {step: 3 + (-1) ** step + gain * (step > 12) for step in range(6, 25)}
+    found = [row for row in rows(copied, "metrics.jsonl") if row["step"] in means]
+    jsonl.write(copied / "metrics.jsonl", [row | {"reward/mean": float(means[row["step"]])} for row in found])
+    page = report(copied)
+    (change,) = [attrs["class"] for attrs in page.all("span") if attrs.get("class") in ("up", "down", "")]
+    assert change == colour
+    assert "by GRPO. 24 steps, " in page.words(), "though the lines of five are lost"
+
+
+def test_a_change_of_an_evaluation_has_its_sign_and_its_colour(copied):
+    found = rows(copied, "evaluations.jsonl")
+    giou = {"greedy": (0.5, 0.75), "sampled": (0.75, 0.625)}
+    for row in found:
+        row["giou"] = giou[row["mode"]][row["step"] == 24] if row["split"] == SPLITS[0] else 0.25
+    jsonl.write(copied / "evaluations.jsonl", found)
+    page = Page(evaluations.gains(read_run(copied)))
+    changes = [page.words(colour) for colour in ("up", "down", "")]
+    assert changes == ["+0.250", f"{MINUS}0.125", "+0.000 +0.000"]
 
 
 def test_the_evaluation_table_holds_every_row(run_dir, page):
@@ -573,6 +600,20 @@ def test_the_names_of_numbers_are_spelt_as_in_the_text():
     ]
 
 
+def test_a_response_leans_to_the_side_of_its_advantage(copied):
+    found = rows(copied, "rollouts/24.jsonl")
+    for row in found:
+        row.update(advantage=(1.5, 0.75, -0.75, -1.5)[row["sample"]], finished=row["sample"] != 2)
+    jsonl.write(copied / "rollouts/24.jsonl", found)
+    page = Page(rollouts_section(read_run(copied)))
+    assert [(attrs["class"], attrs["style"]) for attrs in page.all("i")] == [
+        *(("plus", f"left:50%;width:{width}%") for width in (50.0, 25.0)),
+        *(("minus", f"right:50%;width:{width}%") for width in (25.0, 50.0)),
+    ]
+    notes = [data for at, data in page.text if at == ("p", "note")]
+    assert ["cut off at the limit" in note for note in notes] == [False, False, True, False]
+
+
 def test_two_groups_about_one_question_are_two(copied):
     """A step with more questions than the set has asks one of them again; only one group is shown."""
     file = copied / "rollouts" / "24.jsonl"
@@ -615,26 +656,39 @@ def test_cases_are_chosen_by_what_their_names_say(qualities, paired):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "listed"),
+    ("before", "after", "counts", "listed"),
     [
-        ([0.0], [0.5], "the most improved."),
-        ([0.0, 0.0], [0.0, 0.0], "the typical (nearest to the median IoU) and the worst (lowest IoU) afterwards."),
-        ([0.0, 0.5], [0.8, 0.9], "the most improved and the typical (nearest to the median IoU) afterwards."),
+        ([0.0], [0.5], (1, 0, 0), "the most improved."),
         (
-            [0.0, 0.5, 0.1],
-            [0.8, 0.5, 0.1],
+            [0.0, 0.0],
+            [0.0, 0.0],
+            (0, 0, 2),
+            "the typical (nearest to the median IoU) and the worst (lowest IoU) afterwards.",
+        ),
+        (
+            [0.0, 0.5],
+            [0.8, 0.9],
+            (2, 0, 0),
+            "the most improved and the typical (nearest to the median IoU) afterwards.",
+        ),
+        (
+            [0.0, 0.5, 0.11, 0.3, 0.1],
+            [0.8, 0.1, 0.1, 0.0, 0.11],
+            (1, 2, 2),
             "the most improved, the typical (nearest to the median IoU) and the worst (lowest IoU) afterwards.",
         ),
     ],
 )
-def test_the_page_says_what_kinds_of_cases_it_shows(tmp_path, before, after, listed):
+def test_the_page_says_what_kinds_of_cases_it_shows(tmp_path, before, after, counts, listed):
     write_fake_run(tmp_path / "run", steps=2, evaluated=(0, 2), questions=len(before))
     for step, ious in ((0, before), (2, after)):
         (tmp_path / f"run/evaluations/{step}_{SPLITS[1]}.jsonl").unlink()
         file = tmp_path / f"run/evaluations/{step}_{SPLITS[0]}.jsonl"
         jsonl.write(file, [row | {"iou": iou} for row, iou in zip(jsonl.read(file), ious, strict=True)])
     page = report(tmp_path / "run")
-    assert f"stayed. Shown are {listed}" in page.words()
+    improved, worse, stayed = counts
+    said = f"{improved} improved in IoU by more than 0.02, {worse} got worse, {stayed} stayed. Shown are {listed}"
+    assert said in page.words()
     kinds = [data for at, data in page.text if at and at[0] == "b" and data in ("Most improved", "Typical", "Worst")]
     assert [f"the {kind.lower()}" for kind in kinds] == re.findall(r"the (?:most improved|typical|worst)", listed)
 
@@ -669,6 +723,17 @@ def test_the_page_of_an_evaluation_counts_failures(count, said):
     result = {"dataset": "toy", "split": "val", "checkpoint": "c", "failed": failed, "failures": {"not_json": count}}
     shown = Shown(result | {"expression": {"giou": 0.5}}, [], [], lambda _: None, "vision_reasoner")
     assert said in build_gallery("it", [shown], {"evaluations": []})
+
+
+def test_the_answers_of_a_column_lie_within_its_bounds():
+    result = {"dataset": "toy", "split": "val", "checkpoint": "c", "failed": [], "failures": {}}
+    found = [{"sample": 1, "iou": iou} for iou in (0.0, 0.04, 0.05, 0.99, 1.0)]
+    shown = Shown(result | {"expression": {"giou": 0.5}}, found, [], lambda _: None, "vision_reasoner")
+    columns = re.findall(r'title="([1-9][^"]*)"', build_gallery("it", [shown], {"evaluations": []}))
+    assert columns == [
+        f"{n} answers of {low} to {high}"
+        for n, low, high in ((2, "0.00", "0.05"), (1, "0.05", "0.10"), (2, "0.95", "1.00"))
+    ]
 
 
 def test_the_rank_of_adapters_is_among_the_settings(copied):
@@ -794,6 +859,31 @@ def test_higher_values_are_drawn_higher_and_later_steps_further_right():
     assert y1 - y3 == pytest.approx(y3 - y2, abs=0.2)
     assert "step 2" in drawing
     assert '<line class="max"' in drawing
+
+
+def test_the_band_around_the_reward_is_as_wide_above_as_below(copied):
+    found = rows(copied, "metrics.jsonl")
+    jsonl.write(copied / "metrics.jsonl", [row | {"reward/mean": 3.0, "reward/std": 0.5} for row in found])
+    drawing = reward_section(read_run(copied))
+    band, line = (re.search(rf'<path class="{kind} s0" d="([^"]*)"', drawing).group(1) for kind in ("band", "line"))
+    (top, bottom), (middle,) = (sorted({float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", d)}) for d in (band, line))
+    assert middle - top == pytest.approx(bottom - middle, abs=0.2)
+    assert middle - top > 10
+
+
+def test_a_peak_leaves_the_rest_its_height():
+    drawing = charts.stacked_chart(range(1, 11), [Series("it", [1.0] * 9 + [100.0])], "it")
+    (path,) = re.findall(r'<path class="layer l0" d="([^"]*)"', drawing)
+    top, usual, bottom = sorted({float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)})
+    assert bottom - usual == pytest.approx((bottom - top) / 3, abs=0.2)
+    assert "step 10  in all 100" in drawing
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    drawing = charts.line_chart([1, 2], [Series(name, [float(i), 2.0]) for i, name in enumerate("abc")], "it")
+    places = sorted(float(y) for y in re.findall(r'<text class="name s\d" x="[\d.]+" y="([\d.]+)"', drawing))
+    assert len(places) == 3
+    assert min(np.diff(places)) >= 12
 
 
 def test_the_read_out_gives_the_step_itself_beside_the_smoothed_line(run_dir, page):

@@ -76,6 +76,16 @@ class TestScore:
         assert scores[0][0].mask == RleMask(1, 2, "02")
         assert [(m.mask, m.model_score, m.error) for m in masks] == [(RleMask(2, 3, "06"), 0.5, "")] * 2
 
+    def test_a_group_is_as_many_calls_as_its_masks_need(self) -> None:
+        """A candidate without objects has a mask too, where masks are asked for."""
+        fake = counting()
+        with serving(fake) as address, RewardClient(address, 10) as client:
+            client.servers = [replace(client.info(), max_mask_pixels=2 * 50 * 60)]
+            groups = [group(id, 0, 0, 0, 0) for id in ("masked", "plain")]
+            assert [len(scores) for scores in client.score(groups, masks=1).result()] == [4, 4]
+        sizes = [(request.request_id, len(request.candidates)) for request in fake.seen]
+        assert sorted(sizes) == [("masked", 2), ("masked", 2), ("plain", 4)]
+
     def test_leaves_at_once(self) -> None:
         fake, hold, arrived = counting(), threading.Event(), threading.Barrier(4)
         fake.before = lambda request, context: (arrived.wait(10), hold.wait(10))
@@ -310,6 +320,15 @@ class TestSeveralServers:
         with serving(Fake()) as here, RewardClient(f"{away},{here}", 10) as client:
             assert [info.address for info in client.wait_until_serving(1, said.append)] == [here]
         assert_one_line(said[-1], f"going on without reward server {away}: unreachable")
+
+    def test_all_are_waited_for_at_first(self) -> None:
+        with (
+            serving(Fake()) as first,
+            running(Fake(), NOT_SERVING) as (second, _, health),
+            RewardClient(f"{first},{second}", 10) as client,
+        ):
+            threading.Timer(0.1, health.set, (SERVICE, SERVING)).start()
+            assert [info.address for info in client.wait_until_serving(10)] == [first, second]
 
     def test_must_have_one_model(self) -> None:
         with serving(Fake(checkpoint="aa")) as first, serving(Fake(checkpoint="bb")) as second:

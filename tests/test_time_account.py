@@ -1,4 +1,5 @@
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,17 @@ def test_jax_tells_when_it_compiles():
     assert timer.take().keys() == {"update", "other"}
     jax.jit(lambda x: x + 1)(jnp.ones(3))
     assert timer.take().keys() == {"other"}
+
+
+def test_what_another_thread_compiles_is_not_counted(timer):
+    compilation, done = CompileClock(timer), []
+    other = threading.Thread(target=lambda: done.append(float(jax.jit(lambda x: x * 3 + 1)(1.0))))
+    with compilation.listening(), timer.phase("rollout"):
+        other.start()
+        other.join()
+        assert done == [4.0]
+        assert not compilation.compiling
+    assert timer.take().keys() == {"rollout", "other"}
 
 
 def test_what_is_traced_inside_a_trace_counts_once(timer, clock):

@@ -1,3 +1,4 @@
+import json
 import threading
 import time
 from pathlib import Path
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 
 from segzero_jax import watch
 from segzero_jax.config import ConfigError, WatchConfig
-from segzero_jax.profiling import parse_steps
+from segzero_jax.metrics import MetricsWriter
+from segzero_jax.profiling import Profiler, parse_steps
 from segzero_jax.record import update_metrics
 from segzero_jax.time_account import PhaseTimer
-from segzero_jax.watch import HUNG, CollapseWatch, Diverged, FiniteWatch, HangWatch
+from segzero_jax.watch import HUNG, CollapseWatch, Diverged, FiniteWatch, HangWatch, Watch
 
 HEALTHY = {
     **{"reward/mean": 4.0, "reward/zero_std_groups": 0.9, "entropy": 0.4, "empty_thinking": 0.5},
@@ -258,6 +260,31 @@ def test_a_hang_is_told_and_ended_on_a_full_disk(monkeypatch):
     assert ended[0] == watch.HUNG
     assert "rollout has taken" in said[0]
     assert said[0].endswith("could not be written: [Errno 28] No space left on device")
+
+
+# All of it.
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_run_that_goes_on_keeps_its_alarms_and_its_clock(tmp_path, done):
+    now = 0.0
+    timer = PhaseTimer(lambda: now)
+    low = HEALTHY | {"entropy": 0.0}
+    with MetricsWriter(tmp_path, 10, show_progress=False) as writer:
+        for step in range(1, 10):
+            writer.write_step(step, low)
+        profiler = Profiler(tmp_path / "profile", range(0), timer, writer.message)
+        with Watch(WatchConfig(alarm_after=10), tmp_path, timer, writer, [], None, profiler) as found:
+            for phase, seconds in (("rollout", 4.0), ("evaluation", 16.0)):
+                with found.phase(phase):
+                    now += seconds
+            line = found.line(10, low, tokens=100)
+            if done:
+                found.done()
+    assert {name for name, raised in line.items() if name.startswith("alarm/") and raised} == {"alarm/low_entropy"}
+    assert (line["time/step"], line["time/total"]) == (4.0, 20.0)
+    assert line["tokens_per_second"] == 100 / 4.0, "an evaluation is beside the steps"
+    assert json.loads((tmp_path / "clock.json").read_text())["ended"] == done
 
 
 # --profile.

@@ -18,6 +18,7 @@ import same_run
 from segzero_jax import config as configs
 from segzero_jax import job, train
 from segzero_jax.checkpoint import SaveError
+from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
 from segzero_jax.evaluate import __main__ as evaluate
 from segzero_jax.grpo import TrainState, UpdateBatch, learn, policy_logps, update
@@ -84,6 +85,7 @@ def test_mesh_4x4_on_a_cpu_trains_against_sam_2(tmp_path: Path, data_dir: str) -
 @pytest.mark.slow
 def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: Path, data_dir: str) -> None:
     arguments = [*SMALL, f"--data.dir={data_dir}", "--reward.server=none", "--train.checkpoint_every=2"]
+    arguments += ["--train.lr=1e-4", "--train.warmup_steps=4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     update.clear_cache()
     assert train.main([*arguments, "--train.steps=4", f"--run.dir={whole}"]) == 0
@@ -91,6 +93,7 @@ def test_resume_goes_on_after_the_checkpoint_and_update_compiles_once(tmp_path: 
     assert train.main([*arguments, "--train.steps=2", f"--run.dir={parts}"]) == 0
     assert train.main([*arguments, "--train.steps=4", f"--run.dir={parts}", "--resume"]) == 0
     assert same_run.lines(parts / "metrics.jsonl") == same_run.lines(whole / "metrics.jsonl")
+    assert [row["lr"] for row in lines(parts / "metrics.jsonl")] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
     alone = configs.replace(Config(), **{"reward.server": "none"})
     assert [keys(row) for row in lines(parts / "metrics.jsonl")] == [set(metric_keys(alone))] * 4
     assert lines(parts / "rollouts" / "4.jsonl") == lines(whole / "rollouts" / "4.jsonl")
@@ -246,9 +249,12 @@ def test_a_reward_of_one_s_own_is_learnt_from_and_its_changes_are_told(
     assert row["reward/long"] == np.mean([one["components"]["long"] for one in rollouts])
     assert reward_maxima(read_run(tmp_path / "run")).total is None, "who knows what a function gives at most"
     module.write_text("def long(answer):\n    return 5.0\n")
+    monkeypatch.setattr(train, "this_code", lambda: Code("9.9", "", "0123456789abcdef"))
     capsys.readouterr()
     assert train.main([*arguments, "--train.steps=2"]) == 0
-    assert "the file of the reward function long has changed: numbers may differ" in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert "the file of the reward function long has changed: numbers may differ" in said
+    assert f"the code was {this_code()} then, and is 9.9, source 01234567: numbers may differ" in said
     assert train.main([*arguments[:-2], "--train.steps=2"]) == 2
     assert "(reward.functions" in capsys.readouterr().err
     assert train.main([*arguments, "--reward.functions=[absent:long]"]) == 2
