@@ -146,7 +146,7 @@ def reason_seg(folder: Path) -> Path:
             [shape("ignore", 30, 30, 49, 49), shape("target", 20, 20, 79, 69), shape("flag", 0, 0, 100, 90)],
         ),
         "test/103_d": (["the unicorn in the picture"], [shape("ignore", 3, 3, 8, 8)]),
-        "test/104_e": (["the caf\u00e9", "never asked in evaluation"], [shape("target", 40, 8, 99, 60)]),
+        "test/104_e": (["the dog\u2019s caf\u00e9", "never asked in evaluation"], [shape("target", 40, 8, 99, 60)]),
     }
     for number, (stem, (texts, shapes)) in enumerate(content.items()):
         path = folder / stem

@@ -143,6 +143,27 @@ def test_too_large_pictures_are_scaled_down_with_their_masks(monkeypatch: pytest
     assert fitted.mean() == pytest.approx(0.25, abs=0.01)
 
 
+def test_too_large_files_become_jpegs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PNG that is stored as it is, and what is written again as one."""
+    size = len(KINDS["png"])
+    for most, kind in ((size, "PNG"), (size - 1, "JPEG")):
+        monkeypatch.setattr(pictures, "MAX_BYTES", most)
+        for source in ("png", "bmp"):
+            stored = read_picture(KINDS[source], None)
+            assert reopened(stored.data).format == kind
+            assert stored.frame == stored.original == Frame(128, 96)
+            assert np.abs(as_the_segmenter(stored.data).astype(int) - np.asarray(RGB)).mean() < 3
+
+
+def test_a_picture_that_would_fill_the_memory_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_MAX_DECODED", 128 * 96)
+    read_picture(KINDS["png"], None)
+    monkeypatch.setattr(pictures, "_MAX_DECODED", 128 * 96 - 1)
+    with pytest.raises(PictureError, match="picture of 128x96 pixels, expected at most 12287") as caught:
+        read_picture(KINDS["png"], None)
+    assert caught.value.kind == "picture of too many pixels"
+
+
 def bits(image: Image.Image) -> np.ndarray:
     return np.unpackbits(np.frombuffer(fingerprint(image), np.uint8))
 

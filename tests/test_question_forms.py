@@ -88,10 +88,14 @@ def test_the_hubs_evaluation_sets(tmp_path: Path) -> None:
         assert (example.id, example.image_id) == (f"test-picture_{n}-{n}", f"ReasonSeg:test/picture_{n}")
     # Of sets made from RefCOCO, a number is COCO's.
     made = sources.mask_parquet(
-        tmp_path / "t", split="testA", image_id=["391895", "42", "COCO_train2014_000000000009", "7"]
+        tmp_path / "t",
+        split="testA",
+        image_id=["391895", "42", "COCO_train2014_000000000009", "7"],
+        text=[["the cat", "a cat there"]] * 4,
     )
     source = open_split("refcoco", "testA", built(tmp_path, "refcoco", made))
     assert [example.image_id for example in source] == ["coco:391895", "coco:42", "coco:9", "coco:7"]
+    assert {example.question for example in source} == {"the cat"}, "of several sentences the first"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,10 @@ def test_the_hubs_evaluation_sets(tmp_path: Path) -> None:
     ],
 )
 def test_refer(tmp_path: Path, name: str, by: str, splits: tuple[str, ...]) -> None:
-    out = built(tmp_path, name, sources.refer(tmp_path / "s", name, by, splits))
+    folder = sources.refer(tmp_path / "s", name, by, splits)
+    if by != "google":
+        (folder / name / "refs(google).p").write_bytes(b"passed over")
+    out = built(tmp_path, name, folder)
     for number, split in enumerate(splits):
         source = open_split(name, split, out)
         assert len(source) == 8
@@ -147,7 +154,7 @@ def test_reason_seg(tmp_path: Path) -> None:
     assert nothing.objects == ()
     assert not pixels(nothing.mask).any()
     np.testing.assert_array_equal(pixels(nothing.ignore), rectangle(3, 3, 8, 8))
-    assert cafe.question == "the café", "Windows' code page; and evaluation asks the first sentence only"
+    assert cafe.question == "the dog\u2019s café", "Windows' code page; and evaluation asks the first sentence only"
     assert cafe.ignore is None
 
 
@@ -156,6 +163,8 @@ def test_polygons_of_any_size_are_painted_from_large_to_small() -> None:
     target, ignore = paint(shapes, Frame(12, 12))
     np.testing.assert_array_equal(np.argwhere(target), [[2, 2], [2, 3], [2, 4], [2, 5]])
     np.testing.assert_array_equal(np.argwhere(ignore), [[9, 9]])
+    target, _ = paint([("target", [[1, 1], [9, 1], [9, 9]])], Frame(12, 12))
+    assert (target[3, 7], target[7, 3]) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +300,8 @@ def test_a_mask_in_a_palette_that_a_program_has_made_is_refused(tmp_path: Path) 
     [
         *(("m.jpg", {"quality": 100}), ("m.webp", {"quality": 90}), ("m.png", {"format": "JPEG"}), ("film.webp", {})),
         *(("m.tif", {"compression": "jpeg"}), ("inks.tif", {})),
+        # An odd number of bytes before the pixels, and one more that makes it even.
+        ("m.webp", {"quality": 90, "icc_profile": b"odd"}),
     ],
 )
 def test_a_mask_in_a_lossy_format_is_refused(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -332,10 +343,16 @@ def test_cocos_json_with_questions(tmp_path: Path) -> None:
 
 
 def test_cocos_json_without_questions_asks_for_categories(tmp_path: Path) -> None:
-    out = built(tmp_path, "c", sources.coco_json(tmp_path / "s", questions=False))
-    dogs, sofa = open_split("c", "val", out)
-    assert (dogs.question, len(dogs.objects), sofa.question, box(sofa)) == ("dog", 2, "sofa", (5, 5, 60, 60))
-    np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
+    folder = sources.coco_json(tmp_path / "s", questions=False)
+    # A crowd alone is nothing to ask for.
+    change(
+        folder, lambda content: content["annotations"].append(content["annotations"][2] | {"id": 5, "image_id": 601})
+    )
+    out = built(tmp_path, "c", folder)
+    for split in ("train", "val"):
+        dogs, sofa = open_split("c", split, out)
+        assert (dogs.question, len(dogs.objects), sofa.question, box(sofa)) == ("dog", 2, "sofa", (5, 5, 60, 60))
+        np.testing.assert_array_equal(pixels(dogs.ignore), rectangle(100, 50, 120, 90))
 
 
 @pytest.mark.parametrize("empty", [{"segmentation": []}, {"segmentation": None}, {"segmentation": [[]]}, {}])

@@ -114,6 +114,14 @@ class TestScore:
         assert [(score.iou, score.error) for score in good] == [(None, "no box"), (2 / AREA, "")]
         assert [(score.iou, score.error) for score in bad] == [(None, "image: torn")] * 2
 
+    def test_a_picture_that_is_refused_gets_no_masks_and_is_not_asked_for_again(self) -> None:
+        fake = Fake()
+        fake.Segment = lambda request, context: context.abort(grpc.StatusCode.INVALID_ARGUMENT, "image: torn")
+        refused = pytest.raises(RewardServerError, match="INVALID_ARGUMENT: image: torn")
+        with serving(fake) as address, RewardClient(address, 10) as client, refused as error:
+            client.segment(b"x", Frame(5, 6), [()])
+        assert not isinstance(error.value, RewardServiceAway)
+
     @pytest.mark.parametrize(
         "change",
         [
@@ -399,6 +407,18 @@ class Waiter:
 
     def silent(self, why: Callable[[], str]) -> None:
         raise AssertionError(why())
+
+
+def test_no_proxy_is_asked_for_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy is for what lies outside; the servers are neighbours."""
+    for name in ("no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    with serving(Fake()) as first, serving(Fake()) as second:
+        for targets in (first, first.replace("127.0.0.1", "localhost"), f"{first},{second}"):
+            with RewardClient(targets, 10, wait_for_ready=False) as client:
+                assert [info.model for info in client.wait_until_serving(10)] == ["fake"] * len(targets.split(","))
+                ask(client, 1)
 
 
 def test_trainer_side_imports_no_torch() -> None:

@@ -14,6 +14,7 @@ import pytest
 from authority import Authority
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from sam_calls import group_request
 
 from reward_server import reward_pb2, reward_pb2_grpc, telemetry
@@ -60,7 +61,7 @@ def secure(server: RewardServer, authority: Authority, client: Authority | None 
 
 @pytest.fixture(scope="module")
 def token_server() -> Iterator[RewardServer]:
-    server = RewardServer(Settings(access=Access(token=SECRET)))
+    server = RewardServer(Settings(access=Access(token=SECRET), reflection=True))
     server.serve([Segmenter.load("toy", "cpu")])
     yield server
     server.stop()
@@ -92,6 +93,11 @@ class TestToken:
         with grpc.insecure_channel(token_server.address) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def test_is_asked_of_who_asks_what_the_service_offers(self, token_server: RewardServer) -> None:
+        with grpc.insecure_channel(token_server.address) as channel, pytest.raises(grpc.RpcError) as refused:
+            ProtoReflectionDescriptorDatabase(channel).get_services()
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     @pytest.mark.parametrize("token", [None, "Bearer wrong"])
     def test_strangers_who_send_nothing_keep_nobody_out(self, token: str | None) -> None:
@@ -199,6 +205,15 @@ class TestMetricsPage:
             assert not stopping.is_alive()
         assert capsys.readouterr().err == ""
 
+    def test_a_silent_connection_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(telemetry, "_SILENCE_S", 0.1)
+        port, stop = telemetry.expose(telemetry.Metrics(), "127.0.0.1", 0, None)
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as silent:
+                assert silent.recv(1) == b""
+        finally:
+            stop()
+
     def test_one_that_hangs_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         closed, forever = threading.Event(), threading.Event()
         hangs = SimpleNamespace(
@@ -234,6 +249,14 @@ class TestRefusalsToStart:
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "[::1]"])
     def test_not_on_loopback(self, host: str) -> None:
         Access().check_address(host)
+
+    def test_of_a_name_that_is_an_address_of_others_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+        with pytest.raises(AccessError, match="--host=ours: reachable by others"):
+            Access().check_address("ours")
+        del found[1]
+        Access().check_address("ours")
 
     def test_not_when_told_so(self) -> None:
         server = RewardServer(Settings(host="0.0.0.0", access=Access(insecure=True)))

@@ -58,6 +58,22 @@ def test_a_full_queue_refuses_and_says_how_long() -> None:
     assert 0 < first.value.retry_after_s < second.value.retry_after_s
 
 
+def test_how_long_to_wait_is_by_the_item() -> None:
+    """Two that took twice as long as one say the same."""
+    hints = []
+    for size in (1, 2):
+        queue: Batcher[int, int] = Batcher(max_batch=size, max_delay_s=0, max_waiting=2)
+        for item in range(size):
+            queue.submit(item, later())
+        queue.finished(queue.take(), seconds=float(size))
+        for item in range(2):
+            queue.submit(item, later())
+        with pytest.raises(QueueFullError) as full:
+            queue.submit(2, later())
+        hints.append(full.value.retry_after_s)
+    assert hints[0] == hints[1]
+
+
 def test_an_item_that_is_being_prepared_has_a_place() -> None:
     queue: Batcher[int, int] = Batcher(max_batch=2, max_delay_s=0, max_waiting=2)
     queue.submit(0, later())

@@ -10,6 +10,7 @@ from dataclasses import replace
 import grpc
 import numpy as np
 import pytest
+import torch
 from sam_calls import (
     candidate,
     encoded,
@@ -155,6 +156,7 @@ class TestScore:
             Prompt((-30, -20, 40, 50), ((0, 0),)),
             Prompt((40, 50, -30, -20), ((width, height),)),
             Prompt((width, height, width + 9, height + 9)),
+            Prompt((-9, -9, 0, 0)),
         ]
         entries = stub.Score(request_for(picture, *map(candidate, outside + inside))).candidates
         assert [entry.status.code for entry in entries] == [11] * len(outside) + [0] * len(inside)
@@ -167,7 +169,8 @@ class TestScore:
         )
         assert entries[4].status.message == f"objects[0]: point (20, -0.5) lies outside the frame of {width} x {height}"
 
-    def test_never_gives_a_score_that_is_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("score", [math.nan, math.inf])
+    def test_never_gives_a_score_that_is_no_number(self, score: float, monkeypatch: pytest.MonkeyPatch) -> None:
         segmenter = Segmenter.load("toy", "cpu")
         with serving(segmenters=[segmenter]) as (_, stub):
             good = stub.Score(group_request(0, 3)).candidates
@@ -175,13 +178,13 @@ class TestScore:
 
             def spoiled(*arguments: object) -> Decoded:
                 decoded = decode(*arguments)
-                decoded.scores[1] = math.nan
+                decoded.scores[1] = score
                 return decoded
 
             monkeypatch.setattr(segmenter, "decode", spoiled)
             entries = stub.Score(group_request(0, 3)).candidates
         assert [entry.status.code for entry in entries] == [0, 13, 0]
-        assert entries[1].status.message == "SAM 2 gave the score nan"
+        assert entries[1].status.message == f"SAM 2 gave the score {score}"
         assert (entries[1].iou, entries[1].union) == (0, 0)
         assert [entries[0], entries[2]] == [good[0], good[2]]
 
@@ -278,10 +281,10 @@ class TestRefusals:
         crowded = stub.Score(request_for(scene(), candidate(*[prompt] * 257), candidate())).candidates
         assert [entry.status.code for entry in crowded] == [3, 0]
         assert crowded[0].status.message == "257 objects, expected at most 256"
-        pointed = candidate(Prompt((1, 1, 9, 9), ((5.0, 5.0),) * 17))
-        assert (
-            "17 points, expected at most 16" in stub.Score(request_for(scene(), pointed)).candidates[0].status.message
-        )
+        pointed = [candidate(Prompt((1, 1, 9, 9), ((5.0, 5.0),) * count)) for count in (16, 17)]
+        most, more = stub.Score(request_for(scene(), *pointed)).candidates
+        assert most.status.code == 0
+        assert "17 points, expected at most 16" in more.status.message
         long = request_for(scene(), candidate(), request_id="x" * 257)
         assert_refused(stub, long, "request_id: 257 characters, expected at most 256")
         height, width = scene().image.shape[:2]
@@ -289,6 +292,27 @@ class TestRefusals:
         several = request_for(scene(), *[candidate(prompt)] * 4)
         assert_refused(stub, several, f"masks: 4 of {width} x {height} pixels, expected at most 3 of this size")
         stub.Score(request_for(scene(), *[candidate(prompt)] * 3, candidate()))
+        # A mask that is asked for takes its room, whatever it is made of.
+        empty = [request_for(scene(), *[candidate()] * count) for count in (3, 4)]
+        for request in empty:
+            request.return_masks = True
+        assert len(stub.Score(empty[0]).candidates) == 3
+        assert_refused(stub, empty[1], f"masks: 4 of {width} x {height} pixels, expected at most 3 of this size")
+
+    def test_of_what_a_device_has_no_memory_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another process may have it now: asking again helps, and when is said."""
+        segmenter = Segmenter.load("toy", "cpu")
+
+        def full(images: list[np.ndarray]) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with serving(segmenters=[segmenter]) as (_, stub):
+            monkeypatch.setattr(segmenter, "embed", full)
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Score(request_for(scene(), candidate()))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.details() == "out of memory on the device"
+        assert dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
 
 
 def assert_refused(stub: reward_pb2_grpc.RewardServiceStub, request: reward_pb2.ScoreRequest, reason: str) -> None:

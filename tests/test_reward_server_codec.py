@@ -32,6 +32,9 @@ class TestCodec:
         monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
         with pytest.raises(CodecError, match=r"11 x 10 pixels, expected at most 100"):
             decode_image(encoded(np.zeros((10, 11, 3), np.uint8)))
+        monkeypatch.undo()
+        monkeypatch.setattr(codec, "MAX_IMAGE_PIXELS", 100)
+        assert decode_image(encoded(np.zeros((10, 10, 3), np.uint8))).shape == (10, 10, 3)
 
     @given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**32 - 1))
     def test_masks_come_back(self, height: int, width: int, share: float, seed: int) -> None:

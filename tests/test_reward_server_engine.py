@@ -13,7 +13,7 @@ import torch
 from sam_calls import prompts_of, scene, scene_with
 
 from reward_server import engine as engine_module
-from reward_server.batcher import Batcher, ClosedError, Ticket
+from reward_server.batcher import Batcher, ClosedError, QueueFullError, Ticket
 from reward_server.engine import DeviceMemoryError, Embeddings, Engine, Job, Outcome
 from reward_server.segmenter import Embedding, Prompt, Segmenter
 from reward_server.telemetry import Metrics
@@ -326,6 +326,30 @@ class TestDevices:
         finally:
             workers.stop(patience_s=10)
 
+    def test_tell_the_queue_how_long_they_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Callers who find it full are told to wait longer."""
+        segmenter = Segmenter.load("toy", "cpu")
+        queue: Batcher[Job, Outcome] = Batcher(1, 0, 1)
+        workers = Workers([Engine(segmenter, 0, Metrics())], queue, Metrics(), lambda: pytest.fail("a worker died"))
+        workers.start()
+        embed = segmenter.embed
+        monkeypatch.setattr(segmenter, "embed", lambda images: time.sleep(0.2) or embed(images))
+
+        def hint() -> float:
+            until = time.monotonic() + 60
+            with queue.reserve(until), pytest.raises(QueueFullError) as full:
+                queue.submit(job(0), until)
+            return full.value.retry_after_s
+
+        try:
+            before = hint()
+            # Once the second has been answered, the first has been learnt from.
+            for _ in range(2):
+                queue.submit(job(0), time.monotonic() + 60).future.result(timeout=60)
+            assert hint() > before
+        finally:
+            workers.stop(patience_s=10)
+
     def test_warm_up_errors_reach_the_starter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         segmenter = Segmenter.load("toy", "cpu")
         monkeypatch.setattr(segmenter, "embed", failing(segmenter.embed, lambda images: True, ValueError("cold")))
@@ -337,7 +361,9 @@ class TestDevices:
 def test_embeddings_are_forgotten_by_bytes(segmenter: Segmenter) -> None:
     (embedding,) = segmenter.embed([scene().image])
     kept = Embeddings(max_bytes=2 * embedding.nbytes)
-    kept.put(b"a", embedding)
+    for _ in range(3):
+        kept.put(b"a", embedding)
+        assert kept.nbytes == embedding.nbytes
     kept.put(b"b", embedding)
     assert kept.get(b"a") is embedding
     kept.put(b"c", embedding)

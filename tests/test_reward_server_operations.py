@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -34,6 +35,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from sam2.modeling.sam2_base import SAM2Base
 from sam_calls import candidate, group_request, image_message, request_for, scene, serving
 
+from reward_server import __main__ as command
 from reward_server import reward_pb2, reward_pb2_grpc, service, validation
 from reward_server.access import Access
 from reward_server.segmenter import TOY, ModelError, Prompt, Segmenter
@@ -42,6 +44,7 @@ from reward_server.telemetry import JsonLines, Metrics
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SLOW_S = 0.1
 
 
 def health(channel: grpc.Channel) -> list[int]:
@@ -175,9 +178,17 @@ class TestHealth:
         RewardServer(Settings(host=first, port=port)).stop()
 
 
+def slow_down(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has it take longer for a call than calls wait for it."""
+    decode = segmenter.decode
+    monkeypatch.setattr(segmenter, "decode", lambda *given: time.sleep(SLOW_S) or decode(*given))
+
+
 class TestMetrics:
-    def test_count_what_was_asked(self) -> None:
-        with serving(Settings(metrics_port=0)) as (server, stub):
+    def test_count_what_was_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        segmenter = Segmenter.load("toy", "cpu")
+        with serving(Settings(metrics_port=0), [segmenter]) as (server, stub):
+            slow_down(segmenter, monkeypatch)
             refused_one = candidate(Prompt((-9, -9, -1, -1)))
             stub.Score(request_for(scene(), candidate(Prompt((1, 1, 40, 40))), refused_one))
             stub.Score(request_for(scene(), candidate()))
@@ -205,6 +216,7 @@ class TestMetrics:
             "queue_depth": 0,
         }
         assert {name: float(lines[f"segzero_reward_{name}"]) for name in expected} == expected
+        assert float(lines["segzero_reward_compute_seconds_sum"]) >= 2 * SLOW_S
         assert float(lines["segzero_reward_cache_bytes"]) > 100_000
         # The page ends with its server.
         with pytest.raises(urllib.error.URLError):
@@ -227,9 +239,13 @@ class TestMetrics:
 
 
 class TestLogs:
-    def test_name_the_request_and_how_it_went(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_name_the_request_and_how_it_went(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         caplog.set_level(logging.INFO, "reward_server")
-        with serving() as (_, stub):
+        segmenter = Segmenter.load("toy", "cpu")
+        with serving(segmenters=[segmenter]) as (_, stub):
+            slow_down(segmenter, monkeypatch)
             stub.Score(request_for(scene(), candidate(Prompt((1, 1, 40, 40))), request_id="step 3\ngroup 5"))
             hopeless = request_for(scene(), request_id="bad")
             hopeless.ClearField("target")
@@ -240,7 +256,7 @@ class TestLogs:
         good, bad = lines
         assert (good["request_id"], good["method"], good["code"]) == ("step 3\ngroup 5", "Score", "OK")
         assert (good["candidates"], good["batch"], good["level"]) == (1, 1, "INFO")
-        assert 0 < good["compute_seconds"] <= good["seconds"]
+        assert SLOW_S <= good["compute_seconds"] <= good["seconds"]
         assert (bad["request_id"], bad["code"], bad["level"]) == ("bad", "INVALID_ARGUMENT", "WARNING")
         assert bad["message"] == "Score 'bad' refused: INVALID_ARGUMENT: target: missing, expected a mask or objects"
         # A request cannot write lines of its own.
@@ -383,6 +399,40 @@ class TestCommand:
         lines = [json.loads(line) for line in errors.splitlines()]
         assert [line["request_id"] for line in lines if "request_id" in line] == ["mine"]
         assert lines[-1]["message"] == "stopped"
+
+    def test_serves_as_its_flags_say(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        made: list[object] = []
+        server = SimpleNamespace(address="here:7", metrics_address="here:8", stop=lambda: made.append("stopped"))
+        server.serve = made.extend
+        monkeypatch.setattr(
+            "reward_server.server.RewardServer", lambda settings, devices: made.extend((settings, devices)) or server
+        )
+        monkeypatch.setattr(Segmenter, "load", lambda *given: given)
+        monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+        monkeypatch.setattr(command, "_servers", [])
+        monkeypatch.setattr(command, "_signals", [signal.SIGTERM])
+        options = "--model m.pt --config c.yaml --device cpu,cuda:1 --compile --host ::1 --port 7 --metrics-port 8"
+        options += " --reflection --max-batch 3 --max-delay-ms 40 --max-queue 11 --max-batch-seconds 13"
+        options += " --cache-mib 17 --drain-seconds 19"
+        monkeypatch.setattr(sys, "argv", ["reward_server", *options.split()])
+        access = Access(token="abc")
+        command._serve(command._parse(), access)
+        settings = Settings(
+            host="::1",
+            port=7,
+            access=access,
+            max_batch=3,
+            max_delay_s=0.04,
+            max_queue=11,
+            max_batch_s=13,
+            cache_bytes=17 * 2**20,
+            drain_s=19,
+            reflection=True,
+            metrics_port=8,
+        )
+        loaded = [("m.pt", device, "c.yaml", True) for device in ("cpu", "cuda:1")]
+        assert made == [settings, 2, *loaded, "stopped"]
+        assert json.loads(capsys.readouterr().out) == {"listening": "here:7", "metrics": "here:8"}
 
     @pytest.mark.parametrize(
         ("arguments", "reason"),

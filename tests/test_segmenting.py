@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,26 @@ def test_a_local_server_that_dies_is_told_in_words_for_one_answer(monkeypatch: p
     assert "--server=none" in told[0]
     assert "train" not in told[0]
     assert "--resume" not in told[0]
+
+
+def test_of_a_local_server_nothing_is_left_behind_but_the_log_of_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    @contextlib.contextmanager
+    def starts(model: str, log: Path, **options: object) -> Iterator[str]:
+        log.write_text(model)
+        with serving(BoxServer()) as here:
+            yield here
+
+    monkeypatch.setattr(segmenting, "local_server", starts)
+    with segmenting.connected("local", Access(), "toy", print):
+        assert [path.read_text() for path in tmp_path.rglob("*.log")] == ["toy"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RewardServiceAway), segmenting.connected("local", Access(), "large", print):
+        raise RewardServiceAway("local reward server died")
+    assert [path.read_text() for path in tmp_path.rglob("*.log")] == ["large"]
 
 
 def test_one_of_several_servers_is_enough_for_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:

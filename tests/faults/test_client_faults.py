@@ -303,11 +303,21 @@ def test_a_child_process_that_is_gone_is_not_waited_for() -> None:
     assert waiter.silent_count < 15
 
 
-def test_what_cannot_pass_is_not_waited_for() -> None:
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.OUT_OF_RANGE, "OUT_OF_RANGE: who are you: look at its log"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "FAILED_PRECONDITION: who are you: look at its log"),
+        (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED: who are you: look at its log"),
+        (grpc.StatusCode.UNAUTHENTICATED, "asks for a token (who are you): set reward.token_file"),
+        (grpc.StatusCode.UNIMPLEMENTED, "does not speak segzero.reward.v1"),
+    ],
+)
+def test_what_cannot_pass_is_not_waited_for(code: grpc.StatusCode, reason: str) -> None:
     fake, waiter = Fake(), Waiter()
-    fake.before = lambda request, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
+    fake.before = lambda request, context: context.abort(code, "who are you")
     with serving(fake) as address, RewardClient(address, 10) as client, pytest.raises(RewardServerError) as error:
         client.score(groups(1)).result(waiter)
-    assert "asks for a token (who are you): set reward.token_file" in str(error.value)
+    assert reason in str(error.value)
     assert not isinstance(error.value, RewardServiceAway)
     assert waiter.silent_count == 0

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -37,10 +38,12 @@ class Gate:
 
 
 @pytest.fixture
-def held() -> Iterator[tuple[RewardServer, reward_pb2_grpc.RewardServiceStub, Gate, grpc.Future]]:
-    """A server whose device is held by a first call."""
+def held(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[RewardServer, reward_pb2_grpc.RewardServiceStub, Gate, grpc.Future]]:
+    """A server, a small one unless a test has settings of its own, whose device is held by a first call."""
     segmenter = Segmenter.load("toy", "cpu")
-    with serving(SMALL, [segmenter]) as (server, stub):
+    with serving(getattr(request, "param", SMALL), [segmenter]) as (server, stub):
         gate = Gate(segmenter)
         segmenter.embed = gate.embed
         first = stub.Score.future(group_request(0, request_id="first"), timeout=WAIT_S)
@@ -82,6 +85,20 @@ def test_a_full_queue_pushes_back_and_health_still_answers(held: tuple) -> None:
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     gate.opened.set()
     assert [call.result().request_id for call in (first, *waiting)] == ["first", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("held", [replace(SMALL, max_queue=40)], indirect=True)
+def test_each_that_may_wait_has_its_place(held: tuple) -> None:
+    """However many may: who finds no thread is neither counted nor refused."""
+    server, stub, _, _ = held
+    asked = group_request(1, 0)
+    calls = [stub.Score.future(asked, timeout=WAIT_S) for _ in range(40)]
+    until(lambda: depth(server) == 40, "all wait")
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Score(asked, timeout=WAIT_S)
+    assert refused.value.details() == "40 requests are waiting, which is as many as may"
+    for call in calls:
+        call.cancel()
 
 
 def test_calls_whose_picture_is_being_decoded_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
