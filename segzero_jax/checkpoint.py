@@ -437,7 +437,7 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
         return directory.parent, int(directory.name)
     with _reading(directory):
         own = directory / _FOLDER
-        if complete_steps(own):
+        if own.is_dir() and complete_steps(own):
             return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
         # An empty folder hides no other place that the run names; without one, a copy's run.dir is not its own.
@@ -448,7 +448,7 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
             return (elsewhere, None) if elsewhere.is_dir() else None
         if directory.name.isdigit() and _is_complete(directory):
             return directory.parent, int(directory.name)
-        return (directory, None) if complete_steps(directory) else None
+        return (directory, None) if directory.is_dir() and complete_steps(directory) else None
 
 
 def complete_steps(directory: epath.Path) -> list[int]:

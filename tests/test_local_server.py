@@ -142,7 +142,7 @@ def test_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["--port", "70000"], "reward_server: --port=70000: expected 0 to 65535"),
-        (["--threads", "-1"], "reward_server: --threads=-1: expected 0 or more"),
+        (["--threads", "-1"], "reward_server: --threads=-1: expected 0 to 4096"),
         (["--model", "toy", "--port", "0", "--device", "cuda:7"], "reward_server: device 'cuda:7': "),
     ],
 )

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from xla_flags import QUICK
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests/pod_host.py"
 HOSTS, STEPS, CALLS = 4, 3, 4
+PROFILE = ["--profile=3"]
 pytestmark = pytest.mark.timeout(1800)  # Eight devices on two cores, up to four processes that compile.
 OPTIONS = ["--mesh=4x2", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4", "--rollout.max_response_tokens=48"]
@@ -37,10 +38,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def start(
-    run: Path, data_dir: str, server: str, environment: dict[str, str], name: str = "one"
+    run: Path, data_dir: str, server: str, environment: dict[str, str], name: str = "one", more: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
     """One process of a run; its standard error goes to a file beside the run directory."""
-    options = [*OPTIONS, f"--run.dir={run}", f"--data.dir={data_dir}", f"--reward.server={server}"]
+    options = [*OPTIONS, f"--run.dir={run}", f"--data.dir={data_dir}", f"--reward.server={server}", *more]
     with (run.parent / f"{run.name}-{name}.err").open("a") as err:
         return subprocess.Popen(
             [sys.executable, str(HOST), *options],
@@ -56,7 +57,7 @@ def start(
 def pod(run: Path, data_dir: str, server: str, environment: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
     variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(HOSTS)}
     hosts = [
-        start(run, data_dir, server, environment | variables | {"JAX_PROCESS_ID": str(index)}, str(index))
+        start(run, data_dir, server, environment | variables | {"JAX_PROCESS_ID": str(index)}, str(index), PROFILE)
         for index in range(HOSTS)
     ]
     try:
@@ -127,6 +128,9 @@ def test_four_hosts_train_as_one(
     assert len(calls) == (2 + sum(batches)) * CALLS
     assert max(batches) > 1
     assert [said(run, host) for host in range(HOSTS)] == [[]] * HOSTS
+    # Each host's trace is its own, though all share the disk.
+    traces = (run / "profile").glob("*/plugins/profile/*/perfetto_trace.json.gz")
+    assert sorted(path.parents[3].name for path in traces) == [f"host_{index}" for index in range(HOSTS)]
 
 
 def test_hosts_with_a_disk_each_stop_before_weights_are_loaded(
