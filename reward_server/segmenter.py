@@ -136,14 +136,14 @@ class Segmenter:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = _one_line(error)
+            reason = one_line(error)
             raise ModelError(f"device {device!r}: expected auto, cpu or a GPU that is here: {reason}") from None
         settings, weights = _files(model, config)
         network = _network(settings, weights)
         try:
             network = network.to(device)
         except RuntimeError as error:
-            raise ModelError(f"device {device!r}: cannot take model {model!r}: {_one_line(error)}") from None
+            raise ModelError(f"device {device!r}: cannot take model {model!r}: {one_line(error)}") from None
         return cls(network, model, _checksum(settings, weights), compiled)
 
     def check_alive(self) -> None:
@@ -273,7 +273,7 @@ def _network(config: Path, weights: Path) -> SAM2Base:
     try:
         network = build_model(OmegaConf.load(config))
     except (YAMLError, OmegaConfBaseException, HydraException, UnicodeDecodeError, AttributeError) as error:
-        raise ModelError(f"{config}: not the configuration of a SAM 2: {_one_line(error)}") from None
+        raise ModelError(f"{config}: not the configuration of a SAM 2: {one_line(error)}") from None
     try:
         if weights.suffix == ".safetensors":
             values = load_file(weights)
@@ -289,7 +289,7 @@ def _network(config: Path, weights: Path) -> SAM2Base:
             f"{weights}: has no entry 'model', under which a published checkpoint has its weights"
         ) from None
     except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
-        raise ModelError(f"{weights}: no weights for {config.name}: {_one_line(error)}") from None
+        raise ModelError(f"{weights}: no weights for {config.name}: {one_line(error)}") from None
     return network
 
 
@@ -300,8 +300,7 @@ def _checksum(config: Path, weights: Path) -> str:
     """
     with weights.open("rb") as file:
         of_weights = hashlib.file_digest(file, "sha256").hexdigest()
-    resolved = config.resolve()
-    if resolved.parent == TOY.resolve() or resolved.is_relative_to(Path(sam2.__file__).resolve().parent):
+    if any(config.resolve().is_relative_to(folder.resolve()) for folder in (TOY, published_config(""))):
         return of_weights
     settings = json.dumps(OmegaConf.to_container(OmegaConf.load(config).model, resolve=True), sort_keys=True)
     return hashlib.sha256(f"{of_weights} {settings}".encode()).hexdigest()
@@ -311,8 +310,9 @@ def _download(model: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id=model, filename=HF_MODEL_ID_TO_FILENAMES[model][1]))
     except (HTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"model {model!r}: neither cached here nor had from the hub: {_one_line(error)}") from None
+        raise ModelError(f"model {model!r}: neither cached here nor had from the hub: {one_line(error)}") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, for a line of ours."""
     return " ".join(str(error).split())[:300]

@@ -17,7 +17,7 @@ from reward_server.access import Access, TokenCheck, bracketed
 from reward_server.batcher import Batcher
 from reward_server.engine import Engine, Job, Outcome
 from reward_server.health import HealthServicer
-from reward_server.segmenter import ModelError, Segmenter
+from reward_server.segmenter import ModelError, Segmenter, one_line
 from reward_server.service import RewardService
 from reward_server.telemetry import Metrics, expose
 from reward_server.worker import Workers
@@ -155,8 +155,7 @@ class RewardServer:
         try:
             self._workers.start()
         except RuntimeError as error:  # No memory, or no compiler.
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"model {segmenters[0].name!r}: cannot be run: {reason}") from None
+            raise ModelError(f"model {segmenters[0].name!r}: cannot be run: {one_line(error)}") from None
         self.serves = True
         self._service.ready(self._workers)
         self._health.set(SERVICE_NAME, _SERVING)
@@ -174,16 +173,17 @@ class RewardServer:
         _log.info("stopped")
 
     def _listen(self, credentials: grpc.ServerCredentials | None) -> int:
-        address = f"{self._host}:{self._settings.port}"
+        host, port = self._settings.host, self._settings.port
+        address = f"{self._host}:{port}"
         # Of a name with several addresses one is enough for gRPC, and callers of the others would meet somebody else.
-        if self._settings.port and (taken := _taken(self._settings.host, self._settings.port)):
+        if port and (taken := _taken(_problems(host, port))):
             raise OSError(f"cannot listen on {address}: {taken}")
         try:
             if credentials is None:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, credentials)
         except RuntimeError:
-            reason = _cannot_bind(self._settings.host, self._settings.port)
+            reason = _cannot_bind(_problems(host, port))
             raise OSError(f"cannot listen on {address}: {reason}") from None
 
     def _note_refused(self, method: str, peer: str) -> None:
@@ -209,16 +209,15 @@ def _check_alike(segmenters: Sequence[Segmenter]) -> None:
         raise ModelError(f"model {segmenters[0].name!r}: its file changed while it was loaded: {found}; start again")
 
 
-def _cannot_bind(host: str, port: int) -> str:
+def _cannot_bind(problems: Sequence[OSError]) -> str:
     """Why nobody can listen there, which gRPC does not say; of several addresses first that one is taken."""
-    problems = _problems(host, port)
     reason = problems[0].strerror or str(problems[0]) if problems else "gRPC's own line says why"
-    return _taken(host, port) or reason
+    return _taken(problems) or reason
 
 
-def _taken(host: str, port: int) -> str:
+def _taken(problems: Sequence[OSError]) -> str:
     """That somebody else listens there, on one of the host's addresses; empty where nobody does."""
-    taken = next((error for error in _problems(host, port) if error.errno == errno.EADDRINUSE), None)
+    taken = next((error for error in problems if error.errno == errno.EADDRINUSE), None)
     return f"{taken.strerror}; port 0 picks a free one" if taken else ""
 
 

@@ -6,7 +6,6 @@ read and resumed: metrics reach the disk line by line, other files appear whole 
 
 import hashlib
 import io
-import itertools
 import re
 import sys
 import time
@@ -241,9 +240,10 @@ class MetricsWriter:
             self._events = EventFile(self.run_dir / "tensorboard", first_step=0)
         rows = jsonl.read(self._metrics) if self._metrics.exists() else []
         # No line has the time of day. Counted back from now, TensorBoard's time axis keeps the steps' distances.
-        until_now = list(itertools.accumulate(reversed([row.get("time/total") or 0.0 for row in rows]), initial=0.0))
-        now = time.time()
-        walls = {row["step"]: now - since for row, since in zip(reversed(rows), until_now, strict=False)}
+        wall, walls = time.time(), {}
+        for row in reversed(rows):
+            walls[row["step"]] = wall
+            wall -= row.get("time/total") or 0.0
         for row in rows:
             numbers = {key: value for key, value in row.items() if key != "step"}
             self._write_events(row["step"], numbers, walls[row["step"]])

@@ -289,16 +289,13 @@ def _check_tls(reward: RewardConfig) -> None:
         context.load_cert_chain(cert, key, password=_no_passphrase)
     except ssl.SSLError as error:
         raise RewardServerError(f"{files}: no certificate and its key in PEM: {error}") from None
-    except _Encrypted:
-        raise RewardServerError(f"{files}: the key is encrypted; expected one without a passphrase") from None
-
-
-class _Encrypted(Exception):
-    """A key that only a passphrase opens."""
+    except OSError as error:
+        raise RewardServerError(f"{files}: {error}") from None
 
 
 def _no_passphrase() -> str:
-    raise _Encrypted
+    """Is asked for one where the key is encrypted; gRPC, which loads it again, could not be given any."""
+    raise OSError("the key is encrypted; expected one without a passphrase")
 
 
 def _token(path: str) -> str:

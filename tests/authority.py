@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import trustme
+from cryptography.hazmat.primitives import serialization
 
 
 class Authority:
@@ -21,6 +22,16 @@ class Authority:
         self._authority.cert_pem.write_to_path(str(self.ca))
         self.cert, self.key = self.sign("server", "localhost", "127.0.0.1")
         self.client_cert, self.client_key = self.sign("client", "trainer@example.org")
+
+    def lock(self, key: Path) -> Path:
+        """The same key beside it, as ``locked.pem``, which only a passphrase opens."""
+        form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        locked = serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(
+            *form, serialization.BestAvailableEncryption(b"secret")
+        )
+        path = self._folder / "locked.pem"
+        path.write_bytes(locked)
+        return path
 
     def sign(self, name: str, *holds: str) -> tuple[Path, Path]:
         """A certificate for host names, addresses or mail addresses, and its key, in files called ``name``."""

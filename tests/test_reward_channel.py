@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from authority import Authority
-from cryptography.hazmat.primitives import serialization
 from fake_reward_server import Fake, assert_take_turns, serving
 
 from segzero_jax.config import RewardConfig
@@ -35,10 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made.token.write_text("open-sesame\n")
     made.wrong.write_text("close-sesame\n")
     made.empty.touch()
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    key = serialization.load_pem_private_key(made.client_key.read_bytes(), None)
-    locked = key.private_bytes(*form, serialization.BestAvailableEncryption(b"secret"))
-    (folder / "locked.pem").write_bytes(locked)
+    ours.lock(made.client_key)
     return made
 
 
@@ -185,7 +181,7 @@ def test_token(files: SimpleNamespace, tls: bool, health_is_free: bool) -> None:
         ),
         (
             "a:1",
-            {"ca_file": "ours/ca.pem", "cert_file": "ours/client.pem", "key_file": "locked.pem"},
+            {"ca_file": "ours/ca.pem", "cert_file": "ours/client.pem", "key_file": "ours/locked.pem"},
             ("locked.pem: the key is encrypted; expected one without a passphrase",),
         ),
         ("a:1,b:1", {"ca_file": "ours/ca.pem"}, ("a:1,b:1", "several hosts", "expected reward.tls_name")),

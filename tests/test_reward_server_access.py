@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from authority import Authority
-from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from sam_calls import group_request
@@ -265,11 +264,7 @@ class TestRefusalsToStart:
     def test_with_files_that_do_not_fit(self, ours: Authority, theirs: Authority, tmp_path: Path) -> None:
         nonsense = tmp_path / "nonsense.pem"
         nonsense.write_text("nonsense")
-        locked = tmp_path / "locked.pem"
-        key = serialization.load_pem_private_key(ours.key.read_bytes(), None)
-        secret = serialization.BestAvailableEncryption(b"secret")
-        form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-        locked.write_bytes(key.private_bytes(*form, secret))
+        locked = ours.lock(ours.key)
         cases = [
             (Access(tls_cert=ours.cert), "--tls-cert and --tls-key: one is given"),
             (Access(client_ca=ours.ca), "--client-ca: given without --tls-cert"),

@@ -360,7 +360,7 @@ class Config:
                 f"nothing is clipped: grpo.clip_high={self.grpo.clip_high:g} acts from a rollout's second update on, "
                 "of which a step makes one (train.mini_batch_size, grpo.iterations)"
             )
-        if self.reward.server == "local" and self.reward.local_model == "toy":
+        if _toy_scores(self.reward):
             asked = [
                 *self.data.names,
                 *(text.rpartition("/")[0] or self.data.names[0] for text in self.data.eval_splits),
@@ -425,13 +425,16 @@ def check_local_model(config: Config) -> None:
 
     For whoever starts one: runs of earlier versions can be asked all the same.
     """
-    reward = config.reward
-    if reward.server == "local" and reward.local_model == "toy" and "toy" not in config.data.names:
+    if _toy_scores(config.reward) and "toy" not in config.data.names:
         raise ConfigError(
             f"reward.local_model=toy: knows the toy set's pictures alone, data.name={config.data.name} has others; "
             "expected another SAM 2 for reward.server=local, such as --reward.local_model=facebook/sam2.1-hiera-large, "
             "or reward.server=none"
         )
+
+
+def _toy_scores(reward: RewardConfig) -> bool:
+    return reward.server == "local" and reward.local_model == "toy"
 
 
 def _is_target(target: str) -> bool:

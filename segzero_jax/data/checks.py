@@ -47,7 +47,7 @@ def check_held_out(train: Source, held_out: Iterable[Source]) -> None:
         theirs = other.contents()
         if index is None or theirs is None:
             continue
-        one_set = train.name.rpartition("/")[0] == other.name.rpartition("/")[0]
+        one_set = train.data_set == other.data_set
         if found := find_leaks(index, theirs, one_set):
             first = found[0]
             raise DataError(

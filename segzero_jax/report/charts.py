@@ -114,12 +114,12 @@ def span_chart(
     plot = _Plot(left, size.width - 10, 8, size.height - 24, steps, (steps[0], steps[-1]), 0.0, 1.0, [])
     height = (plot.bottom - plot.top) / len(rows)
     each = (plot.right - plot.left) / max(1, steps[-1] - steps[0])
+    near = max(1.0, _SEEN / each)
     parts = [*plot.axes(None)]
     for index, (name, spans) in enumerate(rows):
         middle = plot.top + (index + 0.5) * height
         parts.append(f'<line class="grid" x1="{left:.1f}" x2="{plot.right}" y1="{middle}" y2="{middle}"/>')
         parts.append(f'<text class="tick" x="{left - 10:.1f}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
-        near = max(1.0, _SEEN / each)
         for stretches in _run_together(spans, near):
             first, last = stretches[0][0], stretches[-1][1]
             width = max(_SEEN, (last - first + 1) * each)
