@@ -50,6 +50,23 @@ def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(shared_dir: Path) -> None:
+    """What one test process has compiled, the others read, and so do the programs that they start.
+
+    Many tests begin a run of the same shapes, and each run's programs are new to JAX.
+    """
+    kept = {
+        "jax_compilation_cache_dir": str(shared_dir / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        # With a limit, JAX reads and writes under a lock: no process comes upon a file that is half written.
+        "jax_compilation_cache_max_size": 2**34,
+    }
+    for name, value in kept.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 @pytest.fixture(scope="session")
 def data_dir(shared_dir: Path) -> str:
     """Where the toy data set lies, built once for all workers of a session."""

@@ -118,6 +118,7 @@ def run(arguments: list[str], cache: str, log: str, point: Point | None, host: H
     os.environ["XLA_FLAGS"] = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
     for name, value in {
         "jax_compilation_cache_dir": cache,
+        "jax_compilation_cache_max_size": -1,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
         "jax_disable_most_optimizations": True,

@@ -8,7 +8,8 @@ bfloat16 alone, and is within 1e-2 of XLA's in float32: ``JAX_PLATFORMS=cuda pyt
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,19 @@ SPEC = TRAIN.spec("batch", None, "heads", None)
 
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """That kernel, computed by XLA where there is no GPU."""
+    """That kernel, computed by XLA where there is no GPU, on cuDNN's conditions."""
+    whole = jax.nn.dot_product_attention
+
+    def attend(*qkv: jax.Array, mask: jax.Array | None, implementation: str, **how: Any) -> jax.Array:
+        out = whole(*qkv, mask=mask, **how)
+        if mask is None:
+            return out
+        assert not any(length % 2 for length in mask.shape[2:]), "lengths beside a mask are even"
+        # Gradients of a query that sees nothing are no numbers, whatever they are multiplied by.
+        return out * jnp.where(mask.any(-1), 1, jnp.nan).astype(out.dtype)[:, 0, :, None, None]
+
     if jax.default_backend() != "gpu":
-        whole = jax.nn.dot_product_attention
-        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: whole(*a, **k))
+        monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     return "cudnn"
 
 
@@ -71,8 +81,8 @@ class Case(NamedTuple):
 
 CASES = {
     "grouped heads, a padded prompt": Case(Stream(72, 3, 40), (72, 50), 4, 2, 128),
-    "several blocks": Case(Stream(300, 2, 170), (211,), 4, 2, 128),
-    "narrow heads": Case(Stream(40, 8, 16), (40, 1), 2, 2, 24),
+    "several blocks": Case(Stream(301, 2, 169), (211,), 4, 2, 128),
+    "narrow heads, odd lengths": Case(Stream(40, 8, 15), (40, 1), 2, 2, 24),
     "no responses": Case(Stream(130, 0, 0), (130, 99), 2, 2, 80),
 }
 
@@ -193,8 +203,25 @@ def test_a_stream_too_long_for_the_kernel_is_one_line() -> None:
         PrefixGroupMask(1000, 20000, 21504)
 
 
-def test_a_mesh_of_cpus_uses_xla() -> None:
-    assert choose_kernel(make_mesh("1x1"), jnp.dtype("bfloat16")) == "xla"
+def test_streams_of_one_length_have_masks_of_their_own() -> None:
+    """The kernel remembers what it found out about a mask that is equal."""
+    laid_out = [(300, 170), (300, 85), (470, 170)]
+    assert len({PrefixGroupMask(prompt, length, 640) for prompt, length in 2 * laid_out}) == 3
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernel"),
+    [
+        ("tpu", "bfloat16", "splash"),
+        ("tpu", "float32", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),  # cuDNN has none
+        ("cpu", "bfloat16", "xla"),
+    ],
+)
+def test_every_platform_has_its_kernel(platform: str, dtype: str, kernel: Kernel) -> None:
+    mesh: Any = SimpleNamespace(devices=np.array([[SimpleNamespace(platform=platform)]]))
+    assert choose_kernel(mesh, jnp.dtype(dtype)) == kernel
 
 
 # cuDNN's kernels come with cuBLAS's products, for which the vision tower's MLP is widened.

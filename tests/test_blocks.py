@@ -1,15 +1,18 @@
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import hf_config, load_processor, prompts, random_policy
+from tiny import DIMS, hf_config, load_processor, prompts, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.blocks import run_blocks
 from segzero_jax.model.dims import from_hf
+from segzero_jax.model.policy import Pass, group_hidden
 from segzero_jax.model.vision import encode_images
+from segzero_jax.model.weights import abstract_policy
 
 BLOCKS, ROWS, WIDTH = 5, 8, 16
 
@@ -88,3 +91,26 @@ def test_a_tower_in_one_loop_or_in_several_is_the_same(mesh: str) -> None:
             results.append(jax.device_get(run(policy.vision)))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_what_blocks_keep_for_the_backward_pass(remat: bool) -> None:
+    """With recomputation what goes into each; without, both halves' input and the MLP's two sides: no norm, no gate."""
+    setup, batch = Pass(DIMS, TRAIN, jnp.dtype("bfloat16"), remat), prompts(4, load_processor())
+    tokens = np.zeros((4, 2, 8), np.int32)
+    with jax.set_mesh(make_mesh("1x1")):
+        states = lambda policy: group_hidden(policy, batch, tokens, setup)  # noqa: E731
+        kept = jax.eval_shape(lambda policy: jax.vjp(states, policy)[1], abstract_policy(DIMS))
+
+    def copies(length: int) -> Counter[int]:
+        """Of activations of so many tokens in every layer: how many there are of each width."""
+        found: Counter[int] = Counter()
+        for leaf in jax.tree.leaves(kept):
+            if leaf.dtype == "bfloat16" and leaf.shape[-3:-1] == (4, length):
+                found[leaf.shape[-1]] += leaf.size // (4 * length * leaf.shape[-1])
+        return found
+
+    vision, slots = DIMS.vision, batch.patches_bisc.shape[2]
+    decoder, tower = copies(batch.tokens_bp.shape[1] + 2 * 8), copies(slots) - Counter({vision.patch_width: 1})
+    for found, dims, depth in ((decoder, DIMS, DIMS.layers), (tower, vision, vision.depth)):
+        assert found == ({dims.hidden: depth} if remat else {dims.hidden: 2 * depth, dims.mlp: 2 * depth})

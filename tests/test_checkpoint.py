@@ -495,4 +495,17 @@ def test_the_fingerprint_sees_every_bit_and_no_mesh() -> None:
         swapped.flat[0], swapped.flat[1] = swapped.flat[1], swapped.flat[0]
         changed = jax.device_put(swapped, paths[largest].sharding)
         found.add(of([*paths[:largest], changed, *paths[largest + 1 :]]))
-    assert len(found) == 6
+        assert len(found) == 6
+        zeros = [
+            ({"a": (4,)}, "float32"),
+            ({"a": (4,)}, "bfloat16"),
+            ({"b": (4,)}, "float32"),
+            ({"a": (2, 2)}, "float32"),
+        ]
+        of_zeros = [
+            fingerprint({name: jnp.zeros(shape) for name, shape in tree.items()}, jnp.dtype(dtype))
+            for tree, dtype in zeros
+        ]
+        assert len(set(of_zeros)) == 4, "numbers alone do not make weights"
+        # By it, a run is known to go on from the weights that it began with, whatever version wrote its checkpoint.
+        assert fingerprint({"a": jnp.arange(6.0).reshape(2, 3)}, jnp.dtype("float32")) == "030060879caf8382"

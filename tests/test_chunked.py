@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from segzero_jax.mesh import make_mesh
-from segzero_jax.model import chunked
+from segzero_jax.model import attention, chunked
 from segzero_jax.model.attention import KeyValue, Stream, attend, attend_image, attend_stream
 
 # Contracts, of the largest number.
@@ -104,3 +104,72 @@ def test_scores_exist_for_a_chunk_at_a_time() -> None:
         small, large = temporaries(4096), temporaries(16384)
     # Weights and slopes of a chunk, as large for both, and eight arrays of the queries' size.
     assert large - small <= 10 * 4 * 2 * 64 * (16384 - 4096)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x4"])
+@pytest.mark.parametrize("shape", [(2, 8, 7, 1300, 1408), (2, 8, 7, 40, 64), (4, 64, 4, 1300, 1408)])
+def test_a_chunk_is_as_large_as_its_scores_may_be(
+    shape: tuple[int, int, int, int, int], mesh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every device, those of the keys that all groups share included; never of fewer queries than pay."""
+    k, g, q, length, prompt = shape
+    found: list[int] = []
+    monkeypatch.setattr(chunked, "_attend", lambda q, own, shared, first, chunks: found.append(chunks) or q)
+    array = lambda *shape: jax.ShapeDtypeStruct((1, k, *shape, WIDTH), jnp.bfloat16)  # noqa: E731
+    own, shared = (chunked.Keys(keys, keys) for keys in (array(g, length), array(prompt)))
+    with jax.set_mesh(make_mesh(mesh)):
+        room = 4 * 2**20 * jax.sharding.get_mesh().size
+        jax.eval_shape(lambda *given: chunked.chunked_attention(*given, first=0), array(g, q, length), own, shared)
+    (chunks,) = found
+    most = max(room // (k * g * q * (length + prompt)), 16)
+    assert -(-length // chunks) <= most
+    assert chunks == 1 or -(-length // (chunks - 1)) > most
+
+
+@pytest.mark.parametrize(("tokens", "runs"), [(1024, [256] * 4), (1100, [275] * 4), (300, [128, 128, 44]), (50, [50])])
+def test_a_prompt_sees_no_keys_behind_its_runs(tokens: int, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the square of scores, that leaves ten of sixteen parts to compute."""
+    found: list[tuple[int, int]] = []
+    whole = attention._attend_long
+
+    def attend(q: jax.Array, own: KeyValue, **how: Any) -> jax.Array:
+        found.append((q.shape[2], own.k.shape[2]))
+        return whole(q, own, **how)
+
+    monkeypatch.setattr(attention, "_attend_long", attend)
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)  # noqa: E731
+    with jax.set_mesh(make_mesh("1x1")):
+        run = lambda q, k: attend_stream(q, KeyValue(k, k), Stream(tokens, 0, 0), jnp.ones((1, tokens)), "xla", SPEC)  # noqa: E731
+        jax.eval_shape(run, array(tokens, HEADS, WIDTH), array(tokens, KV_HEADS, WIDTH))
+    assert found == list(zip(runs, np.cumsum(runs), strict=True))
+
+
+def test_scores_and_what_they_weigh_are_summed_in_float32() -> None:
+    """Of bfloat16 inputs no product of matrices is rounded, forward or backward, which XLA for CPUs would leave out."""
+    stream, seen = STREAMS[0], jnp.ones((B, 1, 1, 13), bool)
+    with jax.set_mesh(make_mesh("1x1")):
+        q, kv, _ = arrays(stream.tokens, "bfloat16")
+        mask = jnp.ones((B, stream.prompt), bool)
+        loss = lambda q, kv: attend_stream(q, kv, stream, mask, "xla", SPEC).sum()  # noqa: E731
+        own, prompt = KeyValue(*(a[:, None, :13] for a in kv)), KeyValue(*(a[:, : stream.prompt] for a in kv))
+        programs = [
+            str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(q, kv)),
+            str(jax.make_jaxpr(attend)(q[:, None, :1], own, seen, prompt, mask)),
+        ]
+    for program in programs:
+        assert "preferred_element_type=float32" in program
+        assert "preferred_element_type=bfloat16" not in program
+
+
+def test_a_prompt_that_matters_more_by_far_overflows_nothing() -> None:
+    """One softmax over both: what is taken off its scores is the largest of all, a prompt's too."""
+    stream = STREAMS[0]
+    with jax.set_mesh(make_mesh("1x1")):
+        q, (k, v), _ = arrays(stream.tokens, "float32")
+        kv = KeyValue(k * jnp.where(jnp.arange(stream.tokens) < stream.prompt, 100, 0.1)[:, None, None], v)
+        mask = jnp.ones((B, stream.prompt), bool)
+        ours = lambda q, kv: attend_stream(q, kv, stream, mask, "xla", SPEC)  # noqa: E731
+        found, gradients = jax.jit(lambda q, kv: (ours(q, kv), jax.grad(lambda *x: ours(*x).sum())(q, kv)))(q, kv)
+        expected = jax.jit(lambda q, kv: whole_stream(q, kv, stream, mask))(q, kv)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.isfinite(gradients).all()

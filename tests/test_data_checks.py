@@ -15,7 +15,7 @@ from segzero_jax.config import Config
 from segzero_jax.data import build, checks
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same, counted_once
 from segzero_jax.data.pipeline import DataError, Source, Splits, open_split
-from segzero_jax.processor import Processor, PromptTooLong
+from segzero_jax.processor import Processor, PromptTooLong, checkpoint_directory
 from segzero_jax.prompt import WORDINGS
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.train import open_questions
@@ -78,13 +78,21 @@ def test_a_count_is_remembered_by_what_it_depends_on(
     check_prompts(source, processor("seg_zero"), tmp_path)
     check_prompts(source, processor(size=56), tmp_path)
     check_prompts(
-        Source("other", "other checksum", source._rows, source._decode, source._places), processor(), tmp_path
+        Source(source.name, "built anew", source._rows, source._decode, source._places), processor(), tmp_path
     )
     assert counted == ["seg_zero", "toy", "toy"]
     # A wording is known by its text, not by its name.
     monkeypatch.setitem(WORDINGS, "seg_zero", WORDINGS["seg_zero"] + " Be brief.")
     check_prompts(source, processor("seg_zero"), tmp_path)
     assert counted == ["seg_zero", "toy", "toy", "seg_zero"]
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (model / name).write_bytes((checkpoint_directory("toy") / name).read_bytes())
+    tokenizer = json.loads((checkpoint_directory("toy") / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert check_prompts(source, Processor.load(model, 84, "toy", 10_000), tmp_path) > most, "a token for each byte"
 
 
 def test_a_count_survives_what_happens_to_its_file(tmp_path: Path) -> None:
@@ -108,8 +116,19 @@ def test_data_where_nobody_may_write_is_counted_each_time(built: Path, tmp_path:
     assert check_prompts(open_split("r", "train", built), processor(), tmp_path / "file") > 0
 
 
+def test_prompts_of_every_split_of_a_run_have_to_fit(built: Path, tmp_path: Path) -> None:
+    source = sources.solution_parquet(tmp_path / "s", problem=["mug"] * 6)
+    assert build.main(["short", f"--source={source}", f"--data-dir={tmp_path}", "--workers=1"]) == 0
+    short, long = open_split("short", "train", tmp_path), open_split("r", "train", built)
+    used = processor(limit=check_prompts(short, processor(), tmp_path))
+    config = configs.replace(Config(), **{"data.dir": str(tmp_path)})
+    for splits in (Splits([long], []), Splits([short, long], []), Splits([short], [long])):
+        with pytest.raises(PromptTooLong, match=r"^r/train: "):
+            check_splits(splits, config, used)
+
+
 def test_pictures_of_one_camera_are_trained_on_and_evaluated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Splits of one set whose pictures look the same; two sets of them are a leak."""
     view = sources.picture(1)
@@ -130,8 +149,9 @@ def test_pictures_of_one_camera_are_trained_on_and_evaluated(
         check_held_out(train, [open_split("other", "val", tmp_path)])
     config = configs.replace(Config(), **{"data.dir": str(tmp_path), "rollout.max_prompt_tokens": 999})
     check_splits(Splits([train], [val]), config, processor())
+    several = Splits([train, open_split("other", "train", tmp_path)], [open_split("r", "train", built), val])
     with pytest.raises(DataError, match="1 of 1 questions of other/train are about pictures of camera/val"):
-        check_splits(Splits([train, open_split("other", "train", tmp_path)], [val]), config, processor())
+        check_splits(several, config, processor())
     assert build.main([*arguments, "--rebuild", "--against", "camera/val"]) == 2
     assert "looks the same" in capsys.readouterr().err
 

@@ -57,6 +57,13 @@ def test_what_teaches_is_learnt_from_and_what_was_sampled_first_comes_first(teac
     assert (found.rows_b[kept] == np.flatnonzero(kept)).all(), "a group of the first batch keeps its row"
 
 
+def test_a_group_teaches_by_what_was_worse_than_the_rest_too() -> None:
+    """Its better responses may have been cut off, and are no part of the loss."""
+    better = draw([True, False])
+    worse = better._replace(advantages_bg=-better.advantages_bg)
+    assert choose([worse]).used.tolist() == choose([better]).used.tolist() == [True, False]
+
+
 def test_a_batch_as_it_was_sampled_is_learnt_from_whole() -> None:
     one = draw([True, False, True])
     found = whole(one)

@@ -29,6 +29,7 @@ from segzero_jax.evaluation import (
 )
 from segzero_jax.intervals import bootstrap_interval, with_interval
 from segzero_jax.own_rewards import Answer
+from segzero_jax.patience import Patience
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt, RleMask
@@ -53,14 +54,17 @@ def decoded(mask: RleMask) -> np.ndarray:
 
 
 class BoxSegmenter:
-    """Segments a box as all of its pixels; refuses a box that starts in the corner."""
+    """Segments a box as all of its pixels; refuses a box that starts in the corner. Masks come for the first groups."""
 
     def score(self, groups: list[ScoreRequest], masks: int = 0) -> "BoxSegmenter":
-        self.groups = groups
+        self.groups, self.masks = groups, masks
         return self
 
-    def result(self, *patience: object) -> list[list[CandidateScore]]:
-        return [[self._one(group, candidate) for candidate in group.candidates] for group in self.groups]
+    def result(self, patience: object = None, drop: bool = False) -> list[list[CandidateScore]]:
+        self.waited, self.dropped = patience, drop
+        scores = [[self._one(group, candidate) for candidate in group.candidates] for group in self.groups]
+        bare = [[replace(score, mask=None) for score in group] for group in scores]
+        return scores[: self.masks] + bare[self.masks :]
 
     def _one(self, group: ScoreRequest, candidate: tuple[ObjectPrompt, ...]) -> CandidateScore:
         if candidate and candidate[0].box[:2] == (0, 0):
@@ -273,6 +277,15 @@ def test_rewards_of_ones_own_know_how_long_an_answer_is() -> None:
     assert seen == [(id, text, len(text), len(text) < 100) for id, group in expected.items() for text in group]
 
 
+def test_a_service_that_is_away_is_waited_for_and_no_question_is_dropped() -> None:
+    patience, segmenter = Patience(RewardConfig(), print, lambda: True), BoxSegmenter()
+    example = Example("q", b"", FRAME, "?", (), rle(pixels(BOXES[0])))
+    policy = lambda *_: with_lengths([GREEDY[:1]])  # noqa: E731
+    scorer = Scorer(RewardConfig(), FRAME, segmenter)
+    evaluate_split([example], policy, scorer, FRAME, "vision_reasoner", lambda _: "", patience)
+    assert (segmenter.waited, segmenter.dropped) == (patience, False)
+
+
 def test_training_s_evaluation_draws_pictures_as_well() -> None:
     example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), rle(pixels(BOXES[0])))
     examples = [replace(example, id=f"q{i}", image_id="one") for i in range(4)]
@@ -404,6 +417,9 @@ def test_without_a_server_there_is_no_giou_but_box_accuracy() -> None:
     assert (numbers["giou"], numbers["ciou"]) == (None, None)
     assert numbers["box_accuracy"] == pytest.approx(2 / 3)
     assert (numbers["t_acc"], numbers["n_acc"]) == (0.5, 1.0)
+    example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), None)
+    for text, found in ((GREEDY[0], True), ("<think>none</think><answer>[]</answer>", False)):
+        assert measure(example, read(text, example), None).found == found, "what is pointed out, not what is there"
 
 
 def test_boxes_match_one_to_one() -> None:
@@ -412,6 +428,11 @@ def test_boxes_match_one_to_one() -> None:
     assert box_iou(one.box, (4, 4, 0, 0)) == 0.0
     assert box_hits([one, other], [other, one]) == 1.0
     assert box_hits([one, one], [one, other]) == 0.5
+    assert box_hits([one, other], [one]) == box_hits([one], [one, other]) == 0.5, "one too many, one too few"
+    assert box_hits([one], [ObjectPrompt((0, 0, 4, 2), ())]) == 0.0, "half is not above half"
+    # The best matching has the most hits, not the largest IoUs: 0.52 twice rather than 1 and 0.13.
+    bars = [ObjectPrompt((x1, 0, x2, 1), ()) for x1, x2 in ((0, 100), (0, 52), (40, 92))]
+    assert box_hits(bars[:2], [bars[0], bars[2]]) == 1.0
     assert box_hits([one], []) == 0.0
     assert box_hits([], []) == 1.0
 

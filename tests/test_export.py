@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from box_server import FRAME, PICTURE, encoded
 from etils import epath
 from safetensors.numpy import load_file
 from tiny import DIMS, encode, hf_config, load_processor, random_policy
@@ -31,6 +33,8 @@ from segzero_jax.model import load_hf, save_hf
 from segzero_jax.model.policy import Pass, prompt_logits
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
+from segzero_jax.rollout import Sampling
+from segzero_jax.types import Example, Rollout
 
 ROOT = Path(__file__).parents[1]
 RELATIVE = 1e-4
@@ -55,6 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
     (base / "LICENSE").write_text("as you like")
+    (base / "vocab.json").write_text("{}")
+    (base / "merges.txt").write_text("#version: 0.2\n")
     (base / "config.json").write_text(json.dumps(hf_config(torch_dtype="bfloat16")))
     directory = base.parent / "some_run"
     config = configs.replace(Config(), **{"model.path": str(base), "run.dir": str(directory)}, **HOW)
@@ -110,6 +116,7 @@ def test_everything_beside_the_weights_comes_along(run: Path, tmp_path: Path) ->
     assert export.main(["--run", str(run), "--out", str(tmp_path / "out"), "--step", "9"]) == 0
     out = tmp_path / "out"
     assert (out / "LICENSE").read_text() == "as you like"
+    assert {"vocab.json", "merges.txt"} <= {file.name for file in out.iterdir()}
     assert GenerationConfig.from_pretrained(out).temperature == 0.5
     text = "Find the red circle."
     turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
@@ -135,7 +142,14 @@ def test_masks_of_an_export_are_by_the_sam2_that_its_run_s_are_by(preset: Path, 
     assert (asking.default_sam(run) == "toy") == (run.model.path == "toy")
 
 
-def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
+def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sampling] = []
+
+    def parts(*_: object, sampling: Sampling, **__: object) -> Iterator[Rollout]:
+        asked.append(sampling)
+        yield Rollout(np.zeros((1, 1, 1), int), np.ones((1, 1), int), np.zeros((1, 1, 1)), np.ones((1, 1), bool))
+
+    monkeypatch.setattr(asking, "sample_in_parts", parts)
     out = tmp_path / "out"
     assert export.main(["--run", str(run), "--out", str(out)]) == 0
     changed = {"data.image_size": 56, "data.prompt": "seg_zero", "reward.recipe": "seg_zero_strict"}
@@ -143,7 +157,11 @@ def test_an_export_is_asked_as_its_run_asks(run: Path, tmp_path: Path) -> None:
     assert origin["asked"].items() >= {"data.image_size": 112, "data.prompt": "toy"}.items()
     as_trained = configs.replace(Config(), **HOW)
     with jax.set_mesh(make_mesh("1x1")):
-        config = asking.load(str(out)).config
+        loaded = asking.load(str(out))
+        asking.respond(loaded, Example("it", encoded(PICTURE), FRAME, "the red one", (), None), seed=0)
+        asked.append(asking.make_sampling(loaded.config.rollout, loaded.processor))  # as in training
+        assert [(one.temperature, one.top_p, one.top_k) for one in asked] == [(0.7, 0.9, 50)] * 2
+        config = loaded.config
         assert (config.data, config.rollout, config.reward) == (as_trained.data, as_trained.rollout, as_trained.reward)
         assert config.model.compute_dtype == "float32"
         earlier = origin | {"asked": {key: value for key, value in origin["asked"].items() if key not in HOW}}
@@ -217,8 +235,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     out, taken, file = tmp_path / "out", tmp_path / "taken", tmp_path / "file"
     taken.mkdir()
     (taken / "thesis.tex").write_text("years of work")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
     file.touch()
     assert "holds thesis.tex; expected a new directory" in said(capsys, "--run", run, "--out", taken)
+    assert "holds config.json; expected a new directory or an earlier export" in said(
+        capsys, "--run", run, "--out", model
+    )
     assert "is a file" in said(capsys, "--run", run, "--out", file)
     assert "no checkpoints there" in said(capsys, "--run", tmp_path, "--out", out)
     assert "no checkpoints there" in said(capsys, "--run", "toy", "--out", out)
@@ -228,7 +252,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert "--step" in said(capsys, "--run", run, "--out", out, "--step", "last")
     assert "--out" in said(capsys, "--run", run)
     assert (taken / "thesis.tex").read_text() == "years of work"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "taken"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "model", "taken"]
 
 
 def test_a_run_in_a_bucket_is_named_by_its_own_path(

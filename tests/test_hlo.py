@@ -250,3 +250,82 @@ def test_the_chips_of_a_collective_as_xla_writes_them(written: str, group: tuple
 def test_chips_that_cannot_be_read_are_not_none() -> None:
     with pytest.raises(HloError, match="g: expected groups of chips"):
         _ = Program(BESIDE.replace("replica_groups=[4,4]<=[4,4]T(1,0)", "replica_groups={}")).cost
+
+
+ASYNC = """HloModule async
+
+ENTRY %main (y: f32[64,32], i: s32[]) -> f32[256,32] {
+  %y = f32[64,32]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %begun = (f32[64,32]{1,0}, f32[256,32]{1,0}) all-gather-start(%y), channel_id=1, replica_groups=[4,4]<=[16]
+  %near = (f32[64,32]{1,0:S(1)}, f32[64,32]{1,0}, u32[]{:S(2)}) copy-start(%y)
+  %passed = f32[64,32]{1,0} collective-permute(%y), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %all = f32[256,32]{1,0} all-gather-done(%begun)
+  %copied = f32[64,32]{1,0:S(1)} copy-done(%near)
+  ROOT %out = f32[256,32]{1,0} dynamic-update-slice(%all, %copied, %i, %i)
+}
+"""
+
+
+def test_what_runs_beside_other_work_is_moved_once_and_only_what_is_put_in_is_written() -> None:
+    """An end moves nothing; a copy onto the chip is a read of main memory; what is passed on is sent whole."""
+    cost, part = Program(ASYNC).cost, 4 * 64 * 32
+    assert cost.collectives == {"all-gather": 4 * part * 3 / 4, "collective-permute": part}
+    gathered, copied, passed, put_in = 2 * 4 * part, part, 2 * part, 2 * part
+    assert cost.bytes == gathered + copied + passed + put_in
+
+
+UPDATED = """HloModule updated
+
+%put (room: f32[9,8,4], x: f32[1,8,4], i: s32[]) -> f32[9,8,4] {
+  %room = f32[9,8,4]{2,1,0} parameter(0)
+  %x = f32[1,8,4]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %new = f32[9,8,4]{2,1,0} dynamic-update-slice(%room, %x, %i, %i, %i)
+}
+
+%put_two (room: f32[9,8,4], x: f32[1,8,4], i: s32[]) -> (f32[9,8,4], f32[1,8,4]) {
+  %room = f32[9,8,4]{2,1,0} parameter(0)
+  %x = f32[1,8,4]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %twice = f32[1,8,4]{2,1,0} add(%x, %x)
+  %new = f32[9,8,4]{2,1,0} dynamic-update-slice(%room, %twice, %i, %i, %i)
+  ROOT %both = (f32[9,8,4]{2,1,0}, f32[1,8,4]{2,1,0}) tuple(%new, %twice)
+}
+
+ENTRY %main (room: f32[9,8,4], x: f32[1,8,4], i: s32[]) -> f32[9,8,4] {
+  %room = f32[9,8,4]{2,1,0} parameter(0)
+  %x = f32[1,8,4]{2,1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  %two = (f32[9,8,4]{2,1,0}, f32[1,8,4]{2,1,0}) fusion(%room, %x, %i), kind=kLoop, calls=%put_two
+  ROOT %out = f32[9,8,4]{2,1,0} fusion(%room, %x, %i), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_a_fusion_that_puts_a_slice_into_an_array_moves_the_slice() -> None:
+    """As a decode step does with its keys, and a loop with what it keeps of every turn."""
+    piece = 4 * 8 * 4
+    assert Program(UPDATED).cost.bytes == (piece + 2 * piece) + (piece + piece)
+
+
+@pytest.mark.parametrize(
+    ("window", "size", "results", "products"),
+    [
+        ("size=3 pad=1_1", 3, 8, 3 * 8 - 2),  # the ends have one neighbour each
+        ("size=3 pad=2_0", 3, 8, 3 * 8 - 3),
+        ("size=2 stride=2", 2, 4, 2 * 4),
+        ("size=2 pad=3_0 rhs_dilate=3", 2, 8, 5 + 8),
+    ],
+)
+def test_a_convolution_multiplies_by_no_padding(window: str, size: int, results: int, products: int) -> None:
+    """Along eight places, from four channels to five, for two rows."""
+    text = f"""HloModule convolution
+
+ENTRY %main (x: f32[2,8,4], w: f32[{size},4,5]) -> f32[2,{results},5] {{
+  %x = f32[2,8,4] parameter(0)
+  %w = f32[{size},4,5] parameter(1)
+  ROOT %y = f32[2,{results},5] convolution(%x, %w), window={{{window}}}, dim_labels=b0f_0io->b0f
+}}
+"""
+    assert Program(text).cost.flops == 2 * 2 * products * 4 * 5

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +178,9 @@ def test_a_drawn_answer_follows_its_seed_and_may_be_malformed(
     assert differing(image.parent / "out/scene_overlay.png").mean() < 0.01
     assert ask(image, *asked, "--seed=0", checkpoint=run)["text"] == first["text"]
     assert ask(image, *asked, "--seed=1", checkpoint=run)["text"] != first["text"]
+    with jax.set_mesh(make_mesh("1x1")):
+        weights = jax.tree.leaves(asking.load(run).policy)
+    assert {leaf.dtype for leaf in weights} == {jnp.dtype("bfloat16")}, "half the room"
 
 
 def test_options_reach_the_sampler_and_any_answer_is_understood(
@@ -196,12 +200,13 @@ def test_options_reach_the_sampler_and_any_answer_is_understood(
 
         monkeypatch.setattr(asking, "sample_in_parts", parts)
 
-    says("<think>none here</think><answer>[]</answer>")
+    says("<think>no 猫 here</think><answer>[]</answer>")
     row = ask(image)
-    assert (row["thinking"], row["well_formed"], row["objects"]) == ("none here", True, [])
+    assert (row["thinking"], row["well_formed"], row["objects"]) == ("no 猫 here", True, [])
     assert not mask_file(image).any()
     printed = capsys.readouterr().out
-    assert "thinking: none here\nanswer: no such object in the picture\nmask: 0 of " in printed
+    # A character of several tokens is printed once it is whole.
+    assert "thinking: no 猫 here\nanswer: no such object in the picture\nmask: 0 of " in printed
 
     says('<answer>{"bbox": [28,14,84,56], "points_1": [56,28], "points_2": [1e5,0]}</answer>', finished=False)
     row = ask(image, "--sample", "--temperature=0.5", "--server=none")
@@ -225,7 +230,7 @@ def test_several_pictures_and_questions(
     processor = Processor.load("toy", SIDE, "toy", 64)
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for name in ("a.png", "b.png", "b.jpg"):
+    for name in ("a.PNG", "b.png", "b.jpg"):
         (folder / name).write_bytes(encoded(PICTURE, "JPEG" if name.endswith("jpg") else "PNG"))
     (folder / "notes.txt").write_text("no picture")
     (folder / "._a.png").write_bytes(b"Mac OS X")
@@ -249,7 +254,9 @@ def test_several_pictures_and_questions(
     printed = capsys.readouterr().out
     assert "passed over: 2 pictures that are no PNG, JPEG or WebP, such as c.BMP\n" in printed
     assert printed.count("thinking: it is here\n") == 9
-    assert f"\n{folder}/b.png: the square\n" in printed
+    asked = [line for line in printed.splitlines() if line.startswith(f"{folder}/")]
+    questions = ("the circle", "the square", "the star")
+    assert asked == [f"{folder}/{name}: {each}" for name in ("a.PNG", "b.jpg", "b.png") for each in questions]
 
     (tmp_path / "more.txt").write_text(" \n")
     nothing = ["--image", str(folder), "--queries", str(tmp_path / "more.txt"), "--out", str(tmp_path / "new")]
@@ -301,6 +308,27 @@ def test_no_mask_of_an_earlier_answer_stays(image: Path, shown: list[bytes]) -> 
     assert sorted(path.name for path in (image.parent / "out").iterdir()) == ["scene.json", "scene_overlay.png"]
 
 
+@pytest.mark.parametrize(("option", "loads"), [((), "org/small"), (("--sam=org/large",), "org/large")])
+def test_sam_is_the_runs_unless_another_is_asked_for(
+    image: Path, shown: list[bytes], option: tuple[str, ...], loads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.replace(Config(), **{"reward.local_model": "org/small"})
+    loaded = SimpleNamespace(processor=Processor.load("toy", SIDE, "toy", 64), config=config)
+    monkeypatch.setattr(infer, "load", lambda *_: loaded)
+    asked: list[str] = []
+    monkeypatch.setattr(infer, "Segmenter", lambda _server, _access, sam, _say: nullcontext(asked.append(sam())))
+    ask(image, *option)
+    assert asked == [loads]
+
+
+def test_files_may_go_to_the_home_folder(image: Path, shown: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(image.parent / "home"))
+    monkeypatch.chdir(image.parent)
+    arguments = ["--image=scene.png", "--query=x", "--checkpoint=toy", "--server=none", "--out=~/answers"]
+    assert infer.main(arguments) == 0
+    assert (image.parent / "home/answers/scene.json").is_file()
+
+
 def test_questions_that_are_too_long_are_told_before_the_first_is_asked(
     image: Path, shown: list[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,6 +337,8 @@ def test_questions_that_are_too_long_are_told_before_the_first_is_asked(
     arguments += ["--checkpoint=toy", "--server=none", "--out", str(image.parent / "out")]
     refused(capsys, arguments, "question 3 of 3, 'the red circle the", "expected at most max_prompt_tokens=64")
     assert shown == []
+    (longest,) = Processor.load("toy", SIDE, "toy", 64).count_tokens(["the star"]).tolist()
+    infer.check_lengths(["the star"], Processor.load("toy", SIDE, "toy", longest))
 
 
 def test_a_picture_that_can_be_read_only_once_is_read_once(image: Path, shown: list[bytes]) -> None:
@@ -403,7 +433,8 @@ def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path)
         assert asking.load(str(named)).config.data.prompt == "vision_reasoner"
     assert (other.config.reward.recipe, config.reward.recipe) == ("seg_zero_strict", "vision_reasoner")
     assert (config.data.image_size, config.data.prompt) == (840, "vision_reasoner")
-    assert (config.rollout.max_prompt_tokens, config.model.compute_dtype) == (1300, "bfloat16")
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (1300, 2000)
+    assert config.model.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.policy)} == {jnp.dtype("bfloat16")}
     assert (other.processor.image_size, other.config.data.prompt) == (112, "seg_zero")
     assert asking.default_sam(config) == "facebook/sam2.1-hiera-large"
@@ -443,6 +474,8 @@ def test_a_released_checkpoint_is_asked_and_scored_as_its_name_says(
             own = asking.load(str(given), prompt="Box {question}.").config
             assert (own.data.prompt, own.reward.recipe) == ("Box {question}.", recipe)
             assert config.reward.mask_iou_weight == 0, "the papers score text alone"
+        listed = asking.load(str(named), prompt="vision_reasoner").config
+        assert listed.reward.recipe == "vision_reasoner", "the answers that it asks for"
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
@@ -492,8 +525,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--server": "a:1", "--reward.token_file": "text.png"}, ("a:1", "plain text", "reward.ca_file")),
         ({"--reward.ca_file": "text.png"}, ("reward.ca_file=text.png", "reward.server=host:port")),
         ({"--seed": "3"}, ("expected --sample",)),
+        ({"--temperature": "0.5"}, ("expected --sample",)),
         ({"--sample": None, "--seed": "-1"}, ("--seed: -1: expected 0 to",)),
         ({"--sample": None, "--temperature": "0"}, ("--temperature", "'0'")),
+        ({"--sample": None, "--temperature": "inf"}, ("--temperature", "'inf'")),
         ({"--mesh": "2x2"}, ("--mesh: 2x2: expected 1xTENSOR",)),
         ({"--mesh": "1x99"}, ("needs 99 devices",)),
         ({"--mesh": "1x3"}, ("--mesh=1x3: ", "do not divide by")),
@@ -580,8 +615,10 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    options.say("a\x1b[2Jb\u202ec é\n猫")
-    assert capsys.readouterr().out == "a\\x1b[2Jb\\u202ec é\n猫\n"
+    options.say("a\x1b[2Jb\u202ec\r é\n猫")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\u202ec\\r é\n猫\n"
+    infer.Reasoning()("<think>a\x1b[2Jb")
+    assert capsys.readouterr().out == "thinking: a\\x1b[2Jb"
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "rows.jsonl"
+    jsonl.write(path, [{"x": 1}])
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        jsonl.write(path, [{"x": 2}])
+    assert jsonl.read(path) == [{"x": 1}]
+
+
 def test_an_unfinished_last_line_is_not_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"x": 1}\n{"x": 2')

@@ -20,18 +20,22 @@ class Store:
     """Writes in the background as Orbax does: a save that goes wrong is known at the next wait."""
 
     def __init__(self) -> None:
-        self.full, self.reason = False, "disk: no space left"
+        self.full, self.closed, self.reason = False, False, "disk: no space left"
         self.steps: list[int] = []
+        self.beside: list[tuple[Any, Any]] = []
         self._pending: int | None = None
 
     @property
     def latest(self) -> int | None:
         return self.steps[-1] if self.steps else None
 
-    def save(self, step: int, *_: Any) -> None:
+    def save(self, step: int, state: Any, data: Any, config: Any, identity: Any, lines: Any) -> None:
         self.wait()
+        if self.closed:
+            raise SaveError(self.reason)
         if step != self.latest:
             self._pending = step
+            self.beside.append((data, lines))
 
     def wait(self) -> None:
         step, self._pending = self._pending, None
@@ -44,10 +48,11 @@ class Store:
 class Run:
     def __init__(self, pod: Pod = ALONE) -> None:
         self.store, self.said = Store(), []  # type: ignore[var-annotated]
-        self.keeper = Keeper(self.store, Config(), Identity("", None), self.said.append, pod)  # type: ignore[arg-type]
+        arguments = self.store, Config(), Identity("", None), self.said.append, pod
+        self.keeper = Keeper(*arguments, lines=lambda kept: {"kept": list(kept)})  # type: ignore[arg-type]
 
     def finish(self, step: int) -> None:
-        self.keeper.finished(step, STATE, {})
+        self.keeper.finished(step, STATE, {"next_index": 10 * step})
 
 
 def test_a_failed_save_is_said_and_counted_and_the_next_one_tries_again() -> None:
@@ -67,6 +72,14 @@ def test_a_failed_save_is_said_and_counted_and_the_next_one_tries_again() -> Non
     run.keeper.save()
     assert run.keeper.keep()
     assert (run.store.steps, len(run.said), run.keeper.failed) == ([2, 3], 1, 1)
+
+
+def test_a_save_takes_the_data_s_position_and_the_lines_of_the_checkpoints_that_are_kept_with_it() -> None:
+    run = Run()
+    for step in (1, 2):
+        run.finish(step)
+        assert run.keeper.keep()
+    assert run.store.beside == [({"next_index": 10}, {"kept": []}), ({"next_index": 20}, {"kept": [1]})]
 
 
 def test_what_is_saved_already_is_not_saved_twice() -> None:
@@ -93,6 +106,16 @@ def test_the_last_step_of_a_run_that_cannot_be_saved_is_an_error() -> None:
     run.store.full = False
     run.keeper.keep_or_fail()
     assert run.store.steps == [1, 2]
+
+
+def test_a_save_that_could_not_begin_is_none() -> None:
+    run = Run()
+    run.finish(1)
+    run.store.closed = True
+    assert not run.keeper.save()
+    assert not run.keeper.keep()
+    with pytest.raises(SaveError, match="is not saved: disk: no space left; there is no checkpoint"):
+        run.keeper.keep_or_fail()
 
 
 def test_all_hosts_know_why_one_of_them_could_not_write() -> None:

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny import DIMS, random_policy
 
-from segzero_jax.mesh import make_mesh
-from segzero_jax.model.layers import linear
+from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.model.layers import linear, rms_norm
+from segzero_jax.model.policy import Pass, _embed
 
 ANY = PartitionSpec()
 CASES = {
@@ -68,6 +70,29 @@ def test_a_gradient_is_summed_over_devices_in_float32() -> None:
     assert errors[0] < errors[1] / 10
     bias_errors = [np.abs(np.asarray(db) - np.asarray(scale, np.float64).sum((0, 1))).max() for _, db in gradients]
     assert bias_errors[0] < bias_errors[1] / 10
+
+
+def test_the_gradient_of_a_norm_s_scale_is_not_rounded_to_what_activations_are() -> None:
+    """Though the scale itself is, when it is used."""
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.standard_normal((4, 64, 32)), "bfloat16") for _ in range(2))
+    scale = jnp.asarray(1 + rng.standard_normal(32) / 3, "float32")
+    scored = lambda scale: (rms_norm(x, scale, 1e-6).astype("float32") * weight).sum()  # noqa: E731
+    found = np.asarray(jax.jit(jax.grad(scored))(scale))
+    wide = np.asarray(x, np.float64)
+    normed = np.asarray(wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6), jnp.bfloat16).astype(np.float64)
+    np.testing.assert_allclose(found, (normed * np.asarray(weight, np.float64)).sum((0, 1)), rtol=1e-4)
+    np.testing.assert_array_equal(rms_norm(x, scale, 1e-6), rms_norm(x, scale.astype("bfloat16"), 1e-6))
+
+
+def test_the_gradient_of_a_token_s_embedding_is_summed_in_float32() -> None:
+    """A thousand ones: in bfloat16 their sum would stay at 256."""
+    tokens, setup = np.full((1, 1000), 7), Pass(DIMS, TRAIN, jnp.dtype("bfloat16"))
+    with jax.set_mesh(make_mesh("1x1")):
+        loss = lambda policy: _embed(policy, tokens, setup).astype(jnp.float32).sum()  # noqa: E731
+        gradient = np.asarray(jax.jit(jax.grad(loss))(random_policy()).embed_vd[...])
+    assert (gradient[7] == 1000).all()
+    assert not np.delete(gradient, 7, axis=0).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,9 +12,10 @@ import question_sources as sources
 from PIL import Image
 from question_sources import HEIGHT, WIDTH, encoded, picture, rectangle
 
-from segzero_jax.data import build, builder, records
+from segzero_jax.data import build, builder, pictures, records
 from segzero_jax.data.pipeline import Source, open_split
 from segzero_jax.data.records import built_directory
+from segzero_jax.overlay import decode_mask
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -197,6 +198,23 @@ def test_masks_and_boxes_of_one_picture(tmp_path: Path) -> None:
         assert (target.box, len(target.points)) == ((10, 10, 40, 40), 2)
     assert found["nothing"].objects == ()
     assert len({example.image for example in found.values()}) == 1
+
+
+def test_targets_of_a_picture_that_is_stored_smaller_are_in_its_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_PIXELS", WIDTH * HEIGHT // 4)
+    folder = sources.lines(tmp_path / "s")
+    write(folder, [line(id="mask", ignore="masks/left.png"), without_mask(id="box", objects=BOX)])
+    assert run(tmp_path, folder) == 0
+    found = {example.id: example for example in opened(tmp_path)}
+    assert {example.frame for example in found.values()} == {Frame(WIDTH // 2, HEIGHT // 2)}
+    assert found["box"].objects == (ObjectPrompt((5, 10, 45, 40), ((25, 30),)),)
+    (target,) = found["mask"].objects
+    np.testing.assert_allclose(target.box, (5, 5, 20, 20), atol=1)
+    for mask, bounds in ((found["mask"].mask, (5, 5, 20, 20)), (found["mask"].ignore, (2, 10, 15, 35))):
+        rows, columns = np.nonzero(decode_mask(vars(mask)))
+        np.testing.assert_allclose((columns.min(), rows.min(), columns.max(), rows.max()), bounds, atol=1)
 
 
 def test_the_page_shows_lines_that_are_read_and_how_a_question_is_asked(tmp_path: Path) -> None:

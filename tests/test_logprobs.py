@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 from tiny import DIMS, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model.logprobs import response_logps, sampling_logits
-from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.logprobs import log_probability, response_logps, sampling_logits
+from segzero_jax.model.policy import Pass, Policy, logits
 from segzero_jax.plan.cost import Program
 
 BANNED = (3, 500)
@@ -72,9 +74,36 @@ def test_the_gradient_of_a_float32_head_is_not_rounded_to_what_the_states_are() 
     with jax.set_mesh(make_mesh("1x1")):
         policy, hidden = random_policy(), jnp.ones((1, 1, 5, DIMS.hidden), "bfloat16")
         loss = lambda policy: response_logps(policy, hidden, tokens, setup, 0.7, BANNED)[0].sum()  # noqa: E731
-        gradient = np.asarray(jax.jit(jax.grad(loss))(policy).embed_vd[...])
+        run = jax.jit(jax.grad(loss))
+        gradient, program = np.asarray(run(policy).embed_vd[...]), str(run.trace(policy).jaxpr)
     assert gradient.dtype == "float32"
+    # Nor is a chunk's part of it, a rounding that XLA for CPUs may leave out.
+    products = re.findall(rf"(\w+)\[{DIMS.vocab},{DIMS.hidden}\]\S*\s+= dot_general", program)
+    assert products == ["f32"]
     assert (gradient != gradient.astype(jnp.bfloat16)).any()
+
+
+def test_logits_are_not_rounded_to_what_the_states_are() -> None:
+    """Neither the sampler's nor the update's: of a logit of 20, bfloat16 would leave the second digit."""
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(4, 500, (1, 1, 40), dtype=np.int32)
+    setup = SETUP._replace(dtype=jnp.dtype("bfloat16"))
+    with jax.set_mesh(make_mesh("1x1")):
+        policy, hidden = random_policy(), jnp.asarray(6 * rng.standard_normal((1, 1, 40, DIMS.hidden)), "bfloat16")
+        run = jax.jit(lambda *args: response_logps(*args, setup, 0.7, BANNED))
+        learnt, _ = run(policy, hidden, tokens)
+        program = str(run.trace(policy, hidden, tokens).jaxpr)
+        scaled = sampling_logits(jax.jit(lambda *args: logits(*args, setup))(policy, hidden[:, 0]), 0.7, BANNED)
+        sampled = log_probability(scaled, tokens[:, 0])
+        head = np.asarray(policy.embed_vd[...].astype("bfloat16"), np.float64)
+    every = np.asarray(hidden[:, 0], np.float64) @ head.T / 0.7
+    every[..., list(BANNED)] = -np.inf
+    expected = np.take_along_axis(every, tokens[:, 0, :, None], -1)[..., 0] - np.log(np.exp(every).sum(-1))
+    np.testing.assert_allclose(sampled, expected, atol=1e-4)
+    np.testing.assert_allclose(learnt[:, 0], expected, atol=1e-4)
+    # XLA for CPUs leaves such roundings out where it likes.
+    assert f"f32[40,{DIMS.vocab}]" in program
+    assert f"bf16[40,{DIMS.vocab}]" not in program
 
 
 def test_a_banned_token_has_no_probability_and_none_banned_changes_nothing():

@@ -112,14 +112,27 @@ def test_prediction_and_target_differ_in_grey():
     assert np.abs(predicted - target)[26:54, 36:74].mean() > 10
 
 
+@pytest.mark.parametrize("marks", [Marks([(30, 20, 90, 60)]), Marks(mask=square())], ids=["box", "mask"])
+def test_each_side_has_its_colour(marks):
+    def pixels(image, colour):
+        return (np.abs(np.asarray(image, int) - colour).max(-1) < 60).sum()
+
+    for side, own, other in (
+        ("prediction", overlay.PREDICTION, overlay.TARGET),
+        ("target", overlay.TARGET, overlay.PREDICTION),
+    ):
+        image = overlay.draw(grey(), **{side: marks})
+        assert pixels(image, own) > 30 > 0 == pixels(image, other)
+
+
 def test_boxes_and_points_lie_where_they_say_at_any_size():
     for width in (120, 240, 60):
         scale = width / 120
-        image = overlay.draw(grey(), Marks([(30, 20, 90, 60)], [(100, 10)]), width=width)
+        image = overlay.draw(grey(), Marks([(30, 20, 90, 60)], [(100, 10), (10, 70)]), width=width)
         assert image.size == (width, round(80 * scale))
         seen = changed(image)
         reach = int(4 * scale) + 3
-        for x, y in ((30, 40), (90, 40), (60, 20), (60, 60), (100, 10)):
+        for x, y in ((30, 40), (90, 40), (60, 20), (60, 60), (100, 10), (10, 70)):
             column, row = int(x * scale), int(y * scale)
             assert seen[max(0, row - reach) : row + reach, column - reach : column + reach].any(), (width, x, y)
         assert not seen[int(32 * scale) : int(48 * scale), int(45 * scale) : int(75 * scale)].any()

@@ -47,6 +47,7 @@ class Kept:
         return 1
 
 kept = Kept()
+cached = functools.cache(short)
 built_in = hash
 """
 
@@ -154,7 +155,7 @@ def test_numbers_of_numpy_are_numbers(module: str) -> None:
 
 
 def test_a_function_is_known_by_its_file(module: str, tmp_path: Path) -> None:
-    names = ("short", "better", "kept")
+    names = ("short", "better", "kept", "cached")
     found = sources(load_functions([f"{module}:{name}" for name in (*names, "built_in")]))
     assert found == dict.fromkeys(names, hashlib.sha256((tmp_path / f"{module}.py").read_bytes()).hexdigest())
 

@@ -1,7 +1,7 @@
 """What is said and saved while a service is silent, on a clock of the test's own."""
 
-import re
 from collections.abc import Callable
+from datetime import datetime
 
 import pytest
 from thread_pod import on_hosts
@@ -18,7 +18,9 @@ REWARD = RewardConfig(checkpoint_after_s=100, patience_s=1000)
 class Run:
     """A run that waits: its clock, what it said and when it saved."""
 
-    def __init__(self, reward: RewardConfig = REWARD, pod: Pod = ALONE) -> None:
+    def __init__(
+        self, reward: RewardConfig = REWARD, pod: Pod = ALONE, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.now = 5.0
         self.timer = PhaseTimer(clock=lambda: self.now)
         self.said: list[tuple[float, str]] = []
@@ -27,6 +29,7 @@ class Run:
             reward,
             lambda text: self.said.append((self.now - 5, text)),
             self.save,
+            check,
             pod=pod,
             clock=lambda: self.now,
             count=lambda seconds: self.timer.move(seconds, "evaluation"),
@@ -42,8 +45,10 @@ class Run:
             self.now += 1
 
 
-def test_says_saves_and_gives_up() -> None:
+def test_says_saves_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it has been silent is said as the time of day when that began."""
     run = Run()
+    monkeypatch.setattr("segzero_jax.patience.time.time", lambda: 1.8e9 + run.now - 5)
     with pytest.raises(RewardServiceAway) as error, run.patience:
         run.silent_until(2000)
     assert str(error.value) == (
@@ -52,7 +57,8 @@ def test_says_saves_and_gives_up() -> None:
     assert run.saves == [100]
     waiting = [when for when, text in run.said if text.startswith("waiting")]
     assert waiting == [15 + 60 * i for i in range(17)]
-    assert re.fullmatch(r"waiting for scores since \d\d:\d\d:\d\d: nobody home", run.said[0][1])
+    began = datetime.fromtimestamp(1.8e9).strftime("%H:%M:%S")
+    assert {text for _, text in run.said if "saved" not in text} == {f"waiting for scores since {began}: nobody home"}
     assert [when for when, text in run.said if "saved" in text] == [100]
 
 
@@ -81,6 +87,7 @@ def test_an_evaluation_that_waits_does_not_hang() -> None:
         run.patience.heard()
         run.now += 3
         run.silent_until(100)
+        assert run.timer.running() == ("evaluation", 8 + 3 + 1), "as much again of the second silence"
     assert run.timer.take() == {"evaluation": pytest.approx(101), "other": 0}, "none of it is a step's"
 
 
@@ -110,6 +117,41 @@ def test_a_short_patience_still_says_and_saves() -> None:
         run.silent_until(10)
     assert run.saves == [4]
     assert run.said[0][0] == 2
+    run = Run(RewardConfig(checkpoint_after_s=5, patience_s=1000))
+    run.silent_until(6)
+    assert [when for when, text in run.said if text.startswith("waiting")] == run.saves == [5], "no save unexplained"
+
+
+class Preempted(Exception):
+    """What a check raises."""
+
+
+def test_another_reason_ends_a_wait_at_once() -> None:
+    """Silent or not, alone or with others, who all come to it in the same round; nothing is saved for the service."""
+
+    def wait(pod: Pod, speak: bool) -> Run:
+        looked: list[None] = []
+
+        def check() -> None:
+            looked.append(None)
+            if len(looked) == 3:
+                raise Preempted
+
+        run = Run(pod=pod, check=check)
+        step = run.patience.heard if speak else lambda: run.patience.silent(lambda: "nobody home")
+
+        def wait_on() -> None:
+            while run.now < 50:
+                run.now += 1
+                step()
+
+        with pytest.raises(Preempted), run.patience:
+            wait_on()
+        return run
+
+    runs = [wait(ALONE, speak=True), wait(ALONE, speak=False)]
+    runs += [end.result() for end in on_hosts(2, lambda pod: wait(pod, speak=False))]
+    assert [(run.now, run.saves) for run in runs] == [(8.0, [])] * 4
 
 
 def test_any_failure_of_the_service_saves_and_no_other_does() -> None:

@@ -28,6 +28,7 @@ KINDS = {
     "turned jpeg": encoded(RGB, exif=TURNED),
     "upside down": encoded(RGB, exif=OVER),
     "png": encoded(RGB, "PNG"),
+    "png with a hole": encoded(RGB, "PNG", transparency=RGB.getpixel((9, 9))),
     "rgba png": encoded(Image.fromarray(ALPHA), "PNG"),
     "grey and alpha png": encoded(Image.fromarray(ALPHA).convert("LA"), "PNG"),
     "16-bit png": encoded(Image.fromarray(DEEP), "PNG"),
@@ -53,6 +54,11 @@ def test_policy_and_segmenter_see_the_same(kind: str) -> None:
     policy = np.asarray(as_the_policy(stored.data, kind))
     np.testing.assert_array_equal(policy, as_the_segmenter(stored.data))
     assert policy.shape == (stored.frame.height, stored.frame.width, 3)
+    file = reopened(stored.data)
+    assert file.format in ("PNG", "JPEG", "WEBP")
+    assert file.mode in ("RGB", "L")
+    assert "transparency" not in file.info
+    assert (file.getexif().get(0x0112, 1), getattr(file, "n_frames", 1)) == (1, 1)
     assert stored.frame == stored.original == (Frame(96, 128) if "turned" in kind else Frame(128, 96))
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -115,6 +117,8 @@ def test_several_updates_run_on_mini_batches_and_need_old_log_probabilities():
         (policy, _, tokens), _ = programs["old_logps"][1]().args_info
         assert jax.tree.leaves(policy)[0].dtype == "float32"
         assert tokens.shape[0] == 16
+        free = Step(configs.replace(run, **{"grpo.kl_coef": 0.0}), find_dims("toy"), jax.sharding.get_mesh())
+        assert [name for name, *_ in free.programs()] == ["reshard", "rollout", "old_logps", "update"], "no reference"
 
 
 def test_adapters_are_planned_with_one_policy_that_they_and_the_reference_share():
@@ -288,6 +292,33 @@ def test_a_phase_that_needs_more_than_the_chip_has(written, gib):
     assert (found.runs, found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (4, False, gib + 1, 1.0, None)
 
 
+ON_TWO_AXES = """HloModule on_two_axes
+
+ENTRY %main (y: f32[64,32]) -> f32[64,32] {
+  %y = f32[64,32]{1,0} parameter(0)
+  %tensor = f32[64,32]{1,0} all-reduce(%y), channel_id=1, replica_groups={{0,1}}
+  ROOT %fsdp = f32[64,32]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,2}}
+}
+"""
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(5.0, True), (4.9, False)])
+def test_a_phase_takes_as_long_as_its_busiest_link_and_holds_what_lies_beside_it_too(limit, fits):
+    """Two axes send at once; a program's own code is in memory as well."""
+    gib = 2**30
+    memory = SimpleNamespace(
+        peak_memory_in_bytes=3 * gib, generated_code_size_in_bytes=gib, argument_size_in_bytes=2 * gib
+    )
+    lowered = Mock(**{"compile.return_value.memory_analysis.return_value": memory})
+    lowered.compile.return_value.as_text.return_value = ON_TWO_AXES
+    beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    chip = Chip(hbm_gib=limit, flops=1e9, hbm=1e9, link=1e3)
+    (found,) = analyse("update", 4, lambda: lowered, (beside,), chip, (1, 2, 2), {})
+    assert (found.seconds, found.bound) == (4 * 64 * 32 / 1e3, "interconnect")
+    assert (found.arguments_gib, found.temporaries_gib, found.resident_gib, found.hbm_gib) == (2, 2, 1, 5)
+    assert found.fits == fits
+
+
 def phase(name: str) -> PhasePlan:
     return PhasePlan(name, 1, 1.0, 20.0, 1.0, 22.0, False, 1e12, 1e9, {}, 1.0, "HBM")
 
@@ -317,6 +348,14 @@ def test_advice_names_what_is_not_yet_done():
     said = "\n".join(advise(parts, [phase("prefill")]))
     assert "--train.batch_size=4 --train.mini_batch_size=4: fewer prompts a step" in said, "all that is larger"
     assert advise(preset, []) == []
+    for key, what in (("train.moment_dtype", "2 bytes less"), ("model.compute_dtype", "half the bytes")):
+        for dtype in ("float32", "bfloat16"):
+            said = "\n".join(advise(configs.replace(preset, **{key: dtype}), [phase("update")]))
+            assert (f"--{key}=bfloat16: {what}" in said) == (dtype == "float32")
+    for name in ("vision", "reshard", "prefill", "decode", "reference", "old_logps", "update"):
+        said = "\n".join(advise(preset, [phase(name)]))
+        assert ("shorter answers" in said) == (name in ("decode", "reference", "old_logps", "update"))
+        assert "a larger slice, such as --mesh=8x4" in said
 
 
 def test_an_attention_kernel_costs_its_live_blocks():

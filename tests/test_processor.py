@@ -106,8 +106,9 @@ def test_pixels_are_bit_equal_to_the_hugging_face_processor(processor: Processor
     assert not ours.patches_sc[~ours.valid_s].any()
 
 
-def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Processor) -> None:
-    image = picture(208, 240)
+@pytest.mark.parametrize("size", [(208, 240), (112, 240)])
+def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Processor, size: tuple[int, int]) -> None:
+    image = picture(*size)
     encoded = processor.encode(example(image=png(image)))
     squashed = image.resize((112, 112), Image.Resampling.BICUBIC)
     theirs = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[squashed], return_tensors="np")
@@ -238,7 +239,13 @@ def test_text_only_batch_and_default_padding(processor: Processor) -> None:
     )
 
 
-def test_too_long_prompt_names_id_count_and_limit(processor: Processor) -> None:
+def test_too_long_prompt_names_id_count_and_limit(checkpoint: Path, processor: Processor) -> None:
+    longest = len(processor.encode(example()).tokens_p)
+    just = Processor.load(checkpoint, image_size=112, wording="toy", max_prompt_tokens=longest)
+    assert len(just.encode(example()).tokens_p) == longest
+    just = Processor.load(checkpoint, image_size=112, wording="toy", max_prompt_tokens=longest - 1)
+    with pytest.raises(PromptTooLong, match=f"max_prompt_tokens={longest - 1}"):
+        just.encode(example())
     with pytest.raises(PromptTooLong, match=r"toy-1: prompt of \d+ tokens \(16 of them image\).*max_prompt_tokens=64"):
         processor.encode(example("the red circle " * 30))
 
@@ -300,6 +307,7 @@ def test_modes_become_rgb_on_white_and_upright() -> None:
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     assert decode_image(png(palette), "x").getpixel((0, 0)) == (10, 20, 30)
+    assert decode_image(png(palette, transparency=1), "x").getpixel((0, 0)) == (255, 255, 255)
     turned = Image.new("RGB", (4, 8))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -333,6 +341,13 @@ def test_hub_form_of_the_config_gives_the_same_settings(checkpoint: Path, tmp_pa
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "hidden_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16, "vision_config": vision}))
+    assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
+    # Older versions of transformers write this one beside the picture settings, newer ones write them into it.
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}))
+    assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     assert Processor.load(tmp_path, 112, "toy", 64).vision == processor.vision
 
 

@@ -108,6 +108,7 @@ def test_solution_text_refuses_what_it_cannot_write(target: ObjectPrompt, messag
     [
         (ObjectPrompt(box=(1, 2, 3, 4), points=((1, 1),)), "two points"),
         (ObjectPrompt(box=(-1, 2, 3, 4), points=((1, 1), (2, 2))), "below 0"),
+        (ObjectPrompt(box=(1, 2, 3, 4), points=((1, 1), (2, -2))), "below 0"),
     ],
 )
 def test_seg_zero_solution_text_refuses_what_its_form_cannot_say(target: ObjectPrompt, message: str) -> None:
@@ -188,6 +189,7 @@ GOOD = '{"bbox_2d": [1,2,3,4], "point_2d": [5,6]}'
         '[{"bbox_2d": [1,2,3,Infinity], "point_2d": [5,6]}]',
         '[{"bbox_2d": [1,2,3,1e999], "point_2d": [5,6]}]',
         '[{"bbox_2d": [1,2,3,-1e7], "point_2d": [5,6]}]',
+        '[{"bbox_2d": [1,2,3,1000001], "point_2d": [5,6]}]',
         '[{"bbox_2d": [1,2,3,true], "point_2d": [5,6]}]',
         '[{"bbox_2d": "1234", "point_2d": [5,6]}]',
         f'[{{"bbox_2d": [1,2,3,1{"0" * 400}], "point_2d": [5,6]}}]',

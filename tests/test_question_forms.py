@@ -550,6 +550,7 @@ def test_a_row_that_cannot_be_used_is_left_out_by_name(
     columns = {name: whole[name].to_pylist() for name in whole.column_names}
     ((column, value),) = change.items()
     columns[column][7] = value
+    columns["solution"][3] = "<box>(0,0),(84,84)</box><points>(0,84),(84,0)</points>"  # its edges are of the picture
     out = built(tmp_path, "r", sources.solution_parquet(tmp_path / "s", rows=12, **columns))
     assert list(left_out(out, "r")) == ["refcocog_16007"]
     assert left_out(out, "r")["refcocog_16007"].startswith(reason)

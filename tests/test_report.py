@@ -154,15 +154,25 @@ def test_a_change_of_the_reward_has_a_colour_where_it_is_more_than_noise(copied,
     assert "by GRPO. 24 steps, " in page.words(), "though the lines of five are lost"
 
 
-def test_a_change_of_an_evaluation_has_its_sign_and_its_colour(copied):
+@pytest.mark.parametrize(
+    ("half", "colours"),
+    [
+        # Of the difference of two numbers, the half widths add up as squares: 0.141 and 0.212.
+        (0.1, ["+0.250", "", f"{MINUS}0.125 +0.000 +0.000"]),
+        (0.08, ["+0.250", f"{MINUS}0.125", "+0.000 +0.000"]),
+        (0.2, ["", "", f"+0.250 {MINUS}0.125 +0.000 +0.000"]),
+        (None, ["", "", f"+0.250 {MINUS}0.125 +0.000 +0.000"]),
+    ],
+)
+def test_a_change_of_an_evaluation_has_its_sign_and_a_colour_where_it_is_more_than_noise(copied, half, colours):
     found = rows(copied, "evaluations.jsonl")
     giou = {"greedy": (0.5, 0.75), "sampled": (0.75, 0.625)}
     for row in found:
         row["giou"] = giou[row["mode"]][row["step"] == 24] if row["split"] == SPLITS[0] else 0.25
+        row["giou_low"], row["giou_high"] = (None, None) if half is None else (row["giou"] - half, row["giou"] + half)
     jsonl.write(copied / "evaluations.jsonl", found)
     page = Page(evaluations.gains(read_run(copied)))
-    changes = [page.words(colour) for colour in ("up", "down", "")]
-    assert changes == ["+0.250", f"{MINUS}0.125", "+0.000 +0.000"]
+    assert [page.words(colour) for colour in ("up", "down", "")] == colours
 
 
 def test_the_evaluation_table_holds_every_row(run_dir, page):

@@ -147,7 +147,8 @@ def test_the_single_quotes_of_the_prompts_own_example_earn_the_thinking_format_a
     ],
 )
 def test_seg_zero_segmentation_format(answer: dict, soft: float, strict: float) -> None:
-    assert components("seg_zero_soft", answer)["segmentation_format"] == soft
+    for recipe in ("seg_zero_soft", "seg_zero_soft_accuracy", "seg_zero_no_thinking"):
+        assert components(recipe, answer)["segmentation_format"] == soft
     assert components("seg_zero_strict", answer)["segmentation_format"] == strict
 
 

@@ -121,8 +121,9 @@ def test_greedy_answers_are_those_of_transformers(generated, greedy):
     assert greedy.finished_bg.tolist() == [[answer[-1] == end] * 2 for answer in theirs]
 
 
-def test_one_candidate_is_the_greedy_answer(draw, generated, greedy):
-    found = draw(sampling=Sampling(2, LENGTH, (generated[0],), PAD, PROCESSOR.visual_ids, top_k=1))
+@pytest.mark.parametrize("how", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_one_candidate_is_the_greedy_answer(draw, generated, greedy, how):
+    found = draw(sampling=Sampling(2, LENGTH, (generated[0],), PAD, PROCESSOR.visual_ids, **how))
     np.testing.assert_array_equal(found.tokens_bgr, greedy.tokens_bgr)
 
 
@@ -226,6 +227,8 @@ def test_the_loop_ends_when_all_have_ended(directory, monkeypatch):
         found = fresh(policy, batch, jax.random.key(0), setup=Pass(dims, ROLLOUT, FLOAT32), sampling=sampling)
         jax.effects_barrier()
     assert found.finished_bg.all()
+    real = np.arange(50) < found.length_bg[..., None]
+    assert (np.isin(found.tokens_bgr, DRAWN.end_ids) & real).sum(-1).max() == 1, "either of the ends is one"
     assert sorted(steps) == list(range(int(found.length_bg.max())))
     assert len(steps) < 50
 

@@ -10,8 +10,9 @@ from thread_pod import on_hosts
 from segzero_jax import config as configs
 from segzero_jax import rewards
 from segzero_jax.config import Config, RewardConfig
+from segzero_jax.patience import Patience
 from segzero_jax.pods import Pod
-from segzero_jax.record import Step, metric_keys, rollout_rows, step_metrics, update_metrics
+from segzero_jax.record import Step, metric_keys, rollout_rows, step_metrics, unscored_groups, update_metrics
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scored, Scorer, solution
 from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt, RleMask, Rollout
@@ -36,13 +37,17 @@ class Answered:
         self.scores = scores
         self.asked = asked or []
         self.drawn: list[str] = []
+        self.waits: list[tuple[object, bool]] = []
 
     def score(self, groups: list[ScoreRequest], masks: int = 0) -> "Answered":
         self.asked += groups
         self.drawn += [group.id for group in groups[:masks]]
-        return Answered(self.scores, list(groups))
+        sent = Answered(self.scores, list(groups))
+        sent.waits = self.waits
+        return sent
 
     def result(self, patience: object = None, drop: bool = False) -> list[list[CandidateScore]]:
+        self.waits.append((patience, drop))
         return [self.scores for _ in self.asked]
 
 
@@ -54,6 +59,9 @@ def test_targets_and_answers_change_frames() -> None:
     client = Answered([scored(0.5)])
     Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD]])
     assert solution(example(TARGET), FRAME, "vision_reasoner") == '[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}]'
+    two_points = example(ObjectPrompt(TARGET.box, ((60.0, 160.0), (40.0, 200.0))))
+    both = "<box>(10,20),(50,60)</box><points>(30,40),(20,50)</points>"
+    assert solution(two_points, FRAME, "seg_zero_strict") == both
     (request,) = client.asked
     assert request.candidates == ((TARGET,),)
     assert (request.frame, request.target) == (Frame(200, 400), (TARGET,))
@@ -76,11 +84,14 @@ def test_text_rewards_need_no_server() -> None:
     assert result.masks is None
 
 
-def test_mask_iou_is_a_component_with_its_weight() -> None:
-    config = RewardConfig(mask_iou_weight=2.0)
-    result = Scorer(config, FRAME, Answered([scored(0.25)])).send([example(TARGET)], [[GOOD]]).result()
-    assert result.rewards_bg[0, 0] == rewards.maximum("vision_reasoner") + 0.5
-    assert result.components[0][0]["mask_iou"] == 0.25
+@pytest.mark.parametrize(
+    ("mode", "iou", "value"), [("raw", 0.25, 0.25), ("threshold", 0.75, 1.0), ("tiered", 0.75, 3.0)]
+)
+def test_mask_iou_is_a_component_in_its_mode_with_its_weight(mode: str, iou: float, value: float) -> None:
+    config = RewardConfig(mask_iou_weight=2.0, mask_iou_mode=mode)
+    result = Scorer(config, FRAME, Answered([scored(iou)])).send([example(TARGET)], [[GOOD]]).result()
+    assert result.rewards_bg[0, 0] == rewards.maximum("vision_reasoner") + 2 * value
+    assert result.components[0][0]["mask_iou"] == value
 
 
 def test_a_missing_score_is_never_a_zero() -> None:
@@ -111,11 +122,19 @@ def test_a_point_outside_the_picture_earns_nothing_and_the_row_says_why() -> Non
     assert row["reward"] == rewards.maximum("vision_reasoner")
 
 
-def test_pixels_to_ignore_are_left_out_by_the_server() -> None:
+@pytest.mark.parametrize("drop", [False, True])
+def test_scores_are_waited_for_as_long_as_the_run_says(drop: bool) -> None:
+    client, patience = Answered([scored(0.5)]), Patience(RewardConfig(), print, lambda: True)
+    Scorer(RewardConfig(), FRAME, client).send([example(TARGET)], [[GOOD]]).result(patience, drop)
+    assert client.waits == [(patience, drop)]
+
+
+def test_masks_of_the_data_are_what_the_server_compares_with() -> None:
+    """The target's, rather than one that SAM 2 makes of its box; and pixels to ignore."""
     client = Answered([scored(0.5)])
-    ignore = RleMask(400, 200, "as it is")
-    Scorer(RewardConfig(), FRAME, client).send([replace(example(TARGET), ignore=ignore)], [[GOOD]])
-    assert [request.ignore for request in client.asked] == [ignore]
+    mask, ignore = RleMask(400, 200, "as it is"), RleMask(400, 200, "this too")
+    Scorer(RewardConfig(), FRAME, client).send([replace(example(TARGET), mask=mask, ignore=ignore)], [[GOOD]])
+    assert [(request.target, request.ignore) for request in client.asked] == [(mask, ignore)]
 
 
 def test_an_unreadable_answer_does_not_earn_what_nothing_here_earns() -> None:
@@ -184,6 +203,49 @@ def test_of_several_data_sets_each_has_its_own_reward() -> None:
     assert not {key for key in step_metrics(made, Config()) if key.startswith("data/")}, "one set alone is the mean"
 
 
+def test_the_numbers_and_rows_of_a_step() -> None:
+    """A score that is missing is in no number, one of zero is; of the first prompt alone the picture is kept."""
+    rewards_bg = np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [np.nan, np.nan, 6.0]])
+    components = [[{"part": reward / 2} if np.isfinite(reward) else {} for reward in group] for group in rewards_bg]
+    masks = [[scored(iou) for iou in group] for group in ([0.0, 0.5, 1.0], [0.5, 0.5, 0.5], [None, None, 0.0])]
+    lengths, finished = np.array([[3, 7, 4], [2, 4, 4], [4, 4, 8]]), np.ones((3, 3), bool)
+    made = Step(
+        1,
+        [replace(example(), id=f"row-{n}") for n in range(3)],
+        [["<think> so </think>", "<think> \n</think>", ""]] * 3,
+        Rollout(np.zeros((3, 3, 9), int), lengths, np.zeros((3, 3, 9)), finished),
+        Scored(rewards_bg, components, masks),
+        np.arange(9.0).reshape(3, 3),
+    )
+    given = [1, 2, 3, 4, 4, 4, 6]
+    assert step_metrics(made, Config()) == pytest.approx(
+        {
+            **{"reward/mean": np.mean(given), "reward/std": np.std(given), "reward/part": np.mean(given) / 2},
+            **{"reward/zero_std_groups": 2 / 3, "missing_scores": 2, "mask_iou/mean": 3 / 7},
+            **{"response_length/mean": 40 / 9, "response_length/min": 2, "response_length/max": 8},
+            **{"empty_thinking": 2 / 3, "finished": 1},
+        }
+    )
+    stored: list[str] = []
+    rows = list(rollout_rows(made, FRAME, "vision_reasoner", lambda name, data: stored.append(name) or name))
+    assert stored == ["row-0"]
+    assert ["image" in row for row in rows] == [True] * 3 + [False] * 6
+    assert [row["advantage"] for row in rows] == list(range(9))
+    assert [row["length"] for row in rows] == lengths.ravel().tolist()
+
+
+def test_groups_without_any_score_are_told_with_the_reason_of_the_first() -> None:
+    one, none = [scored(0.5), scored(None, "a box of no area")], [scored(None, "not a number"), scored(None, "other")]
+
+    def told(*masks: list[CandidateScore]) -> str:
+        rewards_bg = np.array([[np.nan if score.iou is None else score.iou for score in group] for group in masks])
+        return unscored_groups(Scored(rewards_bg, [[{}, {}]] * len(masks), list(masks)))
+
+    assert told(one, one) == ""
+    assert told(one, none, one) == "1 of 3 groups are left out, they have no scores: not a number"
+    assert told(none, none) == "nothing is learnt from this step, they have no scores: not a number"
+
+
 def test_the_updates_of_a_step_are_one_line() -> None:
     good = {"loss": 1.0, "grad_norm": np.float32(3.0), "update/skipped": 0.0}
     bad = {"loss": math.nan, "grad_norm": np.float32(math.inf), "update/skipped": 1.0}
@@ -194,6 +256,9 @@ def test_the_updates_of_a_step_are_one_line() -> None:
     assert update_metrics([good, overflown]) == {**good, "update/skipped": 1.0}
     assert update_metrics([overflown]) == {"loss": None, "grad_norm": None, "update/skipped": 1.0}
     assert update_metrics([]) == {}
+    keys = lambda **changes: set(metric_keys(configs.replace(Config(), **changes)))  # noqa: E731
+    assert keys() - keys(**{"grpo.kl_coef": 0.0}) == {"kl"}
+    assert keys(**{"grpo.iterations": 2}) - keys() == {"kl_old"}
 
 
 @pytest.mark.parametrize("rows", [None, [[0, 3], [1], [2, 4]]])

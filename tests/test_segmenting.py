@@ -42,7 +42,8 @@ MOST_BYTES, MOST_PIXELS = 2**24, 16_000_000  # as the real server
 )
 def test_only_what_the_server_would_see_otherwise_is_encoded_anew(data: bytes, kind: str | None) -> None:
     upright = decode_picture(data, "it")
-    sent, size = as_seen(data, upright, MOST_BYTES, MOST_PIXELS)
+    most_bytes = MOST_BYTES if kind else len(data)
+    sent, size = as_seen(data, upright, most_bytes, upright.width * upright.height)
     assert size == Frame(*upright.size)
     assert (sent is data) == (kind is None)
     if kind:
@@ -146,6 +147,30 @@ def test_of_a_local_server_nothing_is_left_behind_but_the_log_of_one_that_failed
     assert [path.read_text() for path in tmp_path.rglob("*.log")] == ["large"]
 
 
+def test_a_local_server_that_has_died_is_started_again_for_the_next_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    started: list[contextlib.ExitStack] = []
+
+    @contextlib.contextmanager
+    def starts(model: str, log: Path, **options: object) -> Iterator[str]:
+        log.write_text(model)
+        with contextlib.ExitStack() as stack:
+            started.append(stack)
+            yield stack.enter_context(serving(BoxServer()))
+
+    monkeypatch.setattr(segmenting, "local_server", starts)
+    with Segmenter("local", Access(), lambda: "toy", print) as segmenter:
+        for _ in range(2):
+            assert segmenter("it", encoded(PICTURE), PICTURE, OBJECTS).model == "boxes"
+        started[0].close()
+        with pytest.raises(RewardServiceAway):
+            segmenter("it", encoded(PICTURE), PICTURE, OBJECTS)
+        assert segmenter("it", encoded(PICTURE), PICTURE, OBJECTS).model == "boxes"
+    assert len(started) == 2
+
+
 def test_one_of_several_servers_is_enough_for_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for the other one, neither at first nor later."""
     monkeypatch.setattr(segmenting, "STARTUP_S", 60.0)
@@ -160,13 +185,15 @@ def test_one_of_several_servers_is_enough_for_every_answer(monkeypatch: pytest.M
     assert said[0].startswith(f"going on without reward server {away}: unreachable")
 
 
-def test_that_no_server_is_there_any_more_is_told_at_once() -> None:
+def test_that_no_server_is_there_any_more_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmenting, "STARTUP_S", 60.0)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         here = stack.enter_context(serving(BoxServer()))
         with Segmenter(here, Access(), lambda: "toy", print) as segmenter:
             segmenter("it", encoded(PICTURE), PICTURE, OBJECTS)
             stack.close()
-            with pytest.raises(RewardServiceAway, match=f"{here}: unreachable"):
-                segmenter("it", encoded(PICTURE), PICTURE, OBJECTS)
+            for _ in range(2):
+                with pytest.raises(RewardServiceAway, match=f"{here}: unreachable"):
+                    segmenter("it", encoded(PICTURE), PICTURE, OBJECTS)
     assert time.monotonic() - start < 30

@@ -63,6 +63,21 @@ def test_storage_that_a_host_cannot_write_is_none_of_the_user(tmp_path: Path, ho
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_storage_that_cannot_be_listed_is_told_and_nothing_is_left_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a bucket, listing takes a permission that writing does not."""
+
+    def refuse() -> None:
+        raise PermissionError("no permission storage.buckets.get")
+
+    monkeypatch.setattr("segzero_jax.shared_storage.ocp.path.step.standard_name_format", refuse)
+    with pytest.raises(StorageError) as error:
+        probe(epath.Path(tmp_path), Pod())
+    assert str(error.value) == f"{tmp_path}: cannot be listed: PermissionError: no permission storage.buckets.get"
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_of_the_probe_is_no_checkpoint_and_goes_with_a_host_that_is_lost(tmp_path: Path) -> None:
     seen: list[str] = []
 

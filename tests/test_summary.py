@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from fake_run import SPLITS, write_fake_run
 
@@ -29,7 +30,8 @@ def test_no_step_is_in_both_ends_of_the_mean_reward(tmp_path, capsys, steps, end
     rewards = [row["reward/mean"] for row in jsonl.read(tmp_path / "run/metrics.jsonl")]
     half = min(10, max(1, steps // 2))
     for part in (rewards[:half], rewards[-half:]):
-        assert f" {sum(part) / half:.3f} " in said
+        error = f"± {np.std(part, ddof=1) / half**0.5:.3f} " if half > 1 else ""
+        assert f" {sum(part) / half:.3f} {error}in step" in said
 
 
 def test_a_run_without_a_scored_step_has_no_mean_reward(tmp_path, capsys):

@@ -68,6 +68,8 @@ def test_the_phase_in_progress_is_seen_from_outside(timer, clock):
     clock.now += 3.0
     assert timer.running() == ("other", 3.0)
     assert timer.take() == {"rollout": 6.0, "other": 4.0}
+    clock.now += 0.5
+    assert timer.running() == ("other", 0.5), "of what a line holds, nothing is in progress"
 
 
 def test_compilation_is_no_part_of_the_phase_it_happens_in(timer, clock):
@@ -227,11 +229,16 @@ def test_a_finished_run_that_goes_on_has_lost_nothing(tmp_path, timer, clock):
     spend(timer, clock, checkpoint=1.0, evaluation=20.0)
     account.note(ended=True)
     assert json.loads((tmp_path / "clock.json").read_text())["ended"]
-    account, _ = resumed(tmp_path, clock, rows(9), [])
+    account, timer = resumed(tmp_path, clock, rows(9), [])
     line = account.line(2)
     assert "time/lost" not in line
     assert (line["time/evaluation"], line["time/checkpoint"], line["time/startup"]) == (20.0, 1.0, 1.0)
     assert line["time/total"] == 27.0
+    spend(timer, clock, evaluation=4.0)
+    account.note(ended=True)
+    # From a checkpoint before its lines, what came after them is repeated as well.
+    _, timer = resumed(tmp_path, clock, [], rows(9, 27))
+    assert timer.peek()["lost"] == 9.0 + 27.0 + 4.0
 
 
 def test_a_clock_that_is_no_json_is_one_line(tmp_path, timer):

@@ -145,9 +145,11 @@ def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis: statistics in float32, the scale in ``x``'s dtype, as in Qwen2.5-VL."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    # The product of two narrow numbers, taken in float32 so that the gradient of the scale is summed in float32.
-    scaled = normed.astype(x.dtype).astype(jnp.float32) * scale_d.astype(x.dtype).astype(jnp.float32)
-    return scaled.astype(x.dtype)
+    # The product of two narrow numbers, taken in float32 so that the gradient of the scale is summed in float32. The
+    # scale is rounded by what counts as a constant, so that this sum is not rounded in its turn.
+    wide_d = scale_d.astype(jnp.float32)
+    narrow_d = wide_d + jax.lax.stop_gradient(scale_d.astype(x.dtype).astype(jnp.float32) - wide_d)
+    return (normed.astype(x.dtype).astype(jnp.float32) * narrow_d).astype(x.dtype)
 
 
 def mrope_angles(positions_b3t: Array, sections: tuple[int, int, int], theta: float) -> jax.Array:

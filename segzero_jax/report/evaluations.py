@@ -1,5 +1,6 @@
 """Held-out results: before and after by split, over the steps, and as a table."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,8 @@ def gains(run: Run) -> str:
         at = "" if after["step"] == last else f' <span class="mode">(step {after["step"]})</span>'
         marks.append(_mark(after, key, "old" if at and before is after else "new", place, width))
         change = "" if before is after else f"{fixed(old)} → "
-        moved = f'&ensp;<span class="{direction(new - old)}">{signed(new - old)}</span>' if change else ""
+        colour = direction(new - old, math.hypot(_uncertainty(before, key), _uncertainty(after, key)))
+        moved = f'&ensp;<span class="{colour}">{signed(new - old)}</span>' if change else ""
         lines.append(
             f'<div class="gain"><span class="of">{text(after.get("split"))} '
             f'<span class="mode">{text(after.get("mode"))}</span></span><span class="track">{"".join(marks)}</span>'
@@ -71,9 +73,15 @@ def gains(run: Run) -> str:
     return (
         f'<h3 style="margin-top:44px">Held-out {name}, {when}</h3><div class="gains">{"".join(lines)}'
         f'<div class="gain scale"><span></span><span class="track">{scale}</span><span></span></div></div>'
-        '<p class="note">Lines are confidence intervals. Greedy: the most likely answer. Sampled: answers drawn at '
-        "the training temperature.</p>"
+        '<p class="note">Lines are confidence intervals; a change has a colour where it is more than both leave open. '
+        "Greedy: the most likely answer. Sampled: answers drawn at the training temperature.</p>"
     )
+
+
+def _uncertainty(row: Row, key: str) -> float:
+    """Half the width of a number's interval; infinite where it has none."""
+    low, high = number(row.get(f"{key}_low")), number(row.get(f"{key}_high"))
+    return math.inf if low is None or high is None else (high - low) / 2
 
 
 def _mark(row: Row, key: str, kind: str, place: Any, width: Any) -> str:

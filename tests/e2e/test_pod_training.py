@@ -22,7 +22,7 @@ PROFILE = ["--profile=3"]
 pytestmark = pytest.mark.timeout(1800)  # Eight devices on two cores, up to four processes that compile.
 OPTIONS = ["--mesh=4x2", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
 OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4", "--rollout.max_response_tokens=48"]
-OPTIONS += ["--rollout.max_batches=2", "--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
+OPTIONS += ["--rollout.max_batches=2", "--eval.examples=4", "--eval.samples=4", "--data.eval_splits=[val]"]
 
 
 @pytest.fixture(scope="module")

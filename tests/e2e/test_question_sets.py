@@ -40,8 +40,8 @@ HELD_OUT = {
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny random policy as a checkpoint; what is compiled for one data set is kept for the others."""
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random policy as a checkpoint."""
     folder = tmp_path_factory.mktemp("policy")
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         if (TOY / name).exists():
@@ -49,17 +49,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "config.json").write_text(json.dumps(tiny.hf_config()))
     with jax.set_mesh(make_mesh("1x1")):
         save_hf(tiny.random_policy(), tiny.DIMS, folder, dtype=np.float32)
-    kept = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in kept}
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return folder
 
 
 class Boxes(BoxServer):

@@ -57,6 +57,7 @@ def test_mesh_4x4_on_a_cpu_trains_against_sam_2(tmp_path: Path, data_dir: str) -
     command = [sys.executable, "-m", "segzero_jax.train", "--mesh=4x4", "--train.steps=2", f"--run.dir={tmp_path}/run"]
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     small = ["--eval.examples=4", "--data.eval_splits=[val]", f"--data.dir={data_dir}", "--train.micro_batch_size=8"]
+    small += ["--rollout.max_response_tokens=48"]
     done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -22,20 +21,7 @@ from segzero_jax import train
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]
 SMALL += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]"]
-CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 CALLS_OF_A_STEP = CALLS_OF_AN_EVALUATION = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each run is a new program to JAX; a cache on the disk lets the later ones find the first one's."""
-    kept = {name: getattr(jax.config, name) for name in CACHE}
-    values = (str(tmp_path_factory.mktemp("compiled")), 0.2)
-    for name, value in zip(CACHE, values, strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in kept.items():
-        jax.config.update(name, value)
 
 
 def run(directory: Path, data_dir: str, *arguments: str) -> int:

@@ -30,8 +30,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The toy configuration with random weights, by whether the head is tied."""
-    config = json.loads((resolve("toy") / "config.json").read_text())
+    """The toy configuration with random weights, by whether the head is tied; norms in which their epsilon counts."""
+    config = json.loads((resolve("toy") / "config.json").read_text()) | {"rms_norm_eps": 0.01}
     return {
         tied: make_checkpoint(tmp_path_factory.mktemp("checkpoint"), config | {"tie_word_embeddings": tied}, scale=4)
         for tied in (True, False)

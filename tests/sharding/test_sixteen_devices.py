@@ -27,7 +27,9 @@ from segzero_jax.grpo import (
     update,
 )
 from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
+from segzero_jax.model.dims import RELEASED
 from segzero_jax.model.policy import Pass, Policy, prompt_logits
+from segzero_jax.model.weights import abstract_policy
 from segzero_jax.rollout import Sampling, rollout_layout, sample
 from segzero_jax.types import Rollout
 
@@ -165,6 +167,23 @@ def test_parameters_and_moments_lie_in_shards_as_the_table_says(many: tuple[str,
     assert_shards(weights.embed_vd[...], (512 // (fsdp * tensor), 64), count)
     assert_shards(policy.vision.blocks.qkv_d3nh[...], (2, 32 // fsdp, 3, 4 // tensor, 8), count)
     assert_shards(policy.vision.merger_up_df[...], (128 // fsdp, 128 // tensor), count)
+
+
+@pytest.mark.parametrize("layout", [TRAIN, ROLLOUT], ids=lambda layout: layout.name)
+def test_every_matrix_of_a_7b_is_divided_over_the_mesh(layout: Layout) -> None:
+    """For training each is in sixteen parts; for sampling those of attention and of the vision tower are in four."""
+    with jax.set_mesh(make_mesh("4x4")):
+        policy = abstract_policy(RELEASED["Qwen/Qwen2.5-VL-7B-Instruct"], layout)
+    parts = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(policy):
+        if leaf.size > 1e6 * (leaf.shape[0] if "blocks" in jax.tree_util.keystr(path) else 1):
+            name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+            parts[name] = leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
+    assert len(parts) == 17
+    whole_there = {"embed_vd", "head_vd", "blocks/gate_df", "blocks/up_df", "blocks/down_fd"}
+    # Patches are embedded by rows of pixels, which nothing divides.
+    expected = {name: 16 if layout is TRAIN or name in whole_there else 4 for name in parts}
+    assert parts == expected | {"vision/patch_cd": 4 if layout is TRAIN else 1}
 
 
 def assert_shards(array: jax.Array, shape: tuple[int, ...], devices: int) -> None:

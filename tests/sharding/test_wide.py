@@ -4,6 +4,7 @@ The vocabulary is the toy's, and so are the pictures: 56 pixels are one attentio
 that equality is a statement about the program alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,16 @@ def train(mesh: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Here arrays are large: it takes longer to run programs than to optimize them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.heavy
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.timeout(1200)
 def test_three_steps_agree() -> None:
     one, sixteen = train("1x1"), train("4x4")
