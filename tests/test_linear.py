@@ -1,5 +1,7 @@
 """Linear layers: the result is einsum's, and gradients of weights stay float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec
 from tiny import DIMS, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model.layers import linear, rms_norm
+from segzero_jax.model.layers import linear, rms_norm, rotate
 from segzero_jax.model.policy import Pass, _embed
 
 ANY = PartitionSpec()
@@ -70,6 +72,20 @@ def test_a_gradient_is_summed_over_devices_in_float32() -> None:
     assert errors[0] < errors[1] / 10
     bias_errors = [np.abs(np.asarray(db) - np.asarray(scale, np.float64).sum((0, 1))).max() for _, db in gradients]
     assert bias_errors[0] < bias_errors[1] / 10
+
+
+@pytest.mark.parametrize(
+    ("computed", "shape", "roundings"),
+    [(lambda x, scale: rms_norm(x, scale, 1e-6), (8,), 3), (rotate, (1, 2, 4), 1)],
+    ids=["norm", "rotation"],
+)
+def test_of_bfloat16_activations_results_alone_are_rounded(
+    computed: Callable[..., jax.Array], shape: tuple[int, ...], roundings: int
+) -> None:
+    """And a norm's scale and what it multiplies, as in Qwen2.5-VL. XLA for CPUs may leave other roundings out."""
+    program = jax.make_jaxpr(computed)(jnp.ones((1, 2, 2, 8), "bfloat16"), jnp.ones(shape))
+    made = [step.primitive.name for step in program.eqns for out in step.outvars if out.aval.dtype == "bfloat16"]
+    assert made == ["convert_element_type"] * roundings
 
 
 def test_the_gradient_of_a_norm_s_scale_is_not_rounded_to_what_activations_are() -> None:

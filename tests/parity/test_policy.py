@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from tiny import encode
 from torch_policy import load_torch, make_checkpoint, torch_inputs
 
@@ -30,12 +31,20 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The toy configuration with random weights, by whether the head is tied; norms in which their epsilon counts."""
+    """The toy configuration with random weights, by whether the head is tied; norms in which their epsilon counts.
+
+    That of the vision tower is fixed: what patches are embedded as is small.
+    """
     config = json.loads((resolve("toy") / "config.json").read_text()) | {"rms_norm_eps": 0.01}
-    return {
-        tied: make_checkpoint(tmp_path_factory.mktemp("checkpoint"), config | {"tie_word_embeddings": tied}, scale=4)
-        for tied in (True, False)
-    }
+    found = {}
+    for tied in (True, False):
+        folder = tmp_path_factory.mktemp("checkpoint")
+        found[tied] = make_checkpoint(folder, config | {"tie_word_embeddings": tied}, scale=4)
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        (name,) = (name for name in tensors if name.endswith("patch_embed.proj.weight"))
+        save_file(tensors | {name: tensors[name] * 1e-3}, file, metadata={"format": "pt"})
+    return found
 
 
 @pytest.mark.parametrize(("case", "tied"), [*((case, True) for case in CASES), ("padding", False)])
