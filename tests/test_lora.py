@@ -120,6 +120,8 @@ def test_fresh_adapters_change_nothing_and_are_the_same_on_every_mesh() -> None:
         policy, batch = random_policy(), make_batch()
         np.testing.assert_array_equal(logps(adapt(policy, fresh, SCALE), batch), logps(policy, batch))
     jax.tree.map(np.testing.assert_array_equal, *drawn)
+    gate, up = (np.asarray(getattr(drawn[0], name).down[...]) for name in ("gate_df", "up_df"))
+    assert not np.array_equal(gate, up), "each matrix has numbers of its own"
     for name, (inputs, _) in MATRICES.items():
         down = np.asarray(getattr(drawn[0], name).down[...])
         bound = np.prod(down.shape[1 : len(inputs)]) ** -0.5

@@ -62,7 +62,7 @@ def repeat_prompts(batch: UpdateBatch) -> UpdateBatch:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hf_config(), scale=6)
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), hf_config(rms_norm_eps=0.01), scale=6)
 
 
 @pytest.fixture(scope="module")
