@@ -80,13 +80,18 @@ def gains(run: Run) -> str:
 
 def _uncertainty(row: Row, key: str) -> float:
     """Half the width of a number's interval; infinite where it has none."""
+    interval = _interval(row, key)
+    return math.inf if interval is None else (interval[1] - interval[0]) / 2
+
+
+def _interval(row: Row, key: str) -> tuple[float, float] | None:
     low, high = number(row.get(f"{key}_low")), number(row.get(f"{key}_high"))
-    return math.inf if low is None or high is None else (high - low) / 2
+    return None if low is None or high is None else (low, high)
 
 
 def _mark(row: Row, key: str, kind: str, place: Any, width: Any) -> str:
-    low, high = number(row.get(f"{key}_low")), number(row.get(f"{key}_high"))
-    span = "" if low is None or high is None else f'<i class="span {kind}" style="{width(low, high)}"></i>'
+    interval = _interval(row, key)
+    span = "" if interval is None else f'<i class="span {kind}" style="{width(*interval)}"></i>'
     return f'{span}<i class="dot {kind}" style="left:{place(float(row[key]))}"></i>'
 
 
