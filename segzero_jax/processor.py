@@ -9,6 +9,7 @@ so that window attention is a reshape.
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -399,9 +400,25 @@ def _read(directory: Path, name: str) -> bytes:
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads(_read(directory, name))
-    except json.JSONDecodeError as error:
+        value = json.loads(_read(directory, name))
+    except ValueError as error:  # Bytes that are no text, too.
         raise ValueError(f"{directory / name}: not JSON: {error}") from None
+    return _object(value, directory / name)
+
+
+def _object(value: Any, where: Path | str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {json.dumps(value)[:80]}")
+    return value
+
+
+def _by_channel(settings: dict[str, Any], key: str, directory: Path, above: float = -math.inf) -> Any:
+    values: Any = settings.get(key)
+    usable = isinstance(values, list) and [type(v) in (int, float) and above < v < math.inf for v in values]
+    if usable != [True] * 3:
+        limit = "" if above == -math.inf else f" above {above:g}"
+        raise ValueError(f"{directory}: picture settings have {key} {values!r}: expected three numbers{limit}")
+    return tuple(values)
 
 
 def _read_vision(directory: Path) -> VisionSpec:
@@ -412,12 +429,9 @@ def _read_vision(directory: Path) -> VisionSpec:
     model = _read_json(directory, "config.json").get("vision_config", {})
     newer = directory / "processor_config.json"
     if newer.is_file() and not (directory / "preprocessor_config.json").is_file():
-        images = _read_json(directory, newer.name).get("image_processor", {})
+        images = _object(_read_json(directory, newer.name).get("image_processor", {}), f"{newer}: image_processor")
     else:
         images = _read_json(directory, "preprocessor_config.json")
-    for key in ("image_mean", "image_std"):
-        if len(images.get(key) or ()) != 3:
-            raise ValueError(f"{directory}: picture settings have {key} {images.get(key)!r}: expected three numbers")
     patch, merge = model.get("patch_size", 14), model.get("spatial_merge_size", 2)
     if (images.get("patch_size", patch), images.get("merge_size", merge)) != (patch, merge):
         raise ValueError(
@@ -429,6 +443,6 @@ def _read_vision(directory: Path) -> VisionSpec:
         temporal_patch=model.get("temporal_patch_size", 2),
         merge=merge,
         window=model.get("window_size", 112) // (patch * merge) * merge,
-        mean=tuple(images["image_mean"]),
-        std=tuple(images["image_std"]),
+        mean=_by_channel(images, "image_mean", directory),
+        std=_by_channel(images, "image_std", directory, above=0),
     )

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -365,6 +367,40 @@ def test_load_says_what_is_missing_or_does_not_fit(checkpoint: Path, tmp_path: P
     (tmp_path / "preprocessor_config.json").write_bytes((checkpoint / "preprocessor_config.json").read_bytes())
     with pytest.raises(ValueError, match=r"patch_size=14 and merge_size=2, config\.json has 16 and 2"):
         Processor.load(tmp_path, 112, "toy", 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("preprocessor_config.json", b"[1]", "preprocessor_config.json: expected a JSON object, got [1]"),
+        ("preprocessor_config.json", b"{\xff}", "preprocessor_config.json: not JSON: 'utf-8' codec"),
+        ("config.json", b"null", "config.json: expected a JSON object, got null"),
+        ("processor_config.json", b'{"image_processor": []}', "image_processor: expected a JSON object, got []"),
+        ("image_mean", "abc", "image_mean 'abc': expected three numbers"),
+        ("image_mean", 3, "image_mean 3: expected three numbers"),
+        ("image_mean", [0.5, 0.5], "image_mean [0.5, 0.5]: expected three numbers"),
+        ("image_mean", [0.5, 0.5, "x"], "image_mean [0.5, 0.5, 'x']: expected three numbers"),
+        ("image_mean", [0.5, 0.5, True], "image_mean [0.5, 0.5, True]: expected three numbers"),
+        ("image_std", [1, 0, 1], "image_std [1, 0, 1]: expected three numbers above 0"),
+        ("image_std", [1, float("inf"), 1], "image_std [1, inf, 1]: expected three numbers above 0"),
+        ("image_std", None, "image_std None: expected three numbers above 0"),
+    ],
+)
+def test_settings_that_are_none_are_said_in_a_line(
+    checkpoint: Path, tmp_path: Path, name: str, content: Any, said: str
+) -> None:
+    for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / file).write_bytes((checkpoint / file).read_bytes())
+    pictures = tmp_path / "preprocessor_config.json"
+    if name.startswith("image"):
+        name, content = pictures.name, json.dumps(json.loads(pictures.read_text()) | {name: content}).encode()
+    if name.startswith("processor"):
+        pictures.unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        Processor.load(tmp_path, 112, "toy", 64)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_the_tokenizer_script_makes_the_packaged_files(tmp_path: Path) -> None:
