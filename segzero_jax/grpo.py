@@ -256,6 +256,12 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
     return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:]), out_sharding=spec), 1, 0)
 
 
+def _part_of(split: jax.Array, index: int | jax.Array) -> jax.Array:
+    """One part of what ``_split_rows`` made."""
+    # Said as well: jax 0.12 forgets the sharding of a part that holds a single number.
+    return jax.sharding.reshard(split[index], jax.sharding.PartitionSpec(*jax.typeof(split).sharding.spec[1:]))
+
+
 @partial(jax.jit, static_argnames=("optimizer", "setup", "settings", "micro_batches"), donate_argnames=("state",))
 def update(
     state: TrainState,
@@ -295,7 +301,7 @@ def update(
         gradients, metrics = gradients_of(batch)
     else:
         parts = jax.tree.map(lambda x: _split_rows(jnp.asarray(x), micro_batches), batch)
-        like = jax.eval_shape(lambda parts: gradients_of(jax.tree.map(lambda x: x[0], parts)), parts)
+        like = jax.eval_shape(lambda parts: gradients_of(jax.tree.map(lambda x: _part_of(x, 0), parts)), parts)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), like)
         add = lambda total, part: (jax.tree.map(jnp.add, total, gradients_of(part)), None)  # noqa: E731
         (gradients, metrics), _ = jax.lax.scan(add, zeros, parts)
@@ -311,7 +317,7 @@ def update(
 
 @partial(jax.jit, static_argnames=("parts",))
 def _take_part(batch: UpdateBatch, index: int, parts: int) -> UpdateBatch:
-    return jax.tree.map(lambda x: _split_rows(jnp.asarray(x), parts)[index], batch)
+    return jax.tree.map(lambda x: _part_of(_split_rows(jnp.asarray(x), parts), index), batch)
 
 
 def learn(

@@ -122,7 +122,7 @@ def test_mini_batches_are_spread_as_batches_are(mesh: str, most: bool) -> None:
             found = grpo._take_part(batch, part, parts)
             np.testing.assert_array_equal(found.advantages_bg, whole[part::parts])
             np.testing.assert_array_equal(found.prompts.tokens_bp, np.asarray(batch.prompts.tokens_bp)[part::parts])
-            assert found.advantages_bg.sharding == batch.advantages_bg.sharding
+            assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, batch)
             mine = {shard.device: set(np.ravel(shard.data)) for shard in batch.advantages_bg.addressable_shards}
             for shard in found.advantages_bg.addressable_shards:
                 assert set(np.ravel(shard.data)) <= mine[shard.device]
