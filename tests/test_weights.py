@@ -360,6 +360,10 @@ def damage(directory: Path, case: str) -> str:
         file.rename(directory / "model-00001-of-00002.safetensors")
         index.write_text("{")
         return index.name
+    elif case == "index without files":
+        index.write_text(json.dumps({"weight_map": {key: ["model.safetensors"]}}))
+        file.rename(directory / "model-00001-of-00001.safetensors")
+        return index.name
     else:
         return key
     return "model.safetensors"
@@ -368,7 +372,7 @@ def damage(directory: Path, case: str) -> str:
 DAMAGES = ["missing", "extra", "misshapen", "split otherwise", "dtype", "twice", "NaN", "Inf"]
 DAMAGES += ["truncated", "truncated header", "empty", "a pointer to the file", "not JSON inside"]
 DAMAGES += ["no list of tensors inside"]
-DAMAGES += ["no file", "absent part", "broken index"]
+DAMAGES += ["no file", "absent part", "broken index", "index without files"]
 
 
 @pytest.mark.parametrize("case", DAMAGES)

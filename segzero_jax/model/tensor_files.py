@@ -81,7 +81,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         files = [directory / _WHOLE]
     elif (directory / _INDEX).is_file():
         weight_map = read_json(directory / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{directory / _INDEX}: expected a 'weight_map' from tensors to files")
         listed = set(weight_map.values())
         absent = sorted(listed - {file.name for file in files})
