@@ -337,15 +337,31 @@ def damage(directory: Path, case: str) -> str:
     elif case == "twice":
         save_file({key: tensors[key]}, directory / "more.safetensors")
     save_file(tensors, file)
-    if case == "truncated":
-        file.write_bytes(whole[:-100])
-    elif case == "truncated header":
-        file.write_bytes(whole[:1000])
-    elif case == "empty":
-        file.write_bytes(b"")
-    elif case == "a pointer to the file":
+    cuts = {
+        "truncated": whole[:-100],
+        "truncated header": whole[:1000],
+        "cut behind its length": whole[:8],
+        "empty": b"",
+    }
+    if case in cuts:
+        file.write_bytes(cuts[case])
+        return f"{file.name}: cut short"
+    if case == "a pointer to the file":
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    elif case == "not JSON inside":
+        return f"{file.name}: cut short, or no safetensors file"
+    if case in ("too few bytes", "before the first byte"):
+        length = 8 + int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8:length])
+        ends = header[key]["data_offsets"]
+        if case == "too few bytes":
+            ends[1] -= 4
+        else:  # As many bytes as its shape wants.
+            ends[:] = [-8, ends[1] - ends[0] - 8]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= length - 8
+        file.write_bytes(whole[:8] + text.ljust(length - 8) + whole[length:])
+        return f"{file.name}: {key} has "
+    if case == "not JSON inside":
         file.write_bytes(whole[:8] + b"?" * (len(whole) - 8))
     elif case == "no list of tensors inside":
         file.write_bytes((7).to_bytes(8, "little") + b'{"a":1}' + whole)
@@ -370,7 +386,8 @@ def damage(directory: Path, case: str) -> str:
 
 
 DAMAGES = ["missing", "extra", "misshapen", "split otherwise", "dtype", "twice", "NaN", "Inf"]
-DAMAGES += ["truncated", "truncated header", "empty", "a pointer to the file", "not JSON inside"]
+DAMAGES += ["truncated", "truncated header", "cut behind its length", "empty", "a pointer to the file"]
+DAMAGES += ["too few bytes", "before the first byte", "not JSON inside"]
 DAMAGES += ["no list of tensors inside"]
 DAMAGES += ["no file", "absent part", "broken index", "index without files"]
 

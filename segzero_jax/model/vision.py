@@ -76,12 +76,14 @@ def _block(
     rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
     heads = spec("batch", None, "heads", None)
     more = (0, -block.down_fd.shape[0] % _UNITS if kernel == "cudnn" else 0)  # Units of zeros, whose results are zeros.
+    # Queries, keys and values ("c"): cuBLAS leaves a token's beside one another, and would have them parted by a copy.
+    axis, letters = (2, "bscnh") if kernel == "cudnn" else (0, "cbsnh")
 
     @recomputed
     def project(x_bsd: jax.Array, block: VisionBlock) -> jax.Array:
         y = rms_norm(x_bsd, block.norm1_d[...], _EPS)
-        out = PartitionSpec(None, *heads)
-        return linear("bsd,dcnh->cbsnh", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], out)
+        out = PartitionSpec(*heads[:axis], None, *heads[axis:])
+        return linear(f"bsd,dcnh->{letters}", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], out)
 
     @recomputed
     def widen(x_bsd: jax.Array, block: VisionBlock) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +100,8 @@ def _block(
         return linear("bsf,fd->bsd", gated, down_fd, block.down_bias_d[...], rows)
 
     qkv = project(x_bsd, block)
-    q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
+    q, k, v = (jax.lax.index_in_dim(qkv, part, axis, keepdims=False) for part in range(3))
+    q, k = rotate(q, angles), rotate(k, angles)
     if seen_bwss is not None:
         out = attend_windows(q, KeyValue(k, v), seen_bwss, kernel, heads)
     else:
