@@ -25,6 +25,7 @@ from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf, save_hf, weights
 from segzero_jax.model.dims import RELEASED, from_hf, with_dtype
 from segzero_jax.model.hf_layout import hub_key
+from segzero_jax.model.tensor_files import write_tensors
 from segzero_jax.model.weights import CheckpointError, abstract_policy, read_dims
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +257,20 @@ def test_shards_stay_below_their_limit_and_are_indexed(tmp_path: Path, saved: Pa
         rounded, _ = load_hf(out)
         wanted = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), policy)
         assert same(rounded, wanted)
+
+
+def test_files_are_filled_to_their_limit_and_numbered_from_one(tmp_path: Path) -> None:
+    tensors = {key: np.arange(size, dtype=np.float32) for key, size in {"a": 2, "b": 2, "c": 1, "d": 9, "e": 1}.items()}
+    sizes = {key: tensor.nbytes for key, tensor in tensors.items()}
+    files = write_tensors(sizes, tensors.items(), tmp_path, max_file_bytes=16)
+    names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    assert [file.name for file in files] == [*names, "model.safetensors.index.json"]
+    index = json.loads(files[-1].read_text())
+    assert index["weight_map"] == dict(zip("abcde", (names[i] for i in (0, 0, 1, 2, 3)), strict=True))
+    assert index["metadata"] == {"total_size": sum(sizes.values())}
+    assert [list(load_file(file)) for file in files[:-1]] == [["a", "b"], ["c"], ["d"], ["e"]]
+    # Whoever may read the index may read what it lists.
+    assert {oct(file.stat().st_mode) for file in files[:-1]} == {oct(files[-1].stat().st_mode)}
 
 
 def test_a_directory_in_the_home_folder_is_there(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
