@@ -36,7 +36,7 @@ _LARGE_SAM = "facebook/sam2.1-hiera-large"
 # answers are to be scored.
 ORIGIN = "segzero_jax.json"
 _ASKED = (
-    *("model.compute_dtype", "data.image_size", "data.prompt"),
+    *("model.compute_dtype", "data.image_size", "data.resampling", "data.prompt"),
     *("rollout.max_prompt_tokens", "rollout.max_response_tokens"),
     *("rollout.temperature", "rollout.top_p", "rollout.top_k"),
     *("reward.recipe", "reward.mask_iou_weight", "reward.mask_iou_mode", "reward.local_model"),
@@ -45,6 +45,7 @@ _ASKED = (
 _RELEASED = {
     "model.compute_dtype": "bfloat16",
     "data.image_size": 840,
+    "data.resampling": "bilinear",
     "data.prompt": "vision_reasoner",
     "rollout.max_prompt_tokens": 1300,
     "rollout.max_response_tokens": 2000,
@@ -153,7 +154,7 @@ def _as_released(name: str, prompt: str | None) -> Config:
     if origin.is_file():
         try:
             # What an export of an earlier version does not say is as by default.
-            unsaid = {"reward.mask_iou_weight": Config().reward.mask_iou_weight}
+            unsaid = {key: attrgetter(key)(Config()) for key in ("reward.mask_iou_weight", "data.resampling")}
             settings |= {**unsaid, **json.loads(origin.read_text()).get("asked", {})}
         except (ValueError, AttributeError, TypeError):
             raise CheckpointError(f"{origin}: not what segzero_jax.export writes; export again, or delete it") from None
@@ -170,7 +171,7 @@ def load_processor(config: Config, name: str) -> Processor:
     """The processor of ``model.path``; what it lacks is said of ``name``. Raises CheckpointError."""
     data, limit = config.data, config.rollout.max_prompt_tokens
     try:
-        return Processor.load(config.model.path, data.image_size, data.prompt, limit)
+        return Processor.load(config.model.path, data.image_size, data.prompt, limit, data.resampling)
     except (ValueError, KeyError, OSError) as error:  # missing or damaged tokenizer.json, preprocessor_config.json
         raise CheckpointError(f"{name}: no tokenizer or picture settings for it: {error}") from None
 

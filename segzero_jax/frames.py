@@ -1,7 +1,7 @@
 """Coordinates from one picture size to another: stored image <-> policy frame <-> segmenter.
 
-Pictures are squashed, so x and y have their own factor. A coordinate is a distance from the left or top edge,
-which is how Seg-Zero rescales its answers (upstream: ``inference_scripts/infer.py``), not a pixel index.
+Pictures are squashed, so x and y have their own factor. A coordinate is a distance from the left or top edge, as
+where Seg-Zero rescales its answers (upstream: ``inference_scripts/infer.py``, which then rounds), not a pixel index.
 Integer pixels come back exactly from a round trip, any other coordinate within 1e-9 pixels of the smaller frame.
 """
 

@@ -135,12 +135,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def patch_image(image: Image.Image, size: tuple[int, int], spec: VisionSpec) -> PatchedImage:
+def patch_image(
+    image: Image.Image,
+    size: tuple[int, int],
+    spec: VisionSpec,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> PatchedImage:
     """Resizes to ``size`` (width, height; whole merged units), normalises and cuts into patches in window order."""
     unit = spec.patch * spec.merge
     if size[0] % unit or size[1] % unit:
         raise ValueError(f"image size {size[0]}x{size[1]}: expected multiples of {unit}")
-    pixels = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    pixels = np.asarray(image if image.size == size else image.resize(size, resampling))
     rows, columns, side = size[1] // spec.patch, size[0] // spec.patch, spec.patch
     raster_s, unit_k = window_order(rows, columns, spec.merge, spec.window)
     valid_s, at = raster_s >= 0, raster_s[raster_s >= 0]
@@ -226,6 +231,7 @@ class Processor:
 
     Attributes:
       image_size: pictures are squashed to this many pixels squared.
+      resampling: Pillow's filter that does it.
       max_prompt_tokens: longer prompts are refused.
       vision: how pictures are cut.
       pad_id: fills what is right of a prompt or a response.
@@ -235,7 +241,13 @@ class Processor:
     """
 
     def __init__(
-        self, tokenizer: bytes, vision: VisionSpec, image_size: int, wording: str, max_prompt_tokens: int
+        self,
+        tokenizer: bytes,
+        vision: VisionSpec,
+        image_size: int,
+        wording: str,
+        max_prompt_tokens: int,
+        resampling: Image.Resampling,
     ) -> None:
         self._tokenizer = Tokenizer.from_buffer(tokenizer)
         # A question that spells out a special token is text, not that token.
@@ -248,6 +260,7 @@ class Processor:
         self._wording = wording
         self.vision = vision
         self.image_size = image_size
+        self.resampling = resampling
         self.max_prompt_tokens = max_prompt_tokens
         self.pad_id = self._id("<|endoftext|>")
         self.end_ids = (self._id("<|im_end|>"), self.pad_id)
@@ -255,7 +268,9 @@ class Processor:
         self.visual_ids = tuple(self._id(token) for token in _VISUAL)
 
     @classmethod
-    def load(cls, path: str | Path, image_size: int, wording: str, max_prompt_tokens: int) -> "Processor":
+    def load(
+        cls, path: str | Path, image_size: int, wording: str, max_prompt_tokens: int, resampling: str = "bicubic"
+    ) -> "Processor":
         """Reads a checkpoint's tokenizer.json, config.json and preprocessor_config.json (or processor_config.json).
 
         What ``path`` may be is in ``hub.model_directory``.
@@ -270,7 +285,8 @@ class Processor:
             raise ValueError(
                 f"image_size={image_size}: expected a multiple of {vision.patch * vision.merge} ({directory})"
             )
-        return cls(_read(directory, "tokenizer.json"), vision, image_size, wording, max_prompt_tokens)
+        tokenizer, how = _read(directory, "tokenizer.json"), Image.Resampling[resampling.upper()]
+        return cls(tokenizer, vision, image_size, wording, max_prompt_tokens, how)
 
     def encode(self, example: Example) -> EncodedPrompt:
         """One example: its picture squashed to ``image_size`` squared, its question in the configured wording.
@@ -280,7 +296,7 @@ class Processor:
           PromptTooLong: the prompt, image tokens included, is over ``max_prompt_tokens``. Nothing is ever cut.
         """
         image = decode_image(example.image, example.id)
-        patched = patch_image(image, (self.image_size, self.image_size), self.vision)
+        patched = patch_image(image, (self.image_size, self.image_size), self.vision, self.resampling)
         return self.encode_parts(example.id, question_text(self._wording, example.question), [patched])
 
     def count_tokens(self, questions: Sequence[str]) -> np.ndarray:

@@ -41,6 +41,7 @@ RELATIVE = 1e-4
 STEPS = (9, 10)
 # What an earlier version did not write of how a run asks and scores, none of it as by default.
 HOW = {
+    "data.resampling": "bilinear",
     "rollout.temperature": 0.7,
     "rollout.top_p": 0.9,
     "rollout.top_k": 50,

@@ -433,6 +433,7 @@ def test_a_hugging_face_directory_is_asked_as_told(babbler: str, tmp_path: Path)
         assert asking.load(str(named)).config.data.prompt == "vision_reasoner"
     assert (other.config.reward.recipe, config.reward.recipe) == ("seg_zero_strict", "vision_reasoner")
     assert (config.data.image_size, config.data.prompt) == (840, "vision_reasoner")
+    assert loaded.processor.resampling is Image.Resampling.BILINEAR, "as the released evaluations squash"
     assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (1300, 2000)
     assert config.model.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.policy)} == {jnp.dtype("bfloat16")}

@@ -89,7 +89,7 @@ def test_paper_presets_hold_the_facts_that_all_papers_share(path):
     """arXiv 2503.06520, 2505.12081 and their released code."""
     loaded = config.load(path)
     assert "Expected (the paper, gIoU" in header(path)
-    assert loaded.data.image_size == 840
+    assert (loaded.data.image_size, loaded.data.resampling) == (840, "bilinear")
     assert loaded.rollout.max_prompt_tokens == 1300
     assert (loaded.rollout.temperature, loaded.rollout.top_p, loaded.rollout.top_k) == (1.0, 1.0, 0)
     assert loaded.train.batch_size == 16

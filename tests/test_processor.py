@@ -108,11 +108,13 @@ def test_pixels_are_bit_equal_to_the_hugging_face_processor(processor: Processor
     assert not ours.patches_sc[~ours.valid_s].any()
 
 
+@pytest.mark.parametrize("filter_name", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(208, 240), (112, 240)])
-def test_squash_equals_pil_bicubic_then_the_hugging_face_processor(processor: Processor, size: tuple[int, int]) -> None:
+def test_squash_equals_pil_then_the_hugging_face_processor(size: tuple[int, int], filter_name: str) -> None:
+    processor = Processor.load("toy", 112, "toy", 64, filter_name)
     image = picture(*size)
     encoded = processor.encode(example(image=png(image)))
-    squashed = image.resize((112, 112), Image.Resampling.BICUBIC)
+    squashed = image.resize((112, 112), {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[filter_name])
     theirs = Qwen2VLImageProcessorPil.from_pretrained(ASSETS)(images=[squashed], return_tensors="np")
     index, _ = get_vision_window_index(torch.tensor([[1, 8, 8]]), 2, 56, 14)
     theirs_in_windows = theirs["pixel_values"].reshape(16, 4, -1)[index.numpy()].reshape(64, -1)

@@ -92,6 +92,7 @@ class DataConfig:
         are shuffled together, one that is named twice counts twice.
       dir: where built data sets are kept.
       image_size: pictures are squashed to this many pixels squared; answers are in this frame.
+      resampling: how they are squashed; the released evaluations of Seg-Zero and VisionReasoner do it bilinearly.
       prompt: the wording of the question, "toy", "seg_zero", "vision_reasoner", or one's own, with "{question}" in its
         text. ``reward.recipe`` has to score the form of answer that it asks for.
       workers: processes on each host that prepare batches ahead; 0 prepares them in threads of the trainer.
@@ -103,6 +104,7 @@ class DataConfig:
     name: Annotated[Text, AfterValidator(lambda text: ",".join(map(str.strip, text.split(","))))] = "toy"
     dir: Text = "~/.cache/segzero_jax"
     image_size: Annotated[int, Field(gt=0, multiple_of=28)] = 112
+    resampling: Literal["bicubic", "bilinear"] = "bicubic"
     prompt: Text = "toy"
     workers: Count = 0
     eval_splits: tuple[Text, ...] = ("val", "heldout_pairs", "heldout_relations", "heldout_crowd")

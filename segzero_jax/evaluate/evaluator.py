@@ -200,6 +200,7 @@ def _asked_how(loaded: Loaded, drawn: bool) -> dict[str, Any]:
     return {
         **sampling,
         "image_size": config.data.image_size,
+        "resampling": config.data.resampling,
         "prompt": config.data.prompt,
         "max_response_tokens": config.rollout.max_response_tokens,
         "compute_dtype": config.model.compute_dtype,
