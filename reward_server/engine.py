@@ -62,6 +62,7 @@ class Outcome:
 
     Attributes:
       intersections, unions, target_area: in pixels that count.
+      something: whether the target is a mask with pixels, ignored ones included, or objects; not that nothing is meant.
       scores: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
       masks: bool [candidates, height, width] where asked for.
     """
@@ -69,6 +70,7 @@ class Outcome:
     intersections: list[int]
     unions: list[int]
     target_area: int
+    something: bool
     scores: list[float]
     masks: np.ndarray | None
 
@@ -247,6 +249,7 @@ class Engine:
             intersections=intersections,
             unions=unions,
             target_area=target_area,
+            something=bool(job.target.any() if isinstance(job.target, np.ndarray) else job.target),
             scores=means,
             masks=np.concatenate(masks or [np.zeros((0, *size), bool)]) if job.want_masks else None,
         )

@@ -52,15 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", required=True, type=home_path, metavar="F.jsonl", help="rows with text and solution")
     parser.add_argument("--output", required=True, type=home_path, metavar="F.jsonl", help="may be the input")
     parser.add_argument("--mask-iou-weight", type=float, default=0.0, metavar="W", help="of each row's mask_iou [0]")
-    parser.add_argument("--mask-iou-mode", default="raw", metavar="MODE", help="raw, threshold or tiered [raw]")
+    parser.add_argument("--mask-iou-mode", metavar="MODE", help="raw, threshold or tiered [raw]")
     args = parser.parse_args(argv)
-    weight, mode = args.mask_iou_weight, args.mask_iou_mode
+    weight, mode = args.mask_iou_weight, args.mask_iou_mode or "raw"
     try:
         most = rewards.maximum(args.recipe, weight, mode)
-        if weight and rewards.RECIPES[args.recipe].tiers:
-            raise RescoreError(
-                f"--mask-iou-weight={weight:g}: recipe {args.recipe} weighs its mask IoU itself, leave it out"
-            )
+        if rewards.RECIPES[args.recipe].tiers and (weight or args.mask_iou_mode):
+            given = f"--mask-iou-weight={weight:g}" if weight else f"--mask-iou-mode={mode}"
+            raise RescoreError(f"{given}: recipe {args.recipe} weighs its mask IoU itself, leave it out")
+        if args.mask_iou_mode and not weight:
+            raise RescoreError(f"--mask-iou-mode={mode}: expected --mask-iou-weight above 0 beside it")
         if args.output.is_dir() or not args.output.parent.is_dir():
             raise RescoreError(f"--output={args.output}: expected a file in a folder that exists")
         rows = rescore(_lines(args.input), str(args.input), args.recipe, weight, mode)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -44,6 +45,20 @@ KINDS = {
 }
 
 
+def deep_rgb_png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint16 [H, W, 3], which Pillow reads but does not write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return file
+
+
+KINDS["16-bit rgb png"] = deep_rgb_png(np.dstack([DEEP, DEEP[::-1], DEEP[:, ::-1]]))
+
+
 def reopened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
@@ -67,6 +82,11 @@ def test_plain_files_are_stored_as_they_are(kind: str) -> None:
     assert read_picture(KINDS[kind], None).data == KINDS[kind]
 
 
+@pytest.mark.parametrize("kind", ["16-bit png", "16-bit rgb png"])
+def test_of_sixteen_bits_eight_are_stored(kind: str) -> None:
+    assert read_picture(KINDS[kind], None).data[24] == 8
+
+
 def test_what_the_pixels_become() -> None:
     shown = {kind: as_the_segmenter(read_picture(KINDS[kind], None).data).astype(int) for kind in KINDS}
     original, lossy = (np.asarray(reopened(KINDS[kind])).astype(int) for kind in ("png", "jpeg"))
@@ -75,6 +95,7 @@ def test_what_the_pixels_become() -> None:
     np.testing.assert_array_equal(shown["rgba png"][:, :64], original[:, :64])
     np.testing.assert_array_equal(shown["rgba png"][:, 64:], 255)
     np.testing.assert_array_equal(shown["16-bit png"][..., 0], DEEP >> 8)
+    np.testing.assert_array_equal(shown["16-bit rgb png"][..., 0], DEEP >> 8)
     cmyk = np.asarray(reopened(KINDS["cmyk jpeg"]).convert("RGB")).astype(int)
     assert np.abs(shown["cmyk jpeg"] - cmyk).mean() < 2
     np.testing.assert_array_equal(shown["bmp"], original)

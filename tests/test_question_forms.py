@@ -250,18 +250,21 @@ def test_ones_own_folder(tmp_path: Path) -> None:
 
 
 MASKS = {
-    "1-bit": Image.fromarray(rectangle(1, 2, 3, 4)),
-    "0 and 255": Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8) * 255),
-    "0 and 1": Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8)),
-    "16-bit": Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint16) * 7),
-    "rgb": Image.fromarray(np.dstack([rectangle(1, 2, 3, 4).astype(np.uint8) * v for v in (0, 9, 0)])),
+    "1-bit": Image.fromarray(rectangle(11, 12, 13, 14)),
+    "0 and 255": Image.fromarray(rectangle(11, 12, 13, 14).astype(np.uint8) * 255),
+    "0 and 1": Image.fromarray(rectangle(11, 12, 13, 14).astype(np.uint8)),
+    "16-bit": Image.fromarray(rectangle(11, 12, 13, 14).astype(np.uint16) * 7),
+    "rgb": Image.fromarray(np.dstack([rectangle(11, 12, 13, 14).astype(np.uint8) * v for v in (0, 9, 0)])),
     "rgba": Image.fromarray(
-        np.dstack([np.full((HEIGHT, WIDTH, 3), 255, np.uint8), rectangle(1, 2, 3, 4).astype(np.uint8)])
+        np.dstack([np.full((HEIGHT, WIDTH, 3), 255, np.uint8), rectangle(11, 12, 13, 14).astype(np.uint8)])
     ),
 }
-PALETTE = Image.fromarray(rectangle(1, 2, 3, 4).astype(np.uint8), "P")
+PALETTE = Image.fromarray(rectangle(11, 12, 13, 14).astype(np.uint8), "P")
 PALETTE.putpalette([255, 255, 255, 9, 0, 0])  # How the colours look says nothing.
 MASKS["palette"] = PALETTE
+HOLED = Image.fromarray(np.where(rectangle(11, 12, 13, 14), 9, 200).astype(np.uint8))
+HOLED.info["transparency"] = 200
+MASKS["grey with a transparent one"] = HOLED
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -269,7 +272,7 @@ def test_a_mask_file_of_any_kind(tmp_path: Path, kind: str) -> None:
     folder = sources.lines(tmp_path / "s")
     MASKS[kind].save(folder / "masks/one.png")
     mug = open_split("mine", "train", built(tmp_path, "mine", folder))[0]
-    np.testing.assert_array_equal(pixels(mug.mask), rectangle(1, 2, 3, 4))
+    np.testing.assert_array_equal(pixels(mug.mask), rectangle(11, 12, 13, 14))
 
 
 @pytest.mark.parametrize("column", ["mask", "ignore"])
@@ -677,6 +680,17 @@ def test_what_is_null_in_parquet_is_no_answer(case: str, tmp_path: Path) -> None
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()}) if column == "image" else table[column].type
     out = built(tmp_path, "r", sources.mask_parquet(tmp_path / "s", **{column: pa.array(values, kind)}))
     assert left_out(out, "r") == {"test-picture_2-2": reason}
+
+
+def test_an_object_that_is_ignored_as_a_whole_is_left_out(tmp_path: Path) -> None:
+    """An answer without objects would be as right as the object's own box, and neither could be told."""
+    folder = sources.lines(tmp_path / "s")
+    Image.fromarray(rectangle(10, 10, 40, 39)).save(folder / "masks/blurred.png")
+    assert left_out(built(tmp_path, "mine", folder), "mine") == {}, "a row of pixels counts"
+    Image.fromarray(rectangle(10, 10, 40, 40)).save(folder / "masks/blurred.png")
+    out = built(tmp_path / "again", "mine", folder)
+    assert left_out(out, "mine") == {"train-000000": "a target mask that is ignored as a whole"}
+    assert len(open_split("mine", "train", out)) == 1
 
 
 def test_an_object_without_pixels_is_left_out(tmp_path: Path) -> None:

@@ -107,9 +107,14 @@ class TestScore:
                 assert entry.union == ((mask | target) & ~ignored).sum()
                 assert entry.iou == entry.intersection / entry.union
             assert (answer.candidates[3].status.code, answer.candidates[3].union) == (11, answer.target_area)
+        # Of a target that is ignored as a whole nobody can find anything; where nothing is meant, nothing is right.
         request.ignore.CopyFrom(encode_mask(np.ones_like(ignored)))
-        nothing = stub.Score(request)
-        assert (nothing.target_area, [entry.iou for entry in nothing.candidates]) == (0, [1.0, 1.0, 1.0, 0.0])
+        hidden = stub.Score(request)
+        assert (hidden.target_area, [entry.iou for entry in hidden.candidates]) == (0, [0.0] * 4)
+        request.target.mask.CopyFrom(encode_mask(picture.objects[0].mask))
+        assert [entry.iou for entry in stub.Score(request).candidates] == [0.0] * 4
+        request.target.mask.CopyFrom(encode_mask(np.zeros_like(ignored)))
+        assert [entry.iou for entry in stub.Score(request).candidates] == [1.0, 1.0, 1.0, 0.0]
 
     def test_reads_coordinates_in_the_stated_frame(self, stub: reward_pb2_grpc.RewardServiceStub) -> None:
         picture = scene()
@@ -360,7 +365,7 @@ class TestAGroupThatIsMoreThanACallMayBe:
             client.wait_until_serving(60)
             ignoring = replace(group, ignore=RleMask(height, width, everything.counts))
             (scores,) = client.score([ignoring]).result()
-        assert {(score.iou, score.union) for score in scores} == {(1.0, 0)}
+        assert {(score.iou, score.union) for score in scores} == {(0.0, 0)}
         assert len(scores) == 300
 
     def test_is_asked_in_parts_beyond_the_number_of_candidates(self) -> None:

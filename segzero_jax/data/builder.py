@@ -39,7 +39,7 @@ _MOST_LEFT_OUT = 0.1
 _TRAIN = "train"
 _REPLACED = ".replaced"
 # One more whenever the same source is read into other rows: names, instances, targets.
-_READING = 2
+_READING = 3
 # What TensorFlow Datasets writes beside the records, and needs to open them.
 _OF_TFDS = ("dataset_info.json", "features.json")
 

@@ -36,7 +36,9 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
                 raise MaskError("a mask in inks", f"a mask in inks, expected PNG: {name} is CMYK")
             if image.mode == "P":
                 return _numbered(image, name)
-            pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() else image)
+            # A PNG may say that whatever has one colour is transparent.
+            holed = "transparency" in image.info and image.mode in ("1", "L", "RGB")
+            pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() or holed else image)
     except UNDECODABLE as error:
         if isinstance(error, MaskError):
             raise

@@ -71,6 +71,7 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
             )
         turn = orientation(image)
         plain = image.format in _STORED and image.mode in ("RGB", "L") and "transparency" not in image.info
+        plain = plain and not _is_deep_png(data)
         size = Frame(image.width, image.height)
         told_by_size = turn in _SIDEWAYS and size.width != size.height
         unturned = annotated == size and (as_in_file or told_by_size)
@@ -90,6 +91,11 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
         if isinstance(error, PictureError):
             raise
         raise _unreadable(error) from None
+
+
+def _is_deep_png(data: bytes) -> bool:
+    """Whether a PNG has 16 bits a channel, of which Pillow shows eight as if there were no more (RFC 2083, 4.1.1)."""
+    return data.startswith(b"\x89PNG") and data[24:25] == b"\x10"
 
 
 def _too_large(image: Image.Image, data: bytes) -> bool:

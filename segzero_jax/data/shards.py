@@ -203,8 +203,10 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
         found += targets[id(given)]
     if masks and not found:
         raise Unusable("a target mask without pixels")
-    whole = run_lengths(union(masks, frame.height, frame.width))
-    return Question(asked.id, asked.text, tuple(found), whole, ignore, asked.instance_id)
+    target = union(masks, frame.height, frame.width)
+    if masks and asked.ignore is not None and not (target & ~fit_mask(asked.ignore, frame)).any():
+        raise Unusable("a target mask that is ignored as a whole")
+    return Question(asked.id, asked.text, tuple(found), run_lengths(target), ignore, asked.instance_id)
 
 
 def _inside(obj: ObjectPrompt, frame: Frame) -> ObjectPrompt:
