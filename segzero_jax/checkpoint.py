@@ -440,12 +440,12 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
         if own.is_dir() and complete_steps(own):
             return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
-        # An empty folder hides no other place that the run names; without one, a copy's run.dir is not its own.
-        if own.is_dir() and not (config and config.run.checkpoint_dir):
-            return own, None
         if config:
-            elsewhere = checkpoint_directory(config)
-            return (elsewhere, None) if elsewhere.is_dir() else None
+            # Of other places run.checkpoint_dir alone: a copy's run.dir, or a renamed run's, is another run's by now.
+            place = checkpoint_directory(config) if config.run.checkpoint_dir else own
+            return (place, None) if place.is_dir() else None
+        if own.is_dir():
+            return own, None
         if directory.name.isdigit() and _is_complete(directory):
             return directory.parent, int(directory.name)
         return (directory, None) if directory.is_dir() and complete_steps(directory) else None

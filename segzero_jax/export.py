@@ -28,6 +28,7 @@ from segzero_jax.model.lora import merge
 from segzero_jax.model.peft_files import save_peft
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.saved_policy import load_adapters, load_policy
+from segzero_jax.terminal import write_line
 
 
 class ExportError(ValueError):
@@ -159,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     for file in files:
-        print(f"{file.stat().st_size:>14,} {file}")
-    print(f"wrote {args.out}")
+        write_line(sys.stdout, f"{file.stat().st_size:>14,} {file}")
+    write_line(sys.stdout, f"wrote {args.out}")
     return 0
 
 

@@ -50,11 +50,15 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def replace(path: Path, content: bytes) -> None:
     """Puts ``content`` at ``path`` in one step, through a temporary file beside it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> list[dict[str, Any]]:

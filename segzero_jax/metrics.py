@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from segzero_jax import jsonl
 from segzero_jax.tensorboard import EventFile
-from segzero_jax.terminal import write_line
+from segzero_jax.terminal import lasting, write_line
 
 # Lines that a checkpoint carries along: more than a run writes between two copies of its directory to a bucket.
 _RECENT = 200
@@ -53,7 +53,7 @@ class MetricsWriter:
         self._events: EventFile | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self._last_step = self._repair()
-        stream = sys.stderr if stream is None else stream
+        stream = lasting(sys.stderr if stream is None else stream)
         self._display: _Display | None = None
         if show_progress:
             self._display = _Bar(stream, total_steps) if stream.isatty() else _Lines(stream, total_steps)

@@ -6,6 +6,7 @@ import sys
 
 from segzero_jax.config import ConfigError, OneLineParser, RewardConfig, check_wording
 from segzero_jax.reward_channel import Access, read_access
+from segzero_jax.terminal import write_line
 
 _ACCESS = {
     "ca_file": "PEM certificates that vouch for the server's; turns TLS on",
@@ -75,7 +76,7 @@ def seed(text: str) -> int:
 
 def say(text: str) -> None:
     """Prints a line that a model or a file name may have made up; nothing in it steers the terminal."""
-    print(shown(text), flush=True)
+    write_line(sys.stdout, shown(text))
 
 
 def shown(text: str) -> str:

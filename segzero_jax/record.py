@@ -1,6 +1,7 @@
 """What a step leaves: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and the summary of a run."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from segzero_jax.report.run import ENDS
 from segzero_jax.rewards import component_names, thinks
 from segzero_jax.scoring import Scored, answered_objects, solution
 from segzero_jax.step_phases import STEP_TIMES
+from segzero_jax.terminal import lasting
 from segzero_jax.types import Example, Frame, Rollout
 from segzero_jax.watch import ALARMS
 
@@ -221,7 +223,7 @@ def rollout_rows(
 
 def print_summary(run_dir: Path) -> None:
     """Prints the reward at both ends of a run and the held-out numbers at both, by the steps that have lines."""
-    console = Console(highlight=False)
+    console = Console(file=lasting(sys.stdout), highlight=False)
     metrics = jsonl.read(run_dir / "metrics.jsonl")
     scored = [row for row in metrics if row["reward/mean"] is not None]
     # At most half of the steps, so that no step is in both ends.

@@ -6,6 +6,7 @@ Each line of the input has ``text`` and ``solution``, and ``mask_iou`` where the
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from segzero_jax import jsonl, rewards
 from segzero_jax.config import OneLineParser
 from segzero_jax.local_path import home_path
+from segzero_jax.terminal import write_line
 
 
 class RescoreError(ValueError):
@@ -62,14 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise RescoreError(f"{given}: recipe {args.recipe} weighs its mask IoU itself, leave it out")
         if args.mask_iou_mode and not weight:
             raise RescoreError(f"--mask-iou-mode={mode}: expected --mask-iou-weight above 0 beside it")
-        if args.output.is_dir() or not args.output.parent.is_dir():
+        # A pipe or a device would be replaced by a file. Where a link leads, a file is.
+        output = args.output.resolve()
+        if (output.exists() and not output.is_file()) or not output.parent.is_dir():
             raise RescoreError(f"--output={args.output}: expected a file in a folder that exists")
         rows = rescore(_lines(args.input), str(args.input), args.recipe, weight, mode)
-        jsonl.write(args.output, rows)
+        jsonl.write(output, rows)
     except (ValueError, OSError, RecursionError) as error:
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     mean = sum(row["reward"] for row in rows) / len(rows)
-    print(f"wrote {len(rows)} rows to {args.output}: {args.recipe}, mean reward {mean:.4g} of at most {most:.4g}")
+    said = f"wrote {len(rows)} rows to {args.output}: {args.recipe}, mean reward {mean:.4g} of at most {most:.4g}"
+    write_line(sys.stdout, said)
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -71,6 +71,7 @@ from segzero_jax.run_dir import (
     split_label,
 )
 from segzero_jax.scoring import Scorer
+from segzero_jax.terminal import write_line
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.types import Example, Lengths, PromptBatch, Rollout
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
@@ -308,13 +309,14 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
         functions = load_functions(config.reward.functions, component_names(config.reward.recipe, True))
         beginning = begin(config, resume, pod)
         if beginning.done:
-            complete(config, beginning, pod, print)
+            complete(config, beginning, pod, partial(write_line, sys.stdout))
         else:
             _continue(config, mesh, access, functions, beginning, pod, preemption, profile, timer)
         if pod.first:
             run_dir = Path(config.run.dir).expanduser()
+            page = write_report(run_dir)
             print_summary(run_dir)
-            print(f"report: {write_report(run_dir)}")
+            write_line(sys.stdout, f"report: {page}")
 
 
 def _continue(

@@ -461,6 +461,9 @@ def test_a_copy_without_checkpoints_has_not_those_of_the_run_that_it_is_of(confi
     (copy / "checkpoints").mkdir(parents=True)
     shutil.copy(Path(config.run.dir) / "config.yaml", copy)
     assert locate(copy) == (epath.Path(copy / "checkpoints"), None)
+    (copy / "checkpoints").rmdir()
+    assert locate(copy) is None
+    assert locate(config.run.dir) == (epath.Path(folder(config)), None)
 
 
 def test_a_bucket_is_no_local_path(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,15 @@ def test_answers_that_are_no_json_are_told(source: Source, tmp_path: Path) -> No
         work(task, tmp_path, source, lambda *_: lambda: [], lambda text: None)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_folder_that_says_nothing_of_itself_is_told(text: str, source: Source, tmp_path: Path) -> None:
+    task = Task("toy", "val", "made up", QUESTIONS, "toy", 0, {"batch": 2})
+    task.folder(tmp_path).mkdir(parents=True)
+    (task.folder(tmp_path) / "task.json").write_text(text)
+    with pytest.raises(EvaluateError, match=r"task.json: not what an evaluation says of itself; delete .* anew"):
+        work(task, tmp_path, source, lambda *_: lambda: [], lambda text: None)
+
+
 def test_a_limit_takes_of_every_picture_one_question_first(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         jsonl.write(path, [{"x": 2}])
     assert jsonl.read(path) == [{"x": 1}]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_an_unfinished_last_line_is_not_a_row(tmp_path):

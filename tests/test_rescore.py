@@ -1,6 +1,7 @@
 """The rescore command: same rows, new rewards; and on a bad line nothing but one line of text."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -145,6 +146,22 @@ def test_bad_arguments_are_one_line(
     given = ["--recipe", "vision_reasoner", "--input", "in.jsonl", "--output", "out.jsonl", *flags]
     assert message in refused(capsys, given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_a_pipe_is_not_replaced_by_a_file_and_a_link_is_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, pipe, link, target = (tmp_path / name for name in ("in.jsonl", "pipe", "link", "target.jsonl"))
+    write(source, ROWS)
+    os.mkfifo(pipe)
+    arguments = ["--recipe", "vision_reasoner", "--input", str(source), "--output"]
+    assert f"--output={pipe}: expected a file" in refused(capsys, [*arguments, str(pipe)])
+    assert pipe.is_fifo()
+    target.write_text("old\n")
+    link.symlink_to(target)
+    assert len(run(source, link)) == len(ROWS)
+    assert link.is_symlink()
+    assert len(target.read_text().splitlines()) == len(ROWS)
 
 
 @pytest.mark.parametrize(("module", "missing"), [("rescore", "--recipe, --input, --output"), ("report", "RUN")])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hub_checkpoint import SIZES, hub_config, hub_shapes, write_hub_checkpoint
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tiny import DIMS, hf_config, random_policy
 from torch_policy import load_torch
@@ -22,7 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from segzero_jax import train
 from segzero_jax.hub import TOY
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
-from segzero_jax.model import load_hf, save_hf, weights
+from segzero_jax.model import load_hf, save_hf, tensor_files, weights
 from segzero_jax.model.dims import RELEASED, from_hf, with_dtype
 from segzero_jax.model.hf_layout import hub_key
 from segzero_jax.model.tensor_files import write_tensors
@@ -271,6 +272,17 @@ def test_files_are_filled_to_their_limit_and_numbered_from_one(tmp_path: Path) -
     assert [list(load_file(file)) for file in files[:-1]] == [["a", "b"], ["c"], ["d"], ["e"]]
     # Whoever may read the index may read what it lists.
     assert {oct(file.stat().st_mode) for file in files[:-1]} == {oct(files[-1].stat().st_mode)}
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_files, "save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors.*: cannot be written: .*No space left") as error:
+        write_tensors({"a": 4}, [("a", np.ones(1, np.float32))], tmp_path, max_file_bytes=16)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_in_the_home_folder_is_there(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,12 @@ def done_rows(task: Task, out: Path) -> list[dict[str, Any]]:
         samples.unlink(missing_ok=True)
         jsonl.replace(settings, (json.dumps(ours, indent=1) + "\n").encode())
         return []
-    theirs = json.loads(settings.read_text())
+    try:
+        theirs = json.loads(settings.read_text())
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise EvaluateError(f"{settings}: not what an evaluation says of itself; delete {folder} to evaluate anew")
     flat = lambda tree: {k: v for k, v in tree.items() if k != "options"} | tree.get("options", {})  # noqa: E731
     old, new = flat(theirs), flat(ours)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

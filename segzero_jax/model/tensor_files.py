@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -133,7 +134,11 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     """One safetensors file, for whoever may read other files of this process: the library's are its owner's alone."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:  # The library's own, for a full disk as well.
+        path.unlink()
+        raise OSError(f"{path}: cannot be written: {error}") from None
     path.chmod(mode)
 
 

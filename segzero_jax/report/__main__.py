@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from segzero_jax.config import OneLineParser
 from segzero_jax.local_path import home_path
 from segzero_jax.report import RunError, write_report
+from segzero_jax.terminal import write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = write_report(args.run)
     except (RunError, OSError) as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
+        write_line(sys.stderr, f"{parser.prog}: {error}")
         return 2
-    sys.stdout.write(f"wrote {path}\n")
+    write_line(sys.stdout, f"wrote {path}")
     return 0
 
 
