@@ -47,7 +47,8 @@ def test_a_stream_that_is_closed_or_was_never_there_takes_everything() -> None:
 
 def test_a_character_that_the_stream_has_no_bytes_for_is_a_question_mark() -> None:
     raw = io.BytesIO()
-    write_line(io.TextIOWrapper(raw, encoding="ascii", write_through=True), "5.1 ± 0.1")
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    write_line(stream, "5.1 ± 0.1")
     assert raw.getvalue() == b"5.1 ? 0.1\n"
 
 
@@ -62,9 +63,8 @@ def test_a_run_goes_on_without_its_terminal(tmp_path: Path, after: int) -> None:
 
 @pytest.mark.parametrize("where", [">/dev/full", "| true", ">&-"])
 def test_a_process_that_has_done_its_work_ends_well(where: str) -> None:
-    code = (
-        "import sys, time; time.sleep(0.3)\nfrom segzero_jax.terminal import write_line\nwrite_line(sys.stdout, 'done')"
-    )
+    work = "import sys, time; time.sleep(0.3)"  # Meanwhile the reader leaves.
+    code = f"{work}\nfrom segzero_jax.terminal import write_line\nwrite_line(sys.stdout, 'done')"
     script = f'set -o pipefail; {sys.executable} -c "$CODE" {where}'
     done = subprocess.run(["bash", "-c", script], env={"CODE": code}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
