@@ -39,6 +39,7 @@ from segzero_jax.options import (
 from segzero_jax.processor import ImageError, Processor, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import Segmenter, greet
+from segzero_jax.terminal import lasting, write_line
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".tif", ".tiff")
@@ -65,18 +66,17 @@ class Reasoning:
 
     def __call__(self, text: str) -> None:
         """Prints what is new in the response so far."""
-        thought = reasoning_so_far(text)
+        thought, out = reasoning_so_far(text), lasting(sys.stdout)
         if thought and not self._printed:
-            sys.stdout.write("thinking: ")
-        sys.stdout.write(shown(thought[len(self._printed) :]))
-        sys.stdout.flush()
+            out.write("thinking: ")
+        out.write(shown(thought[len(self._printed) :]))
+        out.flush()
         self._printed = thought
 
     def end(self) -> None:
         """Ends the line, if there is one."""
         if self._printed:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            write_line(sys.stdout, "")
 
 
 def write_together(folder: Path, files: dict[str, bytes | None]) -> None:

@@ -456,6 +456,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return pod.leave(130, "stopped at once; the same command goes on from the last checkpoint")
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (*_FULL, errno.EACCES, errno.EPERM):
+            return pod.leave(STORAGE_FAILED if error.errno in _FULL else 2, str(error))
         pod.await_blame(error)
         pod.leave(1, f"{type(error).__name__}: {error}")
         raise
