@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # the client of the coordination service has no public name
 
-from segzero_jax.terminal import write_line
+from segzero_jax.terminal import lasting, write_line
 
 _HEARTBEAT_S = 30
 _DEADLINE_S = 900.0
@@ -193,7 +193,7 @@ class Pod:
             if self._leaving.is_set():
                 return
             self._say(line)
-            sys.stdout.flush()
+            lasting(sys.stdout).flush()
             if self.first:
                 threading.Timer(_FAREWELL_S, os._exit, [code]).start()
                 while len(self._client.get_live_nodes(list(range(self.count)))) > 1:
