@@ -86,7 +86,7 @@ def shown(text: str) -> str:
 
 def complain(parser: OneLineParser, error: BaseException) -> int:
     """Says on standard error what is wrong, in one line; returns the exit code, 2."""
-    sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")
+    write_line(sys.stderr, f"{parser.prog}: {one_line(error)}")
     return 2
 
 

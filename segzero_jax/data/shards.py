@@ -188,7 +188,8 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
             size = f"{picture.original.width}x{picture.original.height}"
             kind = "a mask of another size than its picture"
             raise Unusable(kind, f"a mask of {mask.shape[1]}x{mask.shape[0]} pixels, expected the picture's {size}")
-    ignore = "" if asked.ignore is None else run_lengths(fit_mask(asked.ignore, frame))
+    ignored = None if asked.ignore is None else fit_mask(asked.ignore, frame)
+    ignore = "" if ignored is None else run_lengths(ignored)
     if asked.masks is None:
         objects = tuple(_inside(rescale_object(obj, picture.original, frame), frame) for obj in asked.objects)
         nothing = run_lengths(union((), frame.height, frame.width))
@@ -204,7 +205,7 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
     if masks and not found:
         raise Unusable("a target mask without pixels")
     target = union(masks, frame.height, frame.width)
-    if masks and asked.ignore is not None and not (target & ~fit_mask(asked.ignore, frame)).any():
+    if masks and ignored is not None and not (target & ~ignored).any():
         raise Unusable("a target mask that is ignored as a whole")
     return Question(asked.id, asked.text, tuple(found), run_lengths(target), ignore, asked.instance_id)
 
