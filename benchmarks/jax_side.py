@@ -27,7 +27,8 @@ from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims, from_hf
 from segzero_jax.model.policy import Pass, Policy
 from segzero_jax.model.weights import file_tensors
-from segzero_jax.processor import mrope_positions, window_order
+from segzero_jax.patches import window_order
+from segzero_jax.processor import mrope_positions
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 

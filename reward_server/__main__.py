@@ -170,6 +170,18 @@ def _parse() -> argparse.Namespace:
     access.add_argument("--client-ca", type=Path, metavar="PEM", help="clients must show a certificate signed by these")
     access.add_argument("--token-file", type=Path, metavar="FILE", help="calls must bring the token in this file")
     access.add_argument("--insecure", action="store_true", help="allow other than loopback addresses without TLS")
+    _add_pace(parser)
+    args = parser.parse_args()
+    for option, low, high in _BOUNDS:
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None and not low <= value <= high:
+            expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            parser.error(f"--{option}={value}: expected {expected}")
+    return args
+
+
+def _add_pace(parser: argparse.ArgumentParser) -> None:
+    """Options of how much is done at once, and how long it may take."""
     batching = parser.add_argument_group("batching")
     batching.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="requests a device gets at once [%(default)s]"
@@ -202,13 +214,6 @@ def _parse() -> argparse.Namespace:
     running.add_argument(
         "--exit-with-parent", type=int, metavar="PID", help="stop when this process, which started this one, is gone"
     )
-    args = parser.parse_args()
-    for option, low, high in _BOUNDS:
-        value = getattr(args, option.replace("-", "_"))
-        if value is not None and not low <= value <= high:
-            expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            parser.error(f"--{option}={value}: expected {expected}")
-    return args
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from segzero_jax.asking import Loaded, respond
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.frames import rescale_object
 from segzero_jax.overlay import Marks, decode_mask, draw
-from segzero_jax.processor import decode_image
+from segzero_jax.patches import decode_image
 from segzero_jax.prompt import Answer, parse_answer
 from segzero_jax.segmenting import Found, Segmenter, encode_mask
 from segzero_jax.types import Example, Frame, ObjectPrompt

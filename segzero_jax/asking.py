@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import complete_steps, locate
+from segzero_jax.checkpoint_paths import complete_steps, locate
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config, ConfigError, RolloutConfig
 from segzero_jax.hub import is_checkpoint

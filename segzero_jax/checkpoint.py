@@ -7,7 +7,7 @@ it is ``model.path``, known by its fingerprint.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +20,9 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import config as configs
 from segzero_jax import manifest
+from segzero_jax.checkpoint_paths import in_short, is_bucket, reading, storage_path, unfinished
 from segzero_jax.code_version import Code, this_code
-from segzero_jax.config import Config, ConfigError
+from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.model.weights import CheckpointError, StorageError
@@ -35,10 +36,8 @@ _FREE_KEYS = (
     *("reward.tls_name", "train.steps", "train.micro_batch_size", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.keep_best"),
 )
-_FOLDER = "checkpoints"
 # Exit code of a run that could not save its last step or read its checkpoints.
 STORAGE_FAILED = 7
-_REASON_LENGTH = 200
 # What a save may fail with: ValueError is what TensorStore makes of a full disk; JaxRuntimeError, that hosts have
 # waited for one of them whose part could not be written. Orbax's barriers count on, so the next save may succeed.
 _DISK_FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)
@@ -141,7 +140,7 @@ class Checkpoints:
         self.directory = storage_path(directory)
         # The libraries that reach buckets (gcsfs, google.auth, aiohttp) raise errors of their own, of no common kind.
         self._failures: tuple[type[Exception], ...]
-        self._failures = (Exception,) if _is_bucket(self.directory) else _DISK_FAILURES
+        self._failures = (Exception,) if is_bucket(self.directory) else _DISK_FAILURES
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only
@@ -157,7 +156,7 @@ class Checkpoints:
             "run": ocp.JsonCheckpointHandler(),
             manifest.ITEM: manifest.ManifestHandler(),
         }
-        with _reading(self.directory):
+        with reading(self.directory):
             self._manager = _Manager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
@@ -256,7 +255,7 @@ class Checkpoints:
           StorageError: they cannot be read now, which says nothing of them.
         """
         checkpoint = self.directory / str(step)
-        with _reading(checkpoint):
+        with reading(checkpoint):
             return manifest.damage(checkpoint, items)
 
     def restore(self, step: int, like: TrainState, config: Config, identity: Identity) -> Restored:
@@ -335,18 +334,18 @@ class Checkpoints:
         with contextlib.suppress(*self._failures):
             self._manager.reload()
             if jax.process_index() == 0:
-                for left in _unfinished(self.directory):
+                for left in unfinished(self.directory):
                     left.rmtree(missing_ok=True)
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
-        with _reading(self.directory / str(step)):
+        with reading(self.directory / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def _tree(self, step: int, item: str, like: T) -> T:
         targets = _targets(like)
         checkpoint = self.directory / str(step)
-        with _reading(checkpoint):
+        with reading(checkpoint):
             stored = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)[item].items()}
         for name in sorted(stored.keys() | targets.keys()):
             ours = targets[name].shape if name in targets else None
@@ -357,7 +356,7 @@ class Checkpoints:
                 )
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})
-        with _reading(checkpoint):
+        with reading(checkpoint):
             return _rebuild(like, self._manager.restore(step, args=args)[item])
 
 
@@ -370,126 +369,13 @@ def _why_not_saved(error: Exception) -> str:
         return "not all hosts have written their part in time"
     if isinstance(error, jax.errors.JaxRuntimeError):
         raise error
-    return _in_short(error)
-
-
-def _in_short(error: Exception) -> str:
-    # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
-    reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
-    reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
-    return reason if reason and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason}"
-
-
-@contextlib.contextmanager
-def _reading(where: epath.Path) -> Iterator[None]:
-    """Raises what a store fails with for now as StorageError; what is wrong with its content stays what it is.
-
-    Raises ConfigError where the package that reads such a store is not installed.
-    """
-    passing: tuple[type[Exception], ...] = (Exception,) if _is_bucket(where) else (OSError,)
-    try:
-        yield
-    except (CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
-        raise
-    except ImportError as error:
-        raise ConfigError(
-            f"{where}: cannot be read without a further package ({_in_short(error)}); for gs://, .venv/bin/pip install "
-            "-c constraints.txt -e '.[tpu]' brings it"
-        ) from None
-    except passing as error:
-        raise StorageError(f"{where}: cannot be read now ({_in_short(error)}); nothing was changed") from None
-
-
-def _is_bucket(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def storage_path(path: str | Path | epath.Path) -> epath.Path:
-    """An absolute path, on a disk or in a bucket."""
-    given = epath.Path(path).expanduser()
-    # A bucket's path is absolute; to resolve it would make it a local one.
-    return given if _is_bucket(given) else given.resolve()
+    return in_short(error)
 
 
 def run_difference(earlier: Config, config: Config) -> str:
     """By which keys two configurations are two runs, in words; empty for one that goes on elsewhere or for longer."""
     keys = [key for key in configs.differing_keys(earlier, config) if not key.startswith(_FREE_KEYS)]
     return f"{', '.join(keys)} {'differs' if len(keys) == 1 else 'differ'}" if keys else ""
-
-
-def checkpoint_directory(config: Config) -> epath.Path:
-    """Where a run's checkpoints are: ``run.checkpoint_dir``, or inside ``run.dir``."""
-    return epath.Path(config.run.checkpoint_dir or f"{config.run.dir}/{_FOLDER}").expanduser()
-
-
-def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | None:
-    """What a path means: a directory of checkpoints and, where it names one of them, its step. None for no such thing.
-
-    Args:
-      path: a run directory, also one whose checkpoints lie in ``run.checkpoint_dir``; a directory of checkpoints; or
-        one of its steps. Local or ``gs://``.
-
-    Raises:
-      StorageError, ConfigError: as ``complete_steps``.
-    """
-    directory = epath.Path(path).expanduser()
-    if directory.name.isdigit() and directory.parent.name == _FOLDER:
-        return directory.parent, int(directory.name)
-    with _reading(directory):
-        own = directory / _FOLDER
-        if own.is_dir() and complete_steps(own):
-            return own, None
-        config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
-        if config:
-            # Of other places run.checkpoint_dir alone: a copy's run.dir, or a renamed run's, is another run's by now.
-            place = checkpoint_directory(config) if config.run.checkpoint_dir else own
-            return (place, None) if place.is_dir() else None
-        if own.is_dir():
-            return own, None
-        if directory.name.isdigit() and _is_complete(directory):
-            return directory.parent, int(directory.name)
-        return (directory, None) if directory.is_dir() and complete_steps(directory) else None
-
-
-def complete_steps(directory: epath.Path) -> list[int]:
-    """The steps of a directory's checkpoints, at a glance.
-
-    Raises:
-      StorageError: it cannot be read now.
-      ConfigError: what reads such a place is not installed.
-    """
-    with _reading(directory):
-        if not directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
-
-
-def refuse_unfinished(directory: epath.Path) -> None:
-    """Raises CheckpointError where a directory without a checkpoint has a part of one, as of a copy that was cut off.
-
-    Nothing up to its step would be saved beside it. What a save has left is none: that is known, and cleared away.
-    """
-    with _reading(directory):
-        found = directory.iterdir() if directory.is_dir() else ()
-        parts = [path for path in found if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
-    if parts:
-        raise CheckpointError(f"{parts[0]}: is no complete checkpoint; delete it, or bring it whole")
-
-
-def _unfinished(directory: epath.Path) -> list[epath.Path]:
-    """What saves that came to nothing have left: on a disk under another name, in a bucket uncommitted."""
-    found = directory.iterdir() if directory.is_dir() else ()
-    return [
-        path
-        for path in found
-        if ocp.utils.TMP_DIR_SUFFIX in path.name
-        or (path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path))
-    ]
-
-
-def _is_complete(checkpoint: epath.Path) -> bool:
-    """Whether it is one of ours, and committed: a bucket has it under its name from the first file on."""
-    return (checkpoint / manifest.ITEM).is_dir() and ocp.utils.is_checkpoint_finalized(checkpoint)
 
 
 def _sam2(identity: Identity) -> str:

@@ -28,7 +28,8 @@ from segzero_jax.answering import Answered, Picture, answer_question, reasoning_
 from segzero_jax.asking import Loaded
 from segzero_jax.decoding import UNDECODABLE
 from segzero_jax.options import say
-from segzero_jax.processor import ImageError, PromptTooLong
+from segzero_jax.patches import ImageError
+from segzero_jax.processor import PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import Segmenter
 

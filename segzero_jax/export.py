@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from segzero_jax import __version__
 from segzero_jax.asking import ORIGIN, asked, find_checkpoint
-from segzero_jax.checkpoint import locate, storage_path
+from segzero_jax.checkpoint_paths import locate, storage_path
 from segzero_jax.config import ConfigError, OneLineParser
 from segzero_jax.hub import repository
 from segzero_jax.local_path import check_folder, local_path

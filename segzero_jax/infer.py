@@ -36,7 +36,8 @@ from segzero_jax.options import (
     seed,
     shown,
 )
-from segzero_jax.processor import ImageError, Processor, PromptTooLong
+from segzero_jax.patches import ImageError
+from segzero_jax.processor import Processor, PromptTooLong
 from segzero_jax.reward_channel import RewardServerError
 from segzero_jax.segmenting import Segmenter, greet
 from segzero_jax.terminal import lasting, write_line

@@ -14,8 +14,8 @@ from types import TracebackType
 from pydantic import TypeAdapter
 
 from segzero_jax.config import RewardConfig
-from segzero_jax.metrics import duration
 from segzero_jax.pods import ALONE, Pod
+from segzero_jax.progress import duration
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 
 _FIRST_WORD_S = 15.0

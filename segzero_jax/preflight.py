@@ -31,7 +31,7 @@ from PIL import Image
 
 from segzero_jax import config as configs
 from segzero_jax.asking import load_processor
-from segzero_jax.checkpoint import checkpoint_directory
+from segzero_jax.checkpoint_paths import checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError, check_local_model
 from segzero_jax.data.checks import check_same

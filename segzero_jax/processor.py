@@ -1,18 +1,14 @@
 """Pictures and questions in, tensors for the policy out; and token ids back to text.
 
-Same ids, pixels and positions as Hugging Face's Qwen2.5-VL processor and model (transformers 5.23:
-``Qwen2VLImageProcessorPil``, ``get_vision_window_index``, ``get_rope_index``), without transformers: numpy, PIL and
-``tokenizers`` only. What differs is the layout. Patches are stored in window order, in runs as large as a whole window,
-so that window attention is a reshape.
+Same ids and positions as Hugging Face's Qwen2.5-VL processor and model (transformers 5.23: ``get_rope_index``), without
+transformers: numpy and ``tokenizers`` only.
 """
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from segzero_jax.config import QUESTION
-from segzero_jax.decoding import UNDECODABLE, cause, upright
 from segzero_jax.hub import model_directory
+from segzero_jax.patches import PatchedImage, VisionSpec, decode_image, patch_image
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
 
@@ -30,61 +26,10 @@ from segzero_jax.types import Example, PromptBatch
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 _VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-_FORMATS = ("PNG", "JPEG", "WEBP")
-# Below Pillow's own decompression-bomb warning, above any photograph in the data sets.
-_MAX_PIXELS = 64_000_000
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read; the message is one line and names whose it is."""
 
 
 class PromptTooLong(ValueError):
     """A prompt over the limit; the message names it, its length and the limit."""
-
-
-@dataclass(frozen=True)
-class VisionSpec:
-    """How a checkpoint wants its pictures.
-
-    Attributes:
-      patch, temporal_patch: pixels along a patch's side, and how often a still picture's patch is repeated in time.
-      merge: patches along the side of a merged unit, which becomes one token.
-      window: patches along the side of an attention window.
-      mean, std: per channel, of pixels in [0, 1].
-    """
-
-    patch: int
-    temporal_patch: int
-    merge: int
-    window: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def channels(self) -> int:
-        """Values per patch, time included."""
-        return 3 * self.temporal_patch * self.patch**2
-
-
-@dataclass(frozen=True)
-class PatchedImage:
-    """One picture in window order: ``s`` slots, of which runs of partial windows leave some empty.
-
-    Attributes:
-      patches_sc: float32 normalised pixels, 0 in empty slots; ``c`` runs over channel, time, row, column.
-      patch_hw_s2: int32 row and column of each patch, 0 in empty slots.
-      valid_s: bool.
-      unit_k: int32, for the k-th merged unit in raster order, which is the k-th image token, its index among the
-        ``s / merge**2`` merged slots.
-      grid: rows and columns of patches.
-    """
-
-    patches_sc: np.ndarray
-    patch_hw_s2: np.ndarray
-    valid_s: np.ndarray
-    unit_k: np.ndarray
-    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -104,104 +49,6 @@ class EncodedPrompt:
     positions_3p: np.ndarray
     next_position: int
     images: tuple[PatchedImage, ...]
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decodes PNG, JPEG or WebP bytes to RGB, upright, transparency on white.
-
-    Raises:
-      ImageError: no bytes, another format, too many pixels or broken data; it says whose picture by ``name``.
-    """
-    if not data:
-        raise ImageError(f"{name}: no image, expected the bytes of a PNG, JPEG or WebP")
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        if image.width * image.height > _MAX_PIXELS:
-            raise ImageError(f"{name}: image of {image.width}x{image.height} pixels, expected at most {_MAX_PIXELS}")
-        image.load()
-        return _to_rgb(upright(image))
-    except UNDECODABLE as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{name}: image cannot be read ({cause(error)}), expected a PNG, JPEG or WebP") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def patch_image(
-    image: Image.Image,
-    size: tuple[int, int],
-    spec: VisionSpec,
-    resampling: Image.Resampling = Image.Resampling.BICUBIC,
-) -> PatchedImage:
-    """Resizes to ``size`` (width, height; whole merged units), normalises and cuts into patches in window order."""
-    unit = spec.patch * spec.merge
-    if size[0] % unit or size[1] % unit:
-        raise ValueError(f"image size {size[0]}x{size[1]}: expected multiples of {unit}")
-    pixels = np.asarray(image if image.size == size else image.resize(size, resampling))
-    rows, columns, side = size[1] // spec.patch, size[0] // spec.patch, spec.patch
-    raster_s, unit_k = window_order(rows, columns, spec.merge, spec.window)
-    valid_s, at = raster_s >= 0, raster_s[raster_s >= 0]
-    bytes_scyx = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)[at]
-    patches_sctyx = np.zeros((len(raster_s), 3, spec.temporal_patch, side, side), np.float32)
-    for channel, table in enumerate(_pixel_tables(spec.mean, spec.std)):
-        patches_sctyx[valid_s, channel] = table[bytes_scyx[:, channel, None]]
-    patch_hw_s2 = np.zeros((len(raster_s), 2), np.int32)
-    patch_hw_s2[valid_s] = np.stack(np.divmod(at, columns), axis=1)
-    return PatchedImage(patches_sctyx.reshape(len(raster_s), -1), patch_hw_s2, valid_s, unit_k, (rows, columns))
-
-
-@lru_cache
-def _pixel_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """float32 [3, 256]: every byte normalised, rounded where transformers rounds: scaled in float64, then float32."""
-    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    return (scaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
-
-
-@lru_cache
-def window_order(rows: int, columns: int, merge: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each patch of a grid goes, all in patches: ``window`` a side, ``merge`` a side within.
-
-    Slots come in runs, each as large as a whole window. Whole windows have one each; partial windows, at the right and
-    lower edges, share runs, the largest first, each in the first run with room. So runs attend by themselves, and a
-    patch sees those of its run that are of its window. Within a window, merged units are in raster order, and patches
-    within their unit, as in transformers' ``get_vision_window_index``.
-
-    Returns:
-      int32 [S], the raster index of the patch in each slot, -1 in empty ones; and int32 [K], the merged slot of each
-      unit.
-    """
-    down, across, units = rows // merge, columns // merge, window // merge
-    grid = np.arange(down * across, dtype=np.int32).reshape(down, across)
-    corners = [(top, left) for top in range(0, down, units) for left in range(0, across, units)]
-    windows = [grid[top : top + units, left : left + units].reshape(-1) for top, left in corners]
-    runs: list[list[np.ndarray]] = [[each] for each in windows if each.size == units**2]
-    shared = len(runs)
-    for part in sorted((each for each in windows if each.size < units**2), key=len, reverse=True):
-        room = (run for run in runs[shared:] if sum(map(len, run)) + part.size <= units**2)
-        fitting = next(room, None)
-        if fitting is None:
-            runs.append([part])
-        else:
-            fitting.append(part)
-    unit_of_slot = np.full(len(runs) * units**2, -1, np.int32)
-    for first, run in zip(range(0, unit_of_slot.size, units**2), runs, strict=True):
-        taken = np.concatenate(run)
-        unit_of_slot[first : first + taken.size] = taken
-    slot_of_unit = np.zeros(grid.size, np.int32)
-    slot_of_unit[unit_of_slot[unit_of_slot >= 0]] = np.flatnonzero(unit_of_slot >= 0)
-    patches = np.arange(rows * columns, dtype=np.int32).reshape(down, merge, across, merge).transpose(0, 2, 1, 3)
-    raster = np.where(unit_of_slot[:, None] < 0, -1, patches.reshape(grid.size, -1)[unit_of_slot]).reshape(-1)
-    for array in (raster, slot_of_unit):
-        array.setflags(write=False)  # Cached: shared by every picture of this size.
-    return raster, slot_of_unit
 
 
 def mrope_positions(tokens: np.ndarray, image_id: int, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:

@@ -11,14 +11,8 @@ from etils import epath
 
 from segzero_jax import config as configs
 from segzero_jax import jsonl
-from segzero_jax.checkpoint import (
-    Checkpoints,
-    StorageError,
-    checkpoint_directory,
-    complete_steps,
-    refuse_unfinished,
-    run_difference,
-)
+from segzero_jax.checkpoint import Checkpoints, StorageError, run_difference
+from segzero_jax.checkpoint_paths import checkpoint_directory, complete_steps, refuse_unfinished
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
 from segzero_jax.file_lock import FolderHeld, hold

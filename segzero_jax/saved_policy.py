@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from segzero_jax.checkpoint import Checkpoints, locate
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.checkpoint_paths import locate
 from segzero_jax.config import Config
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.identity import fingerprint

@@ -1,7 +1,6 @@
-"""The main job: ``python -m segzero_jax.train --mesh=4x4``. ``draw`` and ``train`` read as the algorithm.
+"""The main job: ``python -m segzero_jax.train --mesh=4x4``. What it does step by step is in ``loop.py``.
 
-For every batch of prompts: sample G responses each, send their prompts to SAM 2, run the reference policy while SAM 2
-works, turn rewards into advantages relative to the group, learn from them.
+Here is what is around that: a run begins or goes on, and ends with a checkpoint, a page and an exit code.
 """
 
 import argparse
@@ -9,60 +8,50 @@ import contextlib
 import errno
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 
 from segzero_jax import config as configs
 from segzero_jax import evaluation
-from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, StorageError, checkpoint_directory
+from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, Restored, StorageError
+from segzero_jax.checkpoint_paths import checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError, check_local_model
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import Batches, DataError, Source, Splits, open_splits, questions, training_batches
-from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
 from segzero_jax.file_lock import FolderHeld
-from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
+from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
 from segzero_jax.jsonl import JsonLinesError
 from segzero_jax.keeper import Keeper
+from segzero_jax.loop import Evaluation, train
 from segzero_jax.mesh import MeshError, make_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, SilentWriter
-from segzero_jax.model.policy import Policy, embed_images
+from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.own_rewards import RewardFunction, check_same_files, load_functions, sources
+from segzero_jax.patches import ImageError
 from segzero_jax.patience import Patience
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.preemption import Preemption, Stopped
-from segzero_jax.processor import ImageError, PromptTooLong
+from segzero_jax.processor import PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
 from segzero_jax.recipe_check import check_splits
-from segzero_jax.record import (
-    PICTURED_PROMPTS,
-    print_summary,
-    rollout_rows,
-    sampling_metrics,
-    step_metrics,
-    step_of,
-    unlearnt,
-    unscored_groups,
-    update_metrics,
-)
+from segzero_jax.record import print_summary
 from segzero_jax.report import write_report
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
+from segzero_jax.reward_client import RewardClient
 from segzero_jax.reward_service import reward_service
 from segzero_jax.rewards import component_names
-from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import (
     Beginning,
     begin,
-    checkpoint_due,
     complete,
-    evaluation_due,
     held,
     missing_splits,
     open_run,
@@ -73,7 +62,6 @@ from segzero_jax.run_dir import (
 from segzero_jax.scoring import Scorer
 from segzero_jax.terminal import write_line
 from segzero_jax.time_account import PhaseTimer
-from segzero_jax.types import Example, Lengths, PromptBatch, Rollout
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
 
 # What a user can get wrong; anything else is a bug and keeps its traceback.
@@ -91,156 +79,6 @@ USER_ERRORS = (
     RewardServerError,
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_TRAIN_KEY = 0
-# Of a step's further batches; what is below is for tokens.
-_DRAW_KEY = 2**31
-
-# (step, weights in rollout layout)
-Evaluation = Callable[[int, Policy], None]
-
-
-def _crop(rollout: Rollout, longest: int) -> Rollout:
-    """Cuts the padding that not even the longest response needs, to one of few static lengths."""
-    limit = rollout.tokens_bgr.shape[-1]
-    multiple = padding_multiple(limit)
-    length = min(limit, -(-longest // multiple) * multiple)
-    return rollout._replace(tokens_bgr=rollout.tokens_bgr[..., :length], logps_bgr=rollout.logps_bgr[..., :length])
-
-
-def draw(
-    job: Job,
-    state: TrainState,
-    reference: Policy | None,
-    batches: Batches[tuple[list[Example], PromptBatch]],
-    scorer: Scorer,
-    keeper: Keeper,
-    writer: MetricsWriter,
-    preemption: Preemption,
-    watch: Watch,
-    step: int,
-    before: int,
-) -> tuple[Draw, Groups]:
-    """The next batch, sampled and scored; the reference policy runs while SAM 2 works.
-
-    Args:
-      before: batches that were drawn for this step before.
-    """
-    config, policy = job.config, job.policy(state)
-    with watch.phase("data"):
-        mine, encoded = next(batches)
-        prompts = job.join(encoded)
-        examples = job.share(mine)
-    with watch.phase("rollout"):
-        if config.model.vision_stays:
-            # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
-            prompts = embed_images(policy, prompts, setup=job.train_pass)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
-        if before:
-            key = jax.random.fold_in(key, _DRAW_KEY + before)
-        # The copy in rollout layout lives no longer than the call.
-        rollout = sample(job.to_rollout(policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
-        said = job.fetch(rollout)
-        texts = job.texts(said)
-    preemption.check()
-    lengths = Lengths(said.length_bg, said.finished_bg)
-    pending = scorer.send(examples, texts, 0 if before else PICTURED_PROMPTS, job.rows.own, lengths)
-    with watch.phase("reference"):
-        rollout = _crop(rollout, int(said.length_bg.max()))
-        setup = job.train_pass._replace(remat=False)
-        logps_of = partial(policy_logps, prompts=prompts, tokens_bgr=rollout.tokens_bgr, setup=setup, settings=job.loss)
-        ref_logps = None if reference is None else logps_of(reference)
-        # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
-        old_logps = None if config.updates_per_rollout == 1 else logps_of(policy)
-        jax.block_until_ready((ref_logps, old_logps))
-    with (
-        watch.phase("reward_wait"),
-        Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
-    ):
-        scored = pending.result(patience, drop=config.reward.missing == "drop")
-    preemption.check()
-    keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
-    advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
-    groups = Groups(prompts, rollout, ref_logps, old_logps)
-    tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
-    return Draw(examples, texts, said, scored, advantages_bg, keep_bg, tokens), groups
-
-
-def train(
-    job: Job,
-    state: TrainState,
-    reference: Policy | None,
-    batches: Batches[tuple[list[Example], PromptBatch]],
-    scorer: Scorer,
-    keeper: Keeper,
-    writer: MetricsWriter,
-    evaluate: Evaluation,
-    preemption: Preemption,
-    watch: Watch,
-    first_step: int,
-) -> TrainState:
-    """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
-    config = job.config
-    for step in range(first_step, config.train.steps + 1):
-        preemption.check()
-        watch.begin(step)
-        draws: list[Draw] = []
-        drawn: list[Groups] = []
-        while not draws or (len(draws) < config.rollout.max_batches and not enough(draws)):
-            scores, groups = draw(
-                job, state, reference, batches, scorer, keeper, writer, preemption, watch, step, len(draws)
-            )
-            draws.append(scores)
-            drawn.append(groups)
-            del groups
-        with watch.phase("update"):
-            learnt = whole(draws[0]) if config.rollout.max_batches == 1 else choose(draws)
-            groups = take(drawn, learnt.rows_b, job.processor.pad_id)
-            rows = range(config.train.batch_size)
-            advantages_bg, keep_bg = job.place((learnt.advantages_bg, learnt.keep_bg), rows)
-            batch = UpdateBatch(
-                groups.prompts, groups.rollout, advantages_bg, keep_bg, groups.ref_logps_bgr, groups.old_logps_bgr
-            )
-            # Pictures take memory that the update, and the next rollout, may need.
-            drawn.clear()
-            del groups
-            state, losses = learn(
-                state,
-                batch,
-                learnt.keep_bg,
-                optimizer=job.optimizer,
-                setup=job.train_pass,
-                settings=job.loss,
-                mini_batches=config.train.mini_batches,
-                micro_batches=config.train.micro_batches,
-                base=job.base,
-            )
-            losses = jax.device_get(losses)
-            del batch
-        keeper.finished(step, state, batches.get_state())
-        made = step_of(step, draws, learnt)
-        for line in (unscored_groups(made.scored), "" if losses else unlearnt(draws)):
-            if line:
-                writer.message(f"step {step}: {line}")
-        # Of the step's last update.
-        lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
-        numbers = {
-            **step_metrics(made, config),
-            **update_metrics(losses),
-            **{"lr": lr, "checkpoint/failed": keeper.failed},
-        }
-        if config.rollout.max_batches > 1:
-            numbers |= sampling_metrics(draws, learnt)
-        tokens = sum(scores.tokens for scores in draws)
-        writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
-        writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
-        watch.check(step, numbers)
-        if checkpoint_due(config, step):
-            with watch.phase("checkpoint"):
-                keeper.save()
-        if evaluation_due(config, step):
-            with watch.phase("evaluation"):
-                evaluate(step, job.to_rollout(job.policy(state)))
-    return state
 
 
 def open_questions(config: Config, pod: Pod) -> Splits:
@@ -334,49 +172,31 @@ def _continue(
     begun = beginning.step
     first_step = (begun or 0) + 1
     profiled = range(0) if profile is None else parse_steps(profile, first_step, config.train.steps)
+    run_dir = Path(config.run.dir).expanduser()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         splits = open_questions(config, pod)
         check_same_files(sources(functions), pod)
         job, state, reference = prepare(config, mesh, pod, partial(check_splits, splits, config))
-        batches = stack.enter_context(
-            contextlib.closing(
-                training_batches(
-                    questions(splits),
-                    config.train.batch_size,
-                    config.seed,
-                    job.rows.held,
-                    job.collate,
-                    config.data.workers,
-                )
-            )
-        )
-        run_dir = Path(config.run.dir).expanduser()
+        size, rows, workers = config.train.batch_size, job.rows.held, config.data.workers
+        batches = training_batches(questions(splits), size, config.seed, rows, job.collate, workers)
+        stack.enter_context(contextlib.closing(batches))
         if pod.first:
             stack.enter_context(held(config, beginning))
         # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
-        start = fingerprint(state.policy if job.base is None else job.base, job.train_pass.dtype)
-        sam2, sam2_dtype = (client.checkpoint_sha256, client.dtype) if client else (None, None)
-        identity = Identity(start, sam2, splits.checksums(), sources(functions), sam2_dtype)
+        identity = _identity(job, state, splits, functions, client)
         writer = MetricsWriter(run_dir, config.train.steps, show_progress=True) if pod.first else SilentWriter(run_dir)
         stack.enter_context(writer)
-        best = partial(score, config, run_dir)
-        keep = config.train.keep_checkpoints
+        best, keep = partial(score, config, run_dir), config.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(checkpoint_directory(config), keep, best))
         if begun is not None:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             del state  # Two of them may not fit.
             restored = checkpoints.restore(begun, like, config, identity)
             state = restored.state
-            batches.set_state(restored.data)
-            writer.message(f"going on after step {begun}")
-            if restored.code.source != this_code().source:
-                writer.message(f"the code was {restored.code} then, and is {this_code()}: numbers may differ")
-            for name in restored.changed:
-                writer.message(f"the file of the reward function {name} has changed: numbers may differ")
-            writer.add_missing(restored.lines)
+            _take_up(restored, batches, writer)
         removed = writer.truncate_after(-1 if begun is None else begun)
         if pod.first:
             open_run(config)
@@ -389,28 +209,57 @@ def _continue(
         own = f"host_{pod.index}" if pod.count > 1 else ""
         profiler = Profiler(run_dir / "profile" / own, profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
-        for line in config.notes:
+        for line in configs.notes(config):
             writer.message(line)
         preemption.begin(writer.message)
-        try:
+        with _last_step_saved(keeper, watch, run_dir, pod):
             if pod.from_first("evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))):
                 with watch.phase("evaluation"):
                     evaluate(begun or 0, job.to_rollout(job.policy(state)))
             train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, watch, first_step)
-        except Stopped:
-            with watch.last_save():
-                keeper.keep_or_fail()
-            raise
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            # Checkpoints may lie elsewhere. Of several hosts the others know nothing of it, and all save or none.
-            saved = pod.count == 1 and keeper.keep()
-            kept = "the last finished step is saved" if saved else "steps since the last checkpoint are lost"
-            raise StorageError(f"run.dir={run_dir}: cannot be written to: {error}; {kept}") from None
+        watch.done()
+
+
+def _identity(
+    job: Job, state: TrainState, splits: Splits, functions: Mapping[str, RewardFunction], client: RewardClient | None
+) -> Identity:
+    sam2, sam2_dtype = (client.checkpoint_sha256, client.dtype) if client else (None, None)
+    reference = fingerprint(state.policy if job.base is None else job.base, job.train_pass.dtype)
+    return Identity(reference, sam2, splits.checksums(), sources(functions), sam2_dtype)
+
+
+def _take_up(restored: Restored, batches: Batches[Any], writer: MetricsWriter) -> None:
+    """Goes on with the data and the lines of a restored run, and says what is another since."""
+    batches.set_state(restored.data)
+    writer.message(f"going on after step {restored.step}")
+    if restored.code.source != this_code().source:
+        writer.message(f"the code was {restored.code} then, and is {this_code()}: numbers may differ")
+    for name in restored.changed:
+        writer.message(f"the file of the reward function {name} has changed: numbers may differ")
+    writer.add_missing(restored.lines)
+
+
+@contextlib.contextmanager
+def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> Iterator[None]:
+    """Behind the block its last finished step is saved: of one that ends, that is told to stop, or whose disk is full.
+
+    Raises StorageError where ``run_dir`` is full.
+    """
+    try:
+        yield
+    except Stopped:
         with watch.last_save():
             keeper.keep_or_fail()
-        watch.done()
+        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        # Checkpoints may lie elsewhere. Of several hosts the others know nothing of it, and all save or none.
+        saved = pod.count == 1 and keeper.keep()
+        kept = "the last finished step is saved" if saved else "steps since the last checkpoint are lost"
+        raise StorageError(f"run.dir={run_dir}: cannot be written to: {error}; {kept}") from None
+    with watch.last_save():
+        keeper.keep_or_fail()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

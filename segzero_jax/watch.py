@@ -16,8 +16,9 @@ import jax
 
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import WatchConfig
-from segzero_jax.metrics import MetricsWriter, duration
+from segzero_jax.metrics import MetricsWriter
 from segzero_jax.profiling import Profiler
+from segzero_jax.progress import duration
 from segzero_jax.step_phases import BESIDE
 from segzero_jax.terminal import write_line
 from segzero_jax.time_account import CompileClock, PhaseTimer, TimeAccount

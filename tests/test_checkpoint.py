@@ -24,11 +24,9 @@ from segzero_jax.checkpoint import (
     SaveError,
     StorageError,
     _why_not_saved,
-    checkpoint_directory,
-    locate,
     run_difference,
-    storage_path,
 )
+from segzero_jax.checkpoint_paths import checkpoint_directory, locate, storage_path
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, initial_state, make_optimizer
 from segzero_jax.identity import Identity, fingerprint

@@ -12,9 +12,10 @@ import pytest
 from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
-from segzero_jax import asking, checkpoint, manifest
+from segzero_jax import asking, checkpoint, checkpoint_paths, manifest
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, SaveError, StorageError, complete_steps, locate
+from segzero_jax.checkpoint import Checkpoints, SaveError, StorageError
+from segzero_jax.checkpoint_paths import complete_steps, locate
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
@@ -33,7 +34,8 @@ class HttpError(Exception):
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that Orbax and we take for one of a bucket, in an Orbax that does what it does there."""
     monkeypatch.setattr(gcs_utils, "is_gcs_path", lambda path: True)
-    monkeypatch.setattr(checkpoint, "_is_bucket", lambda path: True)
+    for module in (checkpoint, checkpoint_paths):
+        monkeypatch.setattr(module, "is_bucket", lambda path: True)
     with jax.set_mesh(make_mesh("1x1")):
         yield tmp_path / "bucket"
 

@@ -41,8 +41,8 @@ from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
 from segzero_jax.overlay import decode_mask
+from segzero_jax.patches import decode_image
 from segzero_jax.pods import Pod
-from segzero_jax.processor import decode_image
 from segzero_jax.report.gallery import Shown, _blame, _case, choose_cases
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask

@@ -22,7 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from segzero_jax import asking, export
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, locate
+from segzero_jax.checkpoint import Checkpoints
+from segzero_jax.checkpoint_paths import locate
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.hub import TOY

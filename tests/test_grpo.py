@@ -361,13 +361,13 @@ def test_steps_that_learn_are_those_with_a_rate(decay: str) -> None:
 
 def test_what_a_run_will_not_do_although_its_configuration_says_so_is_told() -> None:
     config = configs.replace(Config(), **{"train.steps": 10, "train.lr": 1e-6, "grpo.iterations": 2})
-    assert config.notes == []
-    assert configs.replace(config, **{"train.warmup_steps": 20}).notes == []
-    (line,) = configs.replace(config, **{"train.warmup_steps": 21}).notes
+    assert configs.notes(config) == []
+    assert configs.notes(configs.replace(config, **{"train.warmup_steps": 20})) == []
+    (line,) = configs.notes(configs.replace(config, **{"train.warmup_steps": 21}))
     assert line == (
         "the learning rate stays below train.lr=1e-06: train.warmup_steps=21 counts updates, of which 10 steps make 20"
     )
-    (line,) = configs.replace(config, **{"train.lr_decay": "linear", "train.decay_steps": 8}).notes
+    (line,) = configs.notes(configs.replace(config, **{"train.lr_decay": "linear", "train.decay_steps": 8}))
     assert line.startswith("after step 4 of 10 the learning rate is 0: train.decay_steps=8 counts updates")
     for changes, said in (
         ({"train.decay_steps": 8}, "the learning rate does not fall: train.decay_steps=8 has no train.lr_decay"),
@@ -382,7 +382,7 @@ def test_what_a_run_will_not_do_although_its_configuration_says_so_is_told() -> 
             "(train.mini_batch_size, grpo.iterations)",
         ),
     ):
-        assert configs.replace(config, **changes).notes == [said]
+        assert configs.notes(configs.replace(config, **changes)) == [said]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,7 +15,8 @@ from test_tensorboard import events
 from segzero_jax import config as configs
 from segzero_jax import jsonl
 from segzero_jax.config import Config
-from segzero_jax.metrics import MetricsError, MetricsWriter, duration, safe_name
+from segzero_jax.metrics import MetricsError, MetricsWriter, safe_name
+from segzero_jax.progress import duration
 from segzero_jax.run_dir import score
 
 NUMBERS = {"giou": 0.5, "giou_low": 0.4, "giou_high": 0.6, "ciou": 0.5, "count": 3}

@@ -12,7 +12,7 @@ from question_sources import encoded, picture
 from reward_server.codec import decode_image as as_the_segmenter
 from segzero_jax.data import pictures
 from segzero_jax.data.pictures import PictureError, fingerprint, fit_mask, read_picture, upright_size
-from segzero_jax.processor import decode_image as as_the_policy
+from segzero_jax.patches import decode_image as as_the_policy
 from segzero_jax.types import Frame
 
 RGB = picture(1)

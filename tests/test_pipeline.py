@@ -21,7 +21,7 @@ from segzero_jax.config import Config
 from segzero_jax.data import build
 from segzero_jax.data.hub_sets import build_command
 from segzero_jax.data.pipeline import Batches, DataError, open_split, open_splits, questions, training_batches
-from segzero_jax.processor import ImageError
+from segzero_jax.patches import ImageError
 from segzero_jax.types import Example, Frame
 
 ROOT = Path(__file__).parents[1]

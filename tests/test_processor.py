@@ -21,17 +21,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
-from segzero_jax.processor import (
-    EncodedPrompt,
-    ImageError,
-    Processor,
-    PromptTooLong,
-    checkpoint_directory,
-    decode_image,
-    mrope_positions,
-    patch_image,
-    window_order,
-)
+from segzero_jax.patches import ImageError, decode_image, patch_image, window_order
+from segzero_jax.processor import EncodedPrompt, Processor, PromptTooLong, checkpoint_directory, mrope_positions
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, Frame, PromptBatch
 

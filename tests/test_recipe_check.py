@@ -14,7 +14,7 @@ from segzero_jax import config as configs
 from segzero_jax import job, rewards, train
 from segzero_jax.answers import read_solution
 from segzero_jax.config import Config, ConfigError, check_local_model
-from segzero_jax.config.schema import check_answer_form
+from segzero_jax.config.checks import check_answer_form
 from segzero_jax.data import build
 from segzero_jax.data.pipeline import DataError, Source, open_split, open_splits, questions
 from segzero_jax.processor import Processor

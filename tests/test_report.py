@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from segzero_jax import jsonl, overlay, rewards
-from segzero_jax.metrics import duration
+from segzero_jax.progress import duration
 from segzero_jax.report import RunError, cards, charts, evaluations, write_report
 from segzero_jax.report.__main__ import main
 from segzero_jax.report.cases import Case, choose, rollouts_section

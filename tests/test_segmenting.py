@@ -17,7 +17,7 @@ from reward_server.codec import decode_image
 from segzero_jax import segmenting
 from segzero_jax.data.pictures import written
 from segzero_jax.overlay import decode_mask
-from segzero_jax.processor import decode_image as decode_picture
+from segzero_jax.patches import decode_image as decode_picture
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
 from segzero_jax.segmenting import Segmenter, as_seen
 from segzero_jax.types import Frame, ObjectPrompt

@@ -9,7 +9,7 @@ from etils import epath
 from thread_pod import on_hosts
 
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import complete_steps
+from segzero_jax.checkpoint_paths import complete_steps
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.model.weights import StorageError
 from segzero_jax.pods import HostLost, Pod

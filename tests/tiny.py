@@ -12,7 +12,8 @@ from segzero_jax.mesh import TRAIN, Layout
 from segzero_jax.model.dims import Dims, from_hf
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import abstract_policy, resolve
-from segzero_jax.processor import EncodedPrompt, Processor, patch_image
+from segzero_jax.patches import patch_image
+from segzero_jax.processor import EncodedPrompt, Processor
 from segzero_jax.types import PromptBatch
 
 # What differs from the toy policy. Eight heads over two key-value heads, and every size divides by 16.

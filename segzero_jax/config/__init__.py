@@ -1,5 +1,6 @@
 """The configuration: frozen dataclasses, a YAML preset, dotted overrides. An unknown key or a bad value is one line."""
 
+from segzero_jax.config.checks import check_local_model, notes
 from segzero_jax.config.reading import (
     OneLineParser,
     all_keys,
@@ -25,7 +26,6 @@ from segzero_jax.config.schema import (
     RunConfig,
     TrainConfig,
     WatchConfig,
-    check_local_model,
     check_wording,
 )
 
@@ -50,6 +50,7 @@ __all__ = [
     "differing_keys",
     "load",
     "meanings",
+    "notes",
     "parse_command_line",
     "replace",
     "to_dict",

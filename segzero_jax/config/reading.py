@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from segzero_jax.config.schema import Config, ConfigError, check_answer_form
+from segzero_jax.config.checks import check_answer_form
+from segzero_jax.config.schema import Config, ConfigError
 
 _ADAPTER = TypeAdapter(Config)
 

@@ -8,18 +8,9 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
-_LIST, _ONE = "a list of objects", "one object with two points"
-_BARE = f"{_ONE} and no reasoning"
-# The form of answer that a wording asks for (of the toy's, that its policy gives; of one's own, whichever), and the one
-# that a recipe scores; sam_r1 scores either of the first two.
-_ASKED = {"toy": _LIST, "seg_zero": _ONE, "vision_reasoner": _LIST}
-_SCORED = {
-    "seg_zero_soft": _ONE,
-    "seg_zero_strict": _ONE,
-    "seg_zero_soft_accuracy": _ONE,
-    "seg_zero_no_thinking": _BARE,
-    "vision_reasoner": _LIST,
-}
+# The form of answer that a wording asks for: of the toy's, that its policy gives; of one's own, whichever.
+LIST_FORM, ONE_FORM = "a list of objects", "one object with two points"
+ASKED = {"toy": LIST_FORM, "seg_zero": ONE_FORM, "vision_reasoner": LIST_FORM}
 # Where the question goes in a wording.
 QUESTION = "{question}"
 Positive = Annotated[int, Field(gt=0)]
@@ -335,46 +326,6 @@ class Config:
             return self.train.steps
         return min(self.train.steps, -(-self.train.decay_steps // self.updates_per_rollout))
 
-    @property
-    def notes(self) -> list[str]:
-        """A line for each thing that a run will not do although its configuration makes one expect it."""
-        train, each, notes = self.train, self.updates_per_rollout, []
-        if self.steps_that_learn < train.steps:
-            notes.append(
-                f"after step {self.steps_that_learn} of {train.steps} the learning rate is 0: train.decay_steps="
-                f"{train.decay_steps} counts updates, of which a step makes {each}"
-            )
-        if train.steps * each < train.warmup_steps:
-            notes.append(
-                f"the learning rate stays below train.lr={train.lr:g}: train.warmup_steps={train.warmup_steps} counts "
-                f"updates, of which {train.steps} steps make {train.steps * each}"
-            )
-        if train.decay_steps and train.lr_decay == "none":
-            notes.append(
-                f"the learning rate does not fall: train.decay_steps={train.decay_steps} has no train.lr_decay"
-            )
-        if self.reward.mask_iou_weight and self.reward.server == "none":
-            notes.append(
-                f"masks are not scored: reward.mask_iou_weight={self.reward.mask_iou_weight:g} has no reward.server"
-            )
-        if each == 1 and self.grpo.clip_low != self.grpo.clip_high:
-            notes.append(
-                f"nothing is clipped: grpo.clip_high={self.grpo.clip_high:g} acts from a rollout's second update on, "
-                "of which a step makes one (train.mini_batch_size, grpo.iterations)"
-            )
-        if _toy_scores(self.reward):
-            asked = [
-                *self.data.names,
-                *(text.rpartition("/")[0] or self.data.names[0] for text in self.data.eval_splits),
-            ]
-            others = dict.fromkeys(name for name in asked if name != "toy")
-            if others:
-                notes.append(
-                    f"masks of {', '.join(others)} mean nothing: reward.local_model=toy knows the toy set's pictures "
-                    "alone"
-                )
-        return notes
-
     def __post_init__(self) -> None:
         check_wording(self.data.prompt, "data.prompt=")
         sizes = [f"{name}_size" for name in ("batch", "mini_batch", "micro_batch")]
@@ -396,47 +347,10 @@ class Config:
 
 def check_wording(wording: str, key: str = "") -> None:
     """Raises ConfigError where it is none, ``key`` before its text: neither a known name nor a text with a question."""
-    if wording not in _ASKED and QUESTION not in wording:
+    if wording not in ASKED and QUESTION not in wording:
         shown = " ".join(wording.split())
         shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
-        raise ConfigError(f"{key}{shown}: expected {', '.join(_ASKED)} or a text with {QUESTION} where that goes")
-
-
-def check_answer_form(config: Config) -> None:
-    """Raises ConfigError where the recipe scores another form of answer than the wording asks for.
-
-    Training would earn next to nothing. A configuration that is only read may have such a pair: a policy can be asked
-    in another wording than it was trained with.
-    """
-    prompt, recipe = config.data.prompt, config.reward.recipe
-    asked = _ASKED.get(prompt)
-    if asked is None:  # Only whoever wrote the wording knows.
-        return
-    scored = _SCORED.get(recipe, asked)
-    if asked != scored:
-        recipes = " or ".join(name for name in (*_SCORED, "sam_r1") if _SCORED.get(name, asked) == asked)
-        prompts = " or ".join(name for name, form in _ASKED.items() if form == scored) or f"a text with {QUESTION}"
-        raise ConfigError(
-            f"data.prompt={prompt}: asks for {asked}, reward.recipe={recipe} scores {scored}; expected "
-            f"reward.recipe={recipes}, or data.prompt={prompts}"
-        )
-
-
-def check_local_model(config: Config) -> None:
-    """Raises ConfigError where a local server would score pictures that its SAM 2 knows nothing of.
-
-    For whoever starts one: runs of earlier versions can be asked all the same.
-    """
-    if _toy_scores(config.reward) and "toy" not in config.data.names:
-        raise ConfigError(
-            f"reward.local_model=toy: knows the toy set's pictures alone, data.name={config.data.name} has others; "
-            "expected another SAM 2 for reward.server=local, such as --reward.local_model=facebook/sam2.1-hiera-large, "
-            "or reward.server=none"
-        )
-
-
-def _toy_scores(reward: RewardConfig) -> bool:
-    return reward.server == "local" and reward.local_model == "toy"
+        raise ConfigError(f"{key}{shown}: expected {', '.join(ASKED)} or a text with {QUESTION} where that goes")
 
 
 def _is_target(target: str) -> bool:

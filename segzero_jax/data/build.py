@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.config.reading import OneLineParser, count
 from segzero_jax.data import builder
-from segzero_jax.data.builder import LeakError, Plan
+from segzero_jax.data.builder import Plan
 from segzero_jax.data.forms.finding import find_form
 from segzero_jax.data.forms.form import Form, SourceError
+from segzero_jax.data.held_out import LeakError, check_leaks
 from segzero_jax.data.hub_sets import HUB
 from segzero_jax.data.records import BUILT, built_directory, index_path
 from segzero_jax.hub import HubError, data_directory
@@ -103,7 +104,7 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
     plan = builder.make_plan(form)
     before = builder.built_from(name, data_dir)
     if before == plan.digest and not args.rebuild:
-        builder.check_leaks(name, data_dir, args.against)
+        check_leaks(name, data_dir, args.against)
         print(f"{name}: built already, from the same source, in {built_directory(name, data_dir)}")
         return 0
     if before is not None and not args.rebuild:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ from segzero_jax import jsonl
 from segzero_jax.data import shards
 from segzero_jax.data.end_with_parent import end_with_parent
 from segzero_jax.data.forms.form import Form, Part, SourceError
-from segzero_jax.data.leaks import Leak, find_leaks
+from segzero_jax.data.held_out import TRAIN, check_leaks, refuse_or_drop
+from segzero_jax.data.leaks import Leak
 from segzero_jax.data.records import BUILT, FEATURES, VERSION, built_directory, index_path, read_index
 from segzero_jax.data.shards import Shard, Written
 from segzero_jax.file_lock import turn
 
 # A source of which more than this share cannot be used is not what it is taken for.
 _MOST_LEFT_OUT = 0.1
-_TRAIN = "train"
 _REPLACED = ".replaced"
 # One more whenever the same source is read into other rows: names, instances, targets.
 _READING = 3
@@ -44,10 +44,6 @@ _READING = 3
 _OF_TFDS = ("dataset_info.json", "features.json")
 
 Progress = Callable[[int], None]
-
-
-class LeakError(ValueError):
-    """Training pictures that are in an evaluation split; one line."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ def build(
         written = [(shard, _finished(work, shard)) for shard in plan.shards]
         _check_usable(written)
         indices = {split: _merged(work, written, split) for split in dict.fromkeys(s.split for s in plan.shards)}
-        dropped = _drop_leaks(indices, data_dir, name, against, drop_leaks)
+        dropped = refuse_or_drop(indices, data_dir, name, against, drop_leaks)
         pieces = _pieces(work, plan, written, indices, dropped)
         _move_away(directory)
         for leftover in directory.parent.glob("incomplete.*"):
@@ -240,18 +236,6 @@ def built_from(name: str, data_dir: Path) -> str | None:
     """The digest of the plan that a built set was made by; None where there is no such set."""
     path = built_directory(name, data_dir) / "build.json"
     return json.loads(path.read_text())["digest"] if path.is_file() else None
-
-
-def check_leaks(name: str, data_dir: Path, against: Sequence[str] = ()) -> None:
-    """Raises LeakError where training pictures of a built set are in an evaluation split of its own or ``against``."""
-    directory = built_directory(name, data_dir)
-    splits = [path.stem.removeprefix("index-") for path in sorted(directory.glob(index_path(directory, "*").name))]
-    indices = {split: read_index(directory, split) for split in splits}
-    for other, found in _leaks(indices, data_dir, name, against):
-        raise LeakError(
-            f"{_first(found, len(indices[_TRAIN]), other)}; {name} is built already, "
-            "so --drop-leaks needs --rebuild to leave them out"
-        )
 
 
 def damaged_files(name: str, data_dir: Path) -> list[str]:
@@ -372,52 +356,12 @@ def _merged(work: Path, written: Sequence[tuple[Shard, Written]], split: str) ->
     return pa.concat_tables(tables)
 
 
-def _drop_leaks(
-    indices: dict[str, pa.Table], data_dir: Path, name: str, against: Sequence[str], drop: bool
-) -> list[Leak]:
-    """Leaves leaks out of ``indices`` where that is wanted, and returns them. Raises LeakError otherwise."""
-    leaks: dict[int, Leak] = {}
-    for other, found in _leaks(indices, data_dir, name, against):
-        if not drop:
-            raise LeakError(f"{_first(found, len(indices[_TRAIN]), other)}; --drop-leaks leaves them out")
-        leaks |= {leak.row: leak for leak in found}
-    if leaks:
-        kept = np.setdiff1d(np.arange(len(indices[_TRAIN])), list(leaks))
-        indices[_TRAIN] = indices[_TRAIN].take(pa.array(kept))
-    return list(leaks.values())
-
-
-def _leaks(
-    indices: Mapping[str, pa.Table], data_dir: Path, name: str, against: Sequence[str]
-) -> Iterator[tuple[str, list[Leak]]]:
-    """The training questions about pictures of each split that is held out, where there are any."""
-    if _TRAIN not in indices:
-        return
-    for split, index in indices.items():
-        if split != _TRAIN and (found := find_leaks(indices[_TRAIN], index, one_set=True)):
-            yield f"{name}/{split}", found
-    for other in against:
-        data_set, _, split = other.rpartition("/")
-        if data_set != name:
-            index = read_index(built_directory(data_set, data_dir), split)
-            if found := find_leaks(indices[_TRAIN], index, one_set=False):
-                yield other, found
-
-
-def _first(found: Sequence[Leak], rows: int, other: str) -> str:
-    first = found[0]
-    return (
-        f"{len(found)} of {rows} training questions are about pictures of {other}, "
-        f"the first is {first.id}: {first.held_out} ({first.why})"
-    )
-
-
 def _pieces(
     work: Path, plan: Plan, written: Sequence[tuple[Shard, Written]], indices: dict[str, pa.Table], leaks: list[Leak]
 ) -> Pieces:
     by_split: dict[str, list[tuple[str, Written]]] = {split: [] for split in indices}
     left_out = [
-        {"split": _TRAIN, "id": leak.id, "kind": f"held out: {leak.how}", "reason": f"held out: {leak.why}"}
+        {"split": TRAIN, "id": leak.id, "kind": f"held out: {leak.how}", "reason": f"held out: {leak.why}"}
         for leak in leaks
     ]
     for shard, found in written:

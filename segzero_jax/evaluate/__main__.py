@@ -27,8 +27,8 @@ from segzero_jax.local_path import check_folder, local_path
 from segzero_jax.mesh import MeshError, make_mesh, parse_mesh, prepare_cpu
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.options import access_from, add_policy_options, add_server_options, one_line, say, seed
+from segzero_jax.patches import ImageError, decode_image
 from segzero_jax.pods import HOST_LOST, WHATEVER_IT_TAKES_S, HostLost, Pod, PodError, join
-from segzero_jax.processor import ImageError, decode_image
 from segzero_jax.report.gallery import Shown, build_gallery
 from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.segmenting import greet

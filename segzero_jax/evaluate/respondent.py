@@ -15,8 +15,9 @@ from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.weights import check_fits
+from segzero_jax.patches import ImageError
 from segzero_jax.pods import ALONE, WHATEVER_IT_TAKES_S, Pod
-from segzero_jax.processor import EncodedPrompt, ImageError, PromptTooLong
+from segzero_jax.processor import EncodedPrompt, PromptTooLong
 from segzero_jax.rollout import padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, PromptBatch
 

@@ -1,6 +1,6 @@
 """The vision tower of Qwen2.5-VL: window and full attention, 2-D rotary embeddings, SwiGLU, 2x2 merger.
 
-Patches arrive in window order, in runs as large as a whole window (``processor.window_order`` lays them out), so window
+Patches arrive in window order, in runs as large as a whole window (``patches.window_order`` lays them out), so window
 attention is a batch of small squares.
 Reference: transformers, ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``.
 """

@@ -28,7 +28,7 @@ from segzero_jax.model.policy import Pass, Policy, embed_images
 from segzero_jax.model.precision import compute_dtype
 from segzero_jax.model.splash import live_scores, padded_length
 from segzero_jax.model.weights import abstract_policy, read_dims
-from segzero_jax.processor import window_order
+from segzero_jax.patches import window_order
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from segzero_jax import __version__
-from segzero_jax.metrics import duration
+from segzero_jax.progress import duration
 from segzero_jax.report import cases, curves, evaluations, events, times
 from segzero_jax.report.markup import NOTHING, bound, direction, fixed, show, signed, text
 from segzero_jax.report.run import Run, ends, masked, number, reward_maxima

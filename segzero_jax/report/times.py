@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from segzero_jax.metrics import duration
+from segzero_jax.progress import duration
 from segzero_jax.report import charts
 from segzero_jax.report.charts import Series, Size
 from segzero_jax.report.curves import figure, wrap

@@ -17,7 +17,7 @@ import pytest
 import same_run
 
 from segzero_jax import config as configs
-from segzero_jax import job, train
+from segzero_jax import job, loop, train
 from segzero_jax.checkpoint import SaveError
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
@@ -164,7 +164,7 @@ def test_what_a_step_learns_from(tmp_path: Path, data_dir: str, monkeypatch: pyt
         seen.append((np.array(old), np.array(batch.old_logps_bgr), ref, advantages_bg, keep_bg))
         return learn(state, batch, keep_bg, **how)
 
-    monkeypatch.setattr(train, "learn", watched)
+    monkeypatch.setattr(loop, "learn", watched)
     arguments = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={tmp_path}/run", "--reward.server=none"]
     arguments += ["--train.mini_batch_size=2", "--train.micro_batch_size=2", "--rollout.max_response_tokens=47"]
     arguments += ["--grpo.norm_adv_by_std=false", "--grpo.mask_truncated=true", "--train.steps=2"]
@@ -206,8 +206,8 @@ def test_a_step_samples_until_all_its_groups_teach_something(
         return sample(*given, **how)
 
     alive: list[int] = []
-    monkeypatch.setattr(train, "learn", watched)
-    monkeypatch.setattr(train, "sample", sampled)
+    monkeypatch.setattr(loop, "learn", watched)
+    monkeypatch.setattr(loop, "sample", sampled)
     arguments = [*SMALL, f"--data.dir={data_dir}", "--reward.server=none", "--rollout.max_batches=3"]
     arguments += ["--train.checkpoint_every=2", "--rollout.max_response_tokens=47"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -22,15 +22,15 @@ OPTIONS += ["--eval.examples=4", "--eval.samples=2", "--data.eval_splits=[val]",
 
 # Kills, and whom they hit: each start goes on where the one before was cut off. The first host alone writes files
 # and commits checkpoints. In brackets: what the kill comes into.
-TRAIN, METRICS = "segzero_jax.train", "segzero_jax.metrics"
+LOOP, METRICS = "segzero_jax.loop", "segzero_jax.metrics"
 KILLS = (
     (1, Point("segzero_jax.evaluation:evaluate_split", "before", 1)),  # [evaluation before training]
-    (1, Point(f"{TRAIN}:sample", "after", 1)),  # [step 1, nothing saved yet]
+    (1, Point(f"{LOOP}:sample", "after", 1)),  # [step 1, nothing saved yet]
     (0, Point("segzero_jax.jsonl:append", "midway", 4, "*/metrics.jsonl")),  # [a line of metrics]
-    (1, Point(f"{TRAIN}:Scorer.send", "after", 2)),  # [scores on their way]
+    (1, Point(f"{LOOP}:Scorer.send", "after", 2)),  # [scores on their way]
     (0, Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2)),  # [written and uncommitted]
     (1, Point("segzero_jax.checkpoint:Checkpoints.restore", "before", 1)),  # [a start]
-    (1, Point(f"{TRAIN}:learn", "before", 2)),  # [about to update: the other is in its collectives]
+    (1, Point(f"{LOOP}:learn", "before", 2)),  # [about to update: the other is in its collectives]
     (1, Point("segzero_jax.checkpoint:Checkpoints.wait", "before", 2)),  # [waiting for its own part]
     (1, Point("segzero_jax.job:Job.share", "before", 3)),  # [agreeing on the batch]
     (1, Point("segzero_jax.manifest:ManifestHandler.save", "after", 1)),  # [its arrays on their way to the disk]
@@ -88,7 +88,7 @@ def test_sigterm_to_one_saves_both_at_one_step_and_nothing_is_lost(
     run, logs = tmp_path / "run", tmp_path / "logs"
     # Scores are asked for by the evaluation, by each batch of the first step, and by the second step's first.
     batches = lines(reference / "metrics.jsonl")[0]["dynamic_sampling/batches"]
-    told = Point(f"{TRAIN}:Scorer.send", "after", 2 + batches, signals=(signal.SIGTERM,))
+    told = Point(f"{LOOP}:Scorer.send", "after", 2 + batches, signals=(signal.SIGTERM,))
     codes = processes.exit_codes([*options, f"--run.dir={run}"], logs, HOSTS, told, killed=1)
     said = (logs / "0").read_text()
     assert codes == [0] * HOSTS, said[-2000:]

@@ -19,24 +19,24 @@ OPTIONS += ["--train.checkpoint_every=2", "--eval.every=5", "--eval.examples=2",
 OPTIONS += ["--data.eval_splits=[val,heldout_crowd]", "--rollout.max_response_tokens=48"]
 
 # Two chains of ten kills: each process goes on where the one before was killed. In brackets: what the kill comes into.
-TRAIN, METRICS, JSONL = "segzero_jax.train", "segzero_jax.metrics", "segzero_jax.jsonl"
+TRAIN, LOOP, METRICS = "segzero_jax.train", "segzero_jax.loop", "segzero_jax.metrics"
 CHAINS = (
     (
         Point("segzero_jax.evaluation:evaluate_split", "before", 2),  # [evaluation before training, second split]
-        Point(f"{TRAIN}:sample", "after", 1),  # [step 1, nothing saved yet]
+        Point(f"{LOOP}:sample", "after", 1),  # [step 1, nothing saved yet]
         Point("segzero_jax.jsonl:append", "midway", 4, "*/metrics.jsonl"),  # [a line of metrics]
-        Point(f"{TRAIN}:Scorer.send", "after", 2),  # [scores on their way]
+        Point(f"{LOOP}:Scorer.send", "after", 2),  # [scores on their way]
         Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2),  # [a checkpoint, written and uncommitted]
         Point("segzero_jax.reward_client:PendingScores.result", "before", 2),  # [waiting for scores]
         Point(f"{METRICS}:MetricsWriter.write_evaluation", "after", 1),  # [between two splits]
-        Point(f"{TRAIN}:learn", "before", 2),  # [about to update]
+        Point(f"{LOOP}:learn", "before", 2),  # [about to update]
         Point("segzero_jax.manifest:ManifestHandler.finalize", "after", 1),  # [a manifest, uncommitted]
         Point("segzero_jax.jsonl:replace", "before", 1, "*/report.html"),  # [all done but the page]
     ),
     (
-        Point(f"{TRAIN}:learn", "after", 3),  # [updated, not written]
+        Point(f"{LOOP}:learn", "after", 3),  # [updated, not written]
         Point(f"{METRICS}:EventFile.write", "before", 3),  # [in metrics.jsonl, not in TensorBoard]
-        Point(f"{TRAIN}:policy_logps", "after", 7),  # [the reference policy]
+        Point(f"{LOOP}:policy_logps", "after", 7),  # [the reference policy]
         Point("segzero_jax.jsonl:write", "midway", 1, "*/rollouts/*.jsonl"),  # [the rollouts of a step]
         Point("segzero_jax.keeper:Keeper.save", "after", 1),  # [a save that has begun]
         Point(f"{METRICS}:MetricsWriter.truncate_after", "before", 1),  # [a start, restored]
@@ -105,7 +105,7 @@ def test_a_machine_that_vanishes_takes_no_line_along(
     run, copy = tmp_path / "run", tmp_path / "copy"
     start = [*options, f"--run.dir={run}", f"--run.checkpoint_dir={tmp_path / 'bucket'}"]
     log = tmp_path / "log"
-    for point in (Point(f"{TRAIN}:learn", "after", 4), Point(f"{TRAIN}:learn", "before", 5)):
+    for point in (Point(f"{LOOP}:learn", "after", 4), Point(f"{LOOP}:learn", "before", 5)):
         if run.exists():
             shutil.copytree(run, copy)  # After three steps, and the evaluation before them.
         assert processes.exit_code(start, log, point) == -signal.SIGKILL
@@ -123,7 +123,7 @@ def test_a_machine_that_vanishes_takes_no_line_along(
 TERM, INT = signal.SIGTERM, signal.SIGINT
 # A signal, how the run ends, the step that it leaves saved, what it says last.
 STOPS = (
-    (Point(f"{TRAIN}:sample", "before", 2, signals=(TERM, TERM)), 0, 1, "stopped by SIGTERM; the same command goes on"),
+    (Point(f"{LOOP}:sample", "before", 2, signals=(TERM, TERM)), 0, 1, "stopped by SIGTERM; the same command goes on"),
     (Point(f"{TRAIN}:prepare", "after", 1, signals=(TERM,)), 0, 1, "stopped by SIGTERM; the same command goes on"),
     (
         Point("segzero_jax.checkpoint:Checkpoints.restore", "before", 1, signals=(TERM,)),
@@ -132,10 +132,10 @@ STOPS = (
         "stopped by SIGTERM; the same command goes on",
     ),
     (Point(f"{TRAIN}:prepare", "before", 1, signals=(INT,)), 130, 1, "stopped at once; the same command goes on"),
-    (Point(f"{TRAIN}:learn", "before", 1, signals=(TERM,)), 0, 2, "stopped by SIGTERM; the same command goes on"),
+    (Point(f"{LOOP}:learn", "before", 1, signals=(TERM,)), 0, 2, "stopped by SIGTERM; the same command goes on"),
     (Point("segzero_jax.evaluation:evaluate_split", "after", 1, signals=(INT,)), 130, 5, "stopped by Ctrl-C; the same"),
     (
-        Point(f"{TRAIN}:Scorer.send", "after", 3, signals=(INT, INT)),
+        Point(f"{LOOP}:Scorer.send", "after", 3, signals=(INT, INT)),
         130,
         6,
         "stopped at once; the same command goes on",

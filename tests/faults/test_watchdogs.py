@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.profiler import ProfileData
 
-from segzero_jax import train, watch
+from segzero_jax import loop, train, watch
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=2", "--train.micro_batch_size=2", "--rollout.group_size=2", "--reward.server=none"]
@@ -37,7 +37,7 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
     run = tmp_path / "run"
     monkeypatch.setattr(watch, "_LEAST_S", 0.0)
     monkeypatch.setattr(watch, "_LOOK_S", 0.02)
-    reference, sample = train.policy_logps, train.sample
+    reference, sample = loop.policy_logps, loop.sample
     calls, asleep = {"reference": 0, "sample": 0}, []
 
     def broken_reference(*arguments: object, **named: object) -> jax.Array:
@@ -54,8 +54,8 @@ def test_a_run_that_diverges_stops_and_one_that_hangs_says_where(
             asleep.append(capsys.readouterr().err)
         return sample(*arguments, **named)
 
-    monkeypatch.setattr(train, "policy_logps", broken_reference)
-    monkeypatch.setattr(train, "sample", slow_sample)
+    monkeypatch.setattr(loop, "policy_logps", broken_reference)
+    monkeypatch.setattr(loop, "sample", slow_sample)
     options = [*SMALL, f"--data.dir={data_dir}", f"--run.dir={run}", "--train.steps=9", "--watch.max_skipped=3"]
     assert train.main([*options, "--train.keep_checkpoints=4", "--profile=3-4"]) == watch.DIVERGED
 

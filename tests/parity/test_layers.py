@@ -25,7 +25,8 @@ from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf, vision
 from segzero_jax.model.dims import VisionDims
 from segzero_jax.model.policy import Pass, prompt_logits
-from segzero_jax.processor import EncodedPrompt, Processor, patch_image
+from segzero_jax.patches import patch_image
+from segzero_jax.processor import EncodedPrompt, Processor
 
 # Contracts. Float32: the largest difference, of the largest value.
 RELATIVE = 1e-4

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from segzero_jax.hub import TOY
-from segzero_jax.processor import EncodedPrompt, Processor, patch_image
+from segzero_jax.patches import patch_image
+from segzero_jax.processor import EncodedPrompt, Processor
 
 ROOT = Path(__file__).parents[2]
 FIRST_SPECIAL = 151643
@@ -191,7 +192,8 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from segzero_jax.processor import Processor, patch_image
+from segzero_jax.patches import patch_image
+from segzero_jax.processor import Processor
 
 processor = Processor.load(sys.argv[1], 840, "seg_zero", 4096)
 picture = Image.open(sys.argv[2])

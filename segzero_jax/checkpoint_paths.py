@@ -1,0 +1,130 @@
+"""Where checkpoints lie, on a disk or in a bucket, and what looking there may fail with."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from segzero_jax import config as configs
+from segzero_jax import manifest
+from segzero_jax.config import Config, ConfigError
+from segzero_jax.model.weights import CheckpointError, StorageError
+
+_FOLDER = "checkpoints"
+_REASON_LENGTH = 200
+
+
+def is_bucket(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def storage_path(path: str | Path | epath.Path) -> epath.Path:
+    """An absolute path, on a disk or in a bucket."""
+    given = epath.Path(path).expanduser()
+    # A bucket's path is absolute; to resolve it would make it a local one.
+    return given if is_bucket(given) else given.resolve()
+
+
+def checkpoint_directory(config: Config) -> epath.Path:
+    """Where a run's checkpoints are: ``run.checkpoint_dir``, or inside ``run.dir``."""
+    return epath.Path(config.run.checkpoint_dir or f"{config.run.dir}/{_FOLDER}").expanduser()
+
+
+def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | None:
+    """What a path means: a directory of checkpoints and, where it names one of them, its step. None for no such thing.
+
+    Args:
+      path: a run directory, also one whose checkpoints lie in ``run.checkpoint_dir``; a directory of checkpoints; or
+        one of its steps. Local or ``gs://``.
+
+    Raises:
+      StorageError, ConfigError: as ``complete_steps``.
+    """
+    directory = epath.Path(path).expanduser()
+    if directory.name.isdigit() and directory.parent.name == _FOLDER:
+        return directory.parent, int(directory.name)
+    with reading(directory):
+        own = directory / _FOLDER
+        if own.is_dir() and complete_steps(own):
+            return own, None
+        config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
+        if config:
+            # Of other places run.checkpoint_dir alone: a copy's run.dir, or a renamed run's, is another run's by now.
+            place = checkpoint_directory(config) if config.run.checkpoint_dir else own
+            return (place, None) if place.is_dir() else None
+        if own.is_dir():
+            return own, None
+        if directory.name.isdigit() and _is_complete(directory):
+            return directory.parent, int(directory.name)
+        return (directory, None) if directory.is_dir() and complete_steps(directory) else None
+
+
+def complete_steps(directory: epath.Path) -> list[int]:
+    """The steps of a directory's checkpoints, at a glance.
+
+    Raises:
+      StorageError: it cannot be read now.
+      ConfigError: what reads such a place is not installed.
+    """
+    with reading(directory):
+        if not directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
+
+
+def refuse_unfinished(directory: epath.Path) -> None:
+    """Raises CheckpointError where a directory without a checkpoint has a part of one, as of a copy that was cut off.
+
+    Nothing up to its step would be saved beside it. What a save has left is none: that is known, and cleared away.
+    """
+    with reading(directory):
+        found = directory.iterdir() if directory.is_dir() else ()
+        parts = [path for path in found if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
+    if parts:
+        raise CheckpointError(f"{parts[0]}: is no complete checkpoint; delete it, or bring it whole")
+
+
+def unfinished(directory: epath.Path) -> list[epath.Path]:
+    """What saves that came to nothing have left: on a disk under another name, in a bucket uncommitted."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [
+        path
+        for path in found
+        if ocp.utils.TMP_DIR_SUFFIX in path.name
+        or (path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path))
+    ]
+
+
+def _is_complete(checkpoint: epath.Path) -> bool:
+    """Whether it is one of ours, and committed: a bucket has it under its name from the first file on."""
+    return (checkpoint / manifest.ITEM).is_dir() and ocp.utils.is_checkpoint_finalized(checkpoint)
+
+
+@contextlib.contextmanager
+def reading(where: epath.Path) -> Iterator[None]:
+    """Raises what a store fails with for now as StorageError; what is wrong with its content stays what it is.
+
+    Raises ConfigError where the package that reads such a store is not installed.
+    """
+    passing: tuple[type[Exception], ...] = (Exception,) if is_bucket(where) else (OSError,)
+    try:
+        yield
+    except (CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
+        raise
+    except ImportError as error:
+        raise ConfigError(
+            f"{where}: cannot be read without a further package ({in_short(error)}); for gs://, .venv/bin/pip install "
+            "-c constraints.txt -e '.[tpu]' brings it"
+        ) from None
+    except passing as error:
+        raise StorageError(f"{where}: cannot be read now ({in_short(error)}); nothing was changed") from None
+
+
+def in_short(error: Exception) -> str:
+    # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
+    reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+    reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
+    return reason if reason and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason}"
