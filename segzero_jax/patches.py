@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from segzero_jax.decoding import UNDECODABLE, cause, upright
+from segzero_jax.decoding import MAX_SIDE, UNDECODABLE, cause, upright
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 # Below Pillow's own decompression-bomb warning, above any photograph in the data sets.
@@ -79,6 +79,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > _MAX_PIXELS:
             raise ImageError(f"{name}: image of {image.width}x{image.height} pixels, expected at most {_MAX_PIXELS}")
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(
+                f"{name}: image of {image.width}x{image.height}, expected at most {MAX_SIDE} pixels a side"
+            )
         image.load()
         return _to_rgb(upright(image))
     except UNDECODABLE as error:

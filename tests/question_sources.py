@@ -7,6 +7,8 @@ rectangles, whose boxes one can read off.
 import io
 import json
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def deep_rgb_png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint16 [H, W, 3], which Pillow reads but does not write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return file
 
 
 def rectangle(x1: int, y1: int, x2: int, y2: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:

@@ -2,16 +2,17 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from question_sources import encoded, picture
+from question_sources import deep_rgb_png, encoded, picture
 
+from reward_server.codec import CodecError
 from reward_server.codec import decode_image as as_the_segmenter
 from segzero_jax.data import pictures
 from segzero_jax.data.pictures import PictureError, fingerprint, fit_mask, read_picture, upright_size
+from segzero_jax.patches import ImageError
 from segzero_jax.patches import decode_image as as_the_policy
 from segzero_jax.types import Frame
 
@@ -45,15 +46,41 @@ KINDS = {
 }
 
 
-def deep_rgb_png(pixels: np.ndarray) -> bytes:
-    """A PNG of uint16 [H, W, 3], which Pillow reads but does not write."""
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return file
+def with_exif(exif: bytes, kind: str) -> bytes:
+    """A picture with these bytes for EXIF, which Pillow does not look at when it writes them."""
+    return encoded(RGB, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"MM", b"MM\0*", b"II*\0\x08", b"MM\0*\0\0\0\x08\0", b"none at all"])
+def test_damaged_exif_costs_no_picture(exif: bytes, kind: str) -> None:
+    """It says which side is up, and nothing of the pixels."""
+    data = with_exif(exif, kind)
+    expected = np.asarray(as_the_segmenter(data))
+    assert read_picture(data, None).frame == Frame(*RGB.size)
+    assert upright_size(data) == Frame(*RGB.size)
+    np.testing.assert_array_equal(np.asarray(as_the_policy(data, "x")), expected)
+    np.testing.assert_array_equal(np.asarray(as_the_policy(read_picture(data, None).data, "x")), expected)
+
+
+def test_a_truncated_png_is_damaged_wherever_its_exif_is() -> None:
+    data = encoded(RGB, "PNG", exif=TURNED)
+    with pytest.raises(PictureError):
+        read_picture(data[: len(data) // 2], None)
+    with pytest.raises(PictureError):
+        read_picture(encoded(RGB, "PNG")[: len(data) // 2], None)
+
+
+def test_nothing_is_longer_than_a_jpeg() -> None:
+    """To scale what is one pixel wide takes a row of the new width for each of its own."""
+    tall = encoded(Image.new("L", (1, 65_501)), "PNG")
+    with pytest.raises(PictureError, match="picture of 1x65501 pixels, expected at most 200000000, 65500 a side"):
+        read_picture(tall, None)
+    with pytest.raises(ImageError, match="x: image of 1x65501, expected at most 65500 pixels a side"):
+        as_the_policy(tall, "x")
+    with pytest.raises(CodecError, match="image: 1 x 65501 pixels, expected at most 65500 a side"):
+        as_the_segmenter(tall)
+    assert as_the_segmenter(encoded(Image.new("L", (1, 65_500)), "PNG")).shape == (65_500, 1, 3)
 
 
 KINDS["16-bit rgb png"] = deep_rgb_png(np.dstack([DEEP, DEEP[::-1], DEEP[:, ::-1]]))

@@ -12,7 +12,7 @@ import pytest
 import question_sources as sources
 from PIL import Image
 from pycocotools import mask as coco
-from question_sources import HEIGHT, WIDTH, encoded, picture, polygon, rectangle
+from question_sources import HEIGHT, WIDTH, deep_rgb_png, encoded, picture, polygon, rectangle
 
 from segzero_jax.data import build
 from segzero_jax.data.forms.coco import CocoJson, annotation_mask
@@ -165,6 +165,22 @@ def test_polygons_of_any_size_are_painted_from_large_to_small() -> None:
     np.testing.assert_array_equal(np.argwhere(ignore), [[9, 9]])
     target, _ = paint([("target", [[1, 1], [9, 1], [9, 9]])], Frame(12, 12))
     assert (target[3, 7], target[7, 3]) == (True, False)
+
+
+def test_the_edges_of_a_polygon_belong_to_it() -> None:
+    """Every pixel of the lines between its corners, as OpenCV's ``polylines`` and ``fillPoly`` paint it for LISA."""
+    corners = [[2, 2], [13, 3], [12, 10], [5, 12]]
+    target, _ = paint([("target", corners)], Frame(16, 16))
+    assert np.flatnonzero(target[2]).tolist() == [2, 3, 4, 5, 6, 7]
+    for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
+        steps = max(abs(x2 - x1), abs(y2 - y1))
+        for step in range(steps + 1):
+            x, y = x1 + (x2 - x1) * step / steps, y1 + (y2 - y1) * step / steps
+            # A line halfway between two pixels takes either.
+            near = [(int(np.floor(v + 0.49)), int(np.floor(v + 0.51))) for v in (x, y)]
+            assert target[np.ix_(near[1], near[0])].any(), (x, y)
+    thin, _ = paint([("target", [[0, 0], [11, 1], [0, 1]])], Frame(12, 4))
+    assert thin[:2].sum() == thin.sum() == 18
 
 
 @pytest.mark.parametrize(
@@ -323,6 +339,33 @@ def test_a_mask_in_a_lossy_format_is_refused(name: str, options: dict[str, Any],
     if name != "inks.tif":
         why = f"a mask in a lossy format, expected PNG: masks/{name} is {kind}"
     assert left_out(out, "mine") == {"lossy": why}
+
+
+def test_of_several_masks_none_may_be_without_pixels(tmp_path: Path) -> None:
+    """The question would mean fewer objects than it names."""
+    folder = sources.lines(tmp_path / "s")
+    Image.new("L", (WIDTH, HEIGHT)).save(folder / "masks/none.png")
+    row = {
+        "image": "images/0.jpg",
+        "question": "both mugs",
+        "masks": ["masks/one.png", "masks/none.png"],
+        "id": "fewer",
+    }
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    assert left_out(built(tmp_path, "mine", folder), "mine") == {"fewer": "a target mask without pixels"}
+
+
+def test_a_mask_of_16_bits_a_colour_is_refused(tmp_path: Path) -> None:
+    """Pillow has its upper half alone: of numbers up to 255, nothing."""
+    folder = sources.lines(tmp_path / "s")
+    deep = deep_rgb_png(np.repeat(rectangle(11, 12, 13, 14)[..., None], 3, 2).astype(np.uint16) * 200)
+    (folder / "masks/deep.png").write_bytes(deep)
+    row = {"image": "images/0.jpg", "question": "the red mug", "mask": "masks/deep.png", "id": "deep"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    expected = "a mask of 16 bits a colour, expected 8 bits, or grey: masks/deep.png"
+    assert left_out(built(tmp_path, "mine", folder), "mine") == {"deep": expected}
 
 
 @pytest.mark.parametrize("alpha", [False, True])

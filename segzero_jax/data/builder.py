@@ -39,7 +39,7 @@ from segzero_jax.file_lock import turn
 _MOST_LEFT_OUT = 0.1
 _REPLACED = ".replaced"
 # One more whenever the same source is read into other rows: names, instances, targets.
-_READING = 3
+_READING = 4
 # What TensorFlow Datasets writes beside the records, and needs to open them.
 _OF_TFDS = ("dataset_info.json", "features.json")
 
@@ -259,7 +259,7 @@ def _picture_files(root: Path, parts: Sequence[Part]) -> Iterator[tuple[str, int
     for picture in pictures:
         try:
             yield picture, (root / picture).stat().st_size, ""
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # The latter of a name with a zero byte.
             missing.append(picture)
     if missing:
         raise SourceError(f"{len(missing)} of {len(pictures)} pictures are missing, the first is {root / missing[0]}")

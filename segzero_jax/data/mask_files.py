@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from segzero_jax.data.unusable import Unusable
-from segzero_jax.decoding import UNDECODABLE, cause
+from segzero_jax.decoding import UNDECODABLE, cause, is_deep_png
 
 _LOSSY = ("JPEG", "MPO", "AVIF")
 
@@ -36,6 +36,9 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
                 raise MaskError("a mask in inks", f"a mask in inks, expected PNG: {name} is CMYK")
             if image.mode == "P":
                 return _numbered(image, name)
+            if is_deep_png(data) and not image.mode.startswith("I"):  # Pillow keeps the upper half: of ids, none.
+                kind = "a mask of 16 bits a colour"
+                raise MaskError(kind, f"{kind}, expected 8 bits, or grey: {name}")
             # A PNG may say that whatever has one colour is transparent.
             holed = "transparency" in image.info and image.mode in ("1", "L", "RGB")
             pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() or holed else image)

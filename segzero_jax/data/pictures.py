@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from segzero_jax.data.unusable import Unusable
-from segzero_jax.decoding import UNDECODABLE, cause, orientation, upright
+from segzero_jax.decoding import MAX_SIDE, UNDECODABLE, cause, is_deep_png, orientation, upright
 from segzero_jax.types import Frame
 
 # A reward server takes no larger ones; larger pictures are scaled down, with their masks.
@@ -64,14 +64,14 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > _MAX_DECODED:
+        if image.width * image.height > _MAX_DECODED or max(image.size) > MAX_SIDE:
             raise PictureError(
                 "picture of too many pixels",
-                f"picture of {image.width}x{image.height} pixels, expected at most {_MAX_DECODED}",
+                f"picture of {image.width}x{image.height} pixels, expected at most {_MAX_DECODED}, {MAX_SIDE} a side",
             )
         turn = orientation(image)
         plain = image.format in _STORED and image.mode in ("RGB", "L") and "transparency" not in image.info
-        plain = plain and not _is_deep_png(data)
+        plain = plain and not is_deep_png(data)
         size = Frame(image.width, image.height)
         told_by_size = turn in _SIDEWAYS and size.width != size.height
         unturned = annotated == size and (as_in_file or told_by_size)
@@ -91,11 +91,6 @@ def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False)
         if isinstance(error, PictureError):
             raise
         raise _unreadable(error) from None
-
-
-def _is_deep_png(data: bytes) -> bool:
-    """Whether a PNG has 16 bits a channel, of which Pillow shows eight as if there were no more (RFC 2083, 4.1.1)."""
-    return data.startswith(b"\x89PNG") and data[24:25] == b"\x10"
 
 
 def _too_large(image: Image.Image, data: bytes) -> bool:

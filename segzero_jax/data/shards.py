@@ -201,9 +201,9 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
         if id(given) not in targets:
             obj = target_object(mask)
             targets[id(given)] = () if obj is None else (obj,)
+        if not targets[id(given)]:  # One of several, too: without it the question would mean fewer objects.
+            raise Unusable("a target mask without pixels")
         found += targets[id(given)]
-    if masks and not found:
-        raise Unusable("a target mask without pixels")
     target = union(masks, frame.height, frame.width)
     if masks and ignored is not None and not (target & ~ignored).any():
         raise Unusable("a target mask that is ignored as a whole")

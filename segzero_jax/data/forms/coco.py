@@ -272,6 +272,8 @@ def _objects(meant: list[Any], frame: Frame) -> tuple[ObjectPrompt, ...]:
             found.append(ObjectPrompt(box=box, points=(centre(box),)))
         elif (target := target_object(annotation_mask(one, frame))) is not None:
             found.append(ObjectPrompt(box=target.box, points=target.points[:1]))
+        else:
+            raise Unusable("a target mask without pixels")
     return tuple(found)
 
 

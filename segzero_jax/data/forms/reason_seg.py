@@ -148,7 +148,9 @@ def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.n
         layer = Image.new("1", (frame.width, frame.height))
         draw = ImageDraw.Draw(layer)
         if len(corners) > 2:
-            draw.polygon(corners, fill=1, outline=1)
+            draw.polygon(corners, fill=1)
+            # Pillow draws no outline in the colour that it fills with.
+            draw.line([*corners, corners[0]], fill=1)
         else:
             draw.line(corners, fill=1) if len(corners) == 2 else draw.point(corners, fill=1)
         mask = np.asarray(layer)
