@@ -55,6 +55,10 @@ def main() -> int:
     # Whoever started this may hold signals back, and a process inherits that: it would never hear that it is to stop.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     if args.exit_with_parent is not None:
+        if os.getppid() != args.exit_with_parent:
+            return _failed(
+                f"--exit-with-parent={args.exit_with_parent}: expected this process's parent, {os.getppid()}"
+            )
         threading.Thread(target=_watch_parent, args=(args.exit_with_parent,), daemon=True).start()
     if args.log_json:
         # gRPC has a line in plain text for each connection that is no TLS; what is wrong with the server stays.

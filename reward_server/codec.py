@@ -12,12 +12,16 @@ from reward_server import reward_pb2
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_IMAGE_PIXELS = 16_000_000
+# As of a JPEG. What is taller and a pixel wide takes, to be scaled, a row of SAM 2's width for each of its own.
+MAX_IMAGE_SIDE = 65_500
+# A progressive JPEG has about ten scans. Each goes over all pixels again, and takes as little as thirty bytes.
+MAX_JPEG_SCANS = 100
 # Four million runs are noise, and reading them takes a hundred bytes for each.
 MAX_MASK_BYTES = 4 * 2**20
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow raises on damaged files, by format and by where the damage is.
 _DAMAGED = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError),
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, AssertionError),
     *(struct.error, Image.DecompressionBombError),
 )
 
@@ -43,6 +47,12 @@ def decode_image(data: bytes) -> np.ndarray:
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
                 size = f"{picture.width} x {picture.height} pixels"
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
+            if max(picture.size) > MAX_IMAGE_SIDE:
+                size = f"{picture.width} x {picture.height} pixels"
+                raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_SIDE} a side")
+            # In coded data 0xFF is followed by 0: what looks like the start of a scan is one.
+            if picture.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+                raise CodecError(f"image: a JPEG of {scans} scans, expected at most {MAX_JPEG_SCANS}")
             if picture.mode.startswith("I"):
                 # 16 bits of grey, which convert would clip at 255. Of 16-bit colours Pillow keeps the upper 8 itself.
                 grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
@@ -103,6 +113,16 @@ def _run_lengths(counts: bytes, pixels: int) -> np.ndarray:
     if values.sum() != pixels:
         raise CodecError(f"mask: runs for {values.sum()} pixels, expected {pixels}")
     return values
+
+
+def pack_mask(mask: np.ndarray) -> np.ndarray:
+    """A bool [height, width] mask with a bit a pixel, uint8 [height, width / 8, rounded up]."""
+    return np.packbits(mask, axis=-1)
+
+
+def unpack_mask(packed: np.ndarray, width: int) -> np.ndarray:
+    """What ``pack_mask`` has packed, uint8 of 0 and 1."""
+    return np.unpackbits(packed, axis=-1, count=width)
 
 
 def encode_mask(mask: np.ndarray) -> reward_pb2.Rle:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from reward_server.batcher import Ticket
+from reward_server.codec import pack_mask
 from reward_server.segmenter import PROMPTS_PER_CALL, Embedding, Prompt, Segmenter
 from reward_server.telemetry import Metrics
 
@@ -64,7 +65,8 @@ class Outcome:
       intersections, unions, target_area: in pixels that count.
       something: whether the target is a mask with pixels, ignored ones included, or objects; not that nothing is meant.
       scores: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
-      masks: bool [candidates, height, width] where asked for.
+      masks: of each candidate where asked for, see ``codec.pack_mask``: bytes a pixel would be gigabytes.
+      width: of the picture.
     """
 
     intersections: list[int]
@@ -72,7 +74,8 @@ class Outcome:
     target_area: int
     something: bool
     scores: list[float]
-    masks: np.ndarray | None
+    masks: list[np.ndarray] | None
+    width: int
 
 
 class Embeddings:
@@ -244,14 +247,15 @@ class Engine:
                 intersections += shared
                 unions += [area + target_area - both for area, both in zip(areas, shared, strict=True)]
             if job.want_masks:
-                masks.append(some.cpu().numpy())
+                masks += [pack_mask(mask) for mask in some.cpu().numpy()]
         return Outcome(
             intersections=intersections,
             unions=unions,
             target_area=target_area,
             something=bool(job.target.any() if isinstance(job.target, np.ndarray) else job.target),
             scores=means,
-            masks=np.concatenate(masks or [np.zeros((0, *size), bool)]) if job.want_masks else None,
+            masks=masks if job.want_masks else None,
+            width=size[1],
         )
 
     def _masks(self, logits: torch.Tensor, counts: Sequence[int], size: tuple[int, int]) -> Iterator[torch.Tensor]:

@@ -135,7 +135,7 @@ class Segmenter:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             reason = one_line(error)
             raise ModelError(f"device {device!r}: expected auto, cpu or a GPU that is here: {reason}") from None
         settings, weights = _files(model, config)

@@ -16,7 +16,8 @@ MAX_CANDIDATES = 256
 MAX_OBJECTS = 256  # of one candidate
 MAX_POINTS = 16
 MAX_REQUEST_OBJECTS = 2048
-MAX_MASK_PIXELS = 2**30
+# Room for an answer and a target of 120 objects each, as many as a policy is asked to name, in the largest picture.
+MAX_MASK_PIXELS = 2**32
 MAX_ID_CHARACTERS = 256
 # Farther from the picture than this, in pixels of the request's frame, no policy means anything, and float32 overflows.
 _FARTHEST = 1e6

@@ -95,6 +95,7 @@ class Workers:
             if self._running.pop(engine, None) is None:
                 return  # The watch has given it up.
             self._batcher.finished(batch, time.monotonic() - start)
+            del batch  # With its pictures and masks, which would else stay until the next one comes.
 
     def _watch(self) -> None:
         """Ends the service when a batch gets no further."""
@@ -110,6 +111,7 @@ class Workers:
                     device, left = engine.segmenter.device, len(batch) - answered
                     _log.error("%s hangs: %d of a batch unanswered after %g s", device, left, self._max_batch_s)
                     self._die(f"{device} hangs: a batch gets no further in {self._max_batch_s:g} s", batch)
+                del batch
 
     def _die(self, reason: str, batch: Sequence[Ticket[Job, Outcome]]) -> None:
         """Takes the service down; who waits for this batch or in the queue is told."""

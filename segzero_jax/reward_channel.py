@@ -142,13 +142,44 @@ def addresses(targets: str) -> list[str]:
     return [f"{host}:{port}" for host, port in _parsed(targets)]
 
 
-def open_channel(targets: str, access: Access) -> grpc.Channel:
+class SpreadChannel:
     """A channel that spreads calls over the servers that say SERVING, and retries what they could not take.
 
-    Raises:
-      RewardServerError: a target is not host:port or, where several are given, its name does not resolve.
+    gRPC takes several addresses as numbers alone. Who has none yet is left out until ``look_up`` finds one.
     """
-    return _channel(_spread_target(targets), access, _SPREAD)
+
+    def __init__(self, targets: str, access: Access) -> None:
+        """Does not connect yet.
+
+        Raises:
+          RewardServerError: a target is not host:port, or they have no family of addresses in common.
+        """
+        self._targets, self._access = targets, access
+        # Where no name stands for anything, gRPC goes on looking for the first.
+        self._target = _spread_target(targets) or targets.partition(",")[0]
+        self._opened = [_channel(self._target, access, _SPREAD)]
+
+    @property
+    def now(self) -> grpc.Channel:
+        """What calls go over."""
+        return self._opened[-1]
+
+    def look_up(self) -> bool:
+        """Looks whether a name stands for another address by now; then ``now`` is another channel.
+
+        Calls on their way stay where they are. A name that stands for nothing keeps the address that it had.
+        """
+        target = _spread_target(self._targets)
+        if not target or _numbers(target) <= _numbers(self._target):
+            return False
+        self._target = target
+        self._opened.append(_channel(target, self._access, _SPREAD))
+        return True
+
+    def close(self) -> None:
+        """Ends the connections; calls on their way are cancelled."""
+        for channel in self._opened:
+            channel.close()
 
 
 def open_probe(address: str, access: Access) -> grpc.Channel:
@@ -237,7 +268,7 @@ def _parsed(targets: str) -> list[tuple[str, int]]:
 
 
 def _spread_target(targets: str) -> str:
-    """gRPC's name for one or several addresses: only a list of numeric ones can be spread over.
+    """gRPC's name for one or several addresses, of those that stand for a number now; empty where none does.
 
     A single name stays one: gRPC looks it up itself, spreads over all that it stands for, and looks again when they
     are gone.
@@ -245,21 +276,32 @@ def _spread_target(targets: str) -> str:
     found = _parsed(targets)
     if len(found) == 1:
         return targets
-    reasons = []
-    for family, scheme, form in _FAMILIES:
+    known = [_resolved(found, *family) for family in _FAMILIES]
+    numeric = max(known, key=len)
+    if len(numeric) < len(set().union(*known)):
+        raise RewardServerError(f"reward server {targets}: expected IPv4 or IPv6 throughout")
+    if not numeric:
+        return ""
+    scheme = _FAMILIES[known.index(numeric)][1]
+    return scheme + ",".join(sorted({each for some in numeric.values() for each in some}))
+
+
+def _numbers(target: str) -> set[str]:
+    return set(target.removeprefix("ipv4:").removeprefix("ipv6:").split(","))
+
+
+def _resolved(
+    found: Sequence[tuple[str, int]], family: socket.AddressFamily, scheme: str, form: str
+) -> dict[tuple[str, int], list[str]]:
+    """The numeric addresses of a family, by what they were found for."""
+    numeric = {}
+    for host, port in found:
         try:
-            numeric = [
-                form.format(*entry[4][:2])
-                for host, port in found
-                for entry in socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
-            ]
-        except OSError as error:
-            reasons.append(str(error))
-        else:
-            return scheme + ",".join(dict.fromkeys(numeric))
-    raise RewardServerError(
-        f"reward server {targets}: cannot resolve all names ({'; '.join(reasons)}), expected IPv4 or IPv6 throughout"
-    )
+            entries = socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
+        except OSError:
+            continue
+        numeric[host, port] = [form.format(*entry[4][:2]) for entry in entries]
+    return numeric
 
 
 def _read(key: str, path: str) -> bytes:

@@ -22,10 +22,10 @@ from segzero_jax.reward_channel import (
     Access,
     RewardServerError,
     RewardServiceAway,
+    SpreadChannel,
     addresses,
     explained,
     no_answer,
-    open_channel,
 )
 from segzero_jax.reward_messages import (
     CandidateScore,
@@ -50,6 +50,8 @@ _INFO_S = 15.0
 _TICK_S = 1.0
 # A server that failed at one group so often, while the service answered others, will fail at it again.
 _STRIKES = 5
+# How a server says that a device has too little memory for a call.
+_NO_MEMORY = "out of memory"
 _PLAIN = Access()
 
 
@@ -97,8 +99,9 @@ class PendingScores:
     def result(self, patience: Listener | None = None, drop: bool = False) -> list[list[CandidateScore]]:
         """Waits for all answers: per group, in order, one score per candidate.
 
-        A group that the server refuses (a damaged image, a mask of another size) has its reason in every score; so has
-        one at which it fails time and again, with patience, while it answers others.
+        A group that the server refuses (a damaged image, a mask of another size) has its reason in every score; so has,
+        with patience, one at which it fails time and again while it answers others, or for which its device still has
+        too little memory after the client's timeout.
 
         Args:
           patience: what the service did not answer is asked again, for as long as this does not raise; without it a
@@ -126,10 +129,12 @@ class PendingScores:
                         patience.silent(lambda: self._client.state(reasons.values()))
                     if failed and not heard:
                         self._start = time.monotonic()  # The service was away: the time of each group begins anew.
+                        self._client.look_up()
                     for i in failed:
                         self._send(i)
                     failed.clear()
                     continue
+                late = time.monotonic() - self._start >= self._client.timeout_s
                 try:
                     self._answers[i] = self._answer(i)
                 except RewardServiceAway as error:
@@ -138,7 +143,9 @@ class PendingScores:
                     reasons[i] = str(error)
                     # Before any answer the service is to blame, not the group.
                     strikes[i] += heard and self._calls[i].code() == grpc.StatusCode.INTERNAL
-                    if strikes[i] >= _STRIKES:
+                    # Somebody else may hold the memory, but not for ever.
+                    in_vain = heard and late and _NO_MEMORY in (self._calls[i].details() or "")
+                    if strikes[i] >= _STRIKES or in_vain:
                         self._answers[i] = refusal(self._requests[i], reasons.pop(i))
                     else:
                         failed.add(i)
@@ -147,7 +154,6 @@ class PendingScores:
                     heard = True
                     if patience is not None:
                         patience.heard()
-                late = time.monotonic() - self._start >= self._client.timeout_s
                 if drop and heard and late and len(self._answers) + len(failed) == len(self._requests):
                     self._answers |= {i: refusal(self._requests[i], reasons[i]) for i in failed}
         except RewardServerError:
@@ -190,7 +196,7 @@ class RewardClient:
         access: Access = _PLAIN,
         if_late: str = "raise reward.timeout_s",
     ) -> None:
-        """Does not connect yet.
+        """Does not connect yet. Raises RewardServerError as ``SpreadChannel`` does.
 
         Args:
           targets: "host:port", or several separated by commas: calls go in turn to those that serve.
@@ -199,9 +205,6 @@ class RewardClient:
             calls fail after a few seconds of retries, which is right for a child process that cannot come back.
           access: certificates and token.
           if_late: what the user can do about a server that takes longer than ``timeout_s``.
-
-        Raises:
-          RewardServerError: a target is not host:port or, where several are given, its name does not resolve.
         """
         self.timeout_s = timeout_s
         self._targets = targets
@@ -209,8 +212,8 @@ class RewardClient:
         self._wait_for_ready = wait_for_ready
         self._access = access
         self._if_late = if_late
-        self._channel = open_channel(targets, access)
-        self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
+        self._channel = SpreadChannel(targets, access)
+        self._stub = reward_pb2_grpc.RewardServiceStub(self._channel.now)
         self._model: tuple[str, str] | None = None
         self._met = ""
         self.servers: list[ServerInfo] = []
@@ -240,6 +243,11 @@ class RewardClient:
     def close(self) -> None:
         """Ends the connection; calls on their way are cancelled."""
         self._channel.close()
+
+    def look_up(self) -> None:
+        """Further calls go to what the names of several servers stand for now."""
+        if self._channel.look_up():
+            self._stub = reward_pb2_grpc.RewardServiceStub(self._channel.now)
 
     def wait_until_serving(
         self, timeout_s: float, say: Callable[[str], None] | None = None, everyone_s: float = math.inf
@@ -283,6 +291,7 @@ class RewardClient:
             say(f"going on without {'; '.join(away.values())}")
         served = [infos[address] for address in self._addresses if address in infos]
         self._check_model(served[0].checkpoint_sha256, served[0].dtype)
+        self.look_up()
         self.servers = served
         return served
 
@@ -325,6 +334,7 @@ class RewardClient:
           groups: see ScoreRequest. One that is larger than a message may be is not sent; its scores say so.
           masks: so many of the first groups bring their candidates' masks back too.
         """
+        self.look_up()
         return PendingScores(self, groups, masks)
 
     def segment(

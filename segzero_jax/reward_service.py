@@ -28,7 +28,8 @@ def reward_service(
       RewardServerError: a local server did not come up, or one afar does not fit.
       RewardServiceAway: no server afar serves after ``patience_s``.
     """
-    say = lambda text: write_line(sys.stderr, text) if pod.first else None  # noqa: E731
+    who = f"{pod.host(pod.index)}: " if pod.count > 1 else ""  # Each may ask servers of its own.
+    say = lambda text: write_line(sys.stderr, f"{who}{text}")  # noqa: E731
     reward = config.reward
     with contextlib.ExitStack() as stack:
         if reward.server == "none":

@@ -14,6 +14,7 @@ from PIL import Image
 
 from segzero_jax.data.pictures import fit_mask, written
 from segzero_jax.data.targets import run_lengths
+from segzero_jax.decoding import UNDECODABLE
 from segzero_jax.local_server import local_server
 from segzero_jax.overlay import decode_mask
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
@@ -139,9 +140,11 @@ def as_seen(data: bytes, upright: Image.Image, most_bytes: int, most_pixels: int
     """
     stored, frame = Image.open(io.BytesIO(data)), Frame(*upright.size)
     if len(data) <= most_bytes and frame.width * frame.height <= most_pixels:
-        pixels = stored.convert("RGB")
-        if pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
-            return data, frame
+        # Where the server's way of reading it fails, it is not as seen.
+        with contextlib.suppress(*UNDECODABLE):
+            pixels = stored.convert("RGB")
+            if pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
+                return data, frame
     lossy, room = stored.format in _PHOTOGRAPHS, float(most_pixels)
     while True:
         frame = _within(frame, room)

@@ -1,6 +1,7 @@
 """The reward client against servers that are slow, gone, foreign or wrong: one clear line each, never a zero score."""
 
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -165,6 +167,25 @@ class TestScore:
         assert len(calls) == 2
         assert calls[1] - calls[0] >= 0.65, "gRPC's own first pause is at most a quarter of a second"
 
+    def test_that_a_device_has_no_memory_for_is_given_up_in_time(self) -> None:
+        """Others were answered: it is this one that does not fit, and to wait for ever would end the run."""
+        fake, asked = counting(), []
+
+        def too_large(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+            if request.request_id == "large":
+                asked.append(request)
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory on the device")
+
+        fake.before = too_large
+        patience = Waiter()
+        patience.silent = lambda why: None  # type: ignore[method-assign]
+        with serving(fake) as address, RewardClient(address, 5) as client:
+            small, large = client.score([group("small", 1), group("large", 1)]).result(patience)
+        assert small[0].iou == 1 / AREA
+        assert (large[0].iou, large[0].error) == (None, large[0].error)
+        assert "out of memory on the device" in large[0].error
+        assert len(asked) > 5
+
     def test_does_not_send_what_is_too_large(self) -> None:
         fake = Fake()
         with serving(fake) as address, RewardClient(address, 10) as client:
@@ -286,9 +307,41 @@ class TestSeveralServers:
                 assert_take_turns(fakes, lambda: ask(client, 1))
             with RewardClient(names[0], 10) as client:
                 ask(client, 1)
+
+    def test_one_whose_name_is_unknown_is_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As one that is not there, it is done without; and found, once its name stands for something."""
+        look_up, known = socket.getaddrinfo, {"a.example": "127.0.0.1"}
+
+        def names(host: str, *rest: Any) -> Any:
+            if host.endswith(".example") and host not in known:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return look_up(known.get(host, host), *rest)
+
+        monkeypatch.setattr(socket, "getaddrinfo", names)
+        fakes, said = [Fake(), Fake()], []
+        with serving(fakes[0]) as first, serving(fakes[1]) as second:
+            targets = [f"{name}.example:{at.rpartition(':')[2]}" for name, at in (("a", first), ("b", second))]
+            with RewardClient(",".join(targets), 10) as client:
+                for _ in range(4):
+                    ask(client, 1)
+                assert [len(fake.seen) for fake in fakes] == [4, 0]
+                known["b.example"] = "127.0.0.1"
+                assert_take_turns(fakes, lambda: ask(client, 1))
+                # What a name no longer stands for may be there all the same.
+                known.clear()
+                assert_take_turns(fakes, lambda: ask(client, 1))
+            with RewardClient(",".join(targets), 1) as client:
+                with pytest.raises(RewardServiceAway, match="unreachable"):
+                    client.wait_until_serving(0.2, said.append)
+                with pytest.raises(RewardServiceAway, match="no answer within 1 s"):
+                    client.score([group("a", 1)]).result()
+                known |= {"a.example": "127.0.0.1", "b.example": "127.0.0.1"}
+                assert_take_turns(fakes, lambda: ask(client, 1))
+
+    def test_have_a_family_of_addresses_in_common(self) -> None:
         with pytest.raises(RewardServerError) as error:
-            RewardClient("nowhere.invalid:1,localhost:1", 10)
-        assert_one_line(error.value, "nowhere.invalid:1,localhost:1: cannot resolve all names")
+            RewardClient("127.0.0.1:1,[::1]:1", 10)
+        assert_one_line(error.value, "127.0.0.1:1,[::1]:1: expected IPv4 or IPv6 throughout")
 
     def test_one_that_stops_serving_gets_no_call_and_one_that_starts_does(self) -> None:
         fakes = [Fake(), Fake()]

@@ -36,6 +36,37 @@ class TestCodec:
         monkeypatch.setattr(codec, "MAX_IMAGE_PIXELS", 100)
         assert decode_image(encoded(np.zeros((10, 10, 3), np.uint8))).shape == (10, 10, 3)
 
+    def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each goes over all pixels again and takes a few bytes: 100 KB would keep a core busy for ten seconds."""
+        file = io.BytesIO()
+        Image.fromarray(scene().image).save(file, "JPEG", progressive=True, quality=95)
+        data = file.getvalue()
+        assert 2 < data.count(b"\xff\xda") <= 12
+        assert decode_image(data).shape == scene().image.shape
+        last = data.rindex(b"\xff\xda")
+        endless = data[:-2] + data[last:-2] * 200 + data[-2:]
+        assert endless.count(b"\xff\xda") > 200
+        monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+        with pytest.raises(CodecError, match=r"image: a JPEG of 2\d\d scans, expected at most 100"):
+            decode_image(endless)
+
+    def test_a_palette_png_without_its_palette_is_refused(self) -> None:
+        """Pillow asserts that it is there."""
+        file = b"\x89PNG\r\n\x1a\n"
+        header = struct.pack(">IIBBBBB", 4, 4, 1, 3, 0, 0, 0)
+        pixels = zlib.compress(b"\0\0" * 4)
+        for kind, data in ((b"IHDR", header), (b"tRNS", b"\0"), (b"IDAT", pixels), (b"IEND", b"")):
+            file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        with pytest.raises(CodecError, match="not a whole JPEG, PNG or WebP"):
+            decode_image(file)
+
+    @given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**32 - 1))
+    def test_packed_masks_come_back(self, height: int, width: int, share: float, seed: int) -> None:
+        mask = np.random.default_rng(seed).random((height, width)) < share
+        packed = codec.pack_mask(mask)
+        assert packed.nbytes == height * -(-width // 8)
+        np.testing.assert_array_equal(codec.unpack_mask(packed, width), mask)
+
     @given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**32 - 1))
     def test_masks_come_back(self, height: int, width: int, share: float, seed: int) -> None:
         mask = np.random.default_rng(seed).random((height, width)) < share

@@ -442,6 +442,11 @@ class TestCommand:
             (["--threads", "99999999999"], "reward_server: --threads=99999999999: expected 0 to 4096"),
             (["--drain-seconds", "nan"], "reward_server: --drain-seconds=nan: expected 0 to 86400"),
             (["--max-batch-seconds", "inf"], "reward_server: --max-batch-seconds=inf: expected 1 to 86400"),
+            (["--exit-with-parent", "1"], "reward_server: --exit-with-parent=1: expected this process's parent, "),
+            (
+                ["--model", "toy", "--device", "hpu", "--port", "0"],
+                "reward_server: device 'hpu': expected auto",
+            ),
             (["--host", "no.such.invalid"], "reward_server: --host=no.such.invalid: no address of that name"),
             (
                 ["--host", "192.0.2.1", "--insecure", "--port", "0"],

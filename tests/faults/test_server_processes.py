@@ -19,7 +19,7 @@ from sam_calls import group_request
 from benchmarks.soak_reward_server import soak
 from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.server import SERVICE_NAME
-from segzero_jax.reward_channel import Access, open_channel
+from segzero_jax.reward_channel import Access, SpreadChannel
 
 WAIT_S = 120
 
@@ -61,7 +61,7 @@ def processes():
 
 def patient(*addresses: str) -> grpc.Channel:
     """A trainer's channel: it spreads its calls over those that serve, and sends them again while a server is away."""
-    return open_channel(",".join(addresses), Access())
+    return SpreadChannel(",".join(addresses), Access()).now
 
 
 def scores(stub: reward_pb2_grpc.RewardServiceStub, count: int) -> list[reward_pb2.ScoreResponse]:
