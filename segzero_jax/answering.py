@@ -118,7 +118,9 @@ def answer_question(
     text, finished = respond(loaded, example, seed, temperature, watch)
     said = parse_answer(text)
     objects = tuple(rescale_object(obj, Frame(side, side), frame) for obj in said.objects)
-    found = Found(encode_mask(np.zeros((frame.height, frame.width), bool)))
+    # An answer that names nothing means no pixel; one that cannot be read means nothing, not that there is nothing.
+    empty = said.well_formed and segmenter.makes_masks
+    found = Found(encode_mask(np.zeros((frame.height, frame.width), bool)) if empty else None)
     if objects:
         found = segmenter(picture.name, picture.stored, picture.upright, objects)
     mask = None if found.mask is None else decode_mask(vars(found.mask))

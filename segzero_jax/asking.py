@@ -65,6 +65,7 @@ class Loaded:
     Attributes:
       name: where it comes from, a run's step included.
       config: of its run, or what stands in for one; ``data`` and ``rollout`` say how it is asked.
+      repetition_penalty: see ``Sampling``.
     """
 
     name: str
@@ -72,6 +73,13 @@ class Loaded:
     dims: Dims
     processor: Processor
     config: Config
+    repetition_penalty: float = 1.0
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        how = make_sampling(self.config.rollout, self.processor)
+        return how._replace(repetition_penalty=self.repetition_penalty)
 
 
 def find_checkpoints(given: Sequence[str | None]) -> list[str]:
@@ -100,12 +108,15 @@ def _newest(run: str | Path) -> str | None:
     return str(directory / str(steps[-1])) if steps else None
 
 
-def load(name: str, image_size: int | None = None, prompt: str | None = None) -> Loaded:
+def load(
+    name: str, image_size: int | None = None, prompt: str | None = None, repetition_penalty: float = 1.0
+) -> Loaded:
     """Loads a policy and its processor onto the ambient mesh.
 
     Args:
       name: a run's ``checkpoints/STEP``, a run directory, a Hugging Face directory, a hub id, or "toy".
       image_size, prompt: take the place of the run's own ``data.image_size`` and ``data.prompt``.
+      repetition_penalty: see ``Sampling``.
 
     Raises:
       CheckpointError: there is no such policy, or it is damaged.
@@ -130,7 +141,7 @@ def load(name: str, image_size: int | None = None, prompt: str | None = None) ->
         dtype = compute_dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
     config = _asked_differently(config, image_size, prompt)
-    return Loaded(name, policy, dims, load_processor(config, name), config)
+    return Loaded(name, policy, dims, load_processor(config, name), config, repetition_penalty)
 
 
 def asked(config: Config) -> dict[str, Any]:
@@ -234,9 +245,7 @@ def respond(
       ImageError, PromptTooLong: see ``Processor.encode``.
     """
     processor, rollout = loaded.processor, loaded.config.rollout
-    sampling = make_sampling(rollout, processor)._replace(
-        group=1, temperature=temperature or rollout.temperature, greedy=seed is None
-    )
+    sampling = loaded.sampling._replace(group=1, temperature=temperature or rollout.temperature, greedy=seed is None)
     batch = processor.batch([processor.encode(example)], multiple=padding_multiple(rollout.max_prompt_tokens))
     dtype = compute_dtype(loaded.config.model.compute_dtype)
     kernel = choose_kernel(jax.sharding.get_mesh(), dtype)

@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
     name = find_checkpoint(args.checkpoint)
     say(f"policy: {name}" + ("" if args.checkpoint else " (the default: runs/toy once it has a checkpoint, else toy)"))
     with jax.set_mesh(make_mesh(args.mesh)):
-        loaded = load(name, args.image_size, args.prompt)
+        loaded = load(name, args.image_size, args.prompt, args.repetition_penalty)
         check_lengths(questions, loaded.processor)
         with Segmenter(args.server, access, lambda: args.sam or default_sam(loaded.config), say) as segmenter:
             if args.demo:
@@ -209,7 +209,8 @@ def check_lengths(questions: Sequence[str], processor: Processor) -> None:
         if tokens > limit:
             raise PromptTooLong(
                 f"question {number} of {len(questions)}, {question[:40]!r}...: prompt of {tokens} tokens, those of the "
-                f"picture included, expected at most max_prompt_tokens={limit}; ask it in fewer words"
+                f"picture included, expected at most max_prompt_tokens={limit}; ask it in fewer words, or with a "
+                "shorter --prompt"
             )
 
 
@@ -262,6 +263,8 @@ def _say_answer(answered: Answered, limit: int) -> None:
     found, mask = answered.found, answered.mask
     if found.error:
         say(f"mask: none, SAM 2 refused the answer: {found.error}")
+    elif not answered.said.well_formed:
+        say("mask: none, the answer could not be read")
     elif mask is None:
         say("mask: none was asked for (--server=none)")
     else:

@@ -18,7 +18,7 @@ _ACCESS = {
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """``--image-size`` and ``--prompt``: what takes the place of a run's own."""
+    """``--image-size`` and ``--prompt``, which take the place of a run's own, and ``--repetition-penalty``."""
     add = parser.add_argument
     add(
         "--image-size",
@@ -32,6 +32,14 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="wording of the question: toy, seg_zero, vision_reasoner, or a text with {question} in it "
         "[as in training; seg_zero or vision_reasoner by a checkpoint's name]",
+    )
+    add(
+        "--repetition-penalty",
+        type=_penalty,
+        default=1.0,
+        metavar="X",
+        help="as in transformers' generate, for tokens of prompt and answer; the released evaluations have the 1.05 of "
+        "Qwen2.5's generation_config.json [%(default)s: none]",
     )
 
 
@@ -101,6 +109,16 @@ def _wording(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _penalty(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 1.05; 1 for none")
+    return value
 
 
 def _server(text: str) -> str:

@@ -30,6 +30,8 @@ class Sampling(NamedTuple):
       top_p: smallest set of tokens with this much probability; 1 leaves it out.
       top_k: this many tokens; 0 leaves it out.
       greedy: the most probable token instead of a draw.
+      repetition_penalty: the logit of a token that stands in the prompt or the response already is divided by it, or
+        multiplied where it is negative (CTRL, arXiv 1909.05858, and transformers' ``generate``); 1 leaves it out.
     """
 
     group: int
@@ -41,6 +43,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     top_k: int = 0
     greedy: bool = False
+    repetition_penalty: float = 1.0
 
 
 # Most responses end within so many tokens.
@@ -69,7 +72,10 @@ def rollout_layout(dims: Dims, dtype: jnp.dtype, lora_rank: int = 0) -> jax.stag
 
 
 class _Progress(NamedTuple):
-    """The state of sampling: tokens made so far, and the hidden states ``[b, g, d]`` that predict the next ones."""
+    """The state of sampling: tokens made so far, and the hidden states ``[b, g, d]`` that predict the next ones.
+
+    ``seen_bgv`` says which tokens a repetition penalty is for; None without one.
+    """
 
     step: jax.Array
     hidden_bgd: jax.Array
@@ -78,6 +84,7 @@ class _Progress(NamedTuple):
     logps_bgr: jax.Array
     length_bg: jax.Array
     done_bg: jax.Array
+    seen_bgv: jax.Array | None
 
 
 def truncate(logits_bgv: jax.Array, top_p: float, top_k: int) -> jax.Array:
@@ -111,7 +118,25 @@ def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, setup: Pa
     return (scaled_bgv + noise).argmax(-1).astype(jnp.int32)
 
 
-def _start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Sampling) -> _Progress:
+def _seen(batch: PromptBatch, sampling: Sampling, setup: Pass) -> jax.Array:
+    """Which tokens stand in a prompt, bool ``[b, g, v]``, sharded as logits are."""
+    (b, p), v = batch.tokens_bp.shape, setup.dims.vocab
+    # Padding counts for none, as it does not stand there: it goes past the last token.
+    tokens_bp = jnp.where(jnp.arange(p) < batch.length_b[:, None], batch.tokens_bp, v)
+    row_bp = jax.lax.broadcasted_iota(jnp.int32, (b, p), 0)
+    whole = jax.sharding.PartitionSpec(None, None)
+    tokens_bp, row_bp = jax.sharding.reshard(tokens_bp, whole), jax.sharding.reshard(row_bp, whole)
+    seen_bv = jnp.zeros((b, v), bool).at[row_bp, tokens_bp].set(True, mode="drop")
+    seen_bgv = jnp.broadcast_to(seen_bv[:, None], (b, sampling.group, v))
+    return jax.sharding.reshard(seen_bgv, setup.layout.spec("mlp_batch", None, "vocab"))
+
+
+def _penalised(logits_bgv: jax.Array, seen_bgv: jax.Array, penalty: float) -> jax.Array:
+    lower = jnp.where(logits_bgv < 0, logits_bgv * penalty, logits_bgv / penalty)
+    return jnp.where(seen_bgv, lower, logits_bgv)
+
+
+def _start(hidden_bd: jax.Array, prompt: KeyValue, batch: PromptBatch, setup: Pass, sampling: Sampling) -> _Progress:
     """Nothing sampled yet, behind prefilled prompts."""
     b, g, length = hidden_bd.shape[0], sampling.group, sampling.max_tokens
     rows, tokens = setup.layout.spec("batch", None), setup.layout.spec("batch", None, None)
@@ -123,6 +148,7 @@ def _start(hidden_bd: jax.Array, prompt: KeyValue, setup: Pass, sampling: Sampli
         logps_bgr=jnp.zeros((b, g, length), jnp.float32, out_sharding=tokens),
         length_bg=jnp.zeros((b, g), jnp.int32, out_sharding=rows),
         done_bg=jnp.zeros((b, g), bool, out_sharding=rows),
+        seen_bgv=None if sampling.repetition_penalty == 1 else _seen(batch, sampling, setup),
     )
 
 
@@ -140,9 +166,15 @@ def _decode_step(
     """Samples one more token of every response that has not ended, and runs the policy on it."""
     step, done = progress.step, progress.done_bg
     rows = setup.layout.spec("batch", None)
-    scaled = sampling_logits(logits(policy, progress.hidden_bgd, setup), sampling.temperature, sampling.banned_ids)
+    raw, seen = logits(policy, progress.hidden_bgd, setup), progress.seen_bgv
+    if seen is not None:
+        raw = _penalised(raw, seen, sampling.repetition_penalty)
+    scaled = sampling_logits(raw, sampling.temperature, sampling.banned_ids)
     chosen = _choose(scaled, jax.random.fold_in(key, step), sampling, setup)
     logp = log_probability(scaled, chosen)
+    if seen is not None:
+        vocabulary = jax.lax.broadcasted_iota(jnp.int32, seen.shape, 2, out_sharding=jax.typeof(seen).sharding)
+        seen |= vocabulary == chosen[..., None]
     token = jnp.where(done, sampling.pad_id, jax.sharding.reshard(chosen, rows))
     logp = jnp.where(done, 0.0, jax.sharding.reshard(logp, rows))
     hidden, cache = decode(policy, batch, token, step, progress.cache, setup)
@@ -155,6 +187,7 @@ def _decode_step(
         logps_bgr=jax.lax.dynamic_update_slice(progress.logps_bgr, logp[..., None], at),
         length_bg=progress.length_bg + ~done,
         done_bg=done | (token[..., None] == jnp.asarray(sampling.end_ids, jnp.int32)).any(-1),
+        seen_bgv=seen,
     )
 
 
@@ -197,7 +230,7 @@ def sample_in_parts(
 
 
 def _begin(policy: Policy, batch: PromptBatch, setup: Pass, sampling: Sampling) -> _Progress:
-    return _start(*prefill(policy, batch, setup), setup, sampling)
+    return _start(*prefill(policy, batch, setup), batch, setup, sampling)
 
 
 def _run(

@@ -100,21 +100,21 @@ def test_paper_presets_hold_the_facts_that_all_papers_share(path):
 
 
 @pytest.mark.parametrize(
-    ("stem", "size", "mesh", "recipe", "prompt", "response", "kl", "clip_high"),
+    ("stem", "size", "mesh", "recipe", "prompt", "response", "kl", "clip_high", "mean"),
     [
-        ("seg_zero_3b", "3B", "2x4", "seg_zero_strict", "seg_zero", 1300, 5e-3, 0.2),
-        ("seg_zero_7b", "7B", "4x4", "seg_zero_strict", "seg_zero", 1300, 5e-3, 0.2),
-        ("vision_reasoner_7b", "7B", "4x4", "vision_reasoner", "vision_reasoner", 2000, 1e-2, 0.2),
-        ("sam_r1_7b", "7B", "4x4", "sam_r1", "seg_zero", 1300, 5e-3, 0.3),
+        ("seg_zero_3b", "3B", "2x4", "seg_zero_strict", "seg_zero", 1300, 5e-3, 0.2, "responses"),
+        ("seg_zero_7b", "7B", "4x4", "seg_zero_strict", "seg_zero", 1300, 5e-3, 0.2, "responses"),
+        ("vision_reasoner_7b", "7B", "4x4", "vision_reasoner", "vision_reasoner", 2000, 1e-2, 0.2, "tokens"),
+        ("sam_r1_7b", "7B", "4x4", "sam_r1", "seg_zero", 1300, 5e-3, 0.3, "tokens"),
     ],
 )
-def test_paper_presets_hold_what_is_their_own(stem, size, mesh, recipe, prompt, response, kl, clip_high):
+def test_paper_presets_hold_what_is_their_own(stem, size, mesh, recipe, prompt, response, kl, clip_high, mean):
     loaded = preset(stem)
     assert loaded.model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
     assert (loaded.mesh, loaded.rollout.group_size) == (mesh, 8)
     assert (loaded.reward.recipe, loaded.data.prompt) == (recipe, prompt)
     assert loaded.rollout.max_response_tokens == response
-    assert (loaded.grpo.kl_coef, loaded.grpo.clip_high) == (kl, clip_high)
+    assert (loaded.grpo.kl_coef, loaded.grpo.clip_high, loaded.grpo.loss_mean) == (kl, clip_high, mean)
     assert loaded.reward.mask_iou_weight == 0
 
 

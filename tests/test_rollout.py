@@ -127,6 +127,29 @@ def test_one_candidate_is_the_greedy_answer(draw, generated, greedy, how):
     np.testing.assert_array_equal(found.tokens_bgr, greedy.tokens_bgr)
 
 
+def test_a_repetition_penalty_is_that_of_transformers(model, draw, greedy):
+    """Of tokens of the prompt and of the answer, and on logits of either sign."""
+    penalty, theirs = 1.3, []
+    for prompt in PROMPTS:
+        made = model.generate(
+            **torch_inputs(prompt, PROCESSOR),
+            max_new_tokens=LENGTH,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+            suppress_tokens=list(PROCESSOR.visual_ids),
+            repetition_penalty=penalty,
+        )
+        theirs.append(made[0, len(prompt.tokens_p) :].tolist())
+    how = Sampling(2, LENGTH, (), PAD, PROCESSOR.visual_ids, greedy=True, repetition_penalty=penalty)
+    ours = draw(sampling=how)
+    assert ours.tokens_bgr.tolist() == [[answer, answer] for answer in theirs]
+    np.testing.assert_array_equal(draw(sampling=how, mesh="2x2x4").tokens_bgr, ours.tokens_bgr)
+    free = draw(sampling=how._replace(repetition_penalty=1.0))
+    assert (free.tokens_bgr != ours.tokens_bgr).any(axis=(1, 2)).sum() > 1, "it should change answers"
+    assert len({len(prompt.tokens_p) for prompt in PROMPTS}) > 1, "padding should count for nothing"
+
+
 # Draws.
 
 

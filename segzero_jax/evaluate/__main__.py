@@ -35,13 +35,15 @@ from segzero_jax.segmenting import greet
 
 _USER_ERRORS = (EvaluateError, ConfigError, DataError, MeshError, PodError, CheckpointError, RewardServerError, OSError)
 # What hosts have to be told alike: the rest concerns the first one alone, or differs, as where data sets lie.
-_ALIKE = ("dataset", "limit", "batch", "samples", "seed", "mesh", "image_size", "prompt")
+_ALIKE = ("dataset", "limit", "batch", "samples", "seed", "mesh", "image_size", "prompt", "repetition_penalty")
 
 
 def run(args: argparse.Namespace, pod: Pod) -> None:
     """From the command line to ``results.json`` and the page."""
     check_alike(args, pod)
     sets = [open_questions(name, args.data_dir, args.limit) for name in args.dataset]
+    # A split may have several names, such as toy and toy/val.
+    sets = list({(one.dataset, one.split): one for one in sets}.values())
     check_same({f"{one.dataset}/{one.split}": one.source.checksum for one in sets}, pod)
     # The newest of a run may be another one a moment later.
     checkpoints = pod.from_first("checkpoints", lambda: find_checkpoints(args.checkpoint or [None]))
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace, pod: Pod) -> None:
         sam=args.sam,
         image_size=args.image_size,
         prompt=args.prompt,
+        repetition_penalty=args.repetition_penalty,
     )
     with jax.set_mesh(make_mesh(args.mesh)), Evaluator(how, out, pod) as evaluator:
         if len(checkpoints) == 1:

@@ -72,6 +72,7 @@ class How:
       mesh: as in training.
       server: "local", "none" or addresses; ``sam`` is what a local one loads, the run's own without.
       image_size, prompt: take the place of a run's own.
+      repetition_penalty: see ``rollout.Sampling``.
     """
 
     batch: int = 32
@@ -83,6 +84,7 @@ class How:
     sam: str | None = None
     image_size: int | None = None
     prompt: str | None = None
+    repetition_penalty: float = 1.0
 
 
 class Evaluator:
@@ -114,7 +116,7 @@ class Evaluator:
         how = self._how
         if self._pod.first:
             say(f"policy: {checkpoint}")
-        loaded = load(checkpoint, how.image_size, how.prompt)
+        loaded = load(checkpoint, how.image_size, how.prompt, how.repetition_penalty)
         config = loaded.config
         if self._pod.first and config.reward.functions:
             say(f"reward: that of {config.reward.recipe} alone, without {', '.join(config.reward.functions)}")
@@ -197,6 +199,8 @@ def _with_masks(questions: Questions) -> Questions:
 def _asked_how(loaded: Loaded, drawn: bool) -> dict[str, Any]:
     config = loaded.config
     sampling = {name: getattr(config.rollout, name) for name in ("temperature", "top_p", "top_k")} if drawn else {}
+    if loaded.repetition_penalty != 1:
+        sampling["repetition_penalty"] = loaded.repetition_penalty
     return {
         **sampling,
         "image_size": config.data.image_size,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from segzero_jax.asking import Loaded, make_sampling
+from segzero_jax.asking import Loaded
 from segzero_jax.mesh import ROLLOUT
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.policy import Pass
@@ -59,8 +59,7 @@ class Respondent:
         # As in the run's own evaluations, whose answers these are.
         one_loop = loaded.config.model.remat
         self._setup = Pass(loaded.dims, ROLLOUT, dtype, kernel=choose_kernel(mesh, dtype), one_loop=one_loop)
-        sampling = make_sampling(loaded.config.rollout, loaded.processor)
-        self._sampling = sampling._replace(greedy=samples == 0, group=max(1, samples))
+        self._sampling = loaded.sampling._replace(greedy=samples == 0, group=max(1, samples))
         self._multiple = padding_multiple(loaded.config.rollout.max_prompt_tokens)
         self._key = jax.random.fold_in(jax.random.key(seed), _EVALUATE_KEY)
 
