@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from segzero_jax.hub import repository
 from segzero_jax.local_path import check_folder, local_path
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import save_hf
-from segzero_jax.model.lora import merge
+from segzero_jax.model.lora import lost_to_rounding, merge
 from segzero_jax.model.peft_files import save_peft
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.saved_policy import load_adapters, load_policy
@@ -35,7 +35,15 @@ class ExportError(ValueError):
     """What cannot be exported, or not to there; one line."""
 
 
-def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters: bool = False) -> list[Path]:
+def export(
+    run: str | Path,
+    out: Path,
+    step: int | None,
+    dtype: str,
+    *,
+    adapters: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
     """Writes one checkpoint of a run with the configuration, tokenizer and processor files of its ``model.path``.
 
     What a run with adapters has learnt is merged into the weights that it began with.
@@ -46,6 +54,7 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
       step: of the checkpoint; None is the newest.
       dtype: what the weights are rounded to.
       adapters: write them alone, without the weights that they are for.
+      say: is told how much of what adapters have learnt is lost where they are merged into rounded weights.
 
     Returns:
       The files written.
@@ -66,18 +75,27 @@ def export(run: str | Path, out: Path, step: int | None, dtype: str, *, adapters
         else:
             policy, dims, merged_config = load_policy(name, jnp.float32)
             assert merged_config is not None
+            if merged_config.model.lora_rank and (lost := lost_to_rounding(policy, jnp.dtype(dtype))):
+                say(
+                    f"rounded to {dtype}, the merged matrices are off by {lost:.2g} of what the adapters change; "
+                    "--dtype=float32 and --adapters keep all of it"
+                )
             policy, config = merge(policy), merged_config
     except (CheckpointError, ConfigError):
         raise
     except (ValueError, KeyError, OSError) as error:  # what Orbax raises on damaged files
         raise CheckpointError(f"{name}: the checkpoint cannot be read: {' '.join(str(error).split())}") from None
+    how = asked(config)
+    if config.model.lora_rank and not adapters and dtype == "float32":
+        # Rounded when it is read, what adapters have learnt would be lost again; the run itself adds them unrounded.
+        how["model.compute_dtype"] = "float32"
     origin = {
         "run": storage_path(run).name,
         "step": int(Path(name).name),
         "base_model": config.model.path,
         "dtype": dtype,
         "segzero_jax": __version__,
-        "asked": asked(config),
+        "asked": how,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -102,6 +120,8 @@ def _find(run: str | Path, step: int | None) -> str:
     located = locate(run)
     if located is not None and located[1] is None:
         return find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
+    if located is not None and step in (None, located[1]):
+        return str(located[0] / str(located[1]))
     raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
 
 
@@ -155,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = local_path(args.out, "--out", "export to a disk and copy it from there")
         with jax.set_mesh(make_mesh("1x1")):
-            files = export(args.run, out, args.step, dtype, adapters=args.adapters)
+            say = lambda text: write_line(sys.stdout, text)  # noqa: E731
+            files = export(args.run, out, args.step, dtype, adapters=args.adapters, say=say)
     except (ExportError, CheckpointError, ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

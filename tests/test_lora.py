@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from tiny import DIMS, encode, hf_config, load_processor, prompts, random_policy
 from torch_policy import load_torch, torch_inputs
 
+from segzero_jax import asking, export
 from segzero_jax import config as configs
-from segzero_jax import export
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
@@ -269,6 +269,36 @@ def test_an_export_has_the_merged_weights(run: tuple[Config, Adapters], tmp_path
         for name, expected in by_hand(base, adapters).items():
             np.testing.assert_allclose(getattr(exported.blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(exported.embed_vd[...], base.embed_vd[...])
+
+
+def test_what_float32_keeps_is_not_rounded_when_an_export_is_asked(
+    run: tuple[Config, Adapters],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run computes in bfloat16, and adds its adapters to what it has computed."""
+    config, adapters = run
+    monkeypatch.setattr(asking, "load_processor", lambda *_: None)  # The run's model has no tokenizer.
+    for dtype in ("float32", "bfloat16"):
+        assert export.main(["--run", config.run.dir, "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "the adapters change" in line]
+    with jax.set_mesh(make_mesh("1x1")):
+        base = load_hf(config.model.path)[0]
+        exact = by_hand(base, adapters)
+        asked = asking.load(str(tmp_path / "float32"))
+        assert (asked.config.model.compute_dtype, asked.config.data.prompt) == ("float32", config.data.prompt)
+        rounding = change = 0.0
+        for name, expected in exact.items():
+            np.testing.assert_allclose(getattr(asked.policy.blocks, name)[...], expected, rtol=1e-6, atol=1e-7)
+            rounding += np.sum((np.asarray(expected.astype(BFLOAT16), np.float32) - expected) ** 2)
+            change += np.sum((expected - np.asarray(getattr(base.blocks, name)[...])) ** 2)
+        assert asking.load(str(tmp_path / "bfloat16")).config.model.compute_dtype == "bfloat16"
+    share = f"{np.sqrt(rounding / change):.2g}"
+    assert said == [
+        f"rounded to bfloat16, the merged matrices are off by {share} of what the adapters change; "
+        "--dtype=float32 and --adapters keep all of it"
+    ]
 
 
 def test_adapters_written_alone_are_those_that_peft_loads(run: tuple[Config, Adapters], tmp_path: Path) -> None:
