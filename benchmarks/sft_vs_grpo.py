@@ -27,7 +27,8 @@ from segzero_jax import config as configs
 from segzero_jax.answers import thinking
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
-from segzero_jax.data.pipeline import open_split, training_batches
+from segzero_jax.data.batches import training_batches
+from segzero_jax.data.pipeline import open_split
 from segzero_jax.evaluate.evaluator import Evaluator, How, open_questions
 from segzero_jax.evaluate.results import write_results
 from segzero_jax.grpo import TrainState

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from segzero_jax.data.pipeline import Batches
+from segzero_jax.data.batches import Batches
 from segzero_jax.dynamic_sampling import Draw, Groups, Learnt, choose, enough, take, whole
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.job import Job

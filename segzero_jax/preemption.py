@@ -13,7 +13,6 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-import jax
 from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -34,12 +33,14 @@ class Stopped(BaseException):
 class Preemption:
     """Listens for signals while it is entered, and is asked between phases once the training has begun.
 
-    Where processes work together, or could, JAX's preemption service listens for SIGTERM from the moment they have
-    joined: one to any of them makes all of them stop at the same call of ``check``. Ctrl-C is passed on to it as that.
+    Where processes work together, JAX's preemption service listens for SIGTERM from the moment they have joined: one to
+    any of them makes all of them stop at the same call of ``check``. Ctrl-C is passed on to it as that. To a process
+    that is alone, as on a TPU VM, it listens too, but nobody needs to agree with it.
     """
 
-    def __init__(self) -> None:
-        """Does not listen yet."""
+    def __init__(self, alone: bool = True) -> None:
+        """Does not listen yet; ``alone`` where no other process works on the run."""
+        self._alone = alone
         self._say: Callable[[str], None] | None = None
         self._received: int | None = None
         self._calls = 0
@@ -48,7 +49,7 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         # Python lets only the main thread listen.
         if threading.current_thread() is threading.main_thread():
-            own = (signal.SIGINT,) if jax.distributed.is_initialized() else _SIGNALS
+            own = _SIGNALS if self._alone else (signal.SIGINT,)
             self._before = {number: signal.signal(number, self._note) for number in own}
         # Whoever started the run may hold signals back, and a process inherits that: it would never hear of them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -71,21 +72,21 @@ class Preemption:
     def check(self) -> None:
         """Between phases, by every process alike. Raises Stopped when any of them was told to stop."""
         self._calls += 1
-        if jax.distributed.is_initialized():
-            stops = multihost_utils.reached_preemption_sync_point(self._calls)
-        else:
-            stops = self._received is not None
+        stops = (
+            self._received is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._calls)
+        )
         if stops:
             raise Stopped(self._received == signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and (self._say is None or self._received == number):
+        before, self._received = self._received, self._received or number
+        if number == signal.SIGINT and (self._say is None or before == number):
             raise KeyboardInterrupt  # Nothing to save yet, or the second Ctrl-C.
-        if self._received is None:
-            self._received = number
+        if before is None:
+            # Should the exception be swallowed, as one raised in a callback of JAX's is, the note is still there.
             if self._say is None:
                 raise Stopped(interrupted=False)
-            if jax.distributed.is_initialized():
+            if not self._alone:
                 os.kill(os.getpid(), signal.SIGTERM)
             again = "; again stops at once" if number == signal.SIGINT else ""
             # Python refuses to write where the signal has interrupted a writing; the note counts, not its line.

@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from segzero_jax import config as configs
+from segzero_jax.agreement import check_alike
 from segzero_jax.asking import load_processor
 from segzero_jax.checkpoint_paths import checkpoint_directory
 from segzero_jax.code_version import this_code
@@ -61,6 +62,9 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "nu
 _GIB = 2**30
 # For the run's files and the data set's, each.
 _SPARE_BYTES = _GIB
+# Side of a patch in pixels, and its float32 values, twice in time.
+_PATCH = 14
+_PATCH_BYTES = 2 * 3 * _PATCH**2 * 4
 
 
 class CheckFailed(Exception):
@@ -136,6 +140,15 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
     return found | {"code": this_code().source}
+
+
+def check_options(config: Config, pod: Pod) -> str:
+    """Hosts that learn by other options learn different things, without a word."""
+    try:
+        check_alike(config, pod)
+    except ConfigError as error:
+        raise CheckFailed(str(error)) from None
+    return f"the same on {pod.count} host{'s' * (pod.count > 1)}"
 
 
 def check_devices(config: Config, pod: Pod) -> str:
@@ -271,6 +284,12 @@ class _Need(NamedTuple):
 def _needs(config: Config) -> Iterator[_Need]:
     yield _Need(Path(config.run.dir).expanduser(), _SPARE_BYTES, "the run's files")
     yield _Need(Path(config.data.dir).expanduser(), _SPARE_BYTES, "data")
+    if config.data.workers:
+        # Each has a batch ready and one on its way, of the rows that this host's devices hold.
+        rows = -(-config.train.batch_size // jax.process_count())
+        patches = (config.data.image_size // _PATCH) ** 2 * _PATCH_BYTES
+        size = 2 * config.data.workers * rows * patches
+        yield _Need(Path("/dev/shm"), size, "batches between processes (data.workers)")
     # Where the model cannot be had or does not fit, its own check has said so.
     with contextlib.suppress(CheckFailed):
         if as_hub_id(config.model.path) is not None:
@@ -351,6 +370,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
 # In this order, each on all hosts before the next begins.
 CHECKS: dict[str, Check] = {
     "versions": check_versions,
+    "options": check_options,
     "devices": check_devices,
     "model": check_model,
     "data": check_data,

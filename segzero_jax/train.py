@@ -17,12 +17,14 @@ import jax
 
 from segzero_jax import config as configs
 from segzero_jax import evaluation
+from segzero_jax.agreement import check_alike
 from segzero_jax.checkpoint import STORAGE_FAILED, Checkpoints, Restored, StorageError
 from segzero_jax.checkpoint_paths import checkpoint_directory
 from segzero_jax.code_version import this_code
 from segzero_jax.config import Config, ConfigError, check_local_model
+from segzero_jax.data.batches import Batches, WorkerLost, training_batches
 from segzero_jax.data.checks import check_same
-from segzero_jax.data.pipeline import Batches, DataError, Source, Splits, open_splits, questions, training_batches
+from segzero_jax.data.pipeline import DataError, Source, Splits, open_splits, questions
 from segzero_jax.file_lock import FolderHeld
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity, fingerprint
@@ -60,7 +62,7 @@ from segzero_jax.run_dir import (
     split_label,
 )
 from segzero_jax.scoring import Scorer
-from segzero_jax.terminal import write_line
+from segzero_jax.terminal import end_process, write_line
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
 
@@ -141,7 +143,8 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
     """
     timer = PhaseTimer()
     check_local_model(config)
-    with Preemption() as preemption:
+    with Preemption(alone=pod.count == 1) as preemption:
+        check_alike(config, pod)
         mesh = make_mesh(config.mesh)
         access = read_access(config.reward)
         functions = load_functions(config.reward.functions, component_names(config.reward.recipe, True))
@@ -241,7 +244,7 @@ def _take_up(restored: Restored, batches: Batches[Any], writer: MetricsWriter) -
 
 @contextlib.contextmanager
 def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> Iterator[None]:
-    """Behind the block its last finished step is saved: of one that ends, that is told to stop, or whose disk is full.
+    """Behind the block its last finished step is saved, also where it is told to stop or something is lost.
 
     Raises StorageError where ``run_dir`` is full.
     """
@@ -250,6 +253,11 @@ def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> I
     except Stopped:
         with watch.last_save():
             keeper.keep_or_fail()
+        raise
+    except WorkerLost:
+        # Of several hosts the others know nothing of it, and all save or none.
+        if pod.count == 1:
+            keeper.keep()
         raise
     except OSError as error:
         if error.errno not in _FULL:
@@ -269,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains a policy with GRPO; without --config, the toy run.",
         epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
         "finished step saved; 2 something to put right; 3 the reward service stayed away; "
-        f"{HOST_LOST} another host of the run was lost; {DIVERGED} no update of too many steps in a row was finite; "
+        f"{HOST_LOST} another host of the run was lost, or a process that makes batches; "
+        f"{DIVERGED} no update of too many steps in a row was finite; "
         f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "
         "checkpoints not be read, or run.dir is full; 130 stopped by Ctrl-C.",
     )
@@ -294,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pod.leave(130 if stopped.interrupted else 0, f"stopped by {stopped}; the same command goes on")
     except RewardServiceAway as error:
         return pod.leave(3, str(error))
-    except HostLost as error:
+    except (HostLost, WorkerLost) as error:
         return pod.leave(HOST_LOST, str(error))
     except Diverged as error:
         return pod.leave(DIVERGED, str(error))
@@ -313,4 +322,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Nothing is left to do, and the interpreter's own end may crash where a signal cut a compilation short, or wait for
+    # ever for a process of Grain's that is gone.
+    end_process(main())

@@ -141,9 +141,17 @@ def test_a_bad_file_names_itself_the_key_the_value_and_what_was_expected(tmp_pat
         assert part in message
 
 
+def test_merged_sections_are_read_as_yaml_means_them(tmp_path):
+    """What "<<" brings is a default: a key beside it is no second one."""
+    path = write(tmp_path, "train: {<<: {steps: 3, lr: 2.0}, lr: 1.0e-3}\n")
+    loaded = config.load(path)
+    assert (loaded.train.steps, loaded.train.lr) == (3, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
+        (b"train: &again {steps: *again}\n", "refers to itself"),
         (b"train: [1", "not YAML"),
         (b"train: {lr: 1}\ntrain: {steps: 2}\n", "'train' is given twice"),
         (b"train:\n  lr: 1\n  lr: 2\n", "'lr' is given twice"),

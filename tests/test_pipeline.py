@@ -19,8 +19,9 @@ from processes import outliving
 
 from segzero_jax.config import Config
 from segzero_jax.data import build
+from segzero_jax.data.batches import Batches, training_batches
 from segzero_jax.data.hub_sets import build_command
-from segzero_jax.data.pipeline import Batches, DataError, open_split, open_splits, questions, training_batches
+from segzero_jax.data.pipeline import DataError, open_split, open_splits, questions
 from segzero_jax.patches import ImageError
 from segzero_jax.types import Example, Frame
 
@@ -229,7 +230,7 @@ def test_worker_processes_give_the_same_batches_and_positions(tmp_path: Path) ->
 def test_a_trainer_that_is_killed_leaves_no_worker() -> None:
     code = (
         "import multiprocessing, os, sys, time\n"
-        "from segzero_jax.data.pipeline import training_batches\n"
+        "from segzero_jax.data.batches import training_batches\n"
         "if __name__ == '__main__':\n"
         "    batches = training_batches(list(range(9)), 2, 0, (0, 1), workers=2)\n"
         "    next(batches)\n"
@@ -248,7 +249,7 @@ def test_a_trainer_that_is_killed_leaves_no_worker() -> None:
 def test_batches_on_their_way_are_no_leak_at_the_end() -> None:
     code = (
         "import contextlib, numpy as np\n"
-        "from segzero_jax.data.pipeline import training_batches\n"
+        "from segzero_jax.data.batches import training_batches\n"
         "if __name__ == '__main__':\n"
         "    collate = lambda rows: [np.ones((4, 1000)) for _ in range(8)]\n"
         "    with contextlib.closing(training_batches(list(range(9)), 2, 0, None, collate, workers=1)) as batches:\n"

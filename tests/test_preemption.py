@@ -56,14 +56,14 @@ def test_a_signal_that_ended_the_reader_of_the_log_too_is_obeyed(number: int) ->
     assert child.returncode == 0
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_ctrl_c_to_one_process_stops_all_that_have_joined(count: int) -> None:
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGTERM)])
+def test_a_signal_to_one_process_stops_all_that_have_joined(count: int, number: int) -> None:
     """As on a TPU VM, alone or of a pod: whoever got it knows that it was Ctrl-C."""
     code = (
         "import sys, time, jax\n"
         "from segzero_jax.preemption import Preemption, Stopped\n"
         f"jax.distributed.initialize(sys.argv[1], {count}, int(sys.argv[2]))\n"
-        "with Preemption() as preemption:\n"
+        f"with Preemption(alone={count == 1}) as preemption:\n"
         "    preemption.begin(lambda text: None)\n"
         "    print('ready', flush=True)\n"
         "    try:\n"
@@ -80,12 +80,34 @@ def test_ctrl_c_to_one_process_stops_all_that_have_joined(count: int) -> None:
         for child in children:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
-        children[0].send_signal(signal.SIGINT)
+        children[0].send_signal(number)
         said = [child.communicate(timeout=120) for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [out for out, _ in said] == ["Ctrl-C\n", "SIGTERM\n"][:count], said
+    first = "Ctrl-C\n" if number == signal.SIGINT else "SIGTERM\n"
+    assert [out for out, _ in said] == [first, "SIGTERM\n"][:count], said
+
+
+def test_before_the_training_one_that_has_joined_alone_ends_where_it_is() -> None:
+    """A TPU VM waits for its reward server like any machine: JAX, which listens there too, has nobody to agree with."""
+    code = (
+        "import sys, time, jax\n"
+        "from segzero_jax.preemption import Preemption, Stopped\n"
+        "jax.distributed.initialize(sys.argv[1], 1, 0)\n"
+        "with Preemption(alone=True):\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    except Stopped as stopped:\n"
+        "        print(stopped, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, f"localhost:{free_port()}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.communicate(timeout=30)[0] == "SIGTERM\n"
 
 
 def test_a_signal_within_a_writing_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,9 +150,9 @@ def test_before_the_training_a_signal_ends_the_run_where_it_is(number: int, ends
         with pytest.raises(ends), contextlib.suppress(Exception):  # No library takes it for an error of its own.
             os.kill(os.getpid(), number)
         preemption.begin(lambda text: None)
-        if ends is Stopped:
-            with pytest.raises(Stopped):
-                preemption.check()  # Also where a library has swallowed it.
+        with pytest.raises(Stopped) as stopped:
+            preemption.check()  # Also where a library has swallowed it.
+        assert stopped.value.interrupted == (number == signal.SIGINT)
 
 
 def test_signals_mean_what_they_meant_before_once_the_run_is_over() -> None:

@@ -77,8 +77,9 @@ def test_all_is_well_and_nothing_is_left_behind(
     lines = capsys.readouterr().out.splitlines()
     assert [line[:24].split(maxsplit=1)[1].strip() for line in lines[:-1]] == list(CHECKS)
     assert all(line.startswith("ok ") for line in lines[:-1])
-    assert "16 x cpu as 4x4, and they sum up to 16" in lines[1]
-    assert "toy: 2048 questions to train on, 4 splits to evaluate" in lines[3]
+    assert "the same on 1 host" in lines[1]
+    assert "16 x cpu as 4x4, and they sum up to 16" in lines[2]
+    assert "toy: 2048 questions to train on, 4 splits to evaluate" in lines[4]
     assert f"fake, checkpoint abcdef012345,  at {address} (): a mask in 0." in lines[-2]
     assert lines[-1] == "all is well"
     assert list(tmp_path.iterdir()) == []
@@ -89,9 +90,9 @@ def test_every_failure_is_told_and_counted(tmp_path: Path, data_dir: str, capsys
     assert preflight.run(config(tmp_path, **changes, **{"data.dir": data_dir}), Pod()) == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("FAILED")] == ["model", "reward"]
-    assert "do not divide by tensor = 3" in lines[2]
+    assert "do not divide by tensor = 3" in lines[3]
     assert "unreachable" in lines[-2]
-    assert lines[-1] == "2 of 8 checks failed"
+    assert lines[-1] == "2 of 9 checks failed"
 
 
 def test_a_mesh_larger_than_the_job(tmp_path: Path) -> None:
@@ -103,6 +104,29 @@ def test_hosts_with_other_code(tmp_path: Path) -> None:
     said = failure("versions", config(tmp_path), Neighbour(versions=json.dumps(other)))
     assert said.startswith("code is 0123 on host 0 (a), ")
     assert said.endswith(" on host 1 (b): tpu/setup.sh")
+
+
+def test_hosts_with_other_options(tmp_path: Path) -> None:
+    """Directories are a host's own."""
+    here, there = config(tmp_path), config(tmp_path, **{"run.dir": "elsewhere", "data.workers": 3})
+    assert CHECKS["options"](here, Neighbour(options=told(there))) == "the same on 2 hosts"
+    said = failure("options", here, Neighbour(options=told(configs.replace(there, **{"train.lr": 0.5}))))
+    assert (
+        said == "train.lr is 0.5 on host 0 (a), 0.0001 on host 1 (b); expected the same command and code on all hosts"
+    )
+
+
+def told(given: Config) -> str:
+    """What a host with this configuration says of its options."""
+    heard: list[str] = []
+
+    class Listening(Pod):
+        def exchange(self, what: str, said: str, deadline_s: float = 0.0) -> list[str]:
+            heard.append(said)
+            return [said]
+
+    CHECKS["options"](given, Listening())
+    return heard[0]
 
 
 def save(given: Config, *steps: int) -> None:
@@ -194,6 +218,17 @@ class TestDisks:
 
     def test_that_are_full(self, tmp_path: Path) -> None:
         assert "0.5 GiB free, " in failure("disks", config(tmp_path))
+
+    def test_that_batches_go_through_between_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """64 MiB in a container, unless told otherwise; two batches a process, 16 prompts of 840 x 840 pixels each."""
+        usage = shutil._ntuple_diskusage
+        small = lambda path: usage(2**50, 0, 2**26 if Path(path) == Path("/dev/shm") else 2**50)  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", small)
+        changes = {"data.workers": 2, "data.image_size": 840, "train.batch_size": 16}
+        said = failure("disks", config(tmp_path, **changes))
+        needed = 2 * 2 * 16 * 3600 * 1176 * 4 / 2**30
+        assert said.startswith(f"/dev/shm: 0.1 GiB free, {needed:.1f} GiB are needed: {needed:.1f} for batches between")
+        assert CHECKS["disks"](config(tmp_path, **changes | {"data.workers": 0}), Pod())
 
     @pytest.mark.parametrize(
         ("changes", "count", "bytes_each"),

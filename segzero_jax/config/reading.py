@@ -100,7 +100,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
             raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: expected sections with keys, got {type(tree).__name__}")
-        build(tree, str(path))
+        try:
+            build(tree, str(path))
+        except RecursionError:
+            raise ConfigError(f"{path}: a section refers to itself") from None
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
@@ -199,6 +202,8 @@ class _PresetLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # What "<<" brings may be given again: it is a default.
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
                 problem = f"{key!r} is given twice" if isinstance(key, str) else f"expected a name as key, got {key!r}"
@@ -241,9 +246,14 @@ def _check_key(key: str, source: str) -> None:
     )
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """All values by their dotted keys."""
+    return dict(_flatten(to_dict(config)))
+
+
 def differing_keys(left: Config, right: Config) -> list[str]:
     """Dotted keys whose values differ."""
-    a, b = dict(_flatten(to_dict(left))), dict(_flatten(to_dict(right)))
+    a, b = flat(left), flat(right)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 

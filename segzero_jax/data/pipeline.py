@@ -4,29 +4,22 @@ import bisect
 import functools
 import hashlib
 import itertools
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import grain
 import numpy as np
 import pyarrow as pa
 import tensorflow_datasets as tfds
-from absl import flags
 
 from segzero_jax.data import records, toy
-from segzero_jax.data.end_with_parent import end_with_parent
 from segzero_jax.data.hub_sets import build_command
 from segzero_jax.data.scenes import SPLITS
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 T = TypeVar("T")
-# Batches that lie ready; at 840 x 840 pixels one of 16 prompts takes 300 MB.
-_AHEAD = 2
 
 
 class DataError(ValueError):
@@ -232,100 +225,6 @@ def _known(data_dir: str | Path) -> str:
 def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
     if split not in splits:
         raise DataError(f"split {split!r} of data set {name}: expected one of {', '.join(splits)}")
-
-
-def _begin_worker(_worker: int, _workers: int) -> None:
-    """Of a trainer that is killed nothing stays: Grain's workers would wait for their queue to be emptied, for ever."""
-    end_with_parent()
-
-
-def _start_quiet_tracker() -> None:
-    """Starts the process that frees what workers leave in shared memory: batches on their way when a run ends.
-
-    It frees them in any case, and would say of each run with workers that something has leaked.
-    """
-    before = os.environ.get("PYTHONWARNINGS")
-    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
-    os.environ["PYTHONWARNINGS"] = quiet if before is None else f"{before},{quiet}"
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        del os.environ["PYTHONWARNINGS"]
-        if before is not None:
-            os.environ["PYTHONWARNINGS"] = before
-
-
-class Batches(Iterator[T]):
-    """An endless iterator over batches, which are made ahead: by threads, or in processes of their own.
-
-    Its position is a number of batches, so it goes on from it exactly with any number of workers and of processes.
-    """
-
-    def __init__(self, batches: grain.MapDataset[T], workers: int) -> None:
-        self._batches = batches
-        self._workers = workers
-        self._taken = 0
-        self._ahead: grain.DatasetIterator[T] | None = None
-
-    def __next__(self) -> T:
-        if self._ahead is None:
-            rest = self._batches[self._taken :].to_iter_dataset(grain.ReadOptions(1, _AHEAD))
-            if self._workers:
-                flags.FLAGS.mark_as_parsed()  # Grain reads some of its own, and absl refuses that before a parsing.
-                _start_quiet_tracker()
-                options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
-                rest = rest.mp_prefetch(options, _begin_worker)
-            self._ahead = iter(rest)
-        batch = next(self._ahead)
-        self._taken += 1
-        return batch
-
-    def get_state(self) -> dict[str, int]:
-        """Where the next batch is, fit for JSON."""
-        return {"next_index": self._taken}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes to where ``get_state`` was asked."""
-        self.close()
-        self._taken = state["next_index"]
-
-    def close(self) -> None:
-        """Stops making batches; the next one asked for begins anew."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-
-
-def training_batches(
-    source: Sequence[Example],
-    batch_size: int,
-    seed: int,
-    rows: Sequence[int] | None = None,
-    collate: Callable[[Sequence[Example]], T] = list,  # type: ignore[assignment]
-    workers: int = 0,
-) -> Batches[T]:
-    """An endless iterator over shuffled batches; every epoch has its own order and uses every example once.
-
-    All processes walk one global order: batch k is its examples [k * batch_size, (k + 1) * batch_size), of which each
-    process reads the rows that its devices need.
-
-    Args:
-      source: what is sampled from; may be shorter than a batch.
-      batch_size: examples per batch over all processes.
-      seed: of the order.
-      rows: of each batch that are read, all by default.
-      collate: makes a batch of examples, ahead of time; for worker processes it must survive pickling.
-      workers: processes that make batches, 0 for threads of this one.
-
-    Raises:
-      ValueError: no examples.
-    """
-    if len(source) == 0:
-        raise ValueError(f"{getattr(source, 'name', 'source')}: no examples to train on")
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
-    wanted = range(batch_size) if rows is None else rows
-    batches = order.map(lambda indices: collate([source[int(indices[row])] for row in wanted]))
-    return Batches(batches, workers)
 
 
 def _toy_example(row: dict[str, Any], place: int) -> Example:
