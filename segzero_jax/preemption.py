@@ -59,7 +59,8 @@ class Preemption:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # JAX's, where it has joined, is none that Python knows.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def begin(self, say: Callable[[str], None]) -> None:
         """From now on there is something to save: a signal is a note for ``check``.

@@ -272,6 +272,11 @@ def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> I
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    return _main(argv)[0]
+
+
+def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
+    """The exit code, and whether something was cut short that Python, at its own end, may crash on or wait for."""
     parser = argparse.ArgumentParser(
         prog="segzero_jax.train",
         description="Trains a policy with GRPO; without --config, the toy run.",
@@ -298,30 +303,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Orbax logs a traceback for what it then raises, and we say in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         run(config, args.resume, pod, args.profile)
-        return pod.leave(0)
+        return pod.leave(0), False
     except Stopped as stopped:
-        return pod.leave(130 if stopped.interrupted else 0, f"stopped by {stopped}; the same command goes on")
+        return pod.leave(130 if stopped.interrupted else 0, f"stopped by {stopped}; the same command goes on"), True
     except RewardServiceAway as error:
-        return pod.leave(3, str(error))
-    except (HostLost, WorkerLost) as error:
-        return pod.leave(HOST_LOST, str(error))
+        return pod.leave(3, str(error)), False
+    except HostLost as error:
+        return pod.leave(HOST_LOST, str(error)), False
+    except WorkerLost as error:
+        return pod.leave(HOST_LOST, str(error)), True
     except Diverged as error:
-        return pod.leave(DIVERGED, str(error))
+        return pod.leave(DIVERGED, str(error)), False
     except StorageError as error:
-        return pod.leave(STORAGE_FAILED, str(error))
+        return pod.leave(STORAGE_FAILED, str(error)), False
     except USER_ERRORS as error:
-        return pod.leave(2, str(error))
+        return pod.leave(2, str(error)), False
     except KeyboardInterrupt:
-        return pod.leave(130, "stopped at once; the same command goes on from the last checkpoint")
+        return pod.leave(130, "stopped at once; the same command goes on from the last checkpoint"), True
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (*_FULL, errno.EACCES, errno.EPERM):
-            return pod.leave(STORAGE_FAILED if error.errno in _FULL else 2, str(error))
+            return pod.leave(STORAGE_FAILED if error.errno in _FULL else 2, str(error)), False
         pod.await_blame(error)
         pod.leave(1, f"{type(error).__name__}: {error}")
         raise
 
 
 if __name__ == "__main__":
-    # Nothing is left to do, and the interpreter's own end may crash where a signal cut a compilation short, or wait for
-    # ever for a process of Grain's that is gone.
-    end_process(main())
+    code, cut_short = _main()
+    if cut_short:
+        # A program whose compilation a signal has ended, or a process of Grain's that is gone.
+        end_process(code)
+    sys.exit(code)

@@ -85,6 +85,7 @@ def test_a_signal_to_one_process_stops_all_that_have_joined(count: int, number: 
     finally:
         for child in children:
             child.kill()
+    assert [child.returncode for child in children] == [0] * count
     first = "Ctrl-C\n" if number == signal.SIGINT else "SIGTERM\n"
     assert [out for out, _ in said] == [first, "SIGTERM\n"][:count], said
 
@@ -108,6 +109,7 @@ def test_before_the_training_one_that_has_joined_alone_ends_where_it_is() -> Non
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGTERM)
         assert child.communicate(timeout=30)[0] == "SIGTERM\n"
+        assert child.returncode == 0
 
 
 def test_a_signal_within_a_writing_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
