@@ -169,11 +169,18 @@ class SpreadChannel:
 
         Calls on their way stay where they are. A name that stands for nothing keeps the address that it had.
         """
-        target = _spread_target(self._targets)
+        try:
+            target = _spread_target(self._targets)
+        except RewardServerError:  # For now: they had a family in common.
+            return False
         if not target or _numbers(target) <= _numbers(self._target):
             return False
         self._target = target
-        self._opened.append(_channel(target, self._access, _SPREAD))
+        # What went over the one before the last has been answered, or given up.
+        *past, last = self._opened
+        self._opened = [last, _channel(target, self._access, _SPREAD)]
+        for channel in past:
+            channel.close()
         return True
 
     def close(self) -> None:
