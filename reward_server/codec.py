@@ -44,11 +44,10 @@ def decode_image(data: bytes) -> np.ndarray:
         raise CodecError(f"image: {len(data)} bytes, expected at most {MAX_IMAGE_BYTES}")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            size = f"{picture.width} x {picture.height} pixels"
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                size = f"{picture.width} x {picture.height} pixels"
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
             if max(picture.size) > MAX_IMAGE_SIDE:
-                size = f"{picture.width} x {picture.height} pixels"
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_SIDE} a side")
             # In coded data 0xFF is followed by 0: what looks like the start of a scan is one.
             if picture.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:

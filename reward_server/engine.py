@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from reward_server.batcher import Ticket
-from reward_server.codec import pack_mask
+from reward_server.codec import pack_mask, unpack_mask
 from reward_server.segmenter import PROMPTS_PER_CALL, Embedding, Prompt, Segmenter
 from reward_server.telemetry import Metrics
 
@@ -76,6 +76,11 @@ class Outcome:
     scores: list[float]
     masks: list[np.ndarray] | None
     width: int
+
+    def mask(self, candidate: int) -> np.ndarray:
+        """A candidate's mask, uint8 [height, width] of 0 and 1; only where masks were asked for."""
+        assert self.masks is not None
+        return unpack_mask(self.masks[candidate], self.width)
 
 
 class Embeddings:

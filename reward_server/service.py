@@ -19,7 +19,7 @@ from grpc_status import rpc_status
 
 from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.batcher import Batcher, ClosedError, NotServedError, Ticket, TooLateError
-from reward_server.codec import encode_mask, unpack_mask
+from reward_server.codec import encode_mask
 from reward_server.engine import DeviceMemoryError, Job, Outcome
 from reward_server.telemetry import Metrics
 from reward_server.validation import MAX_ID_CHARACTERS, RequestError, job_from, limits, status
@@ -251,7 +251,7 @@ def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome:
             entry.iou = entry.intersection / entry.union if entry.union else float(not outcome.something)
             entry.model_score = outcome.scores[i]
             if outcome.masks is not None:
-                entry.mask.CopyFrom(encode_mask(unpack_mask(outcome.masks[i], outcome.width)))
+                entry.mask.CopyFrom(encode_mask(outcome.mask(i)))
         elif candidate_status.code == grpc.StatusCode.OUT_OF_RANGE.value[0]:
             entry.union = outcome.target_area
     return response
@@ -260,12 +260,11 @@ def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome:
 def _segment_response(
     request_id: str, statuses: list[reward_pb2.Status], outcome: Outcome
 ) -> reward_pb2.SegmentResponse:
-    assert outcome.masks is not None
     response = reward_pb2.SegmentResponse(request_id=request_id)
     for i, candidate_status in enumerate(statuses):
         entry = response.candidates.add(status=candidate_status)
         if candidate_status.code == 0:
-            entry.mask.CopyFrom(encode_mask(unpack_mask(outcome.masks[i], outcome.width)))
+            entry.mask.CopyFrom(encode_mask(outcome.mask(i)))
             entry.model_score = outcome.scores[i]
     return response
 

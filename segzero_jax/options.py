@@ -35,7 +35,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--repetition-penalty",
-        type=_penalty,
+        type=above_zero,
         default=1.0,
         metavar="X",
         help="as in transformers' generate, for tokens of prompt and answer; the released evaluations have the 1.05 of "
@@ -109,16 +109,6 @@ def _wording(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def _penalty(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 1.05; 1 for none")
-    return value
 
 
 def _server(text: str) -> str:

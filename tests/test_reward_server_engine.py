@@ -16,7 +16,6 @@ from sam_calls import prompts_of, scene, scene_with
 
 from reward_server import engine as engine_module
 from reward_server.batcher import Batcher, ClosedError, QueueFullError, Ticket
-from reward_server.codec import unpack_mask
 from reward_server.engine import DeviceMemoryError, Embeddings, Engine, Job, Outcome
 from reward_server.segmenter import Embedding, Prompt, Segmenter
 from reward_server.telemetry import Metrics
@@ -77,7 +76,7 @@ def count_decoded(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> list
 
 def unpacked(found: Outcome) -> np.ndarray:
     """A job's masks, bool [candidates, height, width]."""
-    return np.stack([unpack_mask(mask, found.width) for mask in found.masks]).astype(bool)
+    return np.stack([found.mask(candidate) for candidate in range(len(found.masks))]).astype(bool)
 
 
 class TestBatches:

@@ -84,11 +84,10 @@ def first_logits(model, row: int) -> np.ndarray:
 # Greedy.
 
 
-@pytest.fixture(scope="module")
-def generated(model) -> tuple[int, list[list[int]]]:
-    """A token that greedy answers come to and that is made the end, and transformers' answers up to it."""
-
-    def generate(prompt, end: int | None) -> list[int]:
+def greedy_answers(model, end: int | None, **how) -> list[list[int]]:
+    """Those of transformers, up to ``end``."""
+    answers = []
+    for prompt in PROMPTS:
         made = model.generate(
             **torch_inputs(prompt, PROCESSOR),
             max_new_tokens=LENGTH,
@@ -96,12 +95,18 @@ def generated(model) -> tuple[int, list[list[int]]]:
             eos_token_id=end,
             pad_token_id=PAD,
             suppress_tokens=list(PROCESSOR.visual_ids),
+            **how,
         )
-        return made[0, len(prompt.tokens_p) :].tolist()
+        answers.append(made[0, len(prompt.tokens_p) :].tolist())
+    return answers
 
-    endless = [generate(prompt, None) for prompt in PROMPTS]
+
+@pytest.fixture(scope="module")
+def generated(model) -> tuple[int, list[list[int]]]:
+    """A token that greedy answers come to and that is made the end, and transformers' answers up to it."""
+    endless = greedy_answers(model, None)
     end = next(token for at, token in enumerate(endless[0]) if at > 2 and token not in endless[0][:at])
-    return end, [generate(prompt, end) for prompt in PROMPTS]
+    return end, greedy_answers(model, end)
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +134,8 @@ def test_one_candidate_is_the_greedy_answer(draw, generated, greedy, how):
 
 def test_a_repetition_penalty_is_that_of_transformers(model, draw, greedy):
     """Of tokens of the prompt and of the answer, and on logits of either sign."""
-    penalty, theirs = 1.3, []
-    for prompt in PROMPTS:
-        made = model.generate(
-            **torch_inputs(prompt, PROCESSOR),
-            max_new_tokens=LENGTH,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=PAD,
-            suppress_tokens=list(PROCESSOR.visual_ids),
-            repetition_penalty=penalty,
-        )
-        theirs.append(made[0, len(prompt.tokens_p) :].tolist())
+    penalty = 1.3
+    theirs = greedy_answers(model, None, repetition_penalty=penalty)
     how = Sampling(2, LENGTH, (), PAD, PROCESSOR.visual_ids, greedy=True, repetition_penalty=penalty)
     ours = draw(sampling=how)
     assert ours.tokens_bgr.tolist() == [[answer, answer] for answer in theirs]

@@ -37,7 +37,7 @@ def to_yaml(config: Config) -> str:
 @functools.cache
 def all_keys() -> Mapping[str, Any]:
     """Every dotted key with its default."""
-    return MappingProxyType(dict(_flatten(to_dict(Config()))))
+    return MappingProxyType(flat(Config()))
 
 
 @functools.cache

@@ -1,12 +1,11 @@
 """Batches, made ahead: by threads, or in processes of their own, which may die."""
 
-import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -87,25 +86,22 @@ class Batches(Iterator[T]):
 
     def _waited_for(self, ahead: Iterator[T]) -> T:
         """The next batch. Raises WorkerLost where Grain would wait for the rest of a message that nobody writes."""
-        made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        made: futures.Future[T] = futures.Future()
 
         def make() -> None:
             try:
-                made.put((next(ahead), None))
+                made.set_result(next(ahead))
             except BaseException as error:  # Whatever it is, it is raised below.
-                made.put((None, error))
+                made.set_exception(error)
 
+        # No pool's thread, which Python would wait for at its end.
         threading.Thread(target=make, name="next batch", daemon=True).start()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                batch, error = made.get(timeout=_LOOK_S)
-                if error is not None and not isinstance(error, RuntimeError):
-                    raise error  # Of the data. Grain has a RuntimeError for a process that is gone, without its reason.
-                self._check_processes()
-                if error is not None:
-                    raise error
-                return batch  # type: ignore[return-value]
+        while not futures.wait((made,), _LOOK_S).done:
             self._check_processes()
+        # What is wrong with the data comes first. For a process that is gone Grain has a RuntimeError without reason.
+        if made.exception() is None or isinstance(made.exception(), RuntimeError):
+            self._check_processes()
+        return made.result()
 
     def _check_processes(self) -> None:
         """Raises WorkerLost where one has ended by itself."""
