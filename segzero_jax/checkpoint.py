@@ -20,11 +20,12 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import config as configs
 from segzero_jax import manifest
-from segzero_jax.checkpoint_paths import in_short, is_bucket, reading, storage_path, unfinished
+from segzero_jax.checkpoint_paths import in_short, reading, storage_path, unfinished
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
+from segzero_jax.local_path import is_url
 from segzero_jax.model.weights import CheckpointError, StorageError
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ class Checkpoints:
         self.directory = storage_path(directory)
         # The libraries that reach buckets (gcsfs, google.auth, aiohttp) raise errors of their own, of no common kind.
         self._failures: tuple[type[Exception], ...]
-        self._failures = (Exception,) if is_bucket(self.directory) else _DISK_FAILURES
+        self._failures = (Exception,) if is_url(self.directory) else _DISK_FAILURES
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only

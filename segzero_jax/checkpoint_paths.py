@@ -11,21 +11,18 @@ from etils import epath
 from segzero_jax import config as configs
 from segzero_jax import manifest
 from segzero_jax.config import Config, ConfigError
+from segzero_jax.local_path import is_url
 from segzero_jax.model.weights import CheckpointError, StorageError
 
 _FOLDER = "checkpoints"
 _REASON_LENGTH = 200
 
 
-def is_bucket(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
 def storage_path(path: str | Path | epath.Path) -> epath.Path:
     """An absolute path, on a disk or in a bucket."""
     given = epath.Path(path).expanduser()
     # A bucket's path is absolute; to resolve it would make it a local one.
-    return given if is_bucket(given) else given.resolve()
+    return given if is_url(given) else given.resolve()
 
 
 def checkpoint_directory(config: Config) -> epath.Path:
@@ -109,7 +106,7 @@ def reading(where: epath.Path) -> Iterator[None]:
 
     Raises ConfigError where the package that reads such a store is not installed.
     """
-    passing: tuple[type[Exception], ...] = (Exception,) if is_bucket(where) else (OSError,)
+    passing: tuple[type[Exception], ...] = (Exception,) if is_url(where) else (OSError,)
     try:
         yield
     except (CheckpointError, ConfigError, jax.errors.JaxRuntimeError):

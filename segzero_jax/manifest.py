@@ -15,6 +15,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from segzero_jax.local_path import is_url
+
 ITEM = "manifest"
 _FILE = "manifest.json"
 _THREADS = 4
@@ -115,7 +117,7 @@ def _describe(path: epath.Path) -> dict[str, Any]:
 
 def _digest(path: epath.Path) -> str:
     """Empty for a bucket, which checksums its objects itself: reading them back would double the traffic of a save."""
-    if "://" in str(path):
+    if is_url(path):
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

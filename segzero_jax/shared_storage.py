@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from segzero_jax.config import ConfigError
+from segzero_jax.local_path import is_url
 from segzero_jax.model.weights import StorageError
 from segzero_jax.pods import Pod
 
@@ -29,7 +30,7 @@ def probe(directory: epath.Path, pod: Pod) -> None:
       ConfigError: this host does not see what the first one has written; one line.
       StorageError: this host cannot do one of these things; one line.
     """
-    missing = [] if "://" in str(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
+    missing = [] if is_url(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
     # A name that all hosts know and no other probe has.
     name = pod.exchange("checkpoint probe", uuid.uuid4().hex if pod.first else "")[0]
     own, firsts = directory / f"probe-{name}-{pod.index}", directory / f"probe-{name}-0"

@@ -35,7 +35,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that Orbax and we take for one of a bucket, in an Orbax that does what it does there."""
     monkeypatch.setattr(gcs_utils, "is_gcs_path", lambda path: True)
     for module in (checkpoint, checkpoint_paths):
-        monkeypatch.setattr(module, "is_bucket", lambda path: True)
+        monkeypatch.setattr(module, "is_url", lambda path: True)
     with jax.set_mesh(make_mesh("1x1")):
         yield tmp_path / "bucket"
 
