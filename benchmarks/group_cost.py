@@ -28,7 +28,7 @@ from benchmarks.jax_side import read_prompt
 from benchmarks.peer_group import SPECIAL, TEXT, VISION, Shape, Unequal, machine, make_group, need
 from segzero_jax.config import GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
-    LossSettings,
+    LossConfig,
     TrainState,
     UpdateBatch,
     initial_state,
@@ -38,7 +38,7 @@ from segzero_jax.grpo import (
 )
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.dims import Dims, from_hf
-from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.policy import ForwardConfig, Policy
 from segzero_jax.types import Rollout
 
 BASE = Shape(prompt=300, response=64, group=8, image=280)
@@ -66,18 +66,18 @@ def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, flo
     size = responses.shape
     rollout = Rollout(responses, np.full(size[:2], size[2], np.int32), np.zeros(size, "f4"), np.ones(size[:2], bool))
     prompt, rollout, advantages, kept = place((prompt, rollout, advantages, np.ones(size[:2], bool)))
-    setup, loss = (
-        Pass(dims, TRAIN, jnp.dtype("float32")),
-        LossSettings(GrpoConfig(), 1.0, (), False, responses.shape[-1]),
+    fwd, loss = (
+        ForwardConfig(dims, TRAIN, jnp.dtype("float32")),
+        LossConfig(GrpoConfig(), 1.0, (), False, responses.shape[-1]),
     )
     optimizer = make_optimizer(TrainConfig(), freeze_vision=False)
     state: TrainState = initial_state(Policy(dims, TRAIN, jax.random.key(0)), optimizer)
     reference = Policy(dims, TRAIN, jax.random.key(1))
-    first = policy_logps.lower(reference, prompt, rollout.tokens_bgr, setup=setup, settings=loss).compile()
+    first = policy_logps.lower(reference, prompt, rollout.tokens_bgr, fwd=fwd, loss_config=loss).compile()
     ref = first(reference, prompt, rollout.tokens_bgr)
     batch = UpdateBatch(prompt, rollout, advantages, kept, ref)
     second = update.lower(
-        state, batch, optimizer=optimizer, setup=setup, settings=loss, micro_batches=1
+        state, batch, optimizer=optimizer, fwd=fwd, loss_config=loss, micro_batches=1
     ).compile()  # fmt: skip
     seconds, numbers = [], {}
     for _ in range(rounds + 1):

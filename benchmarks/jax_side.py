@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.peer_group import SPECIAL, VISION, Settings, peak_gib, reset_peak
 from segzero_jax.config import GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
-    LossSettings,
+    LossConfig,
     TrainState,
     UpdateBatch,
     initial_state,
@@ -25,7 +25,7 @@ from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.attention import choose_kernel
 from segzero_jax.model.dims import Dims, from_hf
-from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.policy import ForwardConfig, Policy
 from segzero_jax.model.weights import file_tensors
 from segzero_jax.patches import window_order
 from segzero_jax.processor import mrope_positions
@@ -95,11 +95,11 @@ class JaxSide:
         )
         self.advantages = repeat(group["advantages"][None])
         kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
-        self.train_pass = Pass(self.dims, TRAIN, dtype, settings.remat, kernel, one_loop=settings.remat)
-        self.rollout_pass = self.train_pass._replace(layout=ROLLOUT, remat=False)
+        self.train_fwd = ForwardConfig(self.dims, TRAIN, dtype, settings.remat, kernel, one_loop=settings.remat)
+        self.rollout_fwd = self.train_fwd._replace(layout=ROLLOUT, remat=False)
         self.to_rollout = rollout_layout(self.dims, dtype)
         # transformers forbids no token.
-        self.loss = LossSettings(GrpoConfig(), 1.0, banned_ids=(), freeze_vision=False, max_tokens=shape[2])
+        self.loss_config = LossConfig(GrpoConfig(), 1.0, banned_ids=(), freeze_vision=False, max_tokens=shape[2])
 
     def _peak(self) -> float:
         statistics = jax.devices()[0].memory_stats() if self.settings.device == "gpu" else None
@@ -110,18 +110,18 @@ class JaxSide:
         reset_peak()
         times = [time.perf_counter()]
         kept = np.ones(self.advantages.shape, bool)
-        setup, count = self.train_pass, self.settings.prompts // self.settings.together
-        forward = {"setup": setup._replace(remat=False), "settings": self.loss}
+        fwd, count = self.train_fwd, self.settings.prompts // self.settings.together
+        forward = {"fwd": fwd._replace(remat=False), "loss_config": self.loss_config}
         ref = policy_logps(self.reference, self.prompts, self.rollout.tokens_bgr, **forward).block_until_ready()
         times.append(time.perf_counter())
         batch = UpdateBatch(self.prompts, self.rollout, self.advantages, kept, ref)
         self.state, metrics = update(
-            self.state, batch, optimizer=self.optimizer, setup=setup, settings=self.loss, micro_batches=count
+            self.state, batch, optimizer=self.optimizer, fwd=fwd, loss_config=self.loss_config, micro_batches=count
         )
         jax.block_until_ready((self.state, metrics))
         times.append(time.perf_counter())
         if gradients:
-            first_moment = self.state.optimizer[1][0].mu
+            first_moment = self.state.opt_state[1][0].mu
             found = file_tensors(jax.tree.map(lambda x: x / 0.1, first_moment), self.dims, np.float32)
             np.savez(gradients, **found)
         phases = dict(zip(("reference", "update"), np.diff(times).tolist(), strict=True))
@@ -136,11 +136,11 @@ class JaxSide:
         reset_peak()
         prompt = jax.tree.map(lambda x: x[:1], self.prompts)
         start = time.perf_counter()
-        weights = jax.block_until_ready(self.to_rollout(self.state.policy))
+        weights = jax.block_until_ready(self.to_rollout(self.state.params))
         times = [time.perf_counter()]
         for count in (1, tokens):
             sampling = Sampling(self.advantages.shape[1], count, (), 0, (), greedy=True)
-            made = sample(weights, prompt, jax.random.key(0), setup=self.rollout_pass, sampling=sampling)
+            made = sample(weights, prompt, jax.random.key(0), fwd=self.rollout_fwd, sampling=sampling)
             made = jax.device_get(made.tokens_bgr[0])
             times.append(time.perf_counter())
         layout, (first, whole) = times[0] - start, np.diff(times).tolist()

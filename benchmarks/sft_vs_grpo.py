@@ -37,7 +37,7 @@ from segzero_jax.intervals import with_interval
 from segzero_jax.job import Job, prepare
 from segzero_jax.mesh import make_mesh, prepare_cpu
 from segzero_jax.model.logprobs import response_logps
-from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.model.policy import ForwardConfig, Policy, group_hidden
 from segzero_jax.pods import ALONE
 from segzero_jax.rollout import sample
 from segzero_jax.run_dir import open_run
@@ -50,7 +50,7 @@ _STEPS = Config().train.steps
 _MORE = Config().rollout.group_size  # GRPO learns from so many answers to a question
 
 
-@partial(jax.jit, static_argnames=("optimizer", "setup", "banned_ids"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("optimizer", "fwd", "banned_ids"), donate_argnames=("state",))
 def supervised_update(
     state: TrainState,
     prompts: PromptBatch,
@@ -58,19 +58,19 @@ def supervised_update(
     mask_bgr: jax.Array,
     *,
     optimizer: optax.GradientTransformation,
-    setup: Pass,
+    fwd: ForwardConfig,
     banned_ids: tuple[int, ...],
 ) -> tuple[TrainState, jax.Array]:
     """One step on target answers: prefix groups of one response, the mean cross-entropy over their tokens."""
 
     def loss(policy: Policy) -> jax.Array:
-        hidden = group_hidden(policy, prompts, tokens_bgr, setup)
-        logps, _ = response_logps(policy, hidden, tokens_bgr, setup, 1.0, banned_ids)
+        hidden = group_hidden(policy, prompts, tokens_bgr, fwd)
+        logps, _ = response_logps(policy, hidden, tokens_bgr, fwd, 1.0, banned_ids)
         return -(logps * mask_bgr).sum() / mask_bgr.sum()
 
-    value, gradients = jax.value_and_grad(loss)(state.policy)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.policy)
-    return TrainState(optax.apply_updates(state.policy, updates), optimizer_state, state.updates + 1), value
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    updates, optimizer_state = optimizer.update(gradients, state.opt_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.num_updates + 1), value
 
 
 def target_answers(job: Job, examples: list[Example], thoughts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +99,7 @@ class Thinker:
 
     def __call__(self, prompts: PromptBatch) -> list[str]:
         job, key = self._job, jax.random.key(0)
-        rollout = sample(self._weights, prompts, key, setup=job.rollout_pass, sampling=self._sampling)
+        rollout = sample(self._weights, prompts, key, fwd=job.rollout_fwd, sampling=self._sampling)
         return [thinking(text) or " " for (text,) in job.texts(job.fetch(rollout))]
 
 
@@ -127,7 +127,7 @@ def train_supervised(config: Config, checkpoints_at: tuple[int, ...], own_though
                     tokens,
                     mask,
                     optimizer=job.optimizer,
-                    setup=job.train_pass,
+                    fwd=job.train_fwd,
                     banned_ids=job.processor.visual_ids,
                 )
                 if step % _SAY_EVERY == 0:

@@ -63,7 +63,7 @@ class Outcome:
 
     Attributes:
       intersections, unions, target_area: in pixels that count.
-      something: whether the target is a mask with pixels, ignored ones included, or objects; not that nothing is meant.
+      has_target: whether the target is a mask with pixels, ignored ones included, or objects.
       scores: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
       masks: of each candidate where asked for, see ``codec.pack_mask``: bytes a pixel would be gigabytes.
       width: of the picture.
@@ -72,7 +72,7 @@ class Outcome:
     intersections: list[int]
     unions: list[int]
     target_area: int
-    something: bool
+    has_target: bool
     scores: list[float]
     masks: list[np.ndarray] | None
     width: int
@@ -257,7 +257,7 @@ class Engine:
             intersections=intersections,
             unions=unions,
             target_area=target_area,
-            something=bool(job.target.any() if isinstance(job.target, np.ndarray) else job.target),
+            has_target=bool(job.target.any() if isinstance(job.target, np.ndarray) else job.target),
             scores=means,
             masks=masks if job.want_masks else None,
             width=size[1],

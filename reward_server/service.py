@@ -248,7 +248,7 @@ def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome:
         if candidate_status.code == 0:
             entry.intersection, entry.union = outcome.intersections[i], outcome.unions[i]
             # No pixel on either side is right where nothing is meant. Of a target that is there it has found nothing.
-            entry.iou = entry.intersection / entry.union if entry.union else float(not outcome.something)
+            entry.iou = entry.intersection / entry.union if entry.union else float(not outcome.has_target)
             entry.model_score = outcome.scores[i]
             if outcome.masks is not None:
                 entry.mask.CopyFrom(encode_mask(outcome.mask(i)))

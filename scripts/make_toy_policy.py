@@ -24,7 +24,7 @@ from segzero_jax.data.scenes import Question, Scene, sample_lesson, sample_scene
 from segzero_jax.frames import rescale_object
 from segzero_jax.mesh import TRAIN, make_mesh, prepare_cpu
 from segzero_jax.model.logprobs import response_logps
-from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.model.policy import ForwardConfig, Policy, group_hidden
 from segzero_jax.model.weights import read_dims, save_hf
 from segzero_jax.processor import EncodedPrompt, Processor
 from segzero_jax.prompt import parse_answer, question_text, solution_text
@@ -105,14 +105,14 @@ def box_iou(text: str, target: str) -> float:
     return inter / ((ax2 - ax1 + 1) * (ay2 - ay1 + 1) + (bx2 - bx1 + 1) * (by2 - by1 + 1) - inter)
 
 
-def make_step(setup: Pass, optimizer: optax.GradientTransformation, banned_ids: tuple[int, ...]) -> Step:
+def make_step(fwd: ForwardConfig, optimizer: optax.GradientTransformation, banned_ids: tuple[int, ...]) -> Step:
     """The jitted supervised update on lessons."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(policy, state, batch, tokens, mask):
         def loss(policy: Policy) -> jax.Array:
-            hidden = group_hidden(policy, batch, tokens, setup)
-            logp, _ = response_logps(policy, hidden, tokens, setup, 1.0, banned_ids)
+            hidden = group_hidden(policy, batch, tokens, fwd)
+            logp, _ = response_logps(policy, hidden, tokens, fwd, 1.0, banned_ids)
             return -(logp * mask).sum() / mask.sum()
 
         value, gradient = jax.value_and_grad(loss)(policy)
@@ -122,7 +122,7 @@ def make_step(setup: Pass, optimizer: optax.GradientTransformation, banned_ids: 
     return step
 
 
-def make_evaluation(processor: Processor, setup: Pass) -> Callable[[Policy], str]:
+def make_evaluation(processor: Processor, fwd: ForwardConfig) -> Callable[[Policy], str]:
     """A function that says how well a policy answers questions of the training distribution."""
     rng = np.random.default_rng(12345)
     rows, wanted = zip(*(as_example(*sample_scene("val", rng)) for _ in range(EVAL_QUESTIONS)), strict=True)
@@ -131,7 +131,7 @@ def make_evaluation(processor: Processor, setup: Pass) -> Callable[[Policy], str
 
     def mean_iou(policy: Policy, greedy: bool) -> float:
         chosen = sampling._replace(greedy=greedy)
-        rollout = jax.device_get(sample(policy, prompts, jax.random.key(0), setup=setup, sampling=chosen))
+        rollout = jax.device_get(sample(policy, prompts, jax.random.key(0), fwd=fwd, sampling=chosen))
         texts = [processor.decode(row[0, : n[0]]) for row, n in zip(rollout.tokens_bgr, rollout.length_bg, strict=True)]
         return float(np.mean([box_iou(text, want) for text, want in zip(texts, wanted, strict=True)]))
 
@@ -154,13 +154,13 @@ def main() -> None:
     policy = jax.jit(partial(Policy, dims, TRAIN))(jax.random.key(args.seed))
     # At this width N(0, 0.02^2) leaves attention flat, and the picture unread, for a thousand steps.
     policy = jax.tree.map(lambda x: x * WIDEN if x.std() > 0 else x, policy)
-    setup = Pass(dims, TRAIN, jnp.dtype("float32"))
+    fwd = ForwardConfig(dims, TRAIN, jnp.dtype("float32"))
     warm_up = optax.linear_schedule(0.0, 1.0, 300)
     rate = lambda count: args.lr * warm_up(count + 1) * jnp.maximum(0.05, 1 - count / args.steps)  # noqa: E731
     adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     state = jax.jit(optimizer.init)(policy)
-    step, evaluate = make_step(setup, optimizer, processor.visual_ids), make_evaluation(processor, setup)
+    step, evaluate = make_step(fwd, optimizer, processor.visual_ids), make_evaluation(processor, fwd)
 
     spawn = multiprocessing.get_context("spawn")
     queue: multiprocessing.Queue = spawn.Queue(8)

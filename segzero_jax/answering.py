@@ -67,7 +67,7 @@ class Answered:
             "question": self.question,
             "text": self.text,
             "thinking": self.said.thinking,
-            "well_formed": self.said.well_formed,
+            "readable": self.said.readable,
             "objects": object_rows(self.objects),
             "frame": [frame.width, frame.height],
             "answer_frame": [self.side, self.side],
@@ -119,7 +119,7 @@ def answer_question(
     said = parse_answer(text)
     objects = tuple(rescale_object(obj, Frame(side, side), frame) for obj in said.objects)
     # An answer that names nothing means no pixel; one that cannot be read means nothing, not that there is nothing.
-    empty = said.well_formed and segmenter.makes_masks
+    empty = said.readable and segmenter.makes_masks
     found = Found(encode_mask(np.zeros((frame.height, frame.width), bool)) if empty else None)
     if objects:
         found = segmenter(picture.name, picture.stored, picture.upright, objects)

@@ -16,13 +16,13 @@ from etils import epath
 from segzero_jax import config as configs
 from segzero_jax.checkpoint_paths import complete_steps, locate
 from segzero_jax.compiled import keep_compiled
-from segzero_jax.config import Config, ConfigError, RolloutConfig
+from segzero_jax.config import Config, RolloutConfig
 from segzero_jax.hub import is_checkpoint
-from segzero_jax.mesh import TRAIN, MeshError
-from segzero_jax.model.attention import choose_kernel
+from segzero_jax.mesh import TRAIN
 from segzero_jax.model.dims import Dims
-from segzero_jax.model.policy import Pass, Policy
-from segzero_jax.model.precision import compute_dtype
+from segzero_jax.model.forward import forward_config
+from segzero_jax.model.policy import Policy
+from segzero_jax.model.precision import use_compute_dtype
 from segzero_jax.model.weights import CheckpointError, resolve
 from segzero_jax.processor import Processor
 from segzero_jax.prompt import WORDINGS
@@ -125,20 +125,13 @@ def load(
     """
     keep_compiled()
     released = _as_released(name, prompt) if name != "toy" and is_checkpoint(name) else None
-    try:
-        # A run's precision is known only once it is read.
-        dtype = compute_dtype(released.model.compute_dtype) if released else jnp.float32
-        policy, dims, config = load_policy(name, dtype)
-    except (CheckpointError, MeshError, ConfigError):
-        raise
-    # What Orbax, safetensors and json raise on damaged files, and JAX where a weight does not divide over the mesh.
-    except (ValueError, KeyError, OSError) as error:
-        mesh = "x".join(map(str, jax.sharding.get_mesh().axis_sizes))
-        raise CheckpointError(f"{name}: the checkpoint cannot be read onto mesh {mesh}: {error}") from None
+    # A run's precision is known only once it is read.
+    dtype = use_compute_dtype(released.model.compute_dtype) if released else jnp.float32
+    policy, dims, config = load_policy(name, dtype)
     if config is None:
         config = released or Config()
     else:
-        dtype = compute_dtype(config.model.compute_dtype)
+        dtype = use_compute_dtype(config.model.compute_dtype)
         policy = jax.tree.map(lambda x: x.astype(dtype), policy)
     config = _asked_differently(config, image_size, prompt)
     return Loaded(name, policy, dims, load_processor(config, name), config, repetition_penalty)
@@ -247,11 +240,9 @@ def respond(
     processor, rollout = loaded.processor, loaded.config.rollout
     sampling = loaded.sampling._replace(group=1, temperature=temperature or rollout.temperature, greedy=seed is None)
     batch = processor.batch([processor.encode(example)], multiple=padding_multiple(rollout.max_prompt_tokens))
-    dtype = compute_dtype(loaded.config.model.compute_dtype)
-    kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
-    setup = Pass(loaded.dims, TRAIN, dtype, kernel=kernel, one_loop=loaded.config.model.remat)
+    fwd = forward_config(loaded.dims, TRAIN, loaded.config.model)._replace(remat=False)
     parts = sample_in_parts(
-        loaded.policy, batch, jax.random.key(seed or 0), setup=setup, sampling=sampling, tokens=_WATCHED_TOKENS
+        loaded.policy, batch, jax.random.key(seed or 0), fwd=fwd, sampling=sampling, tokens=_WATCHED_TOKENS
     )
     for drawn in parts:
         text = processor.decode(np.asarray(drawn.tokens_bgr)[0, 0, : drawn.length_bg[0, 0]])

@@ -7,7 +7,7 @@ it is ``model.path``, known by its fingerprint.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,8 +73,8 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _without_policy(state: TrainState) -> dict[str, Any]:
-    return {"optimizer": state.optimizer, "updates": state.updates}
+def _without_params(state: TrainState) -> dict[str, Any]:
+    return {"optimizer": state.opt_state, "updates": state.num_updates}
 
 
 def _targets(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -212,8 +212,8 @@ class Checkpoints:
             begun = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    policy=ocp.args.PyTreeSave(_named_leaves(state.policy)),
-                    optimizer=ocp.args.PyTreeSave(_named_leaves(_without_policy(state))),
+                    policy=ocp.args.PyTreeSave(_named_leaves(state.params)),
+                    optimizer=ocp.args.PyTreeSave(_named_leaves(_without_params(state))),
                     run=ocp.args.JsonSave(run),
                     manifest=manifest.ManifestSave(),
                 ),
@@ -275,8 +275,8 @@ class Checkpoints:
         run = self._run(step)
         saved = Identity(**run["identity"])
         self._check_identity(step, saved, identity, config)
-        rest = self._tree(step, "optimizer", _without_policy(like))
-        state = TrainState(self.policy(step, like.policy), rest["optimizer"], rest["updates"])
+        rest = self._tree(step, "optimizer", _without_params(like))
+        state = TrainState(self.policy(step, like.params), rest["optimizer"], rest["updates"])
         for newer in [other for other in self.steps if other > step]:
             self._manager.delete(newer)
         now = identity.functions or {}
@@ -340,13 +340,13 @@ class Checkpoints:
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
-        with reading(self.directory / str(step)):
+        with _restoring(self.directory / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def _tree(self, step: int, item: str, like: T) -> T:
         targets = _targets(like)
         checkpoint = self.directory / str(step)
-        with reading(checkpoint):
+        with _restoring(checkpoint):
             stored = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)[item].items()}
         for name in sorted(stored.keys() | targets.keys()):
             ours = targets[name].shape if name in targets else None
@@ -357,8 +357,18 @@ class Checkpoints:
                 )
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})
-        with reading(checkpoint):
+        with _restoring(checkpoint):
             return _rebuild(like, self._manager.restore(step, args=args)[item])
+
+
+@contextlib.contextmanager
+def _restoring(checkpoint: epath.Path) -> Iterator[None]:
+    """As ``reading``; what Orbax raises on content that it cannot make sense of is a CheckpointError."""
+    with reading(checkpoint):
+        try:
+            yield
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint}: cannot be read: {in_short(error)}") from error
 
 
 def _why_not_saved(error: Exception) -> str:

@@ -18,7 +18,7 @@ from segzero_jax.types import Array, Example, PromptBatch, Rollout
 _PIECES = 16
 
 
-class Groups(NamedTuple):
+class DeviceBatch(NamedTuple):
     """The groups of a batch on the mesh (a pytree; every array begins with ``b``).
 
     Attributes:
@@ -33,7 +33,7 @@ class Groups(NamedTuple):
     old_logps_bgr: Array | None
 
 
-class Draw(NamedTuple):
+class SampledBatch(NamedTuple):
     """A batch as it was sampled and scored, on the host.
 
     Attributes:
@@ -55,12 +55,12 @@ class Draw(NamedTuple):
     tokens: int
 
 
-class Learnt(NamedTuple):
+class Selection(NamedTuple):
     """What a step learns from.
 
     Attributes:
       rows_b: int32, its groups by number, counted through all batches that were drawn.
-      advantages_bg, keep_bg: theirs, as those of a Draw.
+      advantages_bg, keep_bg: theirs, as those of a SampledBatch.
       used: bool, for every group that was drawn whether it is among them.
     """
 
@@ -70,33 +70,33 @@ class Learnt(NamedTuple):
     used: np.ndarray
 
 
-def enough(draws: Sequence[Draw]) -> bool:
+def enough(batches: Sequence[SampledBatch]) -> bool:
     """Whether as many groups teach something as a batch has."""
-    return sum(int(_teaches(draw).sum()) for draw in draws) >= len(draws[0].examples)
+    return sum(int(_informative(batch).sum()) for batch in batches) >= len(batches[0].examples)
 
 
-def whole(draw: Draw) -> Learnt:
+def select_all(batch: SampledBatch) -> Selection:
     """All groups of a batch, those that teach nothing too: they count in the loss's mean, its KL and its entropy."""
-    size = len(draw.examples)
-    return Learnt(np.arange(size, dtype=np.int32), draw.advantages_bg, draw.keep_bg, np.ones(size, bool))
+    size = len(batch.examples)
+    return Selection(np.arange(size, dtype=np.int32), batch.advantages_bg, batch.keep_bg, np.ones(size, bool))
 
 
-def choose(draws: Sequence[Draw]) -> Learnt:
+def select(batches: Sequence[SampledBatch]) -> Selection:
     """As many groups as a batch has, of those that teach something the ones that were sampled first.
 
     Such a group keeps its row of the first batch; into the rows of the others go those of later batches, in order.
     Where these are too few, what is left is no part of the loss.
     """
-    rows_b, taught_b = _chosen_rows(np.stack([_teaches(draw) for draw in draws]))
-    used = np.zeros(len(draws) * len(rows_b), bool)
+    rows_b, taught_b = _chosen_rows(np.stack([_informative(batch) for batch in batches]))
+    used = np.zeros(len(batches) * len(rows_b), bool)
     used[rows_b[taught_b]] = True
-    advantages_bg = np.concatenate([draw.advantages_bg for draw in draws])[rows_b]
-    keep_bg = np.concatenate([draw.keep_bg for draw in draws])[rows_b]
-    return Learnt(rows_b, advantages_bg, keep_bg & taught_b[:, None], used)
+    advantages_bg = np.concatenate([batch.advantages_bg for batch in batches])[rows_b]
+    keep_bg = np.concatenate([batch.keep_bg for batch in batches])[rows_b]
+    return Selection(rows_b, advantages_bg, keep_bg & taught_b[:, None], used)
 
 
-def _teaches(draw: Draw) -> np.ndarray:
-    return (draw.advantages_bg != 0).any(axis=1)
+def _informative(batch: SampledBatch) -> np.ndarray:
+    return (batch.advantages_bg != 0).any(axis=1)
 
 
 def _chosen_rows(teaches_kb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +109,7 @@ def _chosen_rows(teaches_kb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows_b, taught_b
 
 
-def take(batches: Sequence[Groups], rows_b: np.ndarray, pad_id: int) -> Groups:
+def gather(batches: Sequence[DeviceBatch], rows_b: np.ndarray, pad_id: int) -> DeviceBatch:
     """Some groups of several batches as one batch on the mesh; of a single batch all of them.
 
     Args:
@@ -125,13 +125,13 @@ def take(batches: Sequence[Groups], rows_b: np.ndarray, pad_id: int) -> Groups:
     return _take(tuple(_lengthened(batch, p, r, pad_id) for batch in batches), rows_b)
 
 
-def _lengthened(groups: Groups, p: int, r: int, pad_id: int) -> Groups:
+def _lengthened(groups: DeviceBatch, p: int, r: int, pad_id: int) -> DeviceBatch:
     def last(x: Array, length: int, value: int = 0) -> Array:
         more = length - x.shape[-1]
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=value) if more else x
 
     prompts, rollout = groups.prompts, groups.rollout
-    return Groups(
+    return DeviceBatch(
         prompts._replace(
             tokens_bp=last(prompts.tokens_bp, p, pad_id),
             positions_b3p=last(prompts.positions_b3p, p),
@@ -144,7 +144,7 @@ def _lengthened(groups: Groups, p: int, r: int, pad_id: int) -> Groups:
 
 
 @jax.jit
-def _take(batches: tuple[Groups, ...], rows_b: Array) -> Groups:
+def _take(batches: tuple[DeviceBatch, ...], rows_b: Array) -> DeviceBatch:
     batch_b, row_b = jnp.divmod(jnp.asarray(rows_b), len(rows_b))
 
     def pick(*parts: jax.Array) -> jax.Array:

@@ -162,7 +162,7 @@ def read_response(
     text: str, example: Example, frame: Frame, recipe: str, finished: bool = True, problem: str = ""
 ) -> Response:
     """Reads a response that speaks of ``frame``; ``recipe`` is that of the rewards."""
-    readable = parse_answer(text).well_formed
+    readable = parse_answer(text).readable
     in_form = readable and in_tags(recipe, text)
     return Response(text, answered_objects(text, example, frame), readable, in_form, finished, problem)
 
@@ -356,7 +356,10 @@ def evaluate_split(
     scored = scorer.send(examples, together, masks=len(examples), lengths=lengths).result(patience)
     groups = [
         [
-            (read_response(text, example, frame, recipe), scored.masks[q][a] if scored.masks is not None else None)
+            (
+                read_response(text, example, frame, recipe, finished=bool(lengths.finished_bg[q, a])),
+                scored.masks[q][a] if scored.masks is not None else None,
+            )
             for a, text in enumerate(group)
         ]
         for q, (example, group) in enumerate(zip(examples, together, strict=True))

@@ -69,22 +69,17 @@ def export(
     # What stands there is replaced whole: of a link, what it leads to, on that disk.
     target = _target(out)
     name = _find(run, step)
-    try:
-        if adapters:
-            learnt, config = load_adapters(name)
-        else:
-            policy, dims, merged_config = load_policy(name, jnp.float32)
-            assert merged_config is not None
-            if merged_config.model.lora_rank and (lost := lost_to_rounding(policy, jnp.dtype(dtype))):
-                say(
-                    f"rounded to {dtype}, the merged matrices are off by {lost:.2g} of what the adapters change; "
-                    "--dtype=float32 and --adapters keep all of it"
-                )
-            policy, config = merge(policy), merged_config
-    except (CheckpointError, ConfigError):
-        raise
-    except (ValueError, KeyError, OSError) as error:  # what Orbax raises on damaged files
-        raise CheckpointError(f"{name}: the checkpoint cannot be read: {' '.join(str(error).split())}") from None
+    if adapters:
+        learnt, config = load_adapters(name)
+    else:
+        policy, dims, merged_config = load_policy(name, jnp.float32)
+        assert merged_config is not None
+        if merged_config.model.lora_rank and (lost := lost_to_rounding(policy, jnp.dtype(dtype))):
+            say(
+                f"rounded to {dtype}, the merged matrices are off by {lost:.2g} of what the adapters change; "
+                "--dtype=float32 and --adapters keep all of it"
+            )
+        policy, config = merge(policy), merged_config
     how = asked(config)
     if config.model.lora_rank and not adapters and dtype == "float32":
         # Rounded when it is read, what adapters have learnt would be lost again; the run itself adds them unrounded.

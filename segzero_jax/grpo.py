@@ -19,12 +19,12 @@ import optax
 from segzero_jax.config import Config, GrpoConfig, TrainConfig
 from segzero_jax.model.logprobs import response_logps
 from segzero_jax.model.lora import Adapters, adapt
-from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.model.policy import ForwardConfig, Policy, group_hidden
 from segzero_jax.types import Array, PromptBatch, Rollout
 
 ADVANTAGE_EPS = 1e-6
 _KL_CLAMP = 10.0
-# Of the least reward of a group, and of 1: what is nearer to it is equal.
+# Rewards are equal that are this near to the group's least, relative to max(1, |least|).
 _SAME_REWARD = 1e-9
 
 
@@ -32,14 +32,14 @@ class TrainState(NamedTuple):
     """What an update changes; donated to it.
 
     Attributes:
-      policy: what learns, in float32: all weights, or the adapters of LoRA.
-      optimizer: AdamW's moments and counts.
-      updates: int32, updates made.
+      params: the trainable parameters, float32: the whole policy, or only the LoRA adapters.
+      opt_state: AdamW's moments and step counts.
+      num_updates: int32, optimizer updates applied so far.
     """
 
-    policy: Policy | Adapters
-    optimizer: optax.OptState
-    updates: jax.Array
+    params: Policy | Adapters
+    opt_state: optax.OptState
+    num_updates: jax.Array
 
 
 # Gradients and metrics, summed over micro-batches.
@@ -50,10 +50,13 @@ Total = tuple[Policy | Adapters, dict[str, jax.Array]]
 UPDATE_METRICS = ("loss", "kl", "kl_old", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped")
 
 
-class LossSettings(NamedTuple):
-    """The static part of the loss; ``max_tokens`` is the length that responses are cut off at.
+class LossConfig(NamedTuple):
+    """The static inputs of the loss.
 
-    ``lora_scale`` is what adapters count times, where they are what learns.
+    Attributes:
+      temperature, banned_ids: those that responses are sampled with.
+      max_tokens: the limit on a response's length, for ``loss_mean: limit``.
+      lora_scale: alpha / rank, the factor on the adapters' product; None where all weights are trained.
     """
 
     grpo: GrpoConfig
@@ -64,11 +67,11 @@ class LossSettings(NamedTuple):
     lora_scale: float | None = None
 
 
-def loss_settings(config: Config, banned_ids: tuple[int, ...]) -> LossSettings:
-    """Those of a run; ``banned_ids`` are the tokens that it never samples."""
+def make_loss_config(config: Config, banned_ids: tuple[int, ...]) -> LossConfig:
+    """The loss of a run; ``banned_ids`` are the tokens that it never samples."""
     limits, model = config.rollout, config.model
     frozen, longest = model.freeze_vision, limits.max_response_tokens
-    return LossSettings(config.grpo, limits.temperature, banned_ids, frozen, longest, model.lora_scale)
+    return LossConfig(config.grpo, limits.temperature, banned_ids, frozen, longest, model.lora_scale)
 
 
 class UpdateBatch(NamedTuple):
@@ -124,7 +127,7 @@ def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
 
 
 def k3_kl(logp: Array, ref_logp: Array) -> jax.Array:
-    """Per-token estimate of KL(policy, reference): ``exp(d) - d - 1``, ``d = ref_logp - logp``, clamped to ±10.
+    """Per-token estimate of KL(policy, reference): ``exp(d) - d - 1``, ``d = ref_logp - logp``, at most 10.
 
     Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; the clamp is the released Seg-Zero code's.
     """
@@ -161,20 +164,20 @@ def counted(batch: UpdateBatch) -> Counts:
     return Counts(*(jnp.maximum(n, 1).astype(jnp.float32) for n in (mask.sum(), mask.any(axis=-1).sum())))
 
 
-def loss_mean(loss_bgr: jax.Array, mask_bgr: jax.Array, counts: Counts, settings: LossSettings) -> jax.Array:
+def loss_mean(loss_bgr: jax.Array, mask_bgr: jax.Array, counts: Counts, loss_config: LossConfig) -> jax.Array:
     """Some tokens' share of the mean over what ``counts`` counts; which mean is ``grpo.loss_mean``'s."""
     masked = jnp.where(mask_bgr, loss_bgr, 0.0)
-    match settings.grpo.loss_mean:
+    match loss_config.grpo.loss_mean:
         case "tokens":
             return masked.sum() / counts.tokens
         case "responses":
             return (masked.sum(axis=-1) / jnp.maximum(mask_bgr.sum(axis=-1), 1)).sum() / counts.responses
         case "limit":
-            return masked.sum() / (counts.responses * settings.max_tokens)
+            return masked.sum() / (counts.responses * loss_config.max_tokens)
 
 
 def group_loss(
-    policy: Policy, batch: UpdateBatch, counts: Counts, setup: Pass, settings: LossSettings
+    policy: Policy, batch: UpdateBatch, counts: Counts, fwd: ForwardConfig, loss_config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of some prefix groups, as their share of the mean over what ``counts`` counts.
 
@@ -183,15 +186,15 @@ def group_loss(
     Returns:
       The share of the loss, and shares of means over tokens: ``entropy``, ``clip_fraction``, ``sampler_gap`` (mean
       absolute difference between the log-probabilities of the sampler and, for the same policy, of this pass), ``kl``
-      where there is a reference, and ``kl_old``, that of the policy that sampled from this one, where they differ.
+      where there is a reference, and ``kl_old``, KL(sampling policy || current policy), where the two differ.
     """
-    config = settings.grpo
-    if settings.freeze_vision:
+    config = loss_config.grpo
+    if loss_config.freeze_vision:
         policy = jax.tree.map(lambda x: x, policy)
         policy.vision = jax.lax.stop_gradient(policy.vision)
     tokens = batch.rollout.tokens_bgr
-    hidden = group_hidden(policy, batch.prompts, tokens, setup)
-    logp, entropy = response_logps(policy, hidden, tokens, setup, settings.temperature, settings.banned_ids)
+    hidden = group_hidden(policy, batch.prompts, tokens, fwd)
+    logp, entropy = response_logps(policy, hidden, tokens, fwd, loss_config.temperature, loss_config.banned_ids)
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, tokens.shape[-1])
     mean = lambda x: jnp.where(mask, x, 0.0).sum() / counts.tokens  # noqa: E731
     old = jax.lax.stop_gradient(logp) if batch.old_logps_bgr is None else batch.old_logps_bgr
@@ -208,16 +211,16 @@ def group_loss(
         kl = k3_kl(logp, batch.ref_logps_bgr)
         loss = loss + config.kl_coef * kl
         metrics["kl"] = mean(kl)
-    metrics["loss"] = loss_mean(loss, mask, counts, settings)
+    metrics["loss"] = loss_mean(loss, mask, counts, loss_config)
     return metrics["loss"], metrics
 
 
-def whole_policy(learning: Policy | Adapters, base: Policy | None, settings: LossSettings) -> Policy:
-    """The policy that weights which learn are, or are a part of."""
-    if isinstance(learning, Policy):
-        return learning
+def full_policy(params: Policy | Adapters, base: Policy | None, loss_config: LossConfig) -> Policy:
+    """The policy that trainable parameters are, or that the adapters among them belong to."""
+    if isinstance(params, Policy):
+        return params
     assert base is not None, "adapters are on something"
-    return adapt(base, learning, settings.lora_scale)
+    return adapt(base, params, loss_config.lora_scale)
 
 
 def learning_rate(config: TrainConfig, done: int | jax.Array) -> float | jax.Array:
@@ -262,14 +265,14 @@ def _part_of(split: jax.Array, index: int | jax.Array) -> jax.Array:
     return jax.sharding.reshard(split[index], jax.sharding.PartitionSpec(*jax.typeof(split).sharding.spec[1:]))
 
 
-@partial(jax.jit, static_argnames=("optimizer", "setup", "settings", "micro_batches"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("optimizer", "fwd", "loss_config", "micro_batches"), donate_argnames=("state",))
 def update(
     state: TrainState,
     batch: UpdateBatch,
     *,
     optimizer: optax.GradientTransformation,
-    setup: Pass,
-    settings: LossSettings,
+    fwd: ForwardConfig,
+    loss_config: LossConfig,
     micro_batches: int,
     base: Policy | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -288,13 +291,13 @@ def update(
     """
     counts = counted(batch)
     # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
-    setup = setup._replace(written_out=setup.kernel == "cudnn" and not setup.remat)
+    fwd = fwd._replace(written_out=fwd.kernel == "cudnn" and not fwd.remat)
 
-    def loss_of(learning: Policy | Adapters, part: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return group_loss(whole_policy(learning, base, settings), part, counts, setup, settings)
+    def loss_of(params: Policy | Adapters, part: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return group_loss(full_policy(params, base, loss_config), part, counts, fwd, loss_config)
 
     def gradients_of(part: UpdateBatch) -> Total:
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.policy, part)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, part)
         return gradients, metrics
 
     if micro_batches == 1:
@@ -305,14 +308,14 @@ def update(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), like)
         add = lambda total, part: (jax.tree.map(jnp.add, total, gradients_of(part)), None)  # noqa: E731
         (gradients, metrics), _ = jax.lax.scan(add, zeros, parts)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.policy)
-    policy = optax.apply_updates(state.policy, updates)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     # The norm is finite only where every gradient is.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["update/skipped"] = 1.0 - finite.astype(jnp.float32)
-    made = TrainState(policy, optimizer_state, state.updates + 1)
-    return jax.tree.map(partial(jax.lax.select, finite), made, state), metrics
+    updated = TrainState(params, opt_state, state.num_updates + 1)
+    return jax.tree.map(partial(jax.lax.select, finite), updated, state), metrics
 
 
 @partial(jax.jit, static_argnames=("parts",))
@@ -326,8 +329,8 @@ def learn(
     keep_bg: np.ndarray,
     *,
     optimizer: optax.GradientTransformation,
-    setup: Pass,
-    settings: LossSettings,
+    fwd: ForwardConfig,
+    loss_config: LossConfig,
     mini_batches: int,
     micro_batches: int,
     base: Policy | None = None,
@@ -339,41 +342,41 @@ def learn(
     Args:
       state: donated.
       batch: with ``old_logps_bgr`` where there is more than one update.
-      keep_bg: its own, on the host.
-      mini_batches: how many parts the batch is learnt from in; groups stay whole.
+      keep_bg: the batch's, on the host.
+      mini_batches: how many parts the batch is split into, an update each; groups stay whole.
       micro_batches, base: see ``update``; micro-batches of each mini-batch.
 
     Returns:
       The new state, and what each update measured.
     """
     metrics = []
-    learnt = [part for part in range(mini_batches) if keep_bg[part::mini_batches].any()]
-    for _ in range(settings.grpo.iterations):
-        for part in learnt:
+    kept = [part for part in range(mini_batches) if keep_bg[part::mini_batches].any()]
+    for _ in range(loss_config.grpo.iterations):
+        for part in kept:
             chosen = batch if mini_batches == 1 else _take_part(batch, part, mini_batches)
-            state, made = update(
+            state, measured = update(
                 state,
                 chosen,
                 base=base,
                 optimizer=optimizer,
-                setup=setup,
-                settings=settings,
+                fwd=fwd,
+                loss_config=loss_config,
                 micro_batches=micro_batches,
             )
             # One after another: parts that waited for their turn would lie in memory together.
-            metrics.append(jax.block_until_ready(made))
+            metrics.append(jax.block_until_ready(measured))
     return state, metrics
 
 
-@partial(jax.jit, static_argnames=("setup", "settings"))
+@partial(jax.jit, static_argnames=("fwd", "loss_config"))
 def policy_logps(
-    policy: Policy, prompts: PromptBatch, tokens_bgr: Array, *, setup: Pass, settings: LossSettings
+    policy: Policy, prompts: PromptBatch, tokens_bgr: Array, *, fwd: ForwardConfig, loss_config: LossConfig
 ) -> jax.Array:
     """Log-probabilities of the responses under a policy that does not learn now, float32 ``[b, g, r]``."""
-    hidden = group_hidden(policy, prompts, tokens_bgr, setup)
-    return response_logps(policy, hidden, tokens_bgr, setup, settings.temperature, settings.banned_ids)[0]
+    hidden = group_hidden(policy, prompts, tokens_bgr, fwd)
+    return response_logps(policy, hidden, tokens_bgr, fwd, loss_config.temperature, loss_config.banned_ids)[0]
 
 
-def initial_state(policy: Policy | Adapters, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(params: Policy | Adapters, optimizer: optax.GradientTransformation) -> TrainState:
     """A state before its first update, made in one program: the update then compiles once for it and its successors."""
-    return TrainState(policy, *jax.jit(lambda policy: (optimizer.init(policy), jnp.int32(0)))(policy))
+    return TrainState(params, *jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)))(params))

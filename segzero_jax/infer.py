@@ -253,7 +253,7 @@ def _png(picture: Image.Image) -> bytes:
 
 def _say_answer(answered: Answered, limit: int) -> None:
     cut = "" if answered.finished else f" (cut at {limit} tokens)"
-    if not answered.said.well_formed:
+    if not answered.said.readable:
         say(f"answer: malformed{cut}, there is nothing to segment; the policy said: {answered.text.strip()}")
     elif not answered.objects:
         say("answer: no such object in the picture")
@@ -263,7 +263,7 @@ def _say_answer(answered: Answered, limit: int) -> None:
     found, mask = answered.found, answered.mask
     if found.error:
         say(f"mask: none, SAM 2 refused the answer: {found.error}")
-    elif not answered.said.well_formed:
+    elif not answered.said.readable:
         say("mask: none, the answer could not be read")
     elif mask is None:
         say("mask: none was asked for (--server=none)")

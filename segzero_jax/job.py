@@ -15,21 +15,20 @@ from pydantic import ConfigDict, TypeAdapter
 from segzero_jax.asking import load_processor, make_sampling
 from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config
-from segzero_jax.grpo import LossSettings, TrainState, initial_state, loss_settings, make_optimizer, whole_policy
+from segzero_jax.grpo import LossConfig, TrainState, full_policy, initial_state, make_loss_config, make_optimizer
 from segzero_jax.mesh import ROLLOUT, TRAIN, Rows, batch_rows
-from segzero_jax.model.attention import choose_kernel
+from segzero_jax.model.forward import forward_config
 from segzero_jax.model.lora import Adapters, adapt
-from segzero_jax.model.policy import Pass, Policy
-from segzero_jax.model.precision import compute_dtype
+from segzero_jax.model.policy import ForwardConfig, Policy
+from segzero_jax.model.precision import use_compute_dtype
 from segzero_jax.model.weights import check_fits, load_hf, read_dims
 from segzero_jax.pods import Pod
 from segzero_jax.processor import Processor
+from segzero_jax.random_streams import EVALUATION, LORA_START, stream_key
 from segzero_jax.record import PICTURED_PROMPTS
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, Frame, Lengths, PromptBatch, Rollout
 
-_EVAL_KEY = 1
-_LORA_KEY = 3
 _EXAMPLES = TypeAdapter(dict[int, Example], config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
 
 
@@ -41,10 +40,10 @@ class Job:
     mesh: jax.sharding.Mesh
     processor: Processor
     frame: Frame
-    train_pass: Pass
-    rollout_pass: Pass
+    train_fwd: ForwardConfig
+    rollout_fwd: ForwardConfig
     sampling: Sampling
-    loss: LossSettings
+    loss_config: LossConfig
     optimizer: optax.GradientTransformation
     to_rollout: Callable[[Policy], Policy]
     pod: Pod
@@ -53,7 +52,7 @@ class Job:
 
     def policy(self, state: TrainState) -> Policy:
         """The policy as it stands."""
-        return whole_policy(state.policy, self.base, self.loss)
+        return full_policy(state.params, self.base, self.loss_config)
 
     def place(self, tree: Any, rows: Sequence[int]) -> Any:
         """Host arrays with a leading batch axis onto the mesh.
@@ -133,19 +132,18 @@ def prepare(
     processor = load_processor(config, f"model.path={config.model.path}")
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)
     check(processor)
-    dtype = compute_dtype(config.model.compute_dtype)
-    kernel = choose_kernel(mesh, dtype)
-    rank, remat = config.model.lora_rank, config.model.remat
-    learning: Policy | Adapters
+    dtype = use_compute_dtype(config.model.compute_dtype)
+    rank = config.model.lora_rank
+    params: Policy | Adapters
     if rank:
         base = load_hf(config.model.path, dtype=dtype)[0]
-        key = jax.random.fold_in(jax.random.key(config.seed), _LORA_KEY)
-        learning = jax.jit(lambda key: Adapters(dims, TRAIN, rank, key))(key)
+        key = stream_key(config.seed, LORA_START)
+        params = jax.jit(lambda key: Adapters(dims, TRAIN, rank, key))(key)
         # With adapters too, of nothing: sums are then rounded where the policy's are, and the first KL is next to 0.
-        nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), learning)
+        nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
         reference = adapt(base, nothing) if config.grpo.kl_coef else None
     else:
-        base, (learning, _) = None, load_hf(config.model.path)
+        base, (params, _) = None, load_hf(config.model.path)
         # A second reading rather than a copy: the state's buffers are donated to the update.
         reference = load_hf(config.model.path, dtype=dtype)[0] if config.grpo.kl_coef else None
     job = Job(
@@ -153,17 +151,17 @@ def prepare(
         mesh=mesh,
         processor=processor,
         frame=Frame(config.data.image_size, config.data.image_size),
-        train_pass=Pass(dims, TRAIN, dtype, remat, kernel, one_loop=remat),
-        rollout_pass=Pass(dims, ROLLOUT, dtype, kernel=kernel, one_loop=remat),
+        train_fwd=forward_config(dims, TRAIN, config.model),
+        rollout_fwd=forward_config(dims, ROLLOUT, config.model),
         sampling=make_sampling(config.rollout, processor),
-        loss=loss_settings(config, processor.visual_ids),
+        loss_config=make_loss_config(config, processor.visual_ids),
         optimizer=make_optimizer(config.train, config.model.freeze_vision),
         to_rollout=rollout_layout(dims, dtype, rank),
         pod=pod,
         rows=batch_rows(mesh, config.train.batch_size, pod.index),
         base=base,
     )
-    return job, initial_state(learning, job.optimizer), reference
+    return job, initial_state(params, job.optimizer), reference
 
 
 def answer(
@@ -175,7 +173,7 @@ def answer(
     """
     size = job.config.train.batch_size
     sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
-    base = jax.random.fold_in(jax.random.key(job.config.seed), _EVAL_KEY)
+    base = stream_key(job.config.seed, EVALUATION)
     texts: list[list[str]] = []
     lengths: list[Lengths] = []
     for start in range(0, len(examples), size):
@@ -185,7 +183,7 @@ def answer(
         filled = rows + rows[:1] * (size - len(rows))
         key = jax.random.fold_in(base, start)
         prompts = job.encode([filled[row] for row in job.rows.held])
-        said = job.fetch(sample(weights, prompts, key, setup=job.rollout_pass, sampling=sampling))
+        said = job.fetch(sample(weights, prompts, key, fwd=job.rollout_fwd, sampling=sampling))
         texts += job.texts(said)[: len(rows)]
         lengths.append(Lengths(said.length_bg[: len(rows)], said.finished_bg[: len(rows)]))
     return texts, Lengths(*map(np.concatenate, zip(*lengths, strict=True)))

@@ -47,9 +47,13 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     replace(path, "".join(dump(row) for row in rows).encode("ascii"))
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Puts ``content`` at ``path`` in one step, through a temporary file beside it."""
-    temporary = path.with_name(path.name + ".tmp")
+def replace(path: Path, content: bytes, unfinished: str = ".tmp") -> None:
+    """Puts ``content`` at ``path`` in one step, through a temporary file beside it.
+
+    Args:
+      unfinished: added to the temporary file's name; where several processes may write ``path``, one of its own each.
+    """
+    temporary = path.with_name(path.name + unfinished)
     try:
         with temporary.open("wb") as file:
             file.write(content)

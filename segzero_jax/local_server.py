@@ -33,7 +33,6 @@ def missing_package() -> str:
 def local_server(
     model: str = "toy",
     log: str | Path = "reward_server.log",
-    threads: int = 1,
     startup_timeout_s: float = 300.0,
     if_it_dies: str = "start again",
 ) -> Iterator[str]:
@@ -45,7 +44,6 @@ def local_server(
     Args:
       model: what the server loads: "toy", a hub id or a directory.
       log: where the child's standard error goes; written anew, its directory is made.
-      threads: CPU threads of the model.
       startup_timeout_s: patience until it serves, the loading of the model included.
       if_it_dies: what the user can do then.
 
@@ -56,7 +54,7 @@ def local_server(
     log = Path(log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stderr:
-        child = _start(model, threads, stderr.fileno())
+        child = _start(model, stderr.fileno())
     try:
         address = _wait_until_serving(child, log, startup_timeout_s)
         try:
@@ -69,7 +67,9 @@ def local_server(
         _stop(child)
 
 
-def _start(model: str, threads: int, stderr: int) -> subprocess.Popen[str]:
+def _start(model: str, stderr: int) -> subprocess.Popen[str]:
+    # The toy is done sooner than threads have found each other; any other model needs all that PyTorch takes.
+    threads = 1 if model == "toy" else 0
     arguments = ["--model", model, "--port", "0", "--threads", str(threads), "--exit-with-parent", str(os.getpid())]
     # The child must find the package wherever this process found it.
     home = str(Path(reward_server.__file__).parents[1])

@@ -1,17 +1,18 @@
-"""GRPO: ``draw`` and ``train`` read as the algorithm.
+"""GRPO: ``Loop.train`` and the methods behind it read as the algorithm.
 
 For every batch of prompts: sample G responses each, send their prompts to SAM 2, run the reference policy while SAM 2
 works, turn rewards into advantages relative to the group, learn from them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import numpy as np
 
 from segzero_jax.data.batches import Batches
-from segzero_jax.dynamic_sampling import Draw, Groups, Learnt, choose, enough, take, whole
+from segzero_jax.dynamic_sampling import DeviceBatch, SampledBatch, Selection, enough, gather, select, select_all
 from segzero_jax.grpo import TrainState, UpdateBatch, advantages, learn, learning_rate, policy_logps
 from segzero_jax.job import Job
 from segzero_jax.keeper import Keeper
@@ -19,15 +20,17 @@ from segzero_jax.metrics import MetricsWriter
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.patience import Patience
 from segzero_jax.preemption import Preemption
+from segzero_jax.random_streams import TRAINING, stream_key
 from segzero_jax.record import (
     PICTURED_PROMPTS,
+    StepRecord,
+    record_step,
     rollout_rows,
     sampling_metrics,
     step_metrics,
-    step_of,
-    unlearnt,
     unscored_groups,
     update_metrics,
+    why_no_update,
 )
 from segzero_jax.rollout import padding_multiple, sample
 from segzero_jax.run_dir import checkpoint_due, evaluation_due
@@ -35,9 +38,8 @@ from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Lengths, PromptBatch, Rollout
 from segzero_jax.watch import Watch
 
-_TRAIN_KEY = 0
-# Of a step's further batches; what is below is for tokens.
-_DRAW_KEY = 2**31
+# Offset for the second batch of a step, the third, ...: smaller numbers are folded in for token positions.
+_BATCH_KEY = 2**31
 
 # (step, weights in rollout layout)
 Evaluation = Callable[[int, Policy], None]
@@ -51,143 +53,158 @@ def _crop(rollout: Rollout, longest: int) -> Rollout:
     return rollout._replace(tokens_bgr=rollout.tokens_bgr[..., :length], logps_bgr=rollout.logps_bgr[..., :length])
 
 
-def draw(
-    job: Job,
-    state: TrainState,
-    reference: Policy | None,
-    batches: Batches[tuple[list[Example], PromptBatch]],
-    scorer: Scorer,
-    keeper: Keeper,
-    writer: MetricsWriter,
-    preemption: Preemption,
-    watch: Watch,
-    step: int,
-    before: int,
-) -> tuple[Draw, Groups]:
-    """The next batch, sampled and scored; the reference policy runs while SAM 2 works.
+@dataclass(frozen=True)
+class Loop:
+    """Everything that the steps of a run share.
 
-    Args:
-      before: batches that were drawn for this step before.
+    Attributes:
+      reference: the frozen policy that the KL term refers to, None without ``grpo.kl_coef``.
+      keeper: saves the last finished step.
+      evaluate: measures a policy on the held-out splits.
     """
-    config, policy = job.config, job.policy(state)
-    with watch.phase("data"):
-        mine, encoded = next(batches)
-        prompts = job.join(encoded)
-        examples = job.share(mine)
-    with watch.phase("rollout"):
-        if config.model.vision_stays:
-            # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
-            prompts = embed_images(policy, prompts, setup=job.train_pass)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _TRAIN_KEY), step)
-        if before:
-            key = jax.random.fold_in(key, _DRAW_KEY + before)
-        # The copy in rollout layout lives no longer than the call.
-        rollout = sample(job.to_rollout(policy), prompts, key, setup=job.rollout_pass, sampling=job.sampling)
-        said = job.fetch(rollout)
-        texts = job.texts(said)
-    preemption.check()
-    lengths = Lengths(said.length_bg, said.finished_bg)
-    pending = scorer.send(examples, texts, 0 if before else PICTURED_PROMPTS, job.rows.own, lengths)
-    with watch.phase("reference"):
-        rollout = _crop(rollout, int(said.length_bg.max()))
-        setup = job.train_pass._replace(remat=False)
-        logps_of = partial(policy_logps, prompts=prompts, tokens_bgr=rollout.tokens_bgr, setup=setup, settings=job.loss)
-        ref_logps = None if reference is None else logps_of(reference)
-        # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
-        old_logps = None if config.updates_per_rollout == 1 else logps_of(policy)
-        jax.block_until_ready((ref_logps, old_logps))
-    with (
-        watch.phase("reward_wait"),
-        Patience(config.reward, writer.message, keeper.keep, preemption.check, job.pod) as patience,
-    ):
-        scored = pending.result(patience, drop=config.reward.missing == "drop")
-    preemption.check()
-    keep_bg = np.isfinite(scored.rewards_bg) & (said.finished_bg | (not config.grpo.mask_truncated))
-    advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
-    groups = Groups(prompts, rollout, ref_logps, old_logps)
-    tokens = int(prompts.length_b.sum()) + int(said.length_bg.sum())
-    return Draw(examples, texts, said, scored, advantages_bg, keep_bg, tokens), groups
 
+    job: Job
+    reference: Policy | None
+    batches: Batches[tuple[list[Example], PromptBatch]]
+    scorer: Scorer
+    keeper: Keeper
+    writer: MetricsWriter
+    evaluate: Evaluation
+    preemption: Preemption
+    watch: Watch
 
-def _learn_from(
-    job: Job, state: TrainState, drawn: list[Groups], learnt: Learnt
-) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
-    """The updates of a step, and the numbers of each. Empties ``drawn``."""
-    train = job.config.train
-    groups = take(drawn, learnt.rows_b, job.processor.pad_id)
-    advantages_bg, keep_bg = job.place((learnt.advantages_bg, learnt.keep_bg), range(train.batch_size))
-    batch = UpdateBatch(
-        groups.prompts, groups.rollout, advantages_bg, keep_bg, groups.ref_logps_bgr, groups.old_logps_bgr
-    )
-    # Pictures take memory that the update, and the next rollout, may need.
-    drawn.clear()
-    del groups
-    state, losses = learn(
-        state,
-        batch,
-        learnt.keep_bg,
-        optimizer=job.optimizer,
-        setup=job.train_pass,
-        settings=job.loss,
-        mini_batches=train.mini_batches,
-        micro_batches=train.micro_batches,
-        base=job.base,
-    )
-    return state, jax.device_get(losses)
+    def train(self, state: TrainState, first_step: int, evaluate_first: bool) -> TrainState:
+        """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
+        config = self.job.config
+        if evaluate_first:
+            self._evaluate(state, first_step - 1)
+        for step in range(first_step, config.train.steps + 1):
+            self.preemption.check()
+            self.watch.begin(step)
+            sampled: list[SampledBatch] = []
+            on_devices: list[DeviceBatch] = []
+            while not sampled or (len(sampled) < config.rollout.max_batches and not enough(sampled)):
+                sampled_batch, device_batch = self._sample(state, step, len(sampled))
+                sampled.append(sampled_batch)
+                on_devices.append(device_batch)
+                del device_batch
+            with self.watch.phase("update"):
+                selection = select_all(sampled[0]) if config.rollout.max_batches == 1 else select(sampled)
+                state, updates = self._update(state, on_devices, selection)
+            self.keeper.finished(step, state, self.batches.get_state())
+            self._write(record_step(step, sampled, selection), sampled, selection, updates, int(state.num_updates))
+            if checkpoint_due(config, step):
+                with self.watch.phase("checkpoint"):
+                    self.keeper.save()
+            if evaluation_due(config, step):
+                self._evaluate(state, step)
+        return state
 
+    def _sample(self, state: TrainState, step: int, earlier: int) -> tuple[SampledBatch, DeviceBatch]:
+        """The next batch, sampled and scored; the reference policy runs while SAM 2 works.
 
-def train(
-    job: Job,
-    state: TrainState,
-    reference: Policy | None,
-    batches: Batches[tuple[list[Example], PromptBatch]],
-    scorer: Scorer,
-    keeper: Keeper,
-    writer: MetricsWriter,
-    evaluate: Evaluation,
-    preemption: Preemption,
-    watch: Watch,
-    first_step: int,
-) -> TrainState:
-    """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
-    config = job.config
-    for step in range(first_step, config.train.steps + 1):
-        preemption.check()
-        watch.begin(step)
-        draws: list[Draw] = []
-        drawn: list[Groups] = []
-        while not draws or (len(draws) < config.rollout.max_batches and not enough(draws)):
-            scores, groups = draw(
-                job, state, reference, batches, scorer, keeper, writer, preemption, watch, step, len(draws)
+        Args:
+          earlier: batches that were sampled for this step before.
+        """
+        job, config, watch, policy = self.job, self.job.config, self.watch, self.job.policy(state)
+        with watch.phase("data"):
+            own_examples, encoded = next(self.batches)
+            prompts = job.join(encoded)
+            examples = job.share(own_examples)
+        with watch.phase("rollout"):
+            if config.model.vision_stays:
+                # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
+                prompts = embed_images(policy, prompts, fwd=job.train_fwd)
+            key = jax.random.fold_in(stream_key(config.seed, TRAINING), step)
+            if earlier:
+                key = jax.random.fold_in(key, _BATCH_KEY + earlier)
+            # The copy in rollout layout lives no longer than the call.
+            rollout = sample(job.to_rollout(policy), prompts, key, fwd=job.rollout_fwd, sampling=job.sampling)
+            responses = job.fetch(rollout)
+            texts = job.texts(responses)
+        self.preemption.check()
+        lengths = Lengths(responses.length_bg, responses.finished_bg)
+        pending = self.scorer.send(examples, texts, 0 if earlier else PICTURED_PROMPTS, job.rows.own, lengths)
+        with watch.phase("reference"):
+            rollout = _crop(rollout, int(responses.length_bg.max()))
+            logps_of = partial(
+                policy_logps,
+                prompts=prompts,
+                tokens_bgr=rollout.tokens_bgr,
+                fwd=job.train_fwd._replace(remat=False),
+                loss_config=job.loss_config,
             )
-            draws.append(scores)
-            drawn.append(groups)
-            del groups
-        with watch.phase("update"):
-            learnt = whole(draws[0]) if config.rollout.max_batches == 1 else choose(draws)
-            state, losses = _learn_from(job, state, drawn, learnt)
-        keeper.finished(step, state, batches.get_state())
-        made = step_of(step, draws, learnt)
-        for line in (unscored_groups(made.scored), "" if losses else unlearnt(draws)):
+            ref_logps = None if self.reference is None else logps_of(self.reference)
+            # A single update starts from the policy that sampled: its own log-probabilities are the old ones.
+            old_logps = None if config.updates_per_rollout == 1 else logps_of(policy)
+            jax.block_until_ready((ref_logps, old_logps))
+        with (
+            watch.phase("reward_wait"),
+            Patience(config.reward, self.writer.message, self.keeper.keep, self.preemption.check, job.pod) as patience,
+        ):
+            scored = pending.result(patience, drop=config.reward.missing == "drop")
+        self.preemption.check()
+        keep_bg = np.isfinite(scored.rewards_bg) & (responses.finished_bg | (not config.grpo.mask_truncated))
+        advantages_bg = np.where(keep_bg, advantages(scored.rewards_bg, config.grpo.norm_adv_by_std), 0.0)
+        tokens = int(prompts.length_b.sum()) + int(responses.length_bg.sum())
+        return (
+            SampledBatch(examples, texts, responses, scored, advantages_bg, keep_bg, tokens),
+            DeviceBatch(prompts, rollout, ref_logps, old_logps),
+        )
+
+    def _update(
+        self, state: TrainState, on_devices: list[DeviceBatch], selection: Selection
+    ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+        """The updates of a step, and what each measured. Empties ``on_devices``."""
+        job, train = self.job, self.job.config.train
+        groups = gather(on_devices, selection.rows_b, job.processor.pad_id)
+        advantages_bg, keep_bg = job.place((selection.advantages_bg, selection.keep_bg), range(train.batch_size))
+        batch = UpdateBatch(
+            groups.prompts, groups.rollout, advantages_bg, keep_bg, groups.ref_logps_bgr, groups.old_logps_bgr
+        )
+        # Pictures take memory that the update, and the next rollout, may need.
+        on_devices.clear()
+        del groups
+        state, updates = learn(
+            state,
+            batch,
+            selection.keep_bg,
+            optimizer=job.optimizer,
+            fwd=job.train_fwd,
+            loss_config=job.loss_config,
+            mini_batches=train.mini_batches,
+            micro_batches=train.micro_batches,
+            base=job.base,
+        )
+        return state, jax.device_get(updates)
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        with self.watch.phase("evaluation"):
+            self.evaluate(step, self.job.to_rollout(self.job.policy(state)))
+
+    def _write(
+        self,
+        record: StepRecord,
+        sampled: list[SampledBatch],
+        selection: Selection,
+        updates: list[dict[str, np.ndarray]],
+        num_updates: int,
+    ) -> None:
+        """The step's messages, its line of metrics and its responses."""
+        config, writer, step = self.job.config, self.writer, record.step
+        for line in (unscored_groups(record.scored), "" if updates else why_no_update(sampled)):
             if line:
                 writer.message(f"step {step}: {line}")
         # Of the step's last update.
-        lr = float(learning_rate(config.train, max(int(state.updates), 1) - 1))
+        lr = float(learning_rate(config.train, max(num_updates, 1) - 1))
         numbers = {
-            **step_metrics(made, config),
-            **update_metrics(losses),
-            **{"lr": lr, "checkpoint/failed": keeper.failed},
+            **step_metrics(record, config),
+            **update_metrics(updates),
+            **{"lr": lr, "checkpoint/failed": self.keeper.failed},
         }
         if config.rollout.max_batches > 1:
-            numbers |= sampling_metrics(draws, learnt)
-        tokens = sum(scores.tokens for scores in draws)
-        writer.write_step(step, {**numbers, **watch.line(step, numbers, tokens)})
-        writer.write_rollouts(step, rollout_rows(made, job.frame, config.reward.recipe, writer.write_image))
-        watch.check(step, numbers)
-        if checkpoint_due(config, step):
-            with watch.phase("checkpoint"):
-                keeper.save()
-        if evaluation_due(config, step):
-            with watch.phase("evaluation"):
-                evaluate(step, job.to_rollout(job.policy(state)))
-    return state
+            numbers |= sampling_metrics(sampled, selection)
+        tokens = sum(batch.tokens for batch in sampled)
+        writer.write_step(step, {**numbers, **self.watch.line(step, numbers, tokens)})
+        writer.write_rollouts(step, rollout_rows(record, self.job.frame, config.reward.recipe, writer.write_image))
+        self.watch.check(step, numbers)

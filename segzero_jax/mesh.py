@@ -62,8 +62,28 @@ class Layout:
         return (axes,) if isinstance(axes, str) else axes or ()
 
 
-TRAIN = Layout("train", _BATCH, _BATCH, "data", "fsdp", "tensor", "tensor", "tensor", "tensor")
-ROLLOUT = Layout("rollout", _BATCH, "data", "data", None, "tensor", _BOTH, _BOTH, "tensor")
+TRAIN = Layout(
+    name="train",
+    batch=_BATCH,
+    mlp_batch=_BATCH,
+    lookup_batch="data",
+    embed="fsdp",
+    heads="tensor",
+    mlp="tensor",
+    vocab="tensor",
+    vision_mlp="tensor",
+)
+ROLLOUT = Layout(
+    name="rollout",
+    batch=_BATCH,
+    mlp_batch="data",
+    lookup_batch="data",
+    embed=None,
+    heads="tensor",
+    mlp=_BOTH,
+    vocab=_BOTH,
+    vision_mlp="tensor",
+)
 
 
 def parse_mesh(text: str) -> tuple[int, int, int]:

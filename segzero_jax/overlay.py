@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from segzero_jax.run_lengths import run_lengths
+from segzero_jax.run_lengths import decode_counts
 
 PREDICTION = (38, 120, 220)
 TARGET = (255, 150, 30)
@@ -90,7 +90,7 @@ def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
       ValueError: the runs do not add up to the size, or the text is not in that encoding.
     """
     height, width, counts = int(rle["height"]), int(rle["width"]), rle["counts"]
-    runs = run_lengths(counts)
+    runs = decode_counts(counts)
     if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise ValueError(f"mask of {height}x{width}: expected runs of {height * width} pixels, got {sum(runs)}")
     values = np.arange(len(runs)) % 2 == 1

@@ -30,20 +30,20 @@ class VisionSpec:
     Attributes:
       patch, temporal_patch: pixels along a patch's side, and how often a still picture's patch is repeated in time.
       merge: patches along the side of a merged unit, which becomes one token.
-      window: patches along the side of an attention window.
+      window_side: patches along the side of an attention window.
       mean, std: per channel, of pixels in [0, 1].
     """
 
     patch: int
     temporal_patch: int
     merge: int
-    window: int
+    window_side: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @property
-    def channels(self) -> int:
-        """Values per patch, time included."""
+    def patch_width(self) -> int:
+        """Numbers in one patch: channels x temporal patch x height x width."""
         return 3 * self.temporal_patch * self.patch**2
 
 
@@ -112,7 +112,7 @@ def patch_image(
         raise ValueError(f"image size {size[0]}x{size[1]}: expected multiples of {unit}")
     pixels = np.asarray(image if image.size == size else image.resize(size, resampling))
     rows, columns, side = size[1] // spec.patch, size[0] // spec.patch, spec.patch
-    raster_s, unit_k = window_order(rows, columns, spec.merge, spec.window)
+    raster_s, unit_k = window_order(rows, columns, spec.merge, spec.window_side)
     valid_s, at = raster_s >= 0, raster_s[raster_s >= 0]
     bytes_scyx = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)[at]
     patches_sctyx = np.zeros((len(raster_s), 3, spec.temporal_patch, side, side), np.float32)

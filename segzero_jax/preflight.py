@@ -44,9 +44,9 @@ from segzero_jax.local_path import is_url
 from segzero_jax.local_server import missing_package
 from segzero_jax.mesh import AXES, MeshError, make_mesh, prepare_cpu
 from segzero_jax.model.dims import Dims
-from segzero_jax.model.lora import abstract_learning
+from segzero_jax.model.lora import abstract_params
 from segzero_jax.model.tensor_files import find_tensors
-from segzero_jax.model.weights import CheckpointError, check_fits, read_dims
+from segzero_jax.model.weights import CheckpointError, check_fits, read_dims, resolve
 from segzero_jax.own_rewards import check_same_files, load_functions, sources
 from segzero_jax.pods import HOST_LOST, HostLost, Pod, PodError, join
 from segzero_jax.processor import PromptTooLong
@@ -174,6 +174,8 @@ def check_model(config: Config, pod: Pod) -> str:
     missing = _missing_bytes(path)
     try:
         dims = read_dims(path)
+        if as_hub_id(path) is None:
+            find_tensors(resolve(path))
         load_processor(config, f"model.path={path}")
         _fitting_mesh(config, dims)
     except (CheckpointError, MeshError) as error:
@@ -309,8 +311,8 @@ def _state_bytes(config: Config) -> int:
     dims = read_dims(config.model.path)
     optimizer = make_optimizer(config.train, config.model.freeze_vision)
     with jax.set_mesh(_fitting_mesh(config, dims)):
-        learning = abstract_learning(dims, config.model.lora_rank)
-        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), learning)
+        params = abstract_params(dims, config.model.lora_rank)
+        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

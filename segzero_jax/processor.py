@@ -126,7 +126,7 @@ class Processor:
           FileNotFoundError: the directory or one of the files is missing.
           ValueError: they do not fit together, or ``image_size`` is not a whole number of merged units.
         """
-        directory = checkpoint_directory(path)
+        directory = settings_directory(path)
         vision = _read_vision(directory)
         if image_size % (vision.patch * vision.merge):
             raise ValueError(
@@ -202,7 +202,7 @@ class Processor:
             positions_b3p=np.zeros((b, 3, p), np.int32),
             next_position_b=np.array([prompt.next_position for prompt in prompts], np.int32),
             image_index_bp=np.full((b, p), -1, np.int32),
-            patches_bisc=np.zeros((b, i, s, self.vision.channels), np.float32),
+            patches_bisc=np.zeros((b, i, s, self.vision.patch_width), np.float32),
             patch_hw_bis2=np.zeros((b, i, s, 2), np.int32),
             patch_valid_bis=np.zeros((b, i, s), bool),
         )
@@ -246,7 +246,7 @@ class Processor:
         return found
 
 
-def checkpoint_directory(path: str | Path) -> Path:
+def settings_directory(path: str | Path) -> Path:
     """The directory that a ``model.path`` means, its weights apart. Raises FileNotFoundError, HubError."""
     directory = model_directory(path, weights=False)
     if not directory.is_dir():
@@ -305,7 +305,7 @@ def _read_vision(directory: Path) -> VisionSpec:
         patch=patch,
         temporal_patch=model.get("temporal_patch_size", 2),
         merge=merge,
-        window=model.get("window_size", 112) // (patch * merge) * merge,
+        window_side=model.get("window_size", 112) // (patch * merge) * merge,
         mean=_by_channel(images, "image_mean", directory),
         std=_by_channel(images, "image_std", directory, above=0),
     )

@@ -39,12 +39,12 @@ class Answer:
     Attributes:
       thinking: the reasoning, or None without a closed ``<think>`` block.
       objects: what the segmenter is asked for; empty both for a well formed "nothing here" and for no answer at all.
-      well_formed: tells those two apart: the answer was understood whole.
+      readable: tells those two apart: the answer was understood whole.
     """
 
     thinking: str | None
     objects: tuple[ObjectPrompt, ...]
-    well_formed: bool = True
+    readable: bool = True
 
 
 def question_text(wording: str, question: str) -> str:
@@ -106,7 +106,7 @@ def parse_answer(text: str) -> Answer:
     """
     located = answers.read_answer(text)
     objects = tuple(ObjectPrompt(box=box, points=points) for box, points in located or ())
-    return Answer(thinking=answers.thinking(text), objects=objects, well_formed=located is not None)
+    return Answer(thinking=answers.thinking(text), objects=objects, readable=located is not None)
 
 
 def _pixels(values: Sequence[float]) -> str:

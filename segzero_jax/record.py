@@ -13,7 +13,7 @@ from rich.table import Table
 from segzero_jax import jsonl
 from segzero_jax.answers import thinking
 from segzero_jax.config import Config
-from segzero_jax.dynamic_sampling import Draw, Learnt
+from segzero_jax.dynamic_sampling import SampledBatch, Selection
 from segzero_jax.evaluation import mask_row, object_rows
 from segzero_jax.grpo import UPDATE_METRICS, advantages
 from segzero_jax.intervals import with_interval
@@ -31,8 +31,8 @@ _BATCHES, _GROUPS = "dynamic_sampling/batches", "dynamic_sampling/groups"
 PICTURED_PROMPTS = 1
 
 
-class Step(NamedTuple):
-    """One step's prompts, responses and scores, on the host; of all batches that were sampled for it.
+class StepRecord(NamedTuple):
+    """One step's prompts, responses and scores, on the host: all batches that were sampled for it.
 
     Attributes:
       step: its number, from 1.
@@ -51,51 +51,51 @@ class Step(NamedTuple):
     advantages_bg: np.ndarray
 
 
-def step_of(step: int, draws: Sequence[Draw], learnt: Learnt) -> Step:
-    """What a step has made."""
-    masks = [draw.scored.masks for draw in draws]
+def record_step(step: int, sampled: Sequence[SampledBatch], selection: Selection) -> StepRecord:
+    """The batches that were sampled for a step, as one record."""
+    masks = [batch.scored.masks for batch in sampled]
     scored = Scored(
-        np.concatenate([draw.scored.rewards_bg for draw in draws]),
-        [group for draw in draws for group in draw.scored.components],
+        np.concatenate([batch.scored.rewards_bg for batch in sampled]),
+        [group for batch in sampled for group in batch.scored.components],
         None if masks[0] is None else [group for part in masks for group in part or ()],
     )
-    advantages_bg = np.concatenate([draw.advantages_bg for draw in draws])
-    return Step(
+    advantages_bg = np.concatenate([batch.advantages_bg for batch in sampled])
+    return StepRecord(
         step,
-        [example for draw in draws for example in draw.examples],
-        [group for draw in draws for group in draw.texts],
-        Rollout(*map(np.concatenate, zip(*(draw.rollout for draw in draws), strict=True))),
+        [example for batch in sampled for example in batch.examples],
+        [group for batch in sampled for group in batch.texts],
+        Rollout(*map(np.concatenate, zip(*(batch.rollout for batch in sampled), strict=True))),
         scored,
-        np.where(learnt.used[:, None], advantages_bg, 0.0),
+        np.where(selection.used[:, None], advantages_bg, 0.0),
     )
 
 
-def step_metrics(made: Step, config: Config) -> dict[str, float | int | None]:
+def step_metrics(record: StepRecord, config: Config) -> dict[str, float | int | None]:
     """Rewards, lengths and mask IoU of a step; None where no response has a score.
 
     Where the recipe asks for no reasoning, none is missing: ``empty_thinking`` is not measured. Of several data sets
     each has its own mean reward.
     """
-    totals = made.scored.rewards_bg
+    totals = record.scored.rewards_bg
     present = totals[np.isfinite(totals)]
-    rows = [row for group in made.scored.components for row in group if row]
+    rows = [row for group in record.scored.components for row in group if row]
     metrics: dict[str, float | int | None] = {
         "reward/mean": float(present.mean()) if present.size else None,
         "reward/std": float(present.std()) if present.size else None,
         **{f"reward/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())},
         "reward/zero_std_groups": float((advantages(totals) == 0).all(axis=1).mean()),
-        **{_reward_of(name): _mean_of(name, made) for name in _mixed(config)},
+        **{_reward_of(name): _mean_of(name, record) for name in _mixed(config)},
         "missing_scores": int(totals.size - present.size),
-        "response_length/mean": float(made.rollout.length_bg.mean()),
-        "response_length/min": int(made.rollout.length_bg.min()),
-        "response_length/max": int(made.rollout.length_bg.max()),
+        "response_length/mean": float(record.rollout.length_bg.mean()),
+        "response_length/min": int(record.rollout.length_bg.min()),
+        "response_length/max": int(record.rollout.length_bg.max()),
     }
     if thinks(config.reward.recipe):
-        empty = [not (thinking(text) or "").strip() for row in made.texts for text in row]
+        empty = [not (thinking(text) or "").strip() for row in record.texts for text in row]
         metrics["empty_thinking"] = float(np.mean(empty))
-    metrics["finished"] = float(made.rollout.finished_bg.mean())
-    if made.scored.masks is not None:
-        ious = [score.iou for group in made.scored.masks for score in group if score.iou is not None]
+    metrics["finished"] = float(record.rollout.finished_bg.mean())
+    if record.scored.masks is not None:
+        ious = [score.iou for group in record.scored.masks for score in group if score.iou is not None]
         metrics["mask_iou/mean"] = float(np.mean(ious)) if ious else None
     return metrics
 
@@ -110,16 +110,16 @@ def _reward_of(data_set: str) -> str:
     return f"data/{data_set}/reward"
 
 
-def _mean_of(data_set: str, made: Step) -> float | None:
+def _mean_of(data_set: str, record: StepRecord) -> float | None:
     """The mean reward of the questions from a data set; None where none of them has a score."""
-    rewards = made.scored.rewards_bg[[example.data_set == data_set for example in made.examples]]
+    rewards = record.scored.rewards_bg[[example.data_set == data_set for example in record.examples]]
     present = rewards[np.isfinite(rewards)]
     return float(present.mean()) if present.size else None
 
 
-def sampling_metrics(draws: Sequence[Draw], learnt: Learnt) -> dict[str, int]:
+def sampling_metrics(sampled: Sequence[SampledBatch], selection: Selection) -> dict[str, int]:
     """What dynamic sampling did for a step."""
-    return {_BATCHES: len(draws), _GROUPS: int(learnt.used.sum())}
+    return {_BATCHES: len(sampled), _GROUPS: int(selection.used.sum())}
 
 
 def metric_keys(config: Config) -> list[str]:
@@ -128,7 +128,7 @@ def metric_keys(config: Config) -> list[str]:
     own = [name.rpartition(":")[2] for name in config.reward.functions]
     components = (*component_names(config.reward.recipe, scored and config.reward.mask_iou_weight > 0), *own)
     measured = {"kl": config.grpo.kl_coef > 0, "kl_old": config.updates_per_rollout > 1}
-    learnt = [name for name in UPDATE_METRICS if measured.get(name, True)]
+    updates = [name for name in UPDATE_METRICS if measured.get(name, True)]
     return [
         *("reward/mean", "reward/std", *(f"reward/{name}" for name in components), "reward/zero_std_groups"),
         *(_reward_of(name) for name in _mixed(config)),
@@ -137,7 +137,7 @@ def metric_keys(config: Config) -> list[str]:
         *(("empty_thinking",) if thinks(config.reward.recipe) else ()),
         "finished",
         *((_BATCHES, _GROUPS) if config.rollout.max_batches > 1 else ()),
-        *(*learnt, "lr", "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
+        *(*updates, "lr", "checkpoint/failed", *ALARMS, *(f"time/{name}" for name in STEP_TIMES), "tokens_per_second"),
     ]
 
 
@@ -164,12 +164,12 @@ def unscored_groups(scored: Scored) -> str:
     return f"{what}, they have no scores: {reason}"
 
 
-def unlearnt(draws: Sequence[Draw]) -> str:
+def why_no_update(sampled: Sequence[SampledBatch]) -> str:
     """One line on why a step made no update; empty where that is for lack of scores."""
-    rewards_bg = np.concatenate([draw.scored.rewards_bg for draw in draws])
+    rewards_bg = np.concatenate([batch.scored.rewards_bg for batch in sampled])
     if not np.isfinite(rewards_bg).any():
         return ""
-    if not any(draw.keep_bg.any() for draw in draws):
+    if not any(batch.keep_bg.any() for batch in sampled):
         why = "all scored responses were cut off"
     elif (advantages(rewards_bg) == 0).all():
         why = "no group has any spread of rewards"
@@ -179,7 +179,7 @@ def unlearnt(draws: Sequence[Draw]) -> str:
 
 
 def rollout_rows(
-    made: Step, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
+    record: StepRecord, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
 ) -> Iterator[dict[str, Any]]:
     """A row per response; those of the first PICTURED_PROMPTS also hold what a picture of them needs.
 
@@ -188,26 +188,26 @@ def rollout_rows(
       recipe: decides the form of ``solution``.
       store_image: ``(id, bytes) -> path`` in the run directory.
     """
-    for b, example in enumerate(made.examples):
+    for b, example in enumerate(record.examples):
         target = solution(example, frame, recipe)
         image = store_image(example.id, example.image) if b < PICTURED_PROMPTS else ""
-        for g, text in enumerate(made.texts[b]):
-            score = made.scored.masks[b][g] if made.scored.masks is not None else None
-            reward = float(made.scored.rewards_bg[b, g])
+        for g, text in enumerate(record.texts[b]):
+            score = record.scored.masks[b][g] if record.scored.masks is not None else None
+            reward = float(record.scored.rewards_bg[b, g])
             row: dict[str, Any] = {
-                "step": made.step,
+                "step": record.step,
                 "id": example.id,
                 "sample": g,
                 "question": example.question,
                 "text": text,
                 "solution": target,
                 "reward": reward if math.isfinite(reward) else None,
-                "components": made.scored.components[b][g],
+                "components": record.scored.components[b][g],
                 "mask_iou": score.iou if score else None,
                 "error": score.error if score else "",
-                "length": int(made.rollout.length_bg[b, g]),
-                "finished": bool(made.rollout.finished_bg[b, g]),
-                "advantage": float(made.advantages_bg[b, g]),
+                "length": int(record.rollout.length_bg[b, g]),
+                "finished": bool(record.rollout.finished_bg[b, g]),
+                "advantage": float(record.advantages_bg[b, g]),
             }
             if b < PICTURED_PROMPTS:
                 row |= {

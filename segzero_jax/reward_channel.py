@@ -283,7 +283,7 @@ def _spread_target(targets: str) -> str:
     found = _parsed(targets)
     if len(found) == 1:
         return targets
-    known = [_resolved(found, *family) for family in _FAMILIES]
+    known = [_resolved(found, family, form) for family, _, form in _FAMILIES]
     numeric = max(known, key=len)
     if len(numeric) < len(set().union(*known)):
         raise RewardServerError(f"reward server {targets}: expected IPv4 or IPv6 throughout")
@@ -298,7 +298,7 @@ def _numbers(target: str) -> set[str]:
 
 
 def _resolved(
-    found: Sequence[tuple[str, int]], family: socket.AddressFamily, scheme: str, form: str
+    found: Sequence[tuple[str, int]], family: socket.AddressFamily, form: str
 ) -> dict[tuple[str, int], list[str]]:
     """The numeric addresses of a family, by what they were found for."""
     numeric = {}

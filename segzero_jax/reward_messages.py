@@ -29,8 +29,6 @@ class ServerInfo:
     max_image_bytes: int
     max_image_pixels: int
     max_candidates: int
-    max_objects_per_candidate: int
-    max_points_per_object: int
     max_objects: int
     max_mask_pixels: int
 
@@ -106,8 +104,6 @@ def info_from(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
         max_image_bytes=response.limits.image_bytes,
         max_image_pixels=response.limits.image_pixels,
         max_candidates=response.limits.candidates,
-        max_objects_per_candidate=response.limits.objects_per_candidate,
-        max_points_per_object=response.limits.points_per_object,
         max_objects=response.limits.objects,
         max_mask_pixels=response.limits.mask_pixels,
     )

@@ -81,8 +81,8 @@ def score(
         not one that the recipe can compare with, or the recipe weighs a mask IoU that is missing or not in [0, 1].
         A missing score is never a zero: drop the row.
     """
-    row, weight, mode = _lookup(recipe, mask_iou_weight, mask_iou_mode)
-    components = row.measure(text, answers.read_solution(solution))
+    spec, weight, mode = _lookup(recipe, mask_iou_weight, mask_iou_mode)
+    components = spec.measure(text, answers.read_solution(solution))
     total = sum(components.values())
     if weight > 0:
         if mask_iou is None:
@@ -94,8 +94,8 @@ def score(
 
 def maximum(recipe: str, mask_iou_weight: float = 0.0, mask_iou_mode: str = "raw") -> float:
     """The most ``score`` gives with these arguments. Raises ValueError as it does."""
-    row, weight, mode = _lookup(recipe, mask_iou_weight, mask_iou_mode)
-    return sum(row.maxima.values()) + weight * _MASK_MAXIMA[mode]
+    spec, weight, mode = _lookup(recipe, mask_iou_weight, mask_iou_mode)
+    return sum(spec.maxima.values()) + weight * _MASK_MAXIMA[mode]
 
 
 def component_names(recipe: str, with_mask_iou: bool = False) -> tuple[str, ...]:
@@ -104,8 +104,8 @@ def component_names(recipe: str, with_mask_iou: bool = False) -> tuple[str, ...]
     Raises:
       ValueError: the recipe is unknown.
     """
-    row, weight, _ = _lookup(recipe, float(with_mask_iou), "raw")
-    return (*row.maxima, "mask_iou") if weight else tuple(row.maxima)
+    spec, weight, _ = _lookup(recipe, float(with_mask_iou), "raw")
+    return (*spec.maxima, "mask_iou") if weight else tuple(spec.maxima)
 
 
 def can_compare(recipe: str, objects: int) -> bool:
@@ -392,5 +392,5 @@ def _lookup(recipe: str, mask_iou_weight: float, mask_iou_mode: str) -> tuple[Re
         raise ValueError(f"mask_iou_mode={mask_iou_mode!r}: expected one of {', '.join(_MASK_MAXIMA)}")
     if not 0.0 <= mask_iou_weight < math.inf:
         raise ValueError(f"mask_iou_weight={mask_iou_weight}: expected a finite number from 0")
-    row = RECIPES[recipe]
-    return (row, 1.0, "tiered") if row.tiers else (row, mask_iou_weight, mask_iou_mode)
+    spec = RECIPES[recipe]
+    return (spec, 1.0, "tiered") if spec.tiers else (spec, mask_iou_weight, mask_iou_mode)

@@ -13,7 +13,7 @@ from segzero_jax.model.attention import KeyValue
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.logprobs import log_probability, sampling_logits
 from segzero_jax.model.lora import abstract_adapted
-from segzero_jax.model.policy import DecodeCache, Pass, Policy, decode, empty_cache, logits, prefill
+from segzero_jax.model.policy import DecodeCache, ForwardConfig, Policy, decode, empty_cache, logits, prefill
 from segzero_jax.types import PromptBatch, Rollout
 
 
@@ -105,22 +105,22 @@ def truncate(logits_bgv: jax.Array, top_p: float, top_k: int) -> jax.Array:
     return jnp.where(logits_bgv >= smallest, logits_bgv, -jnp.inf)
 
 
-def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, setup: Pass) -> jax.Array:
+def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, fwd: ForwardConfig) -> jax.Array:
     if sampling.greedy:
         return scaled_bgv.argmax(-1).astype(jnp.int32)
     # The noise of row b depends on the key, b, g and v alone: not on the mesh, nor on how many rows follow.
-    spec = setup.layout.spec("mlp_batch", None, "vocab")
+    spec = fwd.layout.spec("mlp_batch", None, "vocab")
     noise = jax.random.gumbel(key, scaled_bgv.shape, jnp.float32, out_sharding=spec)
     if sampling.top_p < 1 or sampling.top_k:
         # A sort needs a row's whole vocabulary in one place; only these options pay for it.
-        whole = jax.sharding.reshard(scaled_bgv, setup.layout.spec("batch", None, None))
+        whole = jax.sharding.reshard(scaled_bgv, fwd.layout.spec("batch", None, None))
         scaled_bgv = jax.sharding.reshard(truncate(whole, sampling.top_p, sampling.top_k), spec)
     return (scaled_bgv + noise).argmax(-1).astype(jnp.int32)
 
 
-def _seen(batch: PromptBatch, sampling: Sampling, setup: Pass) -> jax.Array:
+def _seen(batch: PromptBatch, sampling: Sampling, fwd: ForwardConfig) -> jax.Array:
     """Which tokens stand in a prompt, bool ``[b, g, v]``, sharded as logits are."""
-    (b, p), v = batch.tokens_bp.shape, setup.dims.vocab
+    (b, p), v = batch.tokens_bp.shape, fwd.dims.vocab
     # Padding counts for none, as it does not stand there: it goes past the last token.
     tokens_bp = jnp.where(jnp.arange(p) < batch.length_b[:, None], batch.tokens_bp, v)
     row_bp = jax.lax.broadcasted_iota(jnp.int32, (b, p), 0)
@@ -128,7 +128,7 @@ def _seen(batch: PromptBatch, sampling: Sampling, setup: Pass) -> jax.Array:
     tokens_bp, row_bp = jax.sharding.reshard(tokens_bp, whole), jax.sharding.reshard(row_bp, whole)
     seen_bv = jnp.zeros((b, v), bool).at[row_bp, tokens_bp].set(True, mode="drop")
     seen_bgv = jnp.broadcast_to(seen_bv[:, None], (b, sampling.group, v))
-    return jax.sharding.reshard(seen_bgv, setup.layout.spec("mlp_batch", None, "vocab"))
+    return jax.sharding.reshard(seen_bgv, fwd.layout.spec("mlp_batch", None, "vocab"))
 
 
 def _penalised(logits_bgv: jax.Array, seen_bgv: jax.Array, penalty: float) -> jax.Array:
@@ -136,19 +136,21 @@ def _penalised(logits_bgv: jax.Array, seen_bgv: jax.Array, penalty: float) -> ja
     return jnp.where(seen_bgv, lower, logits_bgv)
 
 
-def _start(hidden_bd: jax.Array, prompt: KeyValue, batch: PromptBatch, setup: Pass, sampling: Sampling) -> _Progress:
+def _start(
+    hidden_bd: jax.Array, prompt: KeyValue, batch: PromptBatch, fwd: ForwardConfig, sampling: Sampling
+) -> _Progress:
     """Nothing sampled yet, behind prefilled prompts."""
     b, g, length = hidden_bd.shape[0], sampling.group, sampling.max_tokens
-    rows, tokens = setup.layout.spec("batch", None), setup.layout.spec("batch", None, None)
+    rows, tokens = fwd.layout.spec("batch", None), fwd.layout.spec("batch", None, None)
     return _Progress(
         step=jnp.int32(0),
         hidden_bgd=jnp.broadcast_to(hidden_bd[:, None], (b, g, hidden_bd.shape[-1])),
-        cache=empty_cache(prompt, g, cache_lengths(length)[0], setup.layout),
+        cache=empty_cache(prompt, g, cache_lengths(length)[0], fwd.layout),
         tokens_bgr=jnp.full((b, g, length), sampling.pad_id, jnp.int32, out_sharding=tokens),
         logps_bgr=jnp.zeros((b, g, length), jnp.float32, out_sharding=tokens),
         length_bg=jnp.zeros((b, g), jnp.int32, out_sharding=rows),
         done_bg=jnp.zeros((b, g), bool, out_sharding=rows),
-        seen_bgv=None if sampling.repetition_penalty == 1 else _seen(batch, sampling, setup),
+        seen_bgv=None if sampling.repetition_penalty == 1 else _seen(batch, sampling, fwd),
     )
 
 
@@ -161,23 +163,23 @@ def _with_room(progress: _Progress, length: int) -> _Progress:
 
 @jax.named_scope("decode_step")
 def _decode_step(
-    policy: Policy, batch: PromptBatch, key: jax.Array, progress: _Progress, setup: Pass, sampling: Sampling
+    policy: Policy, batch: PromptBatch, key: jax.Array, progress: _Progress, fwd: ForwardConfig, sampling: Sampling
 ) -> _Progress:
     """Samples one more token of every response that has not ended, and runs the policy on it."""
     step, done = progress.step, progress.done_bg
-    rows = setup.layout.spec("batch", None)
-    raw, seen = logits(policy, progress.hidden_bgd, setup), progress.seen_bgv
+    rows = fwd.layout.spec("batch", None)
+    raw, seen = logits(policy, progress.hidden_bgd, fwd), progress.seen_bgv
     if seen is not None:
         raw = _penalised(raw, seen, sampling.repetition_penalty)
     scaled = sampling_logits(raw, sampling.temperature, sampling.banned_ids)
-    chosen = _choose(scaled, jax.random.fold_in(key, step), sampling, setup)
+    chosen = _choose(scaled, jax.random.fold_in(key, step), sampling, fwd)
     logp = log_probability(scaled, chosen)
     if seen is not None:
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, seen.shape, 2, out_sharding=jax.typeof(seen).sharding)
         seen |= vocabulary == chosen[..., None]
     token = jnp.where(done, sampling.pad_id, jax.sharding.reshard(chosen, rows))
     logp = jnp.where(done, 0.0, jax.sharding.reshard(logp, rows))
-    hidden, cache = decode(policy, batch, token, step, progress.cache, setup)
+    hidden, cache = decode(policy, batch, token, step, progress.cache, fwd)
     at = (0, 0, step)
     return _Progress(
         step=step + 1,
@@ -191,12 +193,12 @@ def _decode_step(
     )
 
 
-@partial(jax.jit, static_argnames=("setup", "sampling"))
-def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, sampling: Sampling) -> Rollout:
+@partial(jax.jit, static_argnames=("fwd", "sampling"))
+def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, fwd: ForwardConfig, sampling: Sampling) -> Rollout:
     """Samples ``sampling.group`` responses to every prompt.
 
     Args:
-      policy: weights in the layout of ``setup``.
+      policy: weights in the layout of ``fwd``.
       batch: prompts; their number divides over the layout's batch axes.
       key: from the seed and the step; row ``b`` of a batch draws the same tokens on every mesh.
 
@@ -204,33 +206,33 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, s
       Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
       temperature, before top-p and top-k.
     """
-    progress = _begin(policy, batch, setup, sampling)
+    progress = _begin(policy, batch, fwd, sampling)
     for length in cache_lengths(sampling.max_tokens):
-        progress = _run(policy, batch, key, _with_room(progress, length), setup, sampling, length)
+        progress = _run(policy, batch, key, _with_room(progress, length), fwd, sampling, length)
     return _rollout(progress)
 
 
 def sample_in_parts(
-    policy: Policy, batch: PromptBatch, key: jax.Array, *, setup: Pass, sampling: Sampling, tokens: int
+    policy: Policy, batch: PromptBatch, key: jax.Array, *, fwd: ForwardConfig, sampling: Sampling, tokens: int
 ) -> Iterator[Rollout]:
     """What ``sample`` returns, seen while it grows: after every ``tokens`` tokens, and at the end.
 
     The loop stops and starts again between two programs: nothing calls back to the host from inside one.
     """
-    progress = _begin_alone(policy, batch, setup=setup, sampling=sampling)
+    progress = _begin_alone(policy, batch, fwd=fwd, sampling=sampling)
     limit, ended = 0, False
     while limit < sampling.max_tokens and not ended:
         limit = min(limit + tokens, sampling.max_tokens)
         progress = _grow_alone(progress, next(room for room in cache_lengths(sampling.max_tokens) if room >= limit))
-        progress = _run_alone(policy, batch, key, progress, setup=setup, sampling=sampling, limit=limit)
+        progress = _run_alone(policy, batch, key, progress, fwd=fwd, sampling=sampling, limit=limit)
         # Copied: the next part takes the buffers over.
         seen = jax.tree.map(np.array, jax.device_get(_rollout(progress)))
         ended = bool(seen.finished_bg.all())
         yield seen
 
 
-def _begin(policy: Policy, batch: PromptBatch, setup: Pass, sampling: Sampling) -> _Progress:
-    return _start(*prefill(policy, batch, setup), batch, setup, sampling)
+def _begin(policy: Policy, batch: PromptBatch, fwd: ForwardConfig, sampling: Sampling) -> _Progress:
+    return _start(*prefill(policy, batch, fwd), batch, fwd, sampling)
 
 
 def _run(
@@ -238,21 +240,21 @@ def _run(
     batch: PromptBatch,
     key: jax.Array,
     progress: _Progress,
-    setup: Pass,
+    fwd: ForwardConfig,
     sampling: Sampling,
     limit: int | jax.Array,
 ) -> _Progress:
     """Samples until responses have ``limit`` tokens or all have ended."""
     return jax.lax.while_loop(
         lambda progress: (progress.step < limit) & ~progress.done_bg.all(),
-        lambda progress: _decode_step(policy, batch, key, progress, setup, sampling),
+        lambda progress: _decode_step(policy, batch, key, progress, fwd, sampling),
         progress,
     )
 
 
 _grow_alone = partial(jax.jit, static_argnums=1)(_with_room)
-_begin_alone = partial(jax.jit, static_argnames=("setup", "sampling"))(_begin)
-_run_alone = partial(jax.jit, static_argnames=("setup", "sampling"), donate_argnames=("progress",))(_run)
+_begin_alone = partial(jax.jit, static_argnames=("fwd", "sampling"))(_begin)
+_run_alone = partial(jax.jit, static_argnames=("fwd", "sampling"), donate_argnames=("progress",))(_run)
 
 
 def _rollout(end: _Progress) -> Rollout:

@@ -1,7 +1,7 @@
 """COCO's compressed run lengths: the text in which a mask stands in data sets, answers and files of a run."""
 
 
-def run_lengths(counts: str) -> list[int]:
+def decode_counts(counts: str) -> list[int]:
     """The lengths of a mask's runs, of background first, in column order; a negative one is for the caller to refuse.
 
     Five bits a character, low ones first, and from the fourth run on less the last but one.

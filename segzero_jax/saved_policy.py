@@ -15,7 +15,7 @@ from segzero_jax.identity import fingerprint
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.lora import Adapters, abstract_adapters, adapt
 from segzero_jax.model.policy import Policy
-from segzero_jax.model.precision import compute_dtype
+from segzero_jax.model.precision import use_compute_dtype
 from segzero_jax.model.weights import (
     ADAPTER_CONFIG,
     ALONE,
@@ -94,7 +94,7 @@ def _saved(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
 
 def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims) -> Policy:
     """The policy that a run began with, and its adapters on it."""
-    model, dtype = config.model, compute_dtype(config.model.compute_dtype)
+    model, dtype = config.model, use_compute_dtype(config.model.compute_dtype)
     # As the run has read it: that is what the adapters have learnt on.
     base, _ = load_hf(model.path, dtype=dtype)
     found, expected = fingerprint(base, dtype), checkpoints.reference(step)

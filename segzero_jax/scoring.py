@@ -13,9 +13,10 @@ from segzero_jax.config import RewardConfig
 from segzero_jax.frames import rescale_object
 from segzero_jax.own_rewards import Answer, RewardFunction, measure
 from segzero_jax.patience import Patience
+from segzero_jax.pending_scores import PendingScores
 from segzero_jax.pods import ALONE, Pod
 from segzero_jax.prompt import parse_answer, seg_zero_solution_text, solution_text
-from segzero_jax.reward_client import PendingScores, RewardClient
+from segzero_jax.reward_client import RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt
 
@@ -191,7 +192,7 @@ class PendingRewards:
         assert self.lengths is not None, "functions of one's own are told how long a response is"
         text, example = self.texts[b][g], self.examples[b]
         objects = answered_objects(text, example, self.frame)
-        tokens, finished = int(self.lengths.tokens_bg[b, g]), bool(self.lengths.finished_bg[b, g])
+        tokens, finished = int(self.lengths.length_bg[b, g]), bool(self.lengths.finished_bg[b, g])
         return measure(self.functions, Answer(text, example, objects, mask_iou, tokens, finished))
 
     def _masks(self, patience: Patience | None, drop: bool) -> list[list[CandidateScore]] | None:
@@ -202,9 +203,7 @@ class PendingRewards:
         # it must not earn what "nothing here" earns.
         return [
             [
-                score
-                if parse_answer(text).well_formed or score.iou is None
-                else replace(score, iou=0.0, intersection=0)
+                score if parse_answer(text).readable or score.iou is None else replace(score, iou=0.0, intersection=0)
                 for score, text in zip(row, group, strict=True)
             ]
             for row, group in zip(answers, self.texts, strict=True)

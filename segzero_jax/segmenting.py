@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from segzero_jax.data.pictures import fit_mask, written
-from segzero_jax.data.targets import run_lengths
+from segzero_jax.data.targets import encode_counts
 from segzero_jax.decoding import UNDECODABLE
 from segzero_jax.local_server import local_server
 from segzero_jax.overlay import decode_mask
@@ -62,7 +62,6 @@ def connected(
     sam: str,
     say: Callable[[str], None],
     advice: str = "try again, a smaller --sam, or --server=none for an answer without a mask",
-    threads: int = 0,
 ) -> Iterator[RewardClient]:
     """A client of the server that ``--server`` means, "local" or addresses, once it, or one of several, serves.
 
@@ -72,14 +71,13 @@ def connected(
       sam: what a local server loads.
       say: is told whom this waits for.
       advice: what the user can do if a local one dies.
-      threads: CPU threads of a local one; 0 leaves it to PyTorch.
     """
     local = server == "local"
     with contextlib.ExitStack() as stack:
         if local:
             folder = Path(tempfile.mkdtemp(prefix="segzero_sam_"))
             log = folder / "reward_server.log"
-            served = local_server(sam, log, threads=threads, startup_timeout_s=STARTUP_S, if_it_dies=advice)
+            served = local_server(sam, log, startup_timeout_s=STARTUP_S, if_it_dies=advice)
             server, access = stack.enter_context(served), Access()
         late = "choose a smaller --sam" if local else "look at its log"
         client = stack.enter_context(RewardClient(server, _ANSWER_S, not local, access, late))
@@ -169,7 +167,7 @@ def _within(frame: Frame, most: float) -> Frame:
 
 def encode_mask(mask: np.ndarray) -> RleMask:
     """A bool ``[height, width]`` mask as run lengths."""
-    return RleMask(mask.shape[0], mask.shape[1], run_lengths(mask))
+    return RleMask(mask.shape[0], mask.shape[1], encode_counts(mask))
 
 
 def segment(

@@ -31,7 +31,7 @@ from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import Job, answer, prepare
 from segzero_jax.jsonl import JsonLinesError
 from segzero_jax.keeper import Keeper
-from segzero_jax.loop import Evaluation, train
+from segzero_jax.loop import Evaluation, Loop
 from segzero_jax.mesh import MeshError, make_mesh, prepare_cpu
 from segzero_jax.metrics import MetricsError, MetricsWriter, SilentWriter
 from segzero_jax.model.policy import Policy
@@ -216,10 +216,11 @@ def _continue(
             writer.message(line)
         preemption.begin(writer.message)
         with _last_step_saved(keeper, watch, run_dir, pod):
-            if pod.from_first("evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))):
-                with watch.phase("evaluation"):
-                    evaluate(begun or 0, job.to_rollout(job.policy(state)))
-            train(job, state, reference, batches, scorer, keeper, writer, evaluate, preemption, watch, first_step)
+            unmeasured = pod.from_first(
+                "evaluation before it", lambda: bool(missing_splits(config, run_dir, begun or 0))
+            )
+            loop = Loop(job, reference, batches, scorer, keeper, writer, evaluate, preemption, watch)
+            loop.train(state, first_step, evaluate_first=unmeasured)
         watch.done()
 
 
@@ -227,7 +228,7 @@ def _identity(
     job: Job, state: TrainState, splits: Splits, functions: Mapping[str, RewardFunction], client: RewardClient | None
 ) -> Identity:
     sam2, sam2_dtype = (client.checkpoint_sha256, client.dtype) if client else (None, None)
-    reference = fingerprint(state.policy if job.base is None else job.base, job.train_pass.dtype)
+    reference = fingerprint(state.params if job.base is None else job.base, job.train_fwd.dtype)
     return Identity(reference, sam2, splits.checksums(), sources(functions), sam2_dtype)
 
 

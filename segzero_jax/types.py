@@ -10,10 +10,16 @@ Shape letters, used in names and einsums everywhere:
  i    images per prompt
  s    patch slots per image, in window order, in runs as large as a whole window
  d    model width
- n, k query heads, key-value heads
- h    head width
+ n, k query heads, key-value heads; q: the query heads of one key-value head
+ h    head width; a: rotation angles, half as many
  f    MLP width
  v    vocabulary
+ l    layers
+ t    tokens or patches of a stream, prompt then responses
+ u    merged units of an image, in window order; w: windows
+ c    numbers of a patch
+ z    chunks of a stream
+ m    several leading axes as one: images of all prompts, tokens of a chunk
 ====  =====================================================================
 """
 
@@ -84,14 +90,14 @@ class Example:
 
 
 class Lengths(NamedTuple):
-    """What only the tokens of responses tell.
+    """Token counts and stop reasons of sampled responses.
 
     Attributes:
-      tokens_bg: int, how many each has, the one that ends it included.
+      length_bg: int, how many tokens each has, the one that ends it included.
       finished_bg: bool, whether it ended by itself rather than at ``rollout.max_response_tokens``.
     """
 
-    tokens_bg: np.ndarray
+    length_bg: np.ndarray
     finished_bg: np.ndarray
 
 

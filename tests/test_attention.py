@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tiny import DIMS, load_processor, prompts, random_policy
 
 from segzero_jax.config import GrpoConfig, TrainConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, counted, group_loss, initial_state, make_optimizer, update
+from segzero_jax.grpo import LossConfig, UpdateBatch, counted, group_loss, initial_state, make_optimizer, update
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.attention import (
     Kernel,
@@ -31,7 +31,7 @@ from segzero_jax.model.attention import (
     attend_windows,
     choose_kernel,
 )
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.policy import ForwardConfig
 from segzero_jax.model.splash import PrefixGroupMask, live_scores, padded_length
 from segzero_jax.types import Rollout
 
@@ -228,11 +228,11 @@ def test_every_platform_has_its_kernel(platform: str, dtype: str, kernel: Kernel
 UNEVEN = replace(DIMS, vision=replace(DIMS.vision, mlp=60))
 
 
-def learning() -> tuple[UpdateBatch, LossSettings]:
+def learning() -> tuple[UpdateBatch, LossConfig]:
     """Four prompt groups, with pictures, and a loss of all its parts."""
     processor, rng = load_processor(), np.random.default_rng(0)
     b, g, r = 4, 2, 8
-    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, False, max_tokens=r)
+    losses = LossConfig(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, False, max_tokens=r)
     rollout = Rollout(
         tokens_bgr=rng.integers(300, 500, (b, g, r), dtype=np.int32),
         length_bg=rng.integers(1, r + 1, (b, g), dtype=np.int32),
@@ -254,8 +254,8 @@ def test_the_whole_policy_with_a_kernel(mesh: str, kernel: Kernel) -> None:
     with jax.set_mesh(make_mesh(mesh)):
         policy, (batch, losses) = random_policy(UNEVEN), learning()
         for chosen in (kernel, "xla"):
-            setup = Pass(UNEVEN, TRAIN, jnp.dtype("float32"), True, chosen, written_out=chosen == "cudnn")
-            run = jax.jit(jax.value_and_grad(lambda p, s=setup: group_loss(p, batch, counted(batch), s, losses)[0]))
+            fwd = ForwardConfig(UNEVEN, TRAIN, jnp.dtype("float32"), True, chosen, written_out=chosen == "cudnn")
+            run = jax.jit(jax.value_and_grad(lambda p, s=fwd: group_loss(p, batch, counted(batch), s, losses)[0]))
             results.append(jax.device_get(run(policy)))
     (loss, gradients), (expected_loss, expected_gradients) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -269,8 +269,8 @@ def test_an_update_on_a_gpu_loops_over_blocks_only_to_save_memory(cudnn: Kernel)
         state, (batch, losses) = initial_state(random_policy(), optimizer), learning()
 
         def loops(remat: bool) -> int:
-            setup = Pass(DIMS, TRAIN, jnp.dtype("float32"), remat, cudnn)
-            options = {"optimizer": optimizer, "setup": setup, "settings": losses, "micro_batches": 1}
+            fwd = ForwardConfig(DIMS, TRAIN, jnp.dtype("float32"), remat, cudnn)
+            options = {"optimizer": optimizer, "fwd": fwd, "loss_config": losses, "micro_batches": 1}
             return str(update.trace(state, batch, **options).jaxpr).count("scan[")
 
         assert loops(remat=False) == 2  # over chunks of log-probabilities, forward and backward

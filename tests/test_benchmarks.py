@@ -229,7 +229,7 @@ def test_flops_of_a_group_are_the_compilers() -> None:
     import jax.numpy as jnp
 
     from segzero_jax.mesh import TRAIN
-    from segzero_jax.model.policy import Pass, Policy
+    from segzero_jax.model.policy import ForwardConfig, Policy
     from segzero_jax.plan.cost import Program
 
     shape = Shape(prompt=60, response=12, group=3, image=112)
@@ -237,9 +237,9 @@ def test_flops_of_a_group_are_the_compilers() -> None:
         policy = jax.eval_shape(lambda: Policy(dims(), TRAIN, jax.random.key(0)))
         prompt = group_cost.read_prompt(group_cost.make_group(shape, np.random.default_rng(0)))
         tokens = np.zeros((1, shape.group, shape.response), np.int32)
-        loss = group_cost.LossSettings(group_cost.GrpoConfig(), 1.0, (), False, shape.response)
-        setup = Pass(dims(), TRAIN, jnp.dtype("float32"))
-        compiled = group_cost.policy_logps.lower(policy, prompt, tokens, setup=setup, settings=loss).compile()
+        loss = group_cost.LossConfig(group_cost.GrpoConfig(), 1.0, (), False, shape.response)
+        fwd = ForwardConfig(dims(), TRAIN, jnp.dtype("float32"))
+        compiled = group_cost.policy_logps.lower(policy, prompt, tokens, fwd=fwd, loss_config=loss).compile()
     # Attention computes the causal half too, and embeddings are placed by matrices: at these sizes a few per cent.
     assert Program(compiled.as_text()).cost.flops == pytest.approx(gpu.forward_flops(dims(), shape), rel=0.1)
 

@@ -10,7 +10,7 @@ from tiny import DIMS, hf_config, load_processor, prompts, random_policy
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.blocks import run_blocks
 from segzero_jax.model.dims import from_hf
-from segzero_jax.model.policy import Pass, group_hidden
+from segzero_jax.model.policy import ForwardConfig, group_hidden
 from segzero_jax.model.vision import encode_images
 from segzero_jax.model.weights import abstract_policy
 
@@ -96,10 +96,10 @@ def test_a_tower_in_one_loop_or_in_several_is_the_same(mesh: str) -> None:
 @pytest.mark.parametrize("remat", [True, False])
 def test_what_blocks_keep_for_the_backward_pass(remat: bool) -> None:
     """With recomputation what goes into each; without, both halves' input and the MLP's two sides: no norm, no gate."""
-    setup, batch = Pass(DIMS, TRAIN, jnp.dtype("bfloat16"), remat), prompts(4, load_processor())
+    fwd, batch = ForwardConfig(DIMS, TRAIN, jnp.dtype("bfloat16"), remat), prompts(4, load_processor())
     tokens = np.zeros((4, 2, 8), np.int32)
     with jax.set_mesh(make_mesh("1x1")):
-        states = lambda policy: group_hidden(policy, batch, tokens, setup)  # noqa: E731
+        states = lambda policy: group_hidden(policy, batch, tokens, fwd)  # noqa: E731
         kept = jax.eval_shape(lambda policy: jax.vjp(states, policy)[1], abstract_policy(DIMS))
 
     def copies(length: int) -> Counter[int]:

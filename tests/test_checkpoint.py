@@ -81,8 +81,8 @@ def test_bits_and_position_come_back_on_another_mesh_and_from_there(config: Conf
         assert (restored.step, restored.data) == (3, DATA)
         for got, want in zip(leaves(restored.state), leaves(saved), strict=True):
             np.testing.assert_array_equal(got, want)
-        placed = [leaf.sharding for leaf in jax.tree.leaves(restored.state.policy)]
-        assert placed == [leaf.sharding for leaf in jax.tree.leaves(like.policy)]
+        placed = [leaf.sharding for leaf in jax.tree.leaves(restored.state.params)]
+        assert placed == [leaf.sharding for leaf in jax.tree.leaves(like.params)]
         checkpoints.save(4, restored.state, DATA, config, IDENTITY)
         checkpoints.wait()
     with jax.set_mesh(make_mesh("4x4")), Checkpoints(folder(config)) as checkpoints:
@@ -169,7 +169,7 @@ def test_the_state_may_be_donated_as_soon_as_it_is_being_saved(config: Config) -
         jax.tree.map(lambda x: x.delete(), state)
         checkpoints.wait()
         restored = checkpoints.restore(1, make_state(config, seed=0), config, IDENTITY)
-        for got, want in zip(leaves(restored.state.policy), leaves(random_policy(seed=1)), strict=True):
+        for got, want in zip(leaves(restored.state.params), leaves(random_policy(seed=1)), strict=True):
             np.testing.assert_array_equal(got, want)
 
 

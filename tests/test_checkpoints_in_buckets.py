@@ -103,7 +103,7 @@ def test_a_later_one_that_was_not_committed_is_passed_over(config: Config, bucke
     assert look(config, resume=True) == (Beginning(1, False), [])
     with Checkpoints(bucket) as checkpoints:
         restored = checkpoints.restore(1, state(0), config, IDENTITY)
-        np.testing.assert_array_equal(restored.state.policy["w"], np.ones(3))  # type: ignore[index]
+        np.testing.assert_array_equal(restored.state.params["w"], np.ones(3))  # type: ignore[index]
 
 
 def test_whoever_asks_a_run_is_given_what_was_committed(

@@ -15,7 +15,7 @@ from segzero_jax.config import Config
 from segzero_jax.data import build, checks
 from segzero_jax.data.checks import check_held_out, check_prompts, check_same, counted_once
 from segzero_jax.data.pipeline import DataError, Source, Splits, open_split
-from segzero_jax.processor import Processor, PromptTooLong, checkpoint_directory
+from segzero_jax.processor import Processor, PromptTooLong, settings_directory
 from segzero_jax.prompt import WORDINGS
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.train import open_questions
@@ -88,8 +88,8 @@ def test_a_count_is_remembered_by_what_it_depends_on(
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "preprocessor_config.json"):
-        (model / name).write_bytes((checkpoint_directory("toy") / name).read_bytes())
-    tokenizer = json.loads((checkpoint_directory("toy") / "tokenizer.json").read_text())
+        (model / name).write_bytes((settings_directory("toy") / name).read_bytes())
+    tokenizer = json.loads((settings_directory("toy") / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert check_prompts(source, Processor.load(model, 84, "toy", 10_000), tmp_path) > most, "a token for each byte"

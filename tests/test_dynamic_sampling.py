@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segzero_jax import dynamic_sampling
-from segzero_jax.dynamic_sampling import Draw, Groups, choose, enough, take, whole
+from segzero_jax.dynamic_sampling import DeviceBatch, SampledBatch, enough, gather, select, select_all
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.record import sampling_metrics, step_of, unlearnt
+from segzero_jax.record import record_step, sampling_metrics, why_no_update
 from segzero_jax.scoring import Scored
 from segzero_jax.types import PromptBatch, Rollout
 
 GROUP, LONGEST, PAD = 3, 6, 9
 
 
-def draw(teaches: list[bool], first: int = 0) -> Draw:
+def draw(teaches: list[bool], first: int = 0) -> SampledBatch:
     """Groups numbered from ``first``: where one teaches, its second response has its number plus one for an advantage,
     and its last one is no part of the loss."""
     size = len(teaches)
@@ -37,14 +37,16 @@ def draw(teaches: list[bool], first: int = 0) -> Draw:
     )
     scored = Scored(np.repeat(numbers * 1.0, GROUP).reshape(size, GROUP), [[{}] * GROUP for _ in numbers], None)
     examples = [f"question {number}" for number in numbers]
-    return Draw(examples, [[example] * GROUP for example in examples], rollout, scored, advantages_bg, keep_bg, size)
+    return SampledBatch(
+        examples, [[example] * GROUP for example in examples], rollout, scored, advantages_bg, keep_bg, size
+    )
 
 
 @given(st.integers(1, 6).flatmap(lambda b: st.lists(st.lists(st.booleans(), min_size=b, max_size=b), min_size=1)))
 def test_what_teaches_is_learnt_from_and_what_was_sampled_first_comes_first(teaches: list[list[bool]]) -> None:
     size = len(teaches[0])
     draws = [draw(row, first=size * n) for n, row in enumerate(teaches)]
-    found = choose(draws)
+    found = select(draws)
     wanted = np.flatnonzero(np.ravel(teaches))[:size]
     assert np.flatnonzero(found.used).tolist() == wanted.tolist()
     assert enough(draws) == (len(wanted) == size)
@@ -61,12 +63,12 @@ def test_a_group_teaches_by_what_was_worse_than_the_rest_too() -> None:
     """Its better responses may have been cut off, and are no part of the loss."""
     better = draw([True, False])
     worse = better._replace(advantages_bg=-better.advantages_bg)
-    assert choose([worse]).used.tolist() == choose([better]).used.tolist() == [True, False]
+    assert select([worse]).used.tolist() == select([better]).used.tolist() == [True, False]
 
 
 def test_a_batch_as_it_was_sampled_is_learnt_from_whole() -> None:
     one = draw([True, False, True])
-    found = whole(one)
+    found = select_all(one)
     assert (found.rows_b.tolist(), found.used.tolist()) == ([0, 1, 2], [True] * 3)
     assert found.keep_bg is one.keep_bg
     assert found.advantages_bg is one.advantages_bg
@@ -74,8 +76,8 @@ def test_a_batch_as_it_was_sampled_is_learnt_from_whole() -> None:
 
 def test_a_step_tells_of_all_that_was_sampled_for_it() -> None:
     draws = [draw([True, False]), draw([False, False], first=2), draw([True, True], first=4)]
-    found = choose(draws)
-    made = step_of(7, draws, found)
+    found = select(draws)
+    made = record_step(7, draws, found)
     assert made.examples == [f"question {n}" for n in range(6)]
     assert [texts[0] for texts in made.texts] == made.examples
     assert made.rollout.tokens_bgr[:, 0, 0].tolist() == made.scored.rewards_bg[:, 0].tolist() == list(range(6))
@@ -93,12 +95,12 @@ def test_why_nothing_was_learnt_is_said_in_a_line() -> None:
         ([nothing, nothing], "all scored responses were cut off"),
         ([spread, flat], "all groups with a spread of rewards were cut off"),
     ):
-        assert unlearnt(draws) == f"nothing is learnt from this step, {why}"
-    assert unlearnt([unscored, unscored]) == ""
+        assert why_no_update(draws) == f"nothing is learnt from this step, {why}"
+    assert why_no_update([unscored, unscored]) == ""
 
 
 @cache
-def groups(size: int, p: int, r: int, seed: int, parts: bool) -> Groups:
+def groups(size: int, p: int, r: int, seed: int, parts: bool) -> DeviceBatch:
     rng = np.random.default_rng(seed)
     numbers = lambda *shape: rng.integers(0, 8, shape, dtype=np.int32)  # noqa: E731
     real = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -108,7 +110,7 @@ def groups(size: int, p: int, r: int, seed: int, parts: bool) -> Groups:
         *(real(size, i, 4, 5), numbers(size, i, 4, 2), numbers(size, i, 4) > 3, real(size, 2, 3) if parts else None),
     )
     rollout = Rollout(numbers(size, GROUP, r), numbers(size, GROUP), real(size, GROUP, r), numbers(size, GROUP) > 3)
-    return Groups(prompts, rollout, real(size, GROUP, r), real(size, GROUP, r) if parts else None)
+    return DeviceBatch(prompts, rollout, real(size, GROUP, r), real(size, GROUP, r) if parts else None)
 
 
 def longer(x: np.ndarray, length: int, value: int) -> np.ndarray:
@@ -131,8 +133,8 @@ def test_groups_of_several_batches_are_one_batch_in_its_shards(mesh: str, parts:
             )
             for batch in given
         ]
-        found = take(placed, rows, PAD)
-        assert take(placed[:1], np.arange(8), PAD) is placed[0]
+        found = gather(placed, rows, PAD)
+        assert gather(placed[:1], np.arange(8), PAD) is placed[0]
         for x, like in zip(jax.tree.leaves(found), jax.tree.leaves(placed[0]), strict=True):
             assert x.sharding.spec == like.sharding.spec
             assert x.dtype == like.dtype
@@ -170,5 +172,5 @@ def test_no_device_holds_a_whole_batch_of_pictures(mesh: str) -> None:
         assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * pictures.size * 4
 
 
-def index_of(tree: Groups, path: tuple) -> int:
+def index_of(tree: DeviceBatch, path: tuple) -> int:
     return [found for found, _ in jax.tree_util.tree_leaves_with_path(tree)].index(path)

@@ -1,6 +1,5 @@
 """The evaluate command: every question counts, a run that was cut off goes on, checkpoints are chosen on validation."""
 
-import contextlib
 import json
 import os
 import re
@@ -403,24 +402,6 @@ def test_a_sam_that_is_silent_is_given_up(
         r"no scores for \d s: .*: serves; .*no answer within 0.5 s.* the same command goes on", printed.err
     )
     assert "reward.timeout_s" not in printed.err
-
-
-@pytest.mark.parametrize(("sam", "threads"), [("toy", 1), ("facebook/sam2.1-hiera-large", 0)])
-def test_only_the_toy_sam_is_held_to_one_thread(
-    sam: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = []
-
-    @contextlib.contextmanager
-    def local(model: str, log: Path, **options: Any) -> Iterator[str]:
-        told.append((model, options["threads"]))
-        with serving(BoxServer()) as found:
-            yield found
-
-    monkeypatch.setattr(segmenting, "local_server", local)
-    with evaluator.Evaluator(evaluator.How(sam=sam), tmp_path) as made:
-        made.oracle([])
-    assert told == [(sam, threads)]
 
 
 def train_anew(run: Path, model: Path, seed: int) -> None:

@@ -296,6 +296,15 @@ def test_training_s_evaluation_draws_pictures_as_well() -> None:
     assert [numbers["greedy"][name] for name in ("giou", "giou_low", "giou_high")] == [0.5, None, None]
 
 
+def test_training_s_evaluation_tells_an_answer_that_was_cut_off() -> None:
+    example = Example("q", b"", FRAME, "?", (ObjectPrompt(BOXES[0], (BOXES[0][:2],)),), None)
+    scorer = Scorer(RewardConfig(server="none"), FRAME, None)
+    # ``with_lengths`` takes the limit to be 100 characters.
+    policy = lambda _, greedy: with_lengths([["<think>" + "a" * 100] if greedy else ["<think>"]])  # noqa: E731
+    _, (row,) = evaluate_split([example], policy, scorer, FRAME, "vision_reasoner", lambda _: "")
+    assert row["failure"] == "cut_off"
+
+
 def test_an_instance_is_the_mean_of_its_expressions() -> None:
     judged = Judged(
         ious_qa=np.array([[1.0], [0.0], [0.4]]),

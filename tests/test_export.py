@@ -31,7 +31,7 @@ from segzero_jax.identity import Identity
 from segzero_jax.manifest import ManifestHandler
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf, save_hf
-from segzero_jax.model.policy import Pass, prompt_logits
+from segzero_jax.model.policy import ForwardConfig, prompt_logits
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.processor import Processor
 from segzero_jax.rollout import Sampling
@@ -108,7 +108,7 @@ def test_transformers_reads_the_numbers_of_the_newest_checkpoint(
             np.testing.assert_array_equal(got, want)
         processor = load_processor()
         prompt = encode(processor, "the red one", [(84, 56)])
-        ours = prompt_logits(policy, processor.batch([prompt], 8), Pass(dims, TRAIN, jnp.dtype("float32")))[0]
+        ours = prompt_logits(policy, processor.batch([prompt], 8), ForwardConfig(dims, TRAIN, jnp.dtype("float32")))[0]
     with torch.no_grad():
         theirs = model.float()(**torch_inputs(prompt, processor)).logits[0].numpy()
     assert np.abs(ours[: len(theirs)] - theirs).max() <= RELATIVE * np.abs(theirs).max()

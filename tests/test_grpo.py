@@ -17,7 +17,7 @@ from segzero_jax import config as configs
 from segzero_jax import grpo
 from segzero_jax.config import Config, GrpoConfig, ModelConfig, RolloutConfig, TrainConfig
 from segzero_jax.grpo import (
-    LossSettings,
+    LossConfig,
     UpdateBatch,
     advantages,
     counted,
@@ -26,7 +26,7 @@ from segzero_jax.grpo import (
     k3_kl,
     learn,
     learning_rate,
-    loss_settings,
+    make_loss_config,
     make_optimizer,
     policy_logps,
     policy_loss,
@@ -34,11 +34,11 @@ from segzero_jax.grpo import (
     update,
 )
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model.policy import Pass, embed_images
+from segzero_jax.model.policy import ForwardConfig, embed_images
 from segzero_jax.types import Rollout
 
 NAN = math.nan
-SETUP = Pass(DIMS, TRAIN, jnp.dtype("float32"))
+FWD = ForwardConfig(DIMS, TRAIN, jnp.dtype("float32"))
 
 
 # Advantages.
@@ -174,9 +174,9 @@ def loss_of(monkeypatch):
         rollout = Rollout(np.zeros((2, 2, 3), np.int32), LENGTHS, logp - sampler_gap, KEEP)
         old = None if old_gap is None else logp + old_gap
         batch = UpdateBatch(None, rollout, ADVANTAGES, KEEP, logp + ref_gap, old)
-        plain = LossSettings(config, 1.0, (), freeze_vision=False, max_tokens=10)
+        plain = LossConfig(config, 1.0, (), freeze_vision=False, max_tokens=10)
         value = jax.value_and_grad(group_loss, has_aux=True)
-        (loss, metrics), gradient = value(policy, batch, counted(batch), SETUP, plain)
+        (loss, metrics), gradient = value(policy, batch, counted(batch), FWD, plain)
         return float(loss), {name: float(x) for name, x in metrics.items()}, gradient["logp"], gradient["entropy"]
 
     return loss_of
@@ -274,7 +274,7 @@ def test_padding_far_from_the_old_policy_spoils_no_gradient(loss_of):
 def test_the_settings_of_a_loss_are_the_run_s():
     run = replace(Config(), grpo=GrpoConfig(loss_mean="limit"), model=ModelConfig(freeze_vision=True))
     run = replace(run, rollout=RolloutConfig(temperature=0.7, max_prompt_tokens=99, max_response_tokens=77))
-    assert loss_settings(run, (5, 6)) == LossSettings(run.grpo, 0.7, (5, 6), True, 77)
+    assert make_loss_config(run, (5, 6)) == LossConfig(run.grpo, 0.7, (5, 6), True, 77)
 
 
 def test_token_mask_counts_lengths_and_kept_rows():
@@ -415,8 +415,8 @@ def batch() -> UpdateBatch:
     return UpdateBatch(prompts(4, load_processor()), rollout, learnt, keep, np.full((4, 2, 8), -6, np.float32))
 
 
-def losses(freeze_vision: bool) -> LossSettings:
-    return LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, load_processor().visual_ids, freeze_vision, max_tokens=8)
+def losses(freeze_vision: bool) -> LossConfig:
+    return LossConfig(GrpoConfig(entropy_coef=0.01), 0.8, load_processor().visual_ids, freeze_vision, max_tokens=8)
 
 
 @pytest.mark.usefixtures("mesh")
@@ -431,11 +431,11 @@ def test_the_update_does_not_depend_on_micro_batches(batch):
             initial_state(policy, optimizer),
             batch,
             optimizer=optimizer,
-            setup=SETUP,
-            settings=losses(freeze_vision=True),
+            fwd=FWD,
+            loss_config=losses(freeze_vision=True),
             micro_batches=parts,
         )
-        results.append((jax.tree.map(np.subtract, before, jax.device_get(state.policy)), metrics))
+        results.append((jax.tree.map(np.subtract, before, jax.device_get(state.params)), metrics))
     (whole, metrics), *others = results
     assert metrics.keys() == {"loss", "kl", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped"}
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(whole)), rel=1e-3)
@@ -455,8 +455,8 @@ def test_a_rollout_is_learnt_from_in_mini_batches_and_again(batch):
     batch = batch._replace(keep_bg=keep)
     optimizer = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False)
     settings = losses(freeze_vision=False)._replace(grpo=GrpoConfig(iterations=2, clip_high=0.3))
-    run = {"optimizer": optimizer, "setup": SETUP, "settings": settings, "micro_batches": 1}
-    old = policy_logps(random_policy(), batch.prompts, batch.rollout.tokens_bgr, setup=SETUP, settings=settings)
+    run = {"optimizer": optimizer, "fwd": FWD, "loss_config": settings, "micro_batches": 1}
+    old = policy_logps(random_policy(), batch.prompts, batch.rollout.tokens_bgr, fwd=FWD, loss_config=settings)
     batch = batch._replace(old_logps_bgr=np.asarray(old))
     state, found = learn(initial_state(random_policy(), optimizer), batch, keep, mini_batches=4, **run)
     expected, numbers = initial_state(random_policy(), optimizer), []
@@ -465,7 +465,7 @@ def test_a_rollout_is_learnt_from_in_mini_batches_and_again(batch):
         numbers.append(made)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(expected))
     assert jax.device_get(found) == jax.device_get(numbers)
-    assert int(state.updates) == 6
+    assert int(state.num_updates) == 6
     once, *_, again = found[:4]
     assert float(once["clip_fraction"]) == 0 < float(again["clip_fraction"])
     assert float(once["sampler_gap"]) == pytest.approx(float(again["sampler_gap"]), rel=1e-6), "the same old policy's"
@@ -482,11 +482,11 @@ def test_without_a_reference_the_rest_is_learnt_alike(batch):
             initial_state(random_policy(), optimizer),
             learnt,
             optimizer=optimizer,
-            setup=SETUP,
-            settings=settings,
+            fwd=FWD,
+            loss_config=settings,
             micro_batches=2,
         )
-        results.append((jax.device_get(state.policy), metrics))
+        results.append((jax.device_get(state.params), metrics))
     (with_one, metrics), (without, fewer) = results
     jax.tree.map(np.testing.assert_array_equal, with_one, without)
     assert metrics.keys() - fewer.keys() == {"kl"}
@@ -498,16 +498,16 @@ def test_a_frozen_vision_tower_stays_bit_for_bit_and_the_rest_learns(batch):
     optimizer = make_optimizer(TrainConfig(lr=1e-3, weight_decay=0.1), freeze_vision=True)
     state = initial_state(random_policy(), optimizer)
     # Copied: a view of a buffer would keep it from being donated.
-    before, donated = jax.tree.map(np.array, state.policy), jax.tree.leaves(state)
-    moments = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    before, donated = jax.tree.map(np.array, state.params), jax.tree.leaves(state)
+    moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
     assert not [path for path, _ in moments if "vision" in jax.tree_util.keystr(path)]
     state, metrics = update(
-        state, batch, optimizer=optimizer, setup=SETUP, settings=losses(freeze_vision=True), micro_batches=1
+        state, batch, optimizer=optimizer, fwd=FWD, loss_config=losses(freeze_vision=True), micro_batches=1
     )
     assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
-    assert int(state.updates) == 1
+    assert int(state.num_updates) == 1
     assert float(metrics["grad_norm"]) > 0
-    for path, after in jax.tree_util.tree_leaves_with_path(jax.device_get(state.policy)):
+    for path, after in jax.tree_util.tree_leaves_with_path(jax.device_get(state.params)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         same = np.array_equal(after, dict(jax.tree_util.tree_leaves_with_path(before))[path])
         assert same == name.startswith("vision/"), name
@@ -520,7 +520,7 @@ def test_an_update_that_is_not_finite_keeps_the_state_bit_for_bit(batch):
 
     def step(state, batch):
         settings = losses(freeze_vision=False)
-        return update(state, batch, optimizer=optimizer, setup=SETUP, settings=settings, micro_batches=2)
+        return update(state, batch, optimizer=optimizer, fwd=FWD, loss_config=settings, micro_batches=2)
 
     nan = np.where(np.arange(8) == 0, NAN, batch.ref_logps_bgr).astype(np.float32)
     # 1e30 is a float32, and so are sums of it; the squares in the norm are not.
@@ -537,23 +537,23 @@ def test_an_update_that_is_not_finite_keeps_the_state_bit_for_bit(batch):
     assert (float(learnt["update/skipped"]), float(metrics["update/skipped"])) == (0, 0)
     alone, _ = step(jax.device_put(before, shardings), batch)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(alone))
-    assert int(state.updates) == 2
+    assert int(state.num_updates) == 2
 
 
 @pytest.mark.usefixtures("mesh")
 def test_images_embedded_once_teach_the_same(batch):
     """With a frozen tower, embeddings computed beforehand give the loss, gradients and reference of the patches."""
     policy, plain = random_policy(), losses(freeze_vision=True)
-    embedded = batch._replace(prompts=embed_images(policy, batch.prompts, setup=SETUP))
+    embedded = batch._replace(prompts=embed_images(policy, batch.prompts, fwd=FWD))
     assert embedded.prompts.patches_bisc.shape[1] == 0
-    assert embed_images(policy, embedded.prompts, setup=SETUP) is not None  # there is nothing left to embed
+    assert embed_images(policy, embedded.prompts, fwd=FWD) is not None  # there is nothing left to embed
     optimizer, results = optax.sgd(1.0), []
     for chosen in (batch, embedded):
         tokens = chosen.rollout.tokens_bgr
-        logps = policy_logps(policy, chosen.prompts, tokens, setup=SETUP, settings=plain)
+        logps = policy_logps(policy, chosen.prompts, tokens, fwd=FWD, loss_config=plain)
         state = initial_state(random_policy(), optimizer)
-        state, metrics = update(state, chosen, optimizer=optimizer, setup=SETUP, settings=plain, micro_batches=2)
-        results.append(jax.device_get((logps, metrics, state.policy)))
+        state, metrics = update(state, chosen, optimizer=optimizer, fwd=FWD, loss_config=plain, micro_batches=2)
+        results.append(jax.device_get((logps, metrics, state.params)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)
 
 
@@ -565,8 +565,8 @@ def test_one_prompt_with_one_response_is_a_group_too(batch):
         rollout=jax.tree.map(lambda x: x[:1, :1], batch.rollout),
         **{name: getattr(batch, name)[:1, :1] for name in ("advantages_bg", "keep_bg", "ref_logps_bgr")},
     )
-    group = policy_logps(policy, batch.prompts, tokens, setup=SETUP, settings=plain)
-    found = policy_logps(policy, alone.prompts, tokens[:1, :1], setup=SETUP, settings=plain)
+    group = policy_logps(policy, batch.prompts, tokens, fwd=FWD, loss_config=plain)
+    found = policy_logps(policy, alone.prompts, tokens[:1, :1], fwd=FWD, loss_config=plain)
     np.testing.assert_allclose(found[0, 0], group[0, 0], rtol=1e-5, atol=1e-6)
-    gradients = jax.grad(lambda policy: group_loss(policy, alone, counted(alone), SETUP, plain)[0])
+    gradients = jax.grad(lambda policy: group_loss(policy, alone, counted(alone), FWD, plain)[0])
     assert jax.tree.structure(jax.eval_shape(gradients, policy)) == jax.tree.structure(policy)

@@ -24,7 +24,16 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 ORDER = (
     *("config", "terminal", "file_lock"),
     *("hub", "mesh", "pods", "types", "jsonl", "answers", "prompt", "frames", "patches", "processor", "data", "model"),
-    *("rollout", "rewards", "reward_channel", "reward_messages", "reward_probe", "reward_client"),
+    *(
+        "rollout",
+        "rewards",
+        "reward_channel",
+        "reward_messages",
+        "reward_probe",
+        "reward_connection",
+        "pending_scores",
+        "reward_client",
+    ),
     *("local_server", "reward_service"),
     *("grpo", "identity", "manifest", "checkpoint_paths", "checkpoint", "keeper", "preemption"),
     *("tensorboard", "progress", "metrics", "time_account", "profiling", "watch", "patience"),

@@ -34,7 +34,7 @@ from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model import load_hf, save_hf
 from segzero_jax.overlay import decode_mask
-from segzero_jax.processor import Processor, checkpoint_directory
+from segzero_jax.processor import Processor, settings_directory
 from segzero_jax.prompt import parse_answer
 from segzero_jax.rollout import Sampling
 from segzero_jax.segmenting import Found
@@ -170,7 +170,7 @@ def test_a_drawn_answer_follows_its_seed_and_may_be_malformed(
     printed = capsys.readouterr().out
     assert "answer: malformed (cut at 12 tokens), there is nothing to segment; the policy said: " in printed
     assert not {chr(code) for code in range(32)} & set(printed) - {"\n"}
-    assert (first["well_formed"], first["objects"], first["sam"]) == (False, [], "")
+    assert (first["readable"], first["objects"], first["sam"]) == (False, [], "")
     assert (first["checkpoint"], first["answer_frame"]) == (f"{run}/checkpoints/3", [112, 112])
     # What could not be read does not say that there is nothing.
     assert first["mask"] is None
@@ -192,7 +192,7 @@ def test_options_reach_the_sampler_and_any_answer_is_understood(
 
     def says(text: str, finished: bool = True) -> None:
         def parts(
-            policy: object, batch: object, key: object, *, setup: object, sampling: Sampling, tokens: int
+            policy: object, batch: object, key: object, *, fwd: object, sampling: Sampling, tokens: int
         ) -> Iterator[Rollout]:
             asked.append(sampling)
             ids = np.array([[[*processor.encode_text(text), 0]]])
@@ -203,7 +203,7 @@ def test_options_reach_the_sampler_and_any_answer_is_understood(
 
     says("<think>no 猫 here</think><answer>[]</answer>")
     row = ask(image)
-    assert (row["thinking"], row["well_formed"], row["objects"]) == ("no 猫 here", True, [])
+    assert (row["thinking"], row["readable"], row["objects"]) == ("no 猫 here", True, [])
     assert not mask_file(image).any()
     printed = capsys.readouterr().out
     # A character of several tokens is printed once it is whole.
@@ -240,7 +240,7 @@ def test_several_pictures_and_questions(
     (tmp_path / "more.txt").write_text("the square\n\nthe star\n")
     said = ["<think> it", "<think> it is</th", "<think> it is here </think><answer>[]</answer>"]
 
-    def parts(*_: object, setup: object, sampling: Sampling, tokens: int) -> Iterator[Rollout]:
+    def parts(*_: object, fwd: object, sampling: Sampling, tokens: int) -> Iterator[Rollout]:
         for text in said:
             ids = np.array([[processor.encode_text(text)]])
             yield Rollout(ids, np.array([[ids.size]]), np.zeros(ids.shape), np.array([[text is said[-1]]]))
@@ -533,7 +533,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: st
         ({"--sample": None, "--temperature": "inf"}, ("--temperature", "'inf'")),
         ({"--mesh": "2x2"}, ("--mesh: 2x2: expected 1xTENSOR",)),
         ({"--mesh": "1x99"}, ("needs 99 devices",)),
-        ({"--mesh": "1x3"}, ("--mesh=1x3: ", "do not divide by")),
+        ({"--mesh": "1x3"}, ("--mesh=1x3: ", "cannot be split evenly over")),
         ({"--chekpoint": "toy"}, ("--chekpoint", "--help")),
     ],
 )
@@ -551,7 +551,7 @@ def test_bad_input_is_one_line(
     Path("taken").touch()
     Path("hollow").mkdir()
     Path("damaged").mkdir()
-    for file in checkpoint_directory("toy").iterdir():
+    for file in settings_directory("toy").iterdir():
         whole = file.read_bytes()
         Path("damaged", file.name).write_bytes(whole[:5000] if file.suffix == ".safetensors" else whole)
     given = {"--image": "scene.png", "--query": "x", "--checkpoint": "toy", "--out": "out", "--server": "none"}

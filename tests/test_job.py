@@ -67,6 +67,6 @@ def test_every_batch_of_an_evaluation_draws_other_noise(monkeypatch: pytest.Monk
     texts, lengths = answer(job, Mock(), EXAMPLES, greedy=False, before_batch=lambda: None)
     assert "".join(text for (text,) in texts) == "abcabcab"
     # A short last batch is filled up with rows that nobody has asked for.
-    assert lengths.tokens_bg.tolist() == [[1], [2], [3]] * 2 + [[1], [2]]
+    assert lengths.length_bg.tolist() == [[1], [2], [3]] * 2 + [[1], [2]]
     assert lengths.finished_bg.tolist() == [[True], [False], [True]] * 2 + [[True], [False]]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3

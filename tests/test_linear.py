@@ -11,7 +11,7 @@ from tiny import DIMS, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.layers import linear, rms_norm, rotate
-from segzero_jax.model.policy import Pass, _embed
+from segzero_jax.model.policy import ForwardConfig, _embed
 
 ANY = PartitionSpec()
 CASES = {
@@ -103,9 +103,9 @@ def test_the_gradient_of_a_norm_s_scale_is_not_rounded_to_what_activations_are()
 
 def test_the_gradient_of_a_token_s_embedding_is_summed_in_float32() -> None:
     """A thousand ones: in bfloat16 their sum would stay at 256."""
-    tokens, setup = np.full((1, 1000), 7), Pass(DIMS, TRAIN, jnp.dtype("bfloat16"))
+    tokens, fwd = np.full((1, 1000), 7), ForwardConfig(DIMS, TRAIN, jnp.dtype("bfloat16"))
     with jax.set_mesh(make_mesh("1x1")):
-        loss = lambda policy: _embed(policy, tokens, setup).astype(jnp.float32).sum()  # noqa: E731
+        loss = lambda policy: _embed(policy, tokens, fwd).astype(jnp.float32).sum()  # noqa: E731
         gradient = np.asarray(jax.jit(jax.grad(loss))(random_policy()).embed_vd[...])
     assert (gradient[7] == 1000).all()
     assert not np.delete(gradient, 7, axis=0).any()

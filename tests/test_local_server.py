@@ -55,7 +55,7 @@ def test_serves_stops_and_says_how_it_died(tmp_path: Path, children: list[subpro
 
     def score_and(finish: Callable[[], None]) -> None:
         with (
-            local_server("toy", log, threads=1, startup_timeout_s=STARTUP_S, if_it_dies="sit down") as address,
+            local_server("toy", log, startup_timeout_s=STARTUP_S, if_it_dies="sit down") as address,
             RewardClient(address, 60, wait_for_ready=False) as client,
         ):
             seen.append(client.score([request()], masks=1).result())
@@ -114,6 +114,18 @@ def test_a_start_that_takes_too_long_is_given_up(tmp_path: Path, children: list[
     with late, local_server("toy", tmp_path / "log", startup_timeout_s=0.2):
         pytest.fail("served")
     assert children[0].returncode is not None
+
+
+@pytest.mark.parametrize(("model", "threads"), [("toy", "1"), ("facebook/sam2.1-hiera-large", "0")])
+def test_only_the_toy_is_held_to_one_thread(
+    model: str, threads: str, tmp_path: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    with pytest.raises(RewardServerError), local_server(model, tmp_path / "log", startup_timeout_s=0.2):
+        pytest.fail("served")
+    arguments = children[0].args
+    assert isinstance(arguments, list)
+    assert arguments[arguments.index("--model") + 1] == model
+    assert arguments[arguments.index("--threads") + 1] == threads
 
 
 def test_ends_when_its_parent_is_killed(tmp_path: Path) -> None:

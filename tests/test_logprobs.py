@@ -8,11 +8,11 @@ from tiny import DIMS, random_policy
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model.logprobs import log_probability, response_logps, sampling_logits
-from segzero_jax.model.policy import Pass, Policy, logits
+from segzero_jax.model.policy import ForwardConfig, Policy, logits
 from segzero_jax.plan.cost import Program
 
 BANNED = (3, 500)
-SETUP = Pass(DIMS, TRAIN, jnp.dtype("float32"))
+FWD = ForwardConfig(DIMS, TRAIN, jnp.dtype("float32"))
 
 
 @pytest.mark.parametrize("length", [1, 12, 340])  # one token, one chunk, two chunks
@@ -25,7 +25,7 @@ def test_log_probabilities_and_entropy_are_those_of_a_plain_softmax(length):
     # Half of the states point at one token, which is then nearly certain: entropies from 1e-4 up.
     hidden[:, :, ::2] = 30 * np.asarray(policy.embed_vd[...])[tokens[:, :, ::2]]
     with jax.set_mesh(make_mesh("1x1")):
-        logp, entropy = jax.jit(lambda *args: response_logps(*args, SETUP, 0.7, BANNED))(policy, hidden, tokens)
+        logp, entropy = jax.jit(lambda *args: response_logps(*args, FWD, 0.7, BANNED))(policy, hidden, tokens)
     scaled = (hidden.astype(np.float64) @ np.asarray(policy.embed_vd[...], np.float64).T) / 0.7
     scaled[..., list(BANNED)] = -np.inf
     every = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_a_plain_softmax(mesh: str, length: int) -> None:
         return (logp * weights[0] + entropy * weights[1]).sum()
 
     def ours(policy: Policy, hidden: jax.Array) -> jax.Array:
-        return weighted(*response_logps(policy, hidden, tokens, SETUP, 0.7, BANNED))
+        return weighted(*response_logps(policy, hidden, tokens, FWD, 0.7, BANNED))
 
     def plain(head: jax.Array, hidden: jax.Array) -> jax.Array:
         raw = jnp.einsum("bgrd,vd->bgrv", hidden, head, precision="highest") / 0.7
@@ -70,10 +70,10 @@ def test_gradients_are_those_of_a_plain_softmax(mesh: str, length: int) -> None:
 
 def test_the_gradient_of_a_float32_head_is_not_rounded_to_what_the_states_are() -> None:
     tokens = np.random.default_rng(3).integers(4, 500, (1, 1, 5), dtype=np.int32)
-    setup = SETUP._replace(dtype=jnp.dtype("bfloat16"))
+    fwd = FWD._replace(dtype=jnp.dtype("bfloat16"))
     with jax.set_mesh(make_mesh("1x1")):
         policy, hidden = random_policy(), jnp.ones((1, 1, 5, DIMS.hidden), "bfloat16")
-        loss = lambda policy: response_logps(policy, hidden, tokens, setup, 0.7, BANNED)[0].sum()  # noqa: E731
+        loss = lambda policy: response_logps(policy, hidden, tokens, fwd, 0.7, BANNED)[0].sum()  # noqa: E731
         run = jax.jit(jax.grad(loss))
         gradient, program = np.asarray(run(policy).embed_vd[...]), str(run.trace(policy).jaxpr)
     assert gradient.dtype == "float32"
@@ -87,13 +87,13 @@ def test_logits_are_not_rounded_to_what_the_states_are() -> None:
     """Neither the sampler's nor the update's: of a logit of 20, bfloat16 would leave the second digit."""
     rng = np.random.default_rng(4)
     tokens = rng.integers(4, 500, (1, 1, 40), dtype=np.int32)
-    setup = SETUP._replace(dtype=jnp.dtype("bfloat16"))
+    fwd = FWD._replace(dtype=jnp.dtype("bfloat16"))
     with jax.set_mesh(make_mesh("1x1")):
         policy, hidden = random_policy(), jnp.asarray(6 * rng.standard_normal((1, 1, 40, DIMS.hidden)), "bfloat16")
-        run = jax.jit(lambda *args: response_logps(*args, setup, 0.7, BANNED))
+        run = jax.jit(lambda *args: response_logps(*args, fwd, 0.7, BANNED))
         learnt, _ = run(policy, hidden, tokens)
         program = str(run.trace(policy, hidden, tokens).jaxpr)
-        scaled = sampling_logits(jax.jit(lambda *args: logits(*args, setup))(policy, hidden[:, 0]), 0.7, BANNED)
+        scaled = sampling_logits(jax.jit(lambda *args: logits(*args, fwd))(policy, hidden[:, 0]), 0.7, BANNED)
         sampled = log_probability(scaled, tokens[:, 0])
         head = np.asarray(policy.embed_vd[...].astype("bfloat16"), np.float64)
     every = np.asarray(hidden[:, 0], np.float64) @ head.T / 0.7
@@ -123,7 +123,7 @@ def test_no_array_holds_the_vocabulary_for_every_token():
         policy = random_policy()
         hidden = jnp.zeros((b, g, r, DIMS.hidden))
         tokens = jnp.zeros((b, g, r), jnp.int32)
-        loss = lambda policy, hidden: sum(x.sum() for x in response_logps(policy, hidden, tokens, SETUP, 1.0, BANNED))  # noqa: E731
+        loss = lambda policy, hidden: sum(x.sum() for x in response_logps(policy, hidden, tokens, FWD, 1.0, BANNED))  # noqa: E731
         program = Program(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(policy, hidden).compile().as_text())
     arrays = [array for body in program.computations.values() for line in body.values() for array in line.arrays]
     wide = [np.prod(array.shape) // DIMS.vocab for array in arrays if DIMS.vocab in array.shape]

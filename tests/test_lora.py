@@ -22,13 +22,13 @@ from segzero_jax import config as configs
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config, GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
-    LossSettings,
+    LossConfig,
     TrainState,
     UpdateBatch,
     counted,
     group_loss,
     initial_state,
-    loss_settings,
+    make_loss_config,
     make_optimizer,
     policy_logps,
     update,
@@ -38,7 +38,7 @@ from segzero_jax.job import prepare
 from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
 from segzero_jax.model import load_hf, save_hf
 from segzero_jax.model.lora import Adapters, abstract_adapters, adapt, merge
-from segzero_jax.model.policy import DecoderBlock, Pass, Policy, _linear, prompt_logits
+from segzero_jax.model.policy import DecoderBlocks, ForwardConfig, Policy, _linear, prompt_logits
 from segzero_jax.model.weights import CheckpointError
 from segzero_jax.pods import ALONE
 from segzero_jax.rollout import Sampling, rollout_layout, sample
@@ -50,7 +50,7 @@ FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 PROCESSOR = load_processor()
 BATCH, GROUP, LENGTH = 16, 2, 8
 SAMPLING = Sampling(GROUP, LENGTH, PROCESSOR.end_ids, PROCESSOR.pad_id, PROCESSOR.visual_ids)
-LOSS = LossSettings(GrpoConfig(entropy_coef=0.01), 0.8, PROCESSOR.visual_ids, False, LENGTH, SCALE)
+LOSS = LossConfig(GrpoConfig(entropy_coef=0.01), 0.8, PROCESSOR.visual_ids, False, LENGTH, SCALE)
 MATRICES = {
     "q_dnh": (("l", "d"), ("n", "h")),
     "k_dkh": (("l", "d"), ("k", "h")),
@@ -102,8 +102,8 @@ def by_hand(policy: Policy, adapters: Adapters) -> dict[str, np.ndarray]:
 
 
 def logps(policy: Policy, batch: UpdateBatch, dtype: jnp.dtype = FLOAT32) -> np.ndarray:
-    setup = Pass(DIMS, TRAIN, dtype)
-    return np.asarray(policy_logps(policy, batch.prompts, batch.rollout.tokens_bgr, setup=setup, settings=LOSS))
+    fwd = ForwardConfig(DIMS, TRAIN, dtype)
+    return np.asarray(policy_logps(policy, batch.prompts, batch.rollout.tokens_bgr, fwd=fwd, loss_config=LOSS))
 
 
 def close(found: Any, expected: Any, relative: float) -> None:
@@ -146,8 +146,8 @@ def test_adapted_is_merged_in_training_and_in_rollout() -> None:
         rollouts = []
         for whole, rank in ((adapted, RANK), (merged, 0)):
             weights = rollout_layout(DIMS, FLOAT32, rank)(whole)
-            setup = Pass(DIMS, ROLLOUT, FLOAT32)
-            rollouts.append(sample(weights, batch.prompts, jax.random.key(0), setup=setup, sampling=SAMPLING))
+            fwd = ForwardConfig(DIMS, ROLLOUT, FLOAT32)
+            rollouts.append(sample(weights, batch.prompts, jax.random.key(0), fwd=fwd, sampling=SAMPLING))
         np.testing.assert_array_equal(rollouts[0].tokens_bgr, rollouts[1].tokens_bgr)
         close(rollouts[0].logps_bgr, rollouts[1].logps_bgr, 1e-5)
 
@@ -161,7 +161,7 @@ def test_what_bfloat16_weights_could_not_hold_still_counts() -> None:
         first = lambda policy: jax.tree.map(lambda x: x[0], policy.blocks)  # noqa: E731
         x_btd = jnp.asarray(rng.standard_normal((1, 4096, DIMS.hidden)), BFLOAT16)
 
-        def product(block: DecoderBlock, dtype: jnp.dtype = BFLOAT16) -> np.ndarray:
+        def product(block: DecoderBlocks, dtype: jnp.dtype = BFLOAT16) -> np.ndarray:
             out = jax.sharding.PartitionSpec(None, None, None)
             return np.asarray(_linear("btd,df->btf", x_btd.astype(dtype), block, "gate_df", None, out), np.float64)
 
@@ -176,8 +176,8 @@ def test_what_bfloat16_weights_could_not_hold_still_counts() -> None:
 def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> None:
     with jax.set_mesh(make_mesh("1x1")):
         policy, adapters, batch = random_policy(), random_adapters(), make_batch()
-        setup, counts = Pass(DIMS, TRAIN, FLOAT32, remat=True), counted(batch)
-        loss = lambda whole: group_loss(whole, batch, counts, setup, LOSS)[0]  # noqa: E731
+        fwd, counts = ForwardConfig(DIMS, TRAIN, FLOAT32, remat=True), counted(batch)
+        loss = lambda whole: group_loss(whole, batch, counts, fwd, LOSS)[0]  # noqa: E731
         found = jax.jit(jax.grad(lambda own: loss(adapt(policy, own, SCALE))))(adapters)
         full = jax.jit(jax.grad(loss))(merge(adapt(policy, adapters, SCALE)))
         for name, (inputs, outputs) in MATRICES.items():
@@ -195,21 +195,21 @@ def one() -> tuple[np.ndarray, Any, dict[str, float], Any]:
 
 def run_update(mesh: str, micro_batches: int) -> tuple[np.ndarray, Any, dict[str, float], Any]:
     """Logits, and what an update makes of adapters: its gradients, its metrics, and what they are by then."""
-    optimizer, setup = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False), Pass(DIMS, TRAIN, FLOAT32)
+    optimizer, fwd = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False), ForwardConfig(DIMS, TRAIN, FLOAT32)
     with jax.set_mesh(make_mesh(mesh)):
         base, adapters, batch = random_policy(), random_adapters(), make_batch()
         before = jax.tree.map(np.array, base)
-        logits = jax.jit(lambda policy: prompt_logits(policy, batch.prompts, setup))(adapt(base, adapters, SCALE))
+        logits = jax.jit(lambda policy: prompt_logits(policy, batch.prompts, fwd))(adapt(base, adapters, SCALE))
         state = initial_state(adapters, optimizer)
         donated = jax.tree.leaves(state)
-        run = {"optimizer": optimizer, "setup": setup, "settings": LOSS, "micro_batches": micro_batches}
+        run = {"optimizer": optimizer, "fwd": fwd, "settings": LOSS, "micro_batches": micro_batches}
         state, metrics = update(state, batch, base=base, **run)
         assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(base))
         abstract = jax.tree.leaves(abstract_adapters(DIMS, RANK))
-        placed = [leaf.sharding.spec for leaf in jax.tree.leaves(state.policy)]
+        placed = [leaf.sharding.spec for leaf in jax.tree.leaves(state.params)]
         assert placed == [leaf.sharding.spec for leaf in abstract]
-        gradients, after = jax.tree.map(np.array, (optax.tree.get(state.optimizer, "mu"), state.policy))
+        gradients, after = jax.tree.map(np.array, (optax.tree.get(state.opt_state, "mu"), state.params))
     return np.asarray(logits), gradients, jax.tree.map(float, metrics), after
 
 
@@ -317,8 +317,10 @@ def test_adapters_written_alone_are_those_that_peft_loads(run: tuple[Config, Ada
         theirs = model(**torch_inputs(prompt, PROCESSOR)).logits[0].numpy()
     with jax.set_mesh(make_mesh("1x1")):
         policy = merge(load_policy(config.run.dir, FLOAT32)[0])
-        ours = prompt_logits(policy, PROCESSOR.batch([prompt], 8), Pass(DIMS, TRAIN, FLOAT32))[0]
-        bare = prompt_logits(load_hf(config.model.path)[0], PROCESSOR.batch([prompt], 8), Pass(DIMS, TRAIN, FLOAT32))[0]
+        ours = prompt_logits(policy, PROCESSOR.batch([prompt], 8), ForwardConfig(DIMS, TRAIN, FLOAT32))[0]
+        bare = prompt_logits(
+            load_hf(config.model.path)[0], PROCESSOR.batch([prompt], 8), ForwardConfig(DIMS, TRAIN, FLOAT32)
+        )[0]
     close(ours[: len(theirs)], theirs, 1e-4)
     assert np.abs(bare[: len(theirs)] - theirs).max() > 0.01 * np.abs(theirs).max(), "they change something"
     for load in (lambda: load_policy(out, FLOAT32), lambda: load_hf(out)):
@@ -362,6 +364,6 @@ def test_a_run_has_one_policy_in_memory_that_does_not_learn(kl_coef: float, tmp_
             assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours is theirs, bare, job.base))
         assert (reference is None) == (kl_coef == 0)
         assert {leaf.dtype for leaf in jax.tree.leaves(job.base)} == {BFLOAT16}
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.policy)} == {FLOAT32}
-        assert job.loss.lora_scale == 32 / 8
-        assert loss_settings(Config(), ()).lora_scale is None
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {FLOAT32}
+        assert job.loss_config.lora_scale == 32 / 8
+        assert make_loss_config(Config(), ()).lora_scale is None

@@ -102,27 +102,33 @@ def test_what_fits(dims, mesh, batch):
 
 
 REFUSED = [
-    (DIMS, "4x4", 6, 6, "6 prompts do not divide by data x fsdp = 4 (train)"),
-    (DIMS, "2x4x2", 16, 4, "4 prompts of a micro-batch do not divide by data x fsdp = 8 (train)"),
-    (SEVEN, "2x8", 16, 16, "28 attention heads do not divide by tensor = 8 (train)"),
-    (THREE, "3x1", 3, 3, "2048 units of the model width do not divide by fsdp = 3 (train)"),
-    (dataclasses.replace(DIMS, mlp=126), "1x4", 16, 16, "126 MLP units do not divide by tensor = 4 (train)"),
-    (dataclasses.replace(DIMS, mlp=136), "4x4", 16, 16, "136 MLP units do not divide by fsdp x tensor = 16 (rollout)"),
+    (DIMS, "4x4", 6, 6, "6 prompts cannot be split evenly over data x fsdp = 4 (train)"),
+    (DIMS, "2x4x2", 16, 4, "4 prompts of a micro-batch cannot be split evenly over data x fsdp = 8 (train)"),
+    (SEVEN, "2x8", 16, 16, "28 attention heads cannot be split evenly over tensor = 8 (train)"),
+    (THREE, "3x1", 3, 3, "2048 units of the model width cannot be split evenly over fsdp = 3 (train)"),
+    (dataclasses.replace(DIMS, mlp=126), "1x4", 16, 16, "126 MLP units cannot be split evenly over tensor = 4 (train)"),
+    (
+        dataclasses.replace(DIMS, mlp=136),
+        "4x4",
+        16,
+        16,
+        "136 MLP units cannot be split evenly over fsdp x tensor = 16 (rollout)",
+    ),
     (
         dataclasses.replace(DIMS, vocab=500),
         "4x4",
         16,
         16,
-        "500 vocabulary entries do not divide by fsdp x tensor = 16 (rollout)",
+        "500 vocabulary entries cannot be split evenly over fsdp x tensor = 16 (rollout)",
     ),
     (
         dataclasses.replace(DIMS, heads=18, kv_heads=3, hidden=144),
         "1x2",
         16,
         16,
-        "3 key-value heads and tensor = 2: neither divides by the other",
+        "3 key-value heads and tensor = 2: neither is a multiple of the other",
     ),
-    (DIMS, "1x8", 16, 16, "4 attention heads of the vision tower do not divide by tensor = 8 (train)"),
+    (DIMS, "1x8", 16, 16, "4 attention heads of the vision tower cannot be split evenly over tensor = 8 (train)"),
 ]
 
 
@@ -137,10 +143,13 @@ def test_what_does_not_fit_is_named_in_one_line(dims, mesh, batch, micro_batch, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": 36}, "36 units of the vision tower's width do not divide by fsdp = 8"),
-        ({"mlp": 66}, "66 MLP units of the vision tower do not divide by tensor = 4"),
-        ({"hidden": 24, "heads": 16, "merge": 1}, "24 units of the vision merger do not divide by tensor = 16"),
-        ({"out": 68}, "68 units of the vision output do not divide by fsdp = 8"),
+        ({"hidden": 36}, "36 units of the vision tower's width cannot be split evenly over fsdp = 8"),
+        ({"mlp": 66}, "66 MLP units of the vision tower cannot be split evenly over tensor = 4"),
+        (
+            {"hidden": 24, "heads": 16, "merge": 1},
+            "24 units of the vision merger cannot be split evenly over tensor = 16",
+        ),
+        ({"out": 68}, "68 units of the vision output cannot be split evenly over fsdp = 8"),
     ],
 )
 def test_the_vision_tower_must_fit_too(change, message):

@@ -130,7 +130,7 @@ def test_adapters_are_planned_with_one_policy_that_they_and_the_reference_share(
         step = Step(run, find_dims("toy"), jax.sharding.get_mesh())
         programs = {name: (lower, beside) for name, _, lower, beside in step.programs()}
         assert list(programs) == ["vision", "reshard", "rollout", "reference", "update"]
-        policy, adapters = bytes_of(step.base), bytes_of(step.state.policy)
+        policy, adapters = bytes_of(step.base), bytes_of(step.state.params)
         assert bytes_of(step.state) == pytest.approx(3 * adapters, rel=1e-3), "with two moments"
         assert 8 * adapters < policy
         held = {name: bytes_of(lower().args_info) + bytes_of(beside) for name, (lower, beside) in programs.items()}
@@ -314,7 +314,7 @@ def test_a_phase_takes_as_long_as_its_busiest_link_and_holds_what_lies_beside_it
     lowered = Mock(**{"compile.return_value.memory_analysis.return_value": memory})
     lowered.compile.return_value.as_text.return_value = ON_TWO_AXES
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    chip = Chip(hbm_gib=limit, flops=1e9, hbm=1e9, link=1e3)
+    chip = Chip(hbm_gib=limit, flops_per_s=1e9, hbm_bytes_per_s=1e9, link_bytes_per_s=1e3)
     (found,) = analyse("update", 4, lambda: lowered, (beside,), chip, (1, 2, 2), {})
     assert (found.seconds, found.bound) == (4 * 64 * 32 / 1e3, "interconnect")
     assert (found.arguments_gib, found.temporaries_gib, found.resident_gib, found.hbm_gib) == (2, 2, 1, 5)
@@ -331,8 +331,8 @@ def test_a_product_of_float32_numbers_is_six(dtype, passes, monkeypatch):
     monkeypatch.setattr("segzero_jax.plan.phases.analyse", lambda name, *given: chips.append(given[3]) or [phase(name)])
     run = configs.replace(configs.Config(), **{"mesh": "2x2", "model.compute_dtype": dtype})
     make_plan(run, None, "v5e:2x2", lambda name: None)
-    assert {chip.flops for chip in chips} == {CHIPS["v5e"].flops / passes}
-    assert {chip.hbm for chip in chips} == {CHIPS["v5e"].hbm}
+    assert {chip.flops_per_s for chip in chips} == {CHIPS["v5e"].flops_per_s / passes}
+    assert {chip.hbm_bytes_per_s for chip in chips} == {CHIPS["v5e"].hbm_bytes_per_s}
 
 
 def test_advice_names_what_is_not_yet_done():

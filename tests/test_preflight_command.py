@@ -90,7 +90,7 @@ def test_every_failure_is_told_and_counted(tmp_path: Path, data_dir: str, capsys
     assert preflight.run(config(tmp_path, **changes, **{"data.dir": data_dir}), Pod()) == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("FAILED")] == ["model", "reward"]
-    assert "do not divide by tensor = 3" in lines[3]
+    assert "cannot be split evenly over tensor = 3" in lines[3]
     assert "unreachable" in lines[-2]
     assert lines[-1] == "2 of 9 checks failed"
 
@@ -296,6 +296,11 @@ class TestModel:
         (tmp_path / "model/tokenizer.json").unlink()
         given = config(tmp_path, **{"model.path": str(tmp_path / "model")})
         assert "no tokenizer or picture settings for it" in failure("model", given)
+
+    def test_without_weights(self, tmp_path: Path) -> None:
+        shutil.copytree(TOY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        said = failure("model", config(tmp_path, **{"model.path": str(tmp_path / "model")}))
+        assert said == f"{tmp_path}/model: no *.safetensors file there"
 
 
 class TestData:

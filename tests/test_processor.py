@@ -22,11 +22,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.vision_utils import get_vision_window_index
 
 from segzero_jax.patches import ImageError, decode_image, patch_image, window_order
-from segzero_jax.processor import EncodedPrompt, Processor, PromptTooLong, checkpoint_directory, mrope_positions
+from segzero_jax.processor import EncodedPrompt, Processor, PromptTooLong, mrope_positions, settings_directory
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, Frame, PromptBatch
 
-ASSETS = Path(checkpoint_directory("toy"))
+ASSETS = Path(settings_directory("toy"))
 ROOT = Path(__file__).parents[1]
 
 

@@ -129,7 +129,7 @@ def test_a_seg_zero_solution_reads_back(target: ObjectPrompt) -> None:
 @given(st.lists(objects_with(1), max_size=5))
 def test_a_response_with_a_solution_in_it_asks_for_its_objects(objects: list[ObjectPrompt]) -> None:
     text = f"<think>\nlook</think>\n<answer>\n{solution_text(objects)} </answer>"
-    assert parse_answer(text) == Answer(thinking="\nlook", objects=tuple(objects), well_formed=True)
+    assert parse_answer(text) == Answer(thinking="\nlook", objects=tuple(objects), readable=True)
 
 
 @pytest.mark.parametrize(
@@ -199,18 +199,18 @@ GOOD = '{"bbox_2d": [1,2,3,4], "point_2d": [5,6]}'
 )
 def test_a_malformed_answer_asks_for_nothing(answer: str) -> None:
     parsed = parse_answer(f"<think>a</think><answer>{answer}</answer>")
-    assert parsed == Answer(thinking="a", objects=(), well_formed=False)
+    assert parsed == Answer(thinking="a", objects=(), readable=False)
 
 
 def test_nothing_here_differs_from_no_answer() -> None:
-    assert parse_answer("<answer> [] </answer>") == Answer(thinking=None, objects=(), well_formed=True)
-    assert parse_answer("<answer>[]") == Answer(thinking=None, objects=(), well_formed=False)
-    assert parse_answer("[]") == Answer(thinking=None, objects=(), well_formed=False)
+    assert parse_answer("<answer> [] </answer>") == Answer(thinking=None, objects=(), readable=True)
+    assert parse_answer("<answer>[]") == Answer(thinking=None, objects=(), readable=False)
+    assert parse_answer("[]") == Answer(thinking=None, objects=(), readable=False)
 
 
 def test_the_first_answer_counts() -> None:
-    assert not parse_answer(f"<answer>?</answer><answer>[{GOOD}]</answer>").well_formed
-    assert parse_answer(f"<answer>[{GOOD}]</answer><answer>?</answer>").well_formed
+    assert not parse_answer(f"<answer>?</answer><answer>[{GOOD}]</answer>").readable
+    assert parse_answer(f"<answer>[{GOOD}]</answer><answer>?</answer>").readable
 
 
 def test_at_most_120_objects_are_asked_for() -> None:
@@ -228,7 +228,7 @@ def test_thinking_is_what_a_closed_block_holds(text: str, thinking: str | None) 
 @given(st.text() | st.builds(lambda v: f"<answer>{json.dumps(v)}</answer>", json_values))
 def test_any_text_gives_finite_objects(text: str) -> None:
     parsed = parse_answer(text)
-    assert parsed.well_formed or not parsed.objects
+    assert parsed.readable or not parsed.objects
     for obj in parsed.objects:
         assert len(obj.box) == 4
         assert 1 <= len(obj.points) <= 2

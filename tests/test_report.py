@@ -2,6 +2,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -575,6 +576,21 @@ def test_a_damaged_file_is_named_and_the_old_page_stays(copied, capsys):
     with pytest.raises(RunError, match=r"metrics\.jsonl:1: expected a whole number under 'step', got None"):
         write_report(copied)
     assert (copied / "report.html").read_bytes() == old
+
+
+def test_two_may_write_the_page_at_once(copied, monkeypatch):
+    replace = os.replace
+
+    def meanwhile(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            write_report(copied)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    assert "</html>" in write_report(copied).read_text()
+    assert not list(copied.glob("*.tmp"))
 
 
 def test_the_page_needs_no_jax():

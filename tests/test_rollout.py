@@ -14,10 +14,10 @@ from torch_policy import load_torch, make_checkpoint, torch_inputs
 
 from segzero_jax import rollout as rollout_module
 from segzero_jax.config import GrpoConfig
-from segzero_jax.grpo import LossSettings, policy_logps
+from segzero_jax.grpo import LossConfig, policy_logps
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model import load_hf
-from segzero_jax.model.policy import Pass, Policy
+from segzero_jax.model.policy import ForwardConfig, Policy
 from segzero_jax.rollout import Sampling, cache_lengths, rollout_layout, sample, truncate
 from segzero_jax.types import PromptBatch, Rollout
 
@@ -52,9 +52,9 @@ def draw(directory):
         with jax.set_mesh(make_mesh(mesh)):
             policy, dims = load_hf(directory)
             weights = rollout_layout(dims, FLOAT32)(change(policy))
-            setup = Pass(dims, ROLLOUT, FLOAT32)
+            fwd = ForwardConfig(dims, ROLLOUT, FLOAT32)
             batch = place(PROCESSOR.batch(PROMPTS[:rows], multiple=48))
-            return jax.device_get(sample(weights, batch, jax.random.key(key), setup=setup, sampling=sampling))
+            return jax.device_get(sample(weights, batch, jax.random.key(key), fwd=fwd, sampling=sampling))
 
     return draw
 
@@ -159,10 +159,10 @@ def test_log_probabilities_are_those_of_the_reference_pass(directory, drawn):
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory)
         policy = favour((DRAWN.end_ids[0],), 3.0)(policy)
-        settings = LossSettings(GrpoConfig(), DRAWN.temperature, DRAWN.banned_ids, False, DRAWN.max_tokens)
+        settings = LossConfig(GrpoConfig(), DRAWN.temperature, DRAWN.banned_ids, False, DRAWN.max_tokens)
         batch = PROCESSOR.batch(PROMPTS, multiple=48)
-        setup = Pass(dims, TRAIN, FLOAT32)
-        expected = np.asarray(policy_logps(policy, batch, drawn.tokens_bgr, setup=setup, settings=settings))
+        fwd = ForwardConfig(dims, TRAIN, FLOAT32)
+        expected = np.asarray(policy_logps(policy, batch, drawn.tokens_bgr, fwd=fwd, loss_config=settings))
     real = np.arange(LENGTH) < drawn.length_bg[..., None]
     np.testing.assert_allclose(drawn.logps_bgr[real], expected[real], atol=1e-5)
     assert (drawn.logps_bgr[~real] == 0).all()
@@ -230,9 +230,9 @@ def test_frequencies_are_those_of_the_distribution(draw, model, how):
 def test_the_loop_ends_when_all_have_ended(directory, monkeypatch):
     steps = []
 
-    def counting(policy, batch, tokens, step, cache, setup):
+    def counting(policy, batch, tokens, step, cache, fwd):
         jax.debug.callback(lambda step: steps.append(int(step)), step)
-        return decode(policy, batch, tokens, step, cache, setup)
+        return decode(policy, batch, tokens, step, cache, fwd)
 
     decode = rollout_module.decode
     monkeypatch.setattr(rollout_module, "decode", counting)
@@ -240,9 +240,9 @@ def test_the_loop_ends_when_all_have_ended(directory, monkeypatch):
     sampling = DRAWN._replace(max_tokens=50, banned_ids=tuple(sorted(set(range(512)) - few)))
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory)
-        fresh = jax.jit(sample.__wrapped__, static_argnames=("setup", "sampling"))
+        fresh = jax.jit(sample.__wrapped__, static_argnames=("fwd", "sampling"))
         batch = PROCESSOR.batch(PROMPTS, multiple=48)
-        found = fresh(policy, batch, jax.random.key(0), setup=Pass(dims, ROLLOUT, FLOAT32), sampling=sampling)
+        found = fresh(policy, batch, jax.random.key(0), fwd=ForwardConfig(dims, ROLLOUT, FLOAT32), sampling=sampling)
         jax.effects_barrier()
     assert found.finished_bg.all()
     real = np.arange(50) < found.length_bg[..., None]
@@ -261,9 +261,9 @@ def test_room_grows_with_the_responses(draw, monkeypatch):
     assert whole.length_bg.max() == 23, "all of the room should be needed"
     rooms = []
 
-    def seeing(policy, batch, tokens, step, cache, setup):
+    def seeing(policy, batch, tokens, step, cache, fwd):
         rooms.append(cache.response.k.shape[3])
-        return decode(policy, batch, tokens, step, cache, setup)
+        return decode(policy, batch, tokens, step, cache, fwd)
 
     decode = rollout_module.decode
     monkeypatch.setattr(rollout_module, "decode", seeing)

@@ -12,7 +12,7 @@ from segzero_jax import rewards
 from segzero_jax.config import Config, RewardConfig
 from segzero_jax.patience import Patience
 from segzero_jax.pods import Pod
-from segzero_jax.record import Step, metric_keys, rollout_rows, step_metrics, unscored_groups, update_metrics
+from segzero_jax.record import StepRecord, metric_keys, rollout_rows, step_metrics, unscored_groups, update_metrics
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.scoring import Scored, Scorer, solution
 from segzero_jax.types import Example, Frame, Lengths, ObjectPrompt, RleMask, Rollout
@@ -144,9 +144,9 @@ def test_an_unreadable_answer_does_not_earn_what_nothing_here_earns() -> None:
     assert [row["mask_iou"] for row in result.components[0]] == [0.0, 1.0]
 
 
-def step(result: Scored) -> Step:
+def step(result: Scored) -> StepRecord:
     rollout = Rollout(np.zeros((1, 2, 4), int), np.array([[3, 4]]), np.zeros((1, 2, 4)), np.array([[True, False]]))
-    return Step(1, [example(TARGET)], [[GOOD, GOOD]], rollout, result, np.array([[0.0, 1.0]]))
+    return StepRecord(1, [example(TARGET)], [[GOOD, GOOD]], rollout, result, np.array([[0.0, 1.0]]))
 
 
 def test_a_row_holds_what_a_picture_of_it_needs() -> None:
@@ -193,7 +193,7 @@ def test_of_several_data_sets_each_has_its_own_reward() -> None:
     rollout = Rollout(np.zeros((4, 2, 4), int), np.ones((4, 2), int), np.zeros((4, 2, 4)), np.ones((4, 2), bool))
     sets = ("mugs", "r", "mugs", "rare")
     asked = [replace(example(), id=f"{name}/{n}", data_set=name) for n, name in enumerate(sets)]
-    made = Step(1, asked, [[GOOD, GOOD]] * 4, rollout, Scored(rewards_bg, groups, None), np.zeros((4, 2)))
+    made = StepRecord(1, asked, [[GOOD, GOOD]] * 4, rollout, Scored(rewards_bg, groups, None), np.zeros((4, 2)))
     numbers = step_metrics(made, config)
     assert {name: numbers[name] for name in names} == {
         "data/mugs/reward": 3.0,
@@ -209,7 +209,7 @@ def test_the_numbers_and_rows_of_a_step() -> None:
     components = [[{"part": reward / 2} if np.isfinite(reward) else {} for reward in group] for group in rewards_bg]
     masks = [[scored(iou) for iou in group] for group in ([0.0, 0.5, 1.0], [0.5, 0.5, 0.5], [None, None, 0.0])]
     lengths, finished = np.array([[3, 7, 4], [2, 4, 4], [4, 4, 8]]), np.ones((3, 3), bool)
-    made = Step(
+    made = StepRecord(
         1,
         [replace(example(), id=f"row-{n}") for n in range(3)],
         [["<think> so </think>", "<think> \n</think>", ""]] * 3,

@@ -15,7 +15,7 @@ from PIL import Image
 from segzero_jax import asking, infer, rollout
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import save_hf
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.policy import ForwardConfig
 from segzero_jax.overlay import decode_mask
 from segzero_jax.rollout import Sampling, sample, sample_in_parts
 
@@ -35,9 +35,9 @@ def test_a_response_in_parts_is_the_response(greedy: bool, room: int, monkeypatc
     sampling = Sampling(2, 11, (7,), processor.pad_id, processor.visual_ids, greedy=greedy)
     with jax.set_mesh(make_mesh("1x1")):
         policy, batch = tiny.random_policy(), tiny.prompts(2, processor)
-        setup, key = Pass(tiny.DIMS, TRAIN, jnp.dtype("float32")), jax.random.key(3)
-        whole = jax.device_get(sample(policy, batch, key, setup=setup, sampling=sampling))
-        parts = list(sample_in_parts(policy, batch, key, setup=setup, sampling=sampling, tokens=4))
+        fwd, key = ForwardConfig(tiny.DIMS, TRAIN, jnp.dtype("float32")), jax.random.key(3)
+        whole = jax.device_get(sample(policy, batch, key, fwd=fwd, sampling=sampling))
+        parts = list(sample_in_parts(policy, batch, key, fwd=fwd, sampling=sampling, tokens=4))
     assert len(parts) == 3
     for name, value in whole._asdict().items():
         rounding = 1e-6 if name == "logps_bgr" and room == 3 else 0

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco
 from question_sources import rectangle
 
-from segzero_jax.data.targets import run_lengths, target_object, union
+from segzero_jax.data.targets import encode_counts, target_object, union
 
 
 def test_two_squares_give_their_centres() -> None:
@@ -89,7 +89,7 @@ def test_any_mask(mask: np.ndarray) -> None:
 
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_run_lengths_and_unions(mask: np.ndarray) -> None:
-    runs = {"size": list(mask.shape), "counts": run_lengths(mask)}
+    runs = {"size": list(mask.shape), "counts": encode_counts(mask)}
     np.testing.assert_array_equal(coco.decode(runs), mask)
     np.testing.assert_array_equal(union([mask, ~mask], *mask.shape), np.ones_like(mask))
     assert not union([], *mask.shape).any()

@@ -1,4 +1,4 @@
-"""From stored data sets to batches of examples: random access, a seeded shuffle, an exactly resumable position."""
+"""Stored splits by random access: opened, checked, and several as one."""
 
 import bisect
 import functools
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,6 @@ from segzero_jax.data import records, toy
 from segzero_jax.data.hub_sets import build_command
 from segzero_jax.data.scenes import SPLITS
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
-
-T = TypeVar("T")
 
 
 class DataError(ValueError):

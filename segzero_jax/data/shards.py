@@ -22,7 +22,7 @@ from segzero_jax import jsonl
 from segzero_jax.data.forms.form import Asked, Form, Part, Shown, Unreadable
 from segzero_jax.data.pictures import Picture, PictureError, fit_mask, read_picture
 from segzero_jax.data.records import FEATURES, INDEX, Question, to_record
-from segzero_jax.data.targets import run_lengths, target_object, union
+from segzero_jax.data.targets import encode_counts, target_object, union
 from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.frames import rescale_object
 from segzero_jax.types import Frame, ObjectPrompt
@@ -189,10 +189,10 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
             kind = "a mask of another size than its picture"
             raise Unusable(kind, f"a mask of {mask.shape[1]}x{mask.shape[0]} pixels, expected the picture's {size}")
     ignored = None if asked.ignore is None else fit_mask(asked.ignore, frame)
-    ignore = "" if ignored is None else run_lengths(ignored)
+    ignore = "" if ignored is None else encode_counts(ignored)
     if asked.masks is None:
         objects = tuple(_inside(rescale_object(obj, picture.original, frame), frame) for obj in asked.objects)
-        nothing = run_lengths(union((), frame.height, frame.width))
+        nothing = encode_counts(union((), frame.height, frame.width))
         return Question(asked.id, asked.text, objects, "" if objects else nothing, ignore, asked.instance_id)
     masks = [fit_mask(mask, frame) for mask in asked.masks]
     found: list[ObjectPrompt] = []
@@ -207,7 +207,7 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
     target = union(masks, frame.height, frame.width)
     if masks and ignored is not None and not (target & ~ignored).any():
         raise Unusable("a target mask that is ignored as a whole")
-    return Question(asked.id, asked.text, tuple(found), run_lengths(target), ignore, asked.instance_id)
+    return Question(asked.id, asked.text, tuple(found), encode_counts(target), ignore, asked.instance_id)
 
 
 def _inside(obj: ObjectPrompt, frame: Frame) -> ObjectPrompt:

@@ -36,7 +36,7 @@ def union(masks: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     return total
 
 
-def run_lengths(mask: np.ndarray) -> str:
+def encode_counts(mask: np.ndarray) -> str:
     """A bool [H, W] mask in COCO's compressed run-length encoding."""
     return coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
 

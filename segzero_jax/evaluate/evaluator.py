@@ -182,9 +182,7 @@ class Evaluator:
         if self._sam is None:
             advice = "run the same command again, perhaps with a smaller --sam: it goes on where it was"
             sam = how.sam or default_sam(config)
-            # The toy is done sooner than threads have found each other; any other model needs all there are.
-            served = connected(how.server, how.access, sam, say, advice, threads=1 if sam == "toy" else 0)
-            client = self._stack.enter_context(served)
+            client = self._stack.enter_context(connected(how.server, how.access, sam, say, advice))
             info = client.info(loaded=True)
             self._sam = client, f"{info.model} {info.checkpoint_sha256[:16]} {info.dtype}"
         return self._sam

@@ -1,4 +1,4 @@
-"""Answers to SAM 2 and to numbers: those of a policy, and the targets' own boxes and points (the oracle)."""
+"""Sends answers, a policy's or the targets themselves (the oracle), to SAM 2 and turns its scores into numbers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol

@@ -11,18 +11,16 @@ from jax.experimental import multihost_utils
 
 from segzero_jax.asking import Loaded
 from segzero_jax.mesh import ROLLOUT
-from segzero_jax.model.attention import choose_kernel
-from segzero_jax.model.policy import Pass
-from segzero_jax.model.precision import compute_dtype
+from segzero_jax.model.forward import forward_config
 from segzero_jax.model.weights import check_fits
 from segzero_jax.patches import ImageError
 from segzero_jax.pods import ALONE, WHATEVER_IT_TAKES_S, Pod
 from segzero_jax.processor import EncodedPrompt, PromptTooLong
+from segzero_jax.random_streams import EVALUATE_COMMAND, stream_key
 from segzero_jax.rollout import padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, PromptBatch
 
 # Evaluation draws from another stream than training.
-_EVALUATE_KEY = 2
 
 
 class Reply(NamedTuple):
@@ -51,17 +49,14 @@ class Respondent:
         """
         mesh = jax.sharding.get_mesh()
         check_fits(mesh, loaded.dims, batch, batch)
-        dtype = compute_dtype(loaded.config.model.compute_dtype)
+        self._fwd = forward_config(loaded.dims, ROLLOUT, loaded.config.model)
         self._batch, self._pod = batch, pod
         self._processor = loaded.processor
         self._mesh = mesh
-        self._weights = rollout_layout(loaded.dims, dtype, loaded.config.model.lora_rank)(loaded.policy)
-        # As in the run's own evaluations, whose answers these are.
-        one_loop = loaded.config.model.remat
-        self._setup = Pass(loaded.dims, ROLLOUT, dtype, kernel=choose_kernel(mesh, dtype), one_loop=one_loop)
+        self._weights = rollout_layout(loaded.dims, self._fwd.dtype, loaded.config.model.lora_rank)(loaded.policy)
         self._sampling = loaded.sampling._replace(greedy=samples == 0, group=max(1, samples))
         self._multiple = padding_multiple(loaded.config.rollout.max_prompt_tokens)
-        self._key = jax.random.fold_in(jax.random.key(seed), _EVALUATE_KEY)
+        self._key = stream_key(seed, EVALUATE_COMMAND)
 
     def __call__(self, examples: Sequence[Example], start: int) -> list[Reply]:
         """Answers at most ``batch`` questions; ``start`` is the place of the first one in its split.
@@ -104,7 +99,7 @@ class Respondent:
         filled = prompts + prompts[:1] * (self._batch - len(prompts))
         batch = self._place(self._processor.batch(filled, multiple=self._multiple))
         key = jax.random.fold_in(self._key, start)
-        drawn = sample(self._weights, batch, key, setup=self._setup, sampling=self._sampling)
+        drawn = sample(self._weights, batch, key, fwd=self._fwd, sampling=self._sampling)
         drawn = multihost_utils.process_allgather(drawn, tiled=True)
         lengths = drawn.length_bg
         return [

@@ -55,7 +55,7 @@ class Task:
         return out / safe_name(f"{self.dataset}-{self.split}") / safe_name(self.checkpoint)
 
 
-def done_rows(task: Task, out: Path) -> list[dict[str, Any]]:
+def open_task(task: Task, out: Path) -> list[dict[str, Any]]:
     """Rows of an earlier run of the same task, whole batches only; forgets what comes after them.
 
     Rows count as far as each answer stands in its place: what two commands at once have written does not.
@@ -111,11 +111,11 @@ def work(
     One batch is scored by SAM 2 while the policy answers the next one. A batch's rows are written together.
 
     Args:
-      task: whose ``done_rows`` are taken as they are.
+      task: whose ``open_task`` are taken as they are.
       say: is told how far it is, now and then.
 
     Raises:
-      EvaluateError: see ``done_rows``.
+      EvaluateError: see ``open_task``.
       FolderHeld: another process is at the same task.
     """
     with hold(task.folder(out), "evaluation"):
@@ -125,7 +125,7 @@ def work(
 def _work(
     task: Task, out: Path, source: Sequence[Example], judge: Judge, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    rows = done_rows(task, out)
+    rows = open_task(task, out)
     batch, path = task.options["batch"], task.folder(out) / "samples.jsonl"
     scoring: Pending | None = None
     for start in range(len(rows) // task.answers, task.count, batch):

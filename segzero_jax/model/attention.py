@@ -23,7 +23,7 @@ from segzero_jax.model.flash import flash_group, flash_image, flash_windows
 from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_attention
 
 Kernel = Literal["xla", "splash", "splash_interpreted", "cudnn"]
-# In a compiled program, what splash attention does for images is of this scope: its blocks are others than a stream's.
+# The name scope of image attention, by which ``plan`` tells its kernel calls from the decoder's.
 IMAGE_SCOPE = "attend_image"
 
 _MASKED = -1e30

@@ -23,13 +23,13 @@ class Keys(NamedTuple):
     """Keys and values: ``[b, k, g, s, h]`` for queries of the same group, or ``[b, k, p, h]`` for those of all groups.
 
     Attributes:
-      k, v: they.
-      mask_b: bool ``[b, s]`` or ``[b, p]``, which of them are real; None where all are.
+      k, v: keys and values, in the layout above.
+      mask_bs: bool ``[b, s]`` or ``[b, p]``, which of them are real; None where all are.
     """
 
     k: jax.Array
     v: jax.Array
-    mask_b: jax.Array | None = None
+    mask_bs: jax.Array | None = None
 
 
 def chunked_attention(q_bkgqth: jax.Array, own: Keys, shared: Keys | None, first: int | None) -> jax.Array:
@@ -85,10 +85,10 @@ def _by_group(x: jax.Array, groups: int) -> jax.Array:
     return _fold(x, groups, x.shape[2] // groups, x.shape[3])
 
 
-def _masked(scores: jax.Array, mask_b: jax.Array | None) -> jax.Array:
-    if mask_b is None:
+def _masked(scores: jax.Array, mask_bs: jax.Array | None) -> jax.Array:
+    if mask_bs is None:
         return scores
-    return jnp.where(jnp.expand_dims(mask_b, range(1, scores.ndim - 1)), scores, _MASKED)
+    return jnp.where(jnp.expand_dims(mask_bs, range(1, scores.ndim - 1)), scores, _MASKED)
 
 
 def _own_scores(q: jax.Array, last: jax.Array | None, own: Keys) -> jax.Array:
@@ -96,13 +96,13 @@ def _own_scores(q: jax.Array, last: jax.Array | None, own: Keys) -> jax.Array:
     scores = jnp.einsum("bkgmh,bkgsh->bkgms", q, own.k, preferred_element_type=jnp.float32)
     if last is not None:
         scores = jnp.where(jnp.arange(scores.shape[-1]) <= last[:, None], scores, _MASKED)
-    return _masked(scores, own.mask_b)
+    return _masked(scores, own.mask_bs)
 
 
 def _shared_scores(q: jax.Array, shared: Keys) -> jax.Array:
     """Those over keys of all groups, ``[b, k, g * m, p]``."""
     scores = jnp.einsum("bkmh,bkph->bkmp", _all_groups(q), shared.k, preferred_element_type=jnp.float32)
-    return _masked(scores, shared.mask_b)
+    return _masked(scores, shared.mask_bs)
 
 
 _Residuals = tuple[jax.Array, Keys, Keys | None, jax.Array, jax.Array]

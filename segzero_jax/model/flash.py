@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-# Widths of heads are multiples of this. By how much less a key that nobody may see scores.
-_WIDTHS, _UNSEEN = 8, -3e3
+# cuDNN needs head widths that are multiples of this.
+_WIDTHS = 8
+# Added to the score of a masked key.
+_UNSEEN = -3e3
 
 
 def flash_group(

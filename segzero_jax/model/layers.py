@@ -174,13 +174,13 @@ def axial_angles(patch_hw_bs2: Array, head_width: int, theta: float = 10000.0) -
     return jnp.concatenate([hw[..., :1] * frequencies, hw[..., 1:] * frequencies], axis=-1)
 
 
-def rotate(x_btnh: jax.Array, angles_bth: jax.Array) -> jax.Array:
+def rotate(x_btnh: jax.Array, angles_bta: jax.Array) -> jax.Array:
     """Applies rotary embeddings to halves of the head width, in float32.
 
     Args:
       x_btnh: queries or keys.
-      angles_bth: [b, t, h / 2].
+      angles_bta: ``a`` is h / 2.
     """
-    cos, sin = jnp.cos(angles_bth)[:, :, None], jnp.sin(angles_bth)[:, :, None]
+    cos, sin = jnp.cos(angles_bta)[:, :, None], jnp.sin(angles_bta)[:, :, None]
     left, right = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_btnh.dtype)

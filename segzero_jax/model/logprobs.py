@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from segzero_jax.model.policy import Pass, Policy, head_weights
+from segzero_jax.model.policy import ForwardConfig, Policy, head_weights
 from segzero_jax.types import Array
 
 _IMPOSSIBLE = -1e30
@@ -50,7 +50,7 @@ def response_logps(
     policy: Policy,
     hidden_bgrd: jax.Array,
     tokens_bgr: Array,
-    setup: Pass,
+    fwd: ForwardConfig,
     temperature: float,
     banned_ids: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
@@ -66,9 +66,9 @@ def response_logps(
     Returns:
       float32 ``[b, g, r]`` each, in nats. The backward pass computes the logits of a chunk again: memory is one chunk.
     """
-    layout = setup.layout
+    layout = fwd.layout
     rows, parts = layout.over("batch"), layout.over("vocab")
-    head_vd = jax.sharding.reshard(head_weights(policy, setup), layout.spec("vocab", None))
+    head_vd = jax.sharding.reshard(head_weights(policy, fwd), layout.spec("vocab", None))
     row_spec = layout.spec("batch", None, None)
 
     def local(head_vd: jax.Array, hidden_bgrd: jax.Array, tokens_bgr: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,23 +105,23 @@ class _Distribution(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logps(
-    how: _Distribution, hidden_nmd: jax.Array, head_vd: jax.Array, tokens_nm: jax.Array
+    how: _Distribution, hidden_zmd: jax.Array, head_vd: jax.Array, tokens_zm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies ``[n, m]``, of ``n`` chunks of tokens one after another, on one device.
 
     Plain differentiation would keep, or compute once more, what a softmax is made of, and read the logits of a chunk
     a dozen times. Here they are read twice forward and once backward.
     """
-    return _logps_forward(how, hidden_nmd, head_vd, tokens_nm)[0]
+    return _logps_forward(how, hidden_zmd, head_vd, tokens_zm)[0]
 
 
 _Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _logps_forward(
-    how: _Distribution, hidden_nmd: jax.Array, head_vd: jax.Array, tokens_nm: jax.Array
+    how: _Distribution, hidden_zmd: jax.Array, head_vd: jax.Array, tokens_zm: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], _Kept]:
-    narrow_vd = head_vd.astype(hidden_nmd.dtype)
+    narrow_vd = head_vd.astype(hidden_zmd.dtype)
 
     def one(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
         scaled, own = _own_logits(how, *chunk, narrow_vd)
@@ -134,8 +134,8 @@ def _logps_forward(
         # Counted from the top: where one token is nearly certain, both terms of the entropy are small.
         return None, (picked - log_total, log_total - spread / total, top + log_total)
 
-    _, (logp, entropy, normalizer) = jax.lax.scan(one, None, (hidden_nmd, tokens_nm))
-    return (logp, entropy), (hidden_nmd, narrow_vd, tokens_nm, entropy, normalizer)
+    _, (logp, entropy, normalizer) = jax.lax.scan(one, None, (hidden_zmd, tokens_zm))
+    return (logp, entropy), (hidden_zmd, narrow_vd, tokens_zm, entropy, normalizer)
 
 
 def _own_logits(
@@ -150,7 +150,7 @@ def _own_logits(
 def _logps_backward(
     how: _Distribution, kept: _Kept, gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
-    hidden_nmd, narrow_vd, tokens_nm, entropy_nm, normalizer_nm = kept
+    hidden_zmd, narrow_vd, tokens_zm, entropy_zm, normalizer_zm = kept
 
     def one(dhead_vd: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, tokens, entropy, normalizer, of_logp, of_entropy = chunk
@@ -159,14 +159,14 @@ def _logps_backward(
         # d logp / d logit = [chosen] - p;  d entropy / d logit = -p (log p + entropy).
         slope = of_logp[:, None] + of_entropy[:, None] * (logps + entropy[:, None])
         chosen = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1) == own[:, None]
-        draw = jnp.where(chosen, of_logp[:, None], 0) - jnp.exp(logps) * slope
-        draw = jnp.where(scaled > _IMPOSSIBLE, draw / how.temperature, 0).astype(hidden.dtype)
-        dhead_vd += jnp.einsum("mv,md->vd", draw, hidden, preferred_element_type=jnp.float32)
-        return dhead_vd, jnp.einsum("mv,vd->md", draw, narrow_vd, preferred_element_type=hidden.dtype)
+        d_raw = jnp.where(chosen, of_logp[:, None], 0) - jnp.exp(logps) * slope
+        d_raw = jnp.where(scaled > _IMPOSSIBLE, d_raw / how.temperature, 0).astype(hidden.dtype)
+        dhead_vd += jnp.einsum("mv,md->vd", d_raw, hidden, preferred_element_type=jnp.float32)
+        return dhead_vd, jnp.einsum("mv,vd->md", d_raw, narrow_vd, preferred_element_type=hidden.dtype)
 
     zeros = jnp.zeros_like(narrow_vd, jnp.float32)
-    dhead_vd, dhidden_nmd = jax.lax.scan(one, zeros, (hidden_nmd, tokens_nm, entropy_nm, normalizer_nm, *gradients))
-    return dhidden_nmd, dhead_vd.astype(how.head_dtype), None
+    dhead_vd, dhidden_zmd = jax.lax.scan(one, zeros, (hidden_zmd, tokens_zm, entropy_zm, normalizer_zm, *gradients))
+    return dhidden_zmd, dhead_vd.astype(how.head_dtype), None
 
 
 _logps.defvjp(_logps_forward, _logps_backward)

@@ -65,7 +65,7 @@ def abstract_adapters(dims: Dims, rank: int, layout: Layout = TRAIN) -> Adapters
     return jax.eval_shape(lambda: Adapters(dims, layout, rank, jax.random.key(0)))
 
 
-def abstract_learning(dims: Dims, rank: int) -> Policy | Adapters:
+def abstract_params(dims: Dims, rank: int) -> Policy | Adapters:
     """What learns, in abstract values: adapters where there is a rank, else all weights."""
     return abstract_adapters(dims, rank) if rank else abstract_policy(dims)
 

@@ -33,7 +33,7 @@ from segzero_jax.model.vision import VisionTower, encode_images
 from segzero_jax.types import Array, PromptBatch
 
 
-class DecoderBlock(nnx.Module):
+class DecoderBlocks(nnx.Module):
     """All decoder blocks, stacked on a leading layer axis; ``adapters`` are LoRA's (``model/lora.py``), if any."""
 
     def __init__(self, dims: Dims, layout: Layout, key: jax.Array):
@@ -65,13 +65,13 @@ class Policy(nnx.Module):
         spec = layout.spec
         self.vision = VisionTower(dims.vision, layout, keys[0])
         self.embed_vd = normal_param(keys[1], (dims.vocab, dims.hidden), spec("vocab", "embed"))
-        self.blocks = DecoderBlock(dims, layout, keys[2])
+        self.blocks = DecoderBlocks(dims, layout, keys[2])
         self.final_norm_d = constant_param(1.0, (dims.hidden,), spec(None))
         if not dims.tied:
             self.head_vd = normal_param(keys[3], (dims.vocab, dims.hidden), spec("vocab", "embed"))
 
 
-class Pass(NamedTuple):
+class ForwardConfig(NamedTuple):
     """What every pass needs beside the weights (static: hashable, so that it can be closed over by ``jax.jit``).
 
     Attributes:
@@ -95,7 +95,7 @@ class Pass(NamedTuple):
 
 
 def _linear(
-    subscripts: str, x: jax.Array, block: DecoderBlock, name: str, bias: jax.Array | None, out_sharding: PartitionSpec
+    subscripts: str, x: jax.Array, block: DecoderBlocks, name: str, bias: jax.Array | None, out_sharding: PartitionSpec
 ) -> jax.Array:
     """``linear`` with a matrix of the block, and its adapter's product on top."""
     weight = getattr(block, name)[...]
@@ -115,14 +115,16 @@ def _linear(
     return (linear(subscripts, x, weight, bias, out_sharding, jnp.float32) + change).astype(x.dtype)
 
 
-def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pass) -> tuple[jax.Array, KeyValue]:
-    spec, dims = setup.layout.spec, setup.dims
+def _project(
+    block: DecoderBlocks, x_btd: jax.Array, angles: jax.Array, fwd: ForwardConfig
+) -> tuple[jax.Array, KeyValue]:
+    spec, dims = fwd.layout.spec, fwd.dims
     copies = kv_copies(dims.kv_heads)
     heads = spec("batch", None, "heads", None)
     kv = heads if copies == 1 else spec("batch", None, None, None)
 
     @recomputed
-    def project(x_btd: jax.Array, block: DecoderBlock) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(x_btd: jax.Array, block: DecoderBlocks) -> tuple[jax.Array, jax.Array, jax.Array]:
         y = rms_norm(x_btd, block.norm1_d[...], dims.norm_eps)
         q = _linear("btd,dnh->btnh", y, block, "q_dnh", block.q_bias_nh[...], heads)
         k = _linear("btd,dkh->btkh", y, block, "k_dkh", block.k_bias_kh[...], kv)
@@ -135,77 +137,77 @@ def _project(block: DecoderBlock, x_btd: jax.Array, angles: jax.Array, setup: Pa
     return q, KeyValue(k, v)
 
 
-def _finish(block: DecoderBlock, x_btd: jax.Array, out_btnh: jax.Array, setup: Pass) -> jax.Array:
-    spec = setup.layout.spec
+def _finish(block: DecoderBlocks, x_btd: jax.Array, out_btnh: jax.Array, fwd: ForwardConfig) -> jax.Array:
+    spec = fwd.layout.spec
     rows = spec("batch", None, None)
     hidden = spec("mlp_batch", None, "mlp")
 
     @recomputed
-    def widen(x_btd: jax.Array, block: DecoderBlock) -> tuple[jax.Array, jax.Array]:
-        y = rms_norm(x_btd, block.norm2_d[...], setup.dims.norm_eps)
+    def widen(x_btd: jax.Array, block: DecoderBlocks) -> tuple[jax.Array, jax.Array]:
+        y = rms_norm(x_btd, block.norm2_d[...], fwd.dims.norm_eps)
         y = jax.sharding.reshard(y, spec("mlp_batch", None, None))
         gate = _linear("btd,df->btf", y, block, "gate_df", None, hidden)
         return gate, _linear("btd,df->btf", y, block, "up_df", None, hidden)
 
     @recomputed
-    def narrow(gate_btf: jax.Array, up_btf: jax.Array, block: DecoderBlock) -> jax.Array:
+    def narrow(gate_btf: jax.Array, up_btf: jax.Array, block: DecoderBlocks) -> jax.Array:
         return _linear("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, block, "down_fd", None, rows)
 
     x_btd = x_btd + _linear("btnh,nhd->btd", out_btnh, block, "o_nhd", None, rows)
     return x_btd + narrow(*widen(x_btd, block), block)
 
 
-def _embed(policy: Policy, tokens: Array, setup: Pass) -> jax.Array:
+def _embed(policy: Policy, tokens: Array, fwd: ForwardConfig) -> jax.Array:
     # The table stays where it is: each device looks up its part of the vocabulary and of the width, for all tokens, and
     # the results move. In float32, so that the gradients of a token's many places are summed in float32.
-    spec, rest = setup.layout.spec, (None,) * (tokens.ndim - 1)
+    spec, rest = fwd.layout.spec, (None,) * (tokens.ndim - 1)
     tokens = jax.sharding.reshard(jnp.asarray(tokens), spec("lookup_batch", *rest))
     embedded = policy.embed_vd[...].at[tokens].get(out_sharding=spec("lookup_batch", *rest, "embed"))
-    return jax.sharding.reshard(embedded.astype(setup.dtype), spec("batch", *rest, None))
+    return jax.sharding.reshard(embedded.astype(fwd.dtype), spec("batch", *rest, None))
 
 
-def _encode_images(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+def _encode_images(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.Array:
     """Embeddings of all images of each prompt, one after another: ``[b, u, d]``."""
     b, images, slots, _ = batch.patches_bisc.shape
     flat = lambda a: jnp.asarray(a).reshape(b * images, *a.shape[2:])  # noqa: E731
     embedded_mud = encode_images(
         policy.vision,
-        setup.dims.vision,
-        setup.layout,
+        fwd.dims.vision,
+        fwd.layout,
         flat(batch.patches_bisc),
         flat(batch.patch_hw_bis2),
         flat(batch.patch_valid_bis),
-        dtype=setup.dtype,
-        kernel=setup.kernel,
-        remat=setup.remat,
-        one_loop=setup.one_loop,
-        written_out=setup.written_out,
+        dtype=fwd.dtype,
+        kernel=fwd.kernel,
+        remat=fwd.remat,
+        one_loop=fwd.one_loop,
+        written_out=fwd.written_out,
     )
-    units = images * slots // setup.dims.vision.merge**2
-    rows = setup.layout.spec("batch", None, None)
-    return jnp.reshape(embedded_mud, (b, units, setup.dims.hidden), out_sharding=rows)
+    units = images * slots // fwd.dims.vision.merge**2
+    rows = fwd.layout.spec("batch", None, None)
+    return jnp.reshape(embedded_mud, (b, units, fwd.dims.hidden), out_sharding=rows)
 
 
-@partial(jax.jit, static_argnames="setup")
-def embed_images(policy: Policy, batch: PromptBatch, *, setup: Pass) -> PromptBatch:
+@partial(jax.jit, static_argnames="fwd")
+def embed_images(policy: Policy, batch: PromptBatch, *, fwd: ForwardConfig) -> PromptBatch:
     """The batch with its images' embeddings in place of their patches: for passes that leave the vision tower alone."""
     if batch.patches_bisc.shape[1] == 0:
         return batch
     return batch._replace(
-        embedded_bud=_encode_images(policy, batch, setup),
+        embedded_bud=_encode_images(policy, batch, fwd),
         patches_bisc=batch.patches_bisc[:, :0],
         patch_hw_bis2=batch.patch_hw_bis2[:, :0],
         patch_valid_bis=batch.patch_valid_bis[:, :0],
     )
 
 
-def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+def embed_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.Array:
     """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
-    x_bpd = _embed(policy, batch.tokens_bp, setup)
+    x_bpd = _embed(policy, batch.tokens_bp, fwd)
     if batch.embedded_bud is not None:
         embedded = jnp.asarray(batch.embedded_bud)
     elif batch.patches_bisc.shape[1]:
-        embedded = _encode_images(policy, batch, setup)
+        embedded = _encode_images(policy, batch, fwd)
     else:
         return x_bpd
     index_bp = jnp.asarray(batch.image_index_bp)
@@ -213,36 +215,36 @@ def embed_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
     return jnp.where((index_bp >= 0)[..., None], placed, x_bpd)
 
 
-def _run_prompt(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Array, KeyValue]:
+def _run_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> tuple[jax.Array, KeyValue]:
     """Prompts alone: states before the final norm, ``[b, p, d]``, and keys and values, ``[layer, b, p, k, h]``."""
-    x = embed_prompt(policy, batch, setup)
-    angles = mrope_angles(batch.positions_b3p, setup.dims.mrope_sections, setup.dims.rope_theta)
+    x = embed_prompt(policy, batch, fwd)
+    angles = mrope_angles(batch.positions_b3p, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     prompt_mask = _prompt_mask(batch)
-    heads = setup.layout.spec("batch", None, "heads", None)
+    heads = fwd.layout.spec("batch", None, "heads", None)
 
-    def body(x: jax.Array, block: DecoderBlock) -> tuple[jax.Array, KeyValue]:
-        q, kv = _project(block, x, angles, setup)
-        out = attend_stream(q, kv, Stream(x.shape[1], 0, 0), prompt_mask, setup.kernel, heads)
-        return _finish(block, x, out, setup), kv
+    def body(x: jax.Array, block: DecoderBlocks) -> tuple[jax.Array, KeyValue]:
+        q, kv = _project(block, x, angles, fwd)
+        out = attend_stream(q, kv, Stream(x.shape[1], 0, 0), prompt_mask, fwd.kernel, heads)
+        return _finish(block, x, out, fwd), kv
 
     return jax.lax.scan(body, x, policy.blocks)
 
 
-def prefill(policy: Policy, batch: PromptBatch, setup: Pass) -> tuple[jax.Array, KeyValue]:
+def prefill(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> tuple[jax.Array, KeyValue]:
     """Runs the prompts once.
 
     Returns:
       The hidden state after the last token of each prompt, ``[b, d]``, final norm applied, and the keys and values of
       all layers, ``[layer, b, p, k, h]``.
     """
-    x, cache = _run_prompt(policy, batch, setup)
-    return rms_norm(_last_prompt(x, batch), policy.final_norm_d[...], setup.dims.norm_eps), cache
+    x, cache = _run_prompt(policy, batch, fwd)
+    return rms_norm(_last_prompt(x, batch), policy.final_norm_d[...], fwd.dims.norm_eps), cache
 
 
-def prompt_logits(policy: Policy, batch: PromptBatch, setup: Pass) -> jax.Array:
+def prompt_logits(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.Array:
     """Float32 logits after every prompt token, ``[b, p, v]``: for parity checks on small inputs, never in training."""
-    x, _ = _run_prompt(policy, batch, setup)
-    return logits(policy, rms_norm(x, policy.final_norm_d[...], setup.dims.norm_eps), setup)
+    x, _ = _run_prompt(policy, batch, fwd)
+    return logits(policy, rms_norm(x, policy.final_norm_d[...], fwd.dims.norm_eps), fwd)
 
 
 def _last_prompt(x_bpd: jax.Array, batch: PromptBatch) -> jax.Array:
@@ -277,7 +279,7 @@ def empty_cache(prompt: KeyValue, group: int, length: int, layout: Layout) -> De
 
 
 def decode(
-    policy: Policy, batch: PromptBatch, tokens_bg: jax.Array, step: jax.Array, cache: DecodeCache, setup: Pass
+    policy: Policy, batch: PromptBatch, tokens_bg: jax.Array, step: jax.Array, cache: DecodeCache, fwd: ForwardConfig
 ) -> tuple[jax.Array, DecodeCache]:
     """One token of every response.
 
@@ -289,72 +291,72 @@ def decode(
     Returns:
       The hidden state ``[b, g, d]``, final norm applied, and the cache.
     """
-    x = _embed(policy, tokens_bg, setup)
+    x = _embed(policy, tokens_bg, fwd)
     positions = _response_positions(batch, step[None])
     # All G tokens of a row stand at the same position.
-    angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
+    angles = mrope_angles(positions, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     length = cache.response.k.shape[3]
     own_mask = (jnp.arange(length) <= step)[None, None, None]
     prompt_mask = _prompt_mask(batch)
 
     def body(
-        carry: tuple[jax.Array, KeyValue], layer: tuple[DecoderBlock, KeyValue, jax.Array]
+        carry: tuple[jax.Array, KeyValue], layer: tuple[DecoderBlocks, KeyValue, jax.Array]
     ) -> tuple[tuple[jax.Array, KeyValue], None]:
         x, own = carry
         block, prompt, index = layer
-        q, new = _project(block, x, angles, setup)
+        q, new = _project(block, x, angles, fwd)
         at = (index, 0, 0, step, 0, 0)
         own = KeyValue(
             *(jax.lax.dynamic_update_slice(room, a[None, :, :, None], at) for room, a in zip(own, new, strict=True))
         )
         mine = KeyValue(*(jax.lax.dynamic_index_in_dim(room, index, 0, keepdims=False) for room in own))
         out = attend(q[:, :, None], mine, own_mask, prompt, prompt_mask)
-        return (_finish(block, x, out[:, :, 0], setup), own), None
+        return (_finish(block, x, out[:, :, 0], fwd), own), None
 
-    layers = jnp.arange(setup.dims.layers)
+    layers = jnp.arange(fwd.dims.layers)
     (x, own), _ = jax.lax.scan(body, (x, cache.response), (policy.blocks, cache.prompt, layers))
-    return rms_norm(x, policy.final_norm_d[...], setup.dims.norm_eps), DecodeCache(cache.prompt, own)
+    return rms_norm(x, policy.final_norm_d[...], fwd.dims.norm_eps), DecodeCache(cache.prompt, own)
 
 
-def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, setup: Pass) -> jax.Array:
+def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, fwd: ForwardConfig) -> jax.Array:
     """Hidden states that predict every response token, final norm applied: ``[b, g, r, d]``.
 
     The state at ``[.., 0]`` is the prompt's last (shared by the group); the state at ``[.., i]`` follows response token
     ``i - 1``. Equal, in values and gradients, to running ``prompt + response`` G times.
     """
     b, g, r = tokens_bgr.shape
-    prompt = embed_prompt(policy, batch, setup)
+    prompt = embed_prompt(policy, batch, fwd)
     p, d = prompt.shape[1:]
     # Shardings are said, since among axes of one a reshape may put them anywhere.
-    rows = setup.layout.spec("batch", None, None)
-    responses = jnp.reshape(_embed(policy, tokens_bgr, setup), (b, g * r, d), out_sharding=rows)
+    rows = fwd.layout.spec("batch", None, None)
+    responses = jnp.reshape(_embed(policy, tokens_bgr, fwd), (b, g * r, d), out_sharding=rows)
     x = jnp.concatenate([prompt, responses], axis=1)
     response_positions = jnp.tile(_response_positions(batch, jnp.arange(r)), (1, 1, g))
     positions = jnp.concatenate([jnp.asarray(batch.positions_b3p), response_positions], axis=2)
-    angles = mrope_angles(positions, setup.dims.mrope_sections, setup.dims.rope_theta)
+    angles = mrope_angles(positions, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     prompt_mask = _prompt_mask(batch)
-    heads = setup.layout.spec("batch", None, "heads", None)
+    heads = fwd.layout.spec("batch", None, "heads", None)
 
-    def body(x: jax.Array, block: DecoderBlock) -> jax.Array:
-        q, kv = _project(block, x, angles, setup)
-        out = attend_stream(q, kv, Stream(p, g, r), prompt_mask, setup.kernel, heads)
-        return _finish(block, x, out, setup)
+    def body(x: jax.Array, block: DecoderBlocks) -> jax.Array:
+        q, kv = _project(block, x, angles, fwd)
+        out = attend_stream(q, kv, Stream(p, g, r), prompt_mask, fwd.kernel, heads)
+        return _finish(block, x, out, fwd)
 
-    body = jax.checkpoint(body) if setup.remat else body
-    x = run_blocks(body, x, policy.blocks, setup.written_out)
+    body = jax.checkpoint(body) if fwd.remat else body
+    x = run_blocks(body, x, policy.blocks, fwd.written_out)
     first = jnp.broadcast_to(_last_prompt(x[:, :p], batch)[:, None, None], (b, g, 1, d))
-    states = jnp.reshape(x[:, p:], (b, g, r, d), out_sharding=setup.layout.spec("batch", None, None, None))
+    states = jnp.reshape(x[:, p:], (b, g, r, d), out_sharding=fwd.layout.spec("batch", None, None, None))
     predicting = jnp.concatenate([first, states[:, :, :-1]], axis=2)
-    return rms_norm(predicting, policy.final_norm_d[...], setup.dims.norm_eps)
+    return rms_norm(predicting, policy.final_norm_d[...], fwd.dims.norm_eps)
 
 
-def head_weights(policy: Policy, setup: Pass) -> jax.Array:
+def head_weights(policy: Policy, fwd: ForwardConfig) -> jax.Array:
     """The output head, ``[v, d]``: the embedding table where they are tied."""
-    return (policy.embed_vd if setup.dims.tied else policy.head_vd)[...]
+    return (policy.embed_vd if fwd.dims.tied else policy.head_vd)[...]
 
 
-def logits(policy: Policy, hidden_bgd: jax.Array, setup: Pass) -> jax.Array:
+def logits(policy: Policy, hidden_bgd: jax.Array, fwd: ForwardConfig) -> jax.Array:
     """Float32 logits of normed hidden states ``[b, g, d]``, vocabulary sharded: ``[b, g, v]``."""
-    hidden = jax.sharding.reshard(hidden_bgd, setup.layout.spec("mlp_batch", None, None))
-    out = setup.layout.spec("mlp_batch", None, "vocab")
-    return linear("bgd,vd->bgv", hidden, head_weights(policy, setup), None, out, jnp.float32)
+    hidden = jax.sharding.reshard(hidden_bgd, fwd.layout.spec("mlp_batch", None, None))
+    out = fwd.layout.spec("mlp_batch", None, "vocab")
+    return linear("bgd,vd->bgv", hidden, head_weights(policy, fwd), None, out, jnp.float32)

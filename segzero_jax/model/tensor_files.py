@@ -76,6 +76,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises:
       CheckpointError: no file, one that the index lists is not there, one is cut short or has an unknown dtype.
+      StorageError: one cannot be read now.
     """
     files = sorted(directory.glob("*.safetensors"))
     if (directory / _INDEX).is_file() and (directory / _WHOLE).is_file():
@@ -101,8 +102,12 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(file: Path) -> Iterator[StoredTensor]:
-    size = file.stat().st_size
-    stream = file.open("rb")
+    try:
+        size, stream = file.stat().st_size, file.open("rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointError(f"{file}: {error.strerror}; expected a safetensors file") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read now: {error.strerror or error}") from None
     length = int.from_bytes(stream.read(8), "little")
     if length > size - 8:
         raise CheckpointError(

@@ -25,7 +25,7 @@ _EPS = 1e-6
 _UNITS = 32
 
 
-class VisionBlock(nnx.Module):
+class VisionBlocks(nnx.Module):
     """All blocks of the tower, stacked on a leading layer axis; ``jax.lax.scan`` hands them out one by one."""
 
     def __init__(self, dims: VisionDims, layout: Layout, key: jax.Array):
@@ -54,7 +54,7 @@ class VisionTower(nnx.Module):
         spec = layout.spec
         wide = dims.hidden * dims.merge**2
         self.patch_cd = normal_param(keys[0], (dims.patch_width, dims.hidden), spec(None, "embed"))
-        self.blocks = VisionBlock(dims, layout, keys[1])
+        self.blocks = VisionBlocks(dims, layout, keys[1])
         self.merger_norm_d = constant_param(1.0, (dims.hidden,), spec(None))
         self.merger_up_df = normal_param(keys[2], (wide, wide), spec("embed", "vision_mlp"))
         self.merger_up_bias_f = constant_param(0.0, (wide,), spec("vision_mlp"))
@@ -63,7 +63,7 @@ class VisionTower(nnx.Module):
 
 
 def _block(
-    block: VisionBlock,
+    block: VisionBlocks,
     x_bsd: jax.Array,
     angles: jax.Array,
     valid_bs: jax.Array,
@@ -80,13 +80,13 @@ def _block(
     axis, letters = (2, "bscnh") if kernel == "cudnn" else (0, "cbsnh")
 
     @recomputed
-    def project(x_bsd: jax.Array, block: VisionBlock) -> jax.Array:
+    def project(x_bsd: jax.Array, block: VisionBlocks) -> jax.Array:
         y = rms_norm(x_bsd, block.norm1_d[...], _EPS)
         out = PartitionSpec(*heads[:axis], None, *heads[axis:])
         return linear(f"bsd,dcnh->{letters}", y, block.qkv_d3nh[...], block.qkv_bias_3nh[...], out)
 
     @recomputed
-    def widen(x_bsd: jax.Array, block: VisionBlock) -> tuple[jax.Array, jax.Array]:
+    def widen(x_bsd: jax.Array, block: VisionBlocks) -> tuple[jax.Array, jax.Array]:
         y = rms_norm(x_bsd, block.norm2_d[...], _EPS)
         gate_df, up_df = (jnp.pad(weight[...], ((0, 0), more)) for weight in (block.gate_df, block.up_df))
         gate_bias_f, up_bias_f = (jnp.pad(bias[...], more) for bias in (block.gate_bias_f, block.up_bias_f))
@@ -94,7 +94,7 @@ def _block(
         return gate, linear("bsd,df->bsf", y, up_df, up_bias_f, hidden)
 
     @recomputed
-    def narrow(gate_bsf: jax.Array, up_bsf: jax.Array, block: VisionBlock) -> jax.Array:
+    def narrow(gate_bsf: jax.Array, up_bsf: jax.Array, block: VisionBlocks) -> jax.Array:
         gated = jax.nn.silu(gate_bsf) * up_bsf
         down_fd = jnp.pad(block.down_fd[...], (more, (0, 0)))
         return linear("bsf,fd->bsd", gated, down_fd, block.down_bias_d[...], rows)
@@ -153,11 +153,11 @@ def encode_images(
     # Every stride-th block sees the whole image.
     stride = dims.full_attention[0] + 1
 
-    def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlock], jax.Array]:
+    def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlocks], jax.Array]:
         body = lambda x, block: _block(block, x, angles, valid_bs, seen, layout, kernel)  # noqa: E731
         return jax.checkpoint(body) if remat else body
 
-    def run_stride(x_bsd: jax.Array, blocks: VisionBlock) -> jax.Array:
+    def run_stride(x_bsd: jax.Array, blocks: VisionBlocks) -> jax.Array:
         windows, whole = (jax.tree.map(lambda a, at=at: a[at], blocks) for at in (slice(stride - 1), -1))
         return step(None)(run_blocks(step(seen_bwss), x_bsd, windows, written_out), whole)
 

@@ -40,7 +40,6 @@ _CARRIED = (
 ADAPTER_CONFIG = "adapter_config.json"
 ALONE = "holds adapters alone; expected a whole model: the run itself, or an export without --adapters"
 _CHECKED_BYTES = 64 << 20  # looked through for NaN at once: a bound on the scratch memory of that
-_LINE_BYTES = 2048
 
 
 def resolve(path: str | Path, *, weights: bool = True) -> Path:
@@ -112,14 +111,14 @@ def check_fits(mesh: jax.sharding.Mesh, dims: Dims, batch: int, micro_batch: int
             count = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
             if size % count:
                 raise MeshError(
-                    f"--mesh={label}: {size} {name} do not divide by {' x '.join(over)} = {count} ({layout.name}); "
-                    f"choose another mesh or size"
+                    f"--mesh={label}: {size} {name} cannot be split evenly over {' x '.join(over)} = {count} "
+                    f"({layout.name}); choose another mesh or size"
                 )
     tensor = mesh.shape["tensor"]
     if dims.kv_heads % tensor and tensor % dims.kv_heads:
         raise MeshError(
-            f"--mesh={label}: {dims.kv_heads} key-value heads and tensor = {tensor}: neither divides by the other; "
-            "choose another mesh"
+            f"--mesh={label}: {dims.kv_heads} key-value heads and tensor = {tensor}: neither is a multiple of the "
+            "other; choose another mesh"
         )
 
 
@@ -157,17 +156,12 @@ def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) 
 
     Raises:
       CheckpointError: there is none, or a tensor is missing, left over, misshapen, of an unknown dtype, or holds NaN
-        or Inf; it is named. Of several processes all raise when one does.
+        or Inf; it is named. Where one host of several raises, its ``Pod`` has to end the others.
     """
-    problem = None
-    try:
-        dims = read_dims(path)
-        target = abstract_policy(dims, layout)
-        found = _match(resolve(path), target, dims)
-        loaded = [_place(parameter, jnp.dtype(dtype)) for parameter in found]
-    except CheckpointError as error:
-        problem = error
-    _raise_together(problem)
+    dims = read_dims(path)
+    target = abstract_policy(dims, layout)
+    found = _match(resolve(path), target, dims)
+    loaded = [_place(parameter, jnp.dtype(dtype)) for parameter in found]
     return jax.tree.unflatten(jax.tree.structure(target), loaded), dims
 
 
@@ -238,21 +232,6 @@ def _is_finite(values: np.ndarray) -> bool:
     pieces = max(1, values.nbytes // _CHECKED_BYTES)
     with np.errstate(invalid="ignore"):  # of bfloat16, the question itself is warned about
         return all(np.isfinite(piece).all() for piece in np.array_split(values, pieces))
-
-
-def _raise_together(problem: CheckpointError | None) -> None:
-    """Raises where there is a problem, here or on another host: one that went on alone would wait for ever."""
-    if jax.process_count() > 1:
-        line = np.zeros(_LINE_BYTES, np.uint8)
-        if problem is not None:
-            text = str(problem).encode()[:_LINE_BYTES]
-            line[: len(text)] = np.frombuffer(text, np.uint8)
-        said = [bytes(row).rstrip(b"\0") for row in multihost_utils.process_allgather(line)]
-        if problem is None and any(said):
-            host = next(host for host, text in enumerate(said) if text)
-            problem = CheckpointError(f"host {host}: {said[host].decode(errors='replace')}")
-    if problem is not None:
-        raise problem
 
 
 def _in_files(policy: Policy, dims: Dims, dtype: np.dtype) -> tuple[dict[str, int], Iterator[tuple[str, np.ndarray]]]:

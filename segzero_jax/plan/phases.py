@@ -108,8 +108,8 @@ def analyse(
     phases = []
     for phase, (cost, runs) in zip(names, costs, strict=True):
         flops = total_flops(cost, attention)
-        times = {"compute": flops / chip.flops, "HBM": cost.bytes / chip.hbm}
-        times["interconnect"] = max(axis_bytes(cost.sent, mesh)) / chip.link
+        times = {"compute": flops / chip.flops_per_s, "HBM": cost.bytes / chip.hbm_bytes_per_s}
+        times["interconnect"] = max(axis_bytes(cost.sent, mesh)) / chip.link_bytes_per_s
         bound = max(times, key=times.__getitem__)
         phases.append(
             PhasePlan(
@@ -175,7 +175,7 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
     chip, _, _ = read_topology(topology)
     if config.model.compute_dtype == "float32":
         # A product of float32 numbers is six of their bfloat16 parts.
-        chip = replace(chip, flops=chip.flops / 6)
+        chip = replace(chip, flops_per_s=chip.flops_per_s / 6)
     mesh = make_topology_mesh(config.mesh, topology)
     dims = find_dims(config.model.path)
     check_fits(mesh, dims, config.train.batch_size, config.train.micro_batch_size)

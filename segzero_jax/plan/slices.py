@@ -23,16 +23,16 @@ class Chip:
 
     Attributes:
       hbm_gib: what the compiler lets a program use.
-      flops: bfloat16, per second.
-      hbm: bytes per second.
-      link: bytes per second one way over one of the chip's links. Each mesh axis is taken to have one link each way, as
+      flops_per_s: bfloat16.
+      hbm_bytes_per_s: to and from its memory.
+      link_bytes_per_s: one way over one of the chip's links. Each mesh axis is taken to have one link each way, as
         at the end of a row; a ring that closes has two.
     """
 
     hbm_gib: float
-    flops: float
-    hbm: float
-    link: float
+    flops_per_s: float
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float
 
 
 CHIPS: Mapping[str, Chip] = {

@@ -13,19 +13,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from segzero_jax.config import Config
 from segzero_jax.grpo import (
     UpdateBatch,
+    full_policy,
     initial_state,
-    loss_settings,
+    make_loss_config,
     make_optimizer,
     policy_logps,
     update,
-    whole_policy,
 )
 from segzero_jax.mesh import ROLLOUT, TRAIN
-from segzero_jax.model.attention import Stream, choose_kernel
+from segzero_jax.model.attention import Stream
 from segzero_jax.model.dims import RELEASED, Dims
-from segzero_jax.model.lora import abstract_adapted, abstract_learning
-from segzero_jax.model.policy import Pass, Policy, embed_images
-from segzero_jax.model.precision import compute_dtype
+from segzero_jax.model.forward import forward_config
+from segzero_jax.model.lora import abstract_adapted, abstract_params
+from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.splash import live_scores, padded_length
 from segzero_jax.model.weights import abstract_policy, read_dims
 from segzero_jax.patches import window_order
@@ -63,22 +63,20 @@ class Step:
         self.response_tokens = limits.max_response_tokens
         vision, side = dims.vision, config.data.image_size // dims.vision.patch
         self.patch_slots = len(window_order(side, side, vision.merge, vision.window_side)[0])
-        dtype = compute_dtype(config.model.compute_dtype)
-        kernel = choose_kernel(mesh, dtype)
-        remat = config.model.remat
-        self.train_pass = Pass(dims, TRAIN, dtype, remat, kernel, one_loop=remat)
-        self.rollout_pass = Pass(dims, ROLLOUT, dtype, kernel=kernel, one_loop=remat)
-        self.loss = loss_settings(config, _VISUAL_IDS)
+        self.train_fwd = forward_config(dims, TRAIN, config.model)
+        self.rollout_fwd = forward_config(dims, ROLLOUT, config.model)
+        dtype = self.train_fwd.dtype
+        self.loss_config = make_loss_config(config, _VISUAL_IDS)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
         self.rank = config.model.lora_rank
         # Of LoRA the policy that the adapters are on; the reference has adapters of its own on the same.
         self.base = self._on_mesh(abstract_policy(dims), dtype) if self.rank else None
-        learning = self._on_mesh(abstract_learning(dims, self.rank))
-        self.policy = whole_policy(learning, self.base, self.loss._replace(lora_scale=None))
+        params = self._on_mesh(abstract_params(dims, self.rank))
+        self.policy = full_policy(params, self.base, self.loss_config._replace(lora_scale=None))
         reference = self._on_mesh(abstract_adapted(dims, self.rank), dtype)
         self.reference_policy = reference if config.grpo.kl_coef else None
         self.rollout_policy = self._on_mesh(abstract_adapted(dims, self.rank, ROLLOUT), dtype)
-        self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), learning))
+        self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), params))
         self.patches = self._patches(config.train.batch_size)
         self.prompts = self._embedded(self.patches)
         self.responses = self._responses(config.train.batch_size)
@@ -105,21 +103,23 @@ class Step:
         yield "update", config.updates_per_rollout, self.lower_update, (other, *whole)
 
     def lower_vision(self) -> Any:
-        return embed_images.lower(self.policy, self.patches, setup=self.train_pass)
+        return embed_images.lower(self.policy, self.patches, fwd=self.train_fwd)
 
     def lower_reshard(self) -> Any:
-        return rollout_layout(self.dims, self.rollout_pass.dtype, self.rank).lower(self.policy)
+        return rollout_layout(self.dims, self.rollout_fwd.dtype, self.rank).lower(self.policy)
 
     def lower_rollout(self) -> Any:
         limits = self.config.rollout
         tokens = (limits.max_response_tokens, _END_IDS, _PAD_ID, _VISUAL_IDS)
         sampling = Sampling(self.group, *tokens, limits.temperature, limits.top_p, limits.top_k)
         key = self._on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
-        return sample.lower(self.rollout_policy, self.prompts, key, setup=self.rollout_pass, sampling=sampling)
+        return sample.lower(self.rollout_policy, self.prompts, key, fwd=self.rollout_fwd, sampling=sampling)
 
     def lower_logps(self, policy: Policy) -> Any:
-        setup = self.train_pass._replace(remat=False)
-        return policy_logps.lower(policy, self.prompts, self.responses.tokens_bgr, setup=setup, settings=self.loss)
+        fwd = self.train_fwd._replace(remat=False)
+        return policy_logps.lower(
+            policy, self.prompts, self.responses.tokens_bgr, fwd=fwd, loss_config=self.loss_config
+        )
 
     def lower_update(self) -> Any:
         size = self.config.train.update_size
@@ -133,7 +133,7 @@ class Step:
             ref_logps_bgr=logps if self.reference_policy is not None else None,
             old_logps_bgr=logps if self.config.updates_per_rollout > 1 else None,
         )
-        settings = {"optimizer": self.optimizer, "setup": self.train_pass, "settings": self.loss}
+        settings = {"optimizer": self.optimizer, "fwd": self.train_fwd, "loss_config": self.loss_config}
         return update.lower(
             self.state, learnt, base=self.base, micro_batches=self.config.train.micro_batches, **settings
         )
@@ -162,7 +162,7 @@ class Step:
         """What a step runs the policy on: embeddings of pictures in place of the pictures where the tower is frozen."""
         if not self.config.model.vision_stays:
             return patches
-        return self._on_mesh(jax.eval_shape(partial(embed_images, setup=self.train_pass), self.policy, patches))
+        return self._on_mesh(jax.eval_shape(partial(embed_images, fwd=self.train_fwd), self.policy, patches))
 
     def _responses(self, b: int) -> Rollout:
         g, r = self.group, self.response_tokens

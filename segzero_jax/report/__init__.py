@@ -3,6 +3,7 @@
 It reads what the run wrote and nothing else, needs no JAX, and works while the run goes on.
 """
 
+import os
 from pathlib import Path
 
 from segzero_jax import jsonl
@@ -20,5 +21,6 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     path = run.path / "report.html"
-    jsonl.replace(path, build(run).encode("utf-8", "replace"))
+    # The trainer writes its last page while somebody may ask for one.
+    jsonl.replace(path, build(run).encode("utf-8", "replace"), f".{os.getpid()}.tmp")
     return path

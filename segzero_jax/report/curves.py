@@ -14,7 +14,11 @@ _SIGNALS = (
     ("entropy", "Entropy", "How undecided the policy is per token, in nats."),
     ("grad_norm", "Gradient norm", "Before clipping."),
     ("loss", "Loss", "Near zero by construction in on-policy GRPO: it gives a direction, not a score."),
-    ("reward/zero_std_groups", "Groups without spread", "All responses scored alike, so nothing is learned from them."),
+    (
+        "reward/zero_std_groups",
+        "Groups without spread",
+        "Fewer than two responses have a score, or all have the same: nothing is learned from them.",
+    ),
     ("dynamic_sampling/batches", "Batches sampled", "For a step, until enough groups have a spread of rewards."),
     ("dynamic_sampling/groups", "Groups learnt from", "Those with a spread of rewards."),
     (_MASK_IOU, "Mask IoU of answers", "Mean IoU of SAM 2's masks with the target masks."),

@@ -42,7 +42,7 @@ def lines(file: Path) -> list[dict]:
 
 def pictures_alive() -> int:
     """Batches of pictures on the devices."""
-    channels = Processor.load("toy", 112, "toy", 64).vision.channels
+    channels = Processor.load("toy", 112, "toy", 64).vision.patch_width
     return sum(x.ndim == 4 and x.shape[-1] == channels for x in jax.live_arrays())
 
 
@@ -158,8 +158,8 @@ def test_what_a_step_learns_from(tmp_path: Path, data_dir: str, monkeypatch: pyt
     seen = []
 
     def watched(state: TrainState, batch: UpdateBatch, keep_bg: np.ndarray, **how: Any) -> Any:
-        run = {"setup": how["setup"], "settings": how["settings"]}
-        old = policy_logps(state.policy, batch.prompts, batch.rollout.tokens_bgr, **run)
+        run = {"fwd": how["fwd"], "loss_config": how["loss_config"]}
+        old = policy_logps(state.params, batch.prompts, batch.rollout.tokens_bgr, **run)
         ref, advantages_bg = np.array(batch.ref_logps_bgr), np.array(batch.advantages_bg)
         seen.append((np.array(old), np.array(batch.old_logps_bgr), ref, advantages_bg, keep_bg))
         return learn(state, batch, keep_bg, **how)
@@ -193,8 +193,8 @@ def test_a_step_samples_until_all_its_groups_teach_something(
     seen = []
 
     def watched(state: TrainState, batch: UpdateBatch, keep_bg: np.ndarray, **how: Any) -> Any:
-        run = {"setup": how["setup"], "settings": how["settings"]}
-        old = policy_logps(state.policy, batch.prompts, batch.rollout.tokens_bgr, **run)
+        run = {"fwd": how["fwd"], "loss_config": how["loss_config"]}
+        old = policy_logps(state.params, batch.prompts, batch.rollout.tokens_bgr, **run)
         mask = np.arange(old.shape[2]) < np.array(batch.rollout.length_bg)[..., None]
         gap = np.abs(np.where(mask, np.array(old) - np.array(batch.rollout.logps_bgr), 0)).max()
         seen.append((np.array(batch.advantages_bg), keep_bg, gap))
@@ -282,8 +282,8 @@ def test_what_was_cut_off_is_left_out_where_that_is_asked_for(
 BAD = {
     "unknown key": (["--train.stepz=2"], "did you mean 'train.steps'"),
     "mesh text": (["--mesh=4by4"], "expected FSDPxTENSOR"),
-    "mesh and heads": (["--mesh=1x3"], "8 attention heads do not divide by tensor = 3"),
-    "mesh and batch": (["--mesh=3x1"], "do not divide by"),
+    "mesh and heads": (["--mesh=1x3"], "8 attention heads cannot be split evenly over tensor = 3"),
+    "mesh and batch": (["--mesh=3x1"], "cannot be split evenly over"),
     "no checkpoint": (["--resume"], "no checkpoint to resume from"),
     "no model": (["--model.path=nowhere"], "model.path=nowhere"),
     "prompt too long": (

@@ -17,11 +17,12 @@ from fake_reward_server import Fake, free_port, serving
 
 from reward_server import reward_pb2
 from segzero_jax import config as configs
-from segzero_jax import reward_client
+from segzero_jax import pending_scores
 from segzero_jax.config import Config
+from segzero_jax.pending_scores import PendingScores
 from segzero_jax.pods import ALONE
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway
-from segzero_jax.reward_client import PendingScores, RewardClient
+from segzero_jax.reward_client import RewardClient
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest
 from segzero_jax.reward_service import reward_service
 from segzero_jax.types import Frame, ObjectPrompt
@@ -167,7 +168,7 @@ def test_without_end_the_wait_ends_when_patience_does() -> None:
 
 def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another is answered meanwhile; one that it fails at now and then is asked again."""
-    monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
+    monkeypatch.setattr(pending_scores, "_TICK_S", 0.05)
     fake, failures, waiter = Fake(), {"group-1": 100, "group-2": 3}, Waiter()
 
     def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
@@ -190,7 +191,7 @@ def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypat
 
 def test_failures_while_nothing_was_answered_count_against_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service was out of order for a while; one group it fails at some times more."""
-    monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
+    monkeypatch.setattr(pending_scores, "_TICK_S", 0.05)
     fake, failures = Fake(), 9
 
     def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
@@ -207,7 +208,7 @@ def test_failures_while_nothing_was_answered_count_against_no_group(monkeypatch:
 
 
 def test_a_server_that_fails_at_all_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_client, "_TICK_S", 0.05)
+    monkeypatch.setattr(pending_scores, "_TICK_S", 0.05)
     fake = Fake()
     fake.before = lambda request, context: context.abort(grpc.StatusCode.INTERNAL, "out of order")
     with serving(fake) as address, RewardClient(address, 10) as client, pytest.raises(RewardServiceAway) as error:

@@ -27,7 +27,7 @@ CHAINS = (
         Point("segzero_jax.jsonl:append", "midway", 4, "*/metrics.jsonl"),  # [a line of metrics]
         Point(f"{LOOP}:Scorer.send", "after", 2),  # [scores on their way]
         Point("segzero_jax.manifest:ManifestHandler.finalize", "before", 2),  # [a checkpoint, written and uncommitted]
-        Point("segzero_jax.reward_client:PendingScores.result", "before", 2),  # [waiting for scores]
+        Point("segzero_jax.pending_scores:PendingScores.result", "before", 2),  # [waiting for scores]
         Point(f"{METRICS}:MetricsWriter.write_evaluation", "after", 1),  # [between two splits]
         Point(f"{LOOP}:learn", "before", 2),  # [about to update]
         Point("segzero_jax.manifest:ManifestHandler.finalize", "after", 1),  # [a manifest, uncommitted]

@@ -24,7 +24,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf, vision
 from segzero_jax.model.dims import VisionDims
-from segzero_jax.model.policy import Pass, prompt_logits
+from segzero_jax.model.policy import ForwardConfig, prompt_logits
 from segzero_jax.patches import patch_image
 from segzero_jax.processor import EncodedPrompt, Processor
 
@@ -90,7 +90,7 @@ def hub_order(hw_is2: np.ndarray, valid_is: np.ndarray, dims: VisionDims) -> np.
 def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], processor: Processor) -> list[States]:
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory, dtype=dtype)
-        setup = Pass(dims, TRAIN, jnp.dtype(dtype))
+        fwd = ForwardConfig(dims, TRAIN, jnp.dtype(dtype))
         batch = processor.batch(prompts, multiple=8)
 
         @jax.jit
@@ -101,7 +101,7 @@ def our_states(directory: Path, dtype: str, prompts: list[EncodedPrompt], proces
                 # Blocks that see the whole image stand outside of loops.
                 block = vision._block
                 patch.setattr(vision, "_block", lambda *args: keep(carried, block(*args)))
-                logits = prompt_logits(policy, batch, setup)
+                logits = prompt_logits(policy, batch, fwd)
             return logits, carried
 
         logits, carried = jax.tree.map(lambda x: np.asarray(x, np.float32), run(policy, batch))

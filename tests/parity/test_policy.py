@@ -14,7 +14,7 @@ from torch_policy import load_torch, make_checkpoint, torch_inputs
 
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf
-from segzero_jax.model.policy import Pass, prompt_logits
+from segzero_jax.model.policy import ForwardConfig, prompt_logits
 from segzero_jax.model.weights import resolve
 from segzero_jax.processor import Processor
 
@@ -54,9 +54,9 @@ def test_logits_equal_transformers(case: str, tied: bool, directories: dict[bool
     model = load_torch(directories[tied])
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directories[tied])
-        setup = Pass(dims, TRAIN, jnp.dtype("float32"))
+        fwd = ForwardConfig(dims, TRAIN, jnp.dtype("float32"))
         batch = processor.batch(prompts, multiple=8)
-        ours = jax.jit(lambda policy, batch: prompt_logits(policy, batch, setup))(policy, batch)
+        ours = jax.jit(lambda policy, batch: prompt_logits(policy, batch, fwd))(policy, batch)
     for row, prompt in enumerate(prompts):
         with torch.no_grad():
             theirs = model(**torch_inputs(prompt, processor)).logits[0].numpy()

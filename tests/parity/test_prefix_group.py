@@ -15,11 +15,11 @@ from tiny import encode, hf_config, load_processor
 from torch_policy import load_torch, make_checkpoint, torch_inputs
 
 from segzero_jax.config import GrpoConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, counted, group_loss
+from segzero_jax.grpo import LossConfig, UpdateBatch, counted, group_loss
 from segzero_jax.mesh import TRAIN, make_mesh
 from segzero_jax.model import load_hf
 from segzero_jax.model.logprobs import response_logps
-from segzero_jax.model.policy import Pass, Policy, group_hidden
+from segzero_jax.model.policy import ForwardConfig, Policy, group_hidden
 from segzero_jax.model.weights import file_tensors
 from segzero_jax.types import Rollout
 
@@ -80,21 +80,21 @@ def batch(prompts) -> UpdateBatch:
 def run(directory: Path):
     """``(batch, remat) -> Passed``: loss, log-probabilities and gradients of our policy; compiled once per layout."""
     banned = load_processor().visual_ids
-    settings = LossSettings(CONFIG, TEMPERATURE, banned, False, max_tokens=LENGTH)
+    settings = LossConfig(CONFIG, TEMPERATURE, banned, False, max_tokens=LENGTH)
     with jax.set_mesh(make_mesh("1x1")):
         policy, dims = load_hf(directory)
 
-        @jax.jit(static_argnames="setup")
-        def passes(policy: Policy, batch: UpdateBatch, setup: Pass):
+        @jax.jit(static_argnames="fwd")
+        def passes(policy: Policy, batch: UpdateBatch, fwd: ForwardConfig):
             gradient_of = jax.value_and_grad(group_loss, has_aux=True)
-            (loss, _), gradients = gradient_of(policy, batch, counted(batch), setup, settings)
-            hidden = group_hidden(policy, batch.prompts, batch.rollout.tokens_bgr, setup)
-            logps, _ = response_logps(policy, hidden, batch.rollout.tokens_bgr, setup, TEMPERATURE, banned)
+            (loss, _), gradients = gradient_of(policy, batch, counted(batch), fwd, settings)
+            hidden = group_hidden(policy, batch.prompts, batch.rollout.tokens_bgr, fwd)
+            logps, _ = response_logps(policy, hidden, batch.rollout.tokens_bgr, fwd, TEMPERATURE, banned)
             return loss, logps, gradients
 
         def run(batch: UpdateBatch, remat: bool) -> Passed:
-            setup = Pass(dims, TRAIN, jnp.dtype("float32"), remat)
-            loss, logps, gradients = passes(policy, batch, setup=setup)
+            fwd = ForwardConfig(dims, TRAIN, jnp.dtype("float32"), remat)
+            loss, logps, gradients = passes(policy, batch, fwd=fwd)
             return Passed(float(loss), np.asarray(logps), file_tensors(gradients, dims, np.float32))
 
         yield run

@@ -15,7 +15,7 @@ from tiny import DIMS, prompts, random_policy
 
 from segzero_jax.grpo import UpdateBatch, initial_state, update
 from segzero_jax.mesh import TRAIN, make_mesh
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.policy import ForwardConfig
 from segzero_jax.model.weights import abstract_policy
 from segzero_jax.plan.cost import Program
 from segzero_jax.types import Rollout
@@ -57,8 +57,8 @@ def program() -> Program:
             initial_state(random_policy(), OPTIMIZER),
             UpdateBatch(batch, rollout, *rest),
             optimizer=OPTIMIZER,
-            setup=Pass(DIMS, TRAIN, FLOAT32, remat=True),
-            settings=LOSS,
+            fwd=ForwardConfig(DIMS, TRAIN, FLOAT32, remat=True),
+            loss_config=LOSS,
             micro_batches=1,
         )
         return Program(lowered.compile().as_text())

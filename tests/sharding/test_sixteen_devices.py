@@ -18,7 +18,7 @@ from tiny import DIMS, load_processor, prompts, random_policy
 from segzero_jax import grpo
 from segzero_jax.config import GrpoConfig, TrainConfig
 from segzero_jax.grpo import (
-    LossSettings,
+    LossConfig,
     TrainState,
     UpdateBatch,
     initial_state,
@@ -28,7 +28,7 @@ from segzero_jax.grpo import (
 )
 from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
 from segzero_jax.model.dims import RELEASED
-from segzero_jax.model.policy import Pass, Policy, prompt_logits
+from segzero_jax.model.policy import ForwardConfig, Policy, prompt_logits
 from segzero_jax.model.weights import abstract_policy
 from segzero_jax.rollout import Sampling, rollout_layout, sample
 from segzero_jax.types import Rollout
@@ -39,7 +39,7 @@ FLOAT32 = jnp.dtype("float32")
 PROCESSOR = load_processor()
 BATCH, GROUP, LENGTH = 16, 2, 8
 SAMPLING = Sampling(GROUP, LENGTH, PROCESSOR.end_ids, PROCESSOR.pad_id, PROCESSOR.visual_ids)
-LOSS = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, PROCESSOR.visual_ids, False, max_tokens=8)
+LOSS = LossConfig(GrpoConfig(entropy_coef=0.01), 1.0, PROCESSOR.visual_ids, False, max_tokens=8)
 OPTIMIZER = make_optimizer(TrainConfig(lr=1e-2, max_grad_norm=0.1), freeze_vision=False)
 
 
@@ -64,23 +64,25 @@ def place(tree: Any) -> Any:
 def run_phases(mesh: str, tokens: Rollout | None) -> Phases:
     """Logits, sampling, reference and update; the last two on given responses, or on those sampled here."""
     rng = np.random.default_rng(0)
-    setup = Pass(DIMS, TRAIN, FLOAT32)
+    fwd = ForwardConfig(DIMS, TRAIN, FLOAT32)
     with jax.set_mesh(make_mesh(mesh)):
         policy, reference, batch = random_policy(), random_policy(seed=1), place(prompts(BATCH, PROCESSOR))
-        logits = jax.jit(lambda policy, batch: prompt_logits(policy, batch, setup))(policy, batch)
+        logits = jax.jit(lambda policy, batch: prompt_logits(policy, batch, fwd))(policy, batch)
         weights = rollout_layout(DIMS, FLOAT32)(policy)
-        rollout = sample(weights, batch, jax.random.key(0), setup=Pass(DIMS, ROLLOUT, FLOAT32), sampling=SAMPLING)
+        rollout = sample(
+            weights, batch, jax.random.key(0), fwd=ForwardConfig(DIMS, ROLLOUT, FLOAT32), sampling=SAMPLING
+        )
         rollout = jax.device_get(rollout)
         learnt = place(tokens or rollout)
-        ref_logps = policy_logps(reference, batch, learnt.tokens_bgr, setup=setup, settings=LOSS)
+        ref_logps = policy_logps(reference, batch, learnt.tokens_bgr, fwd=fwd, loss_config=LOSS)
         advantages, keep = place(
             (rng.standard_normal((BATCH, GROUP)).astype(np.float32), rng.random((BATCH, GROUP)) < 0.9)
         )
         whole = UpdateBatch(batch, learnt, advantages, keep, ref_logps)
         # A policy of its own: its buffers are donated.
         state = initial_state(random_policy(), OPTIMIZER)
-        state, metrics = update(state, whole, optimizer=OPTIMIZER, setup=setup, settings=LOSS, micro_batches=1)
-        host = jax.tree.map(np.array, (logits, ref_logps, optax.tree.get(state.optimizer, "mu"), state.policy))
+        state, metrics = update(state, whole, optimizer=OPTIMIZER, fwd=fwd, loss_config=LOSS, micro_batches=1)
+        host = jax.tree.map(np.array, (logits, ref_logps, optax.tree.get(state.opt_state, "mu"), state.params))
         logits, ref_logps, gradients, updated = host
         return Phases(logits, rollout, ref_logps, jax.tree.map(float, metrics), gradients, updated, state, weights)
 
@@ -159,7 +161,7 @@ def test_parameters_and_moments_lie_in_shards_as_the_table_says(many: tuple[str,
         "down_fd": (2, 128 // (fsdp * tensor), 64),
     }
     count = data * fsdp * tensor
-    policy, moments, weights = found.state.policy, optax.tree.get(found.state.optimizer, "nu"), found.weights
+    policy, moments, weights = found.state.params, optax.tree.get(found.state.opt_state, "nu"), found.weights
     for name in trained:
         for tree, shapes in ((policy, trained), (moments, trained), (weights, rolled)):
             assert_shards(getattr(tree.blocks, name)[...], shapes[name], count)
@@ -197,8 +199,8 @@ def gathered_sizes(layout: Layout, mesh: str) -> set[int]:
         policy = random_policy(DIMS, layout)
         assert all(leaf.size % 3 for leaf in jax.tree.leaves(policy.blocks))
         batch = place(prompts(BATCH, PROCESSOR, multiple=48))
-        setup, sampling = Pass(DIMS, layout, FLOAT32), SAMPLING._replace(group=3)
-        text = sample.lower(policy, batch, jax.random.key(0), setup=setup, sampling=sampling).compile().as_text()
+        fwd, sampling = ForwardConfig(DIMS, layout, FLOAT32), SAMPLING._replace(group=3)
+        text = sample.lower(policy, batch, jax.random.key(0), fwd=fwd, sampling=sampling).compile().as_text()
     assert " while(" in text
     shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
     return {math.prod(int(size) for size in shape.split(",") if size) for shape in shapes}

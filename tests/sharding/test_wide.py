@@ -16,10 +16,10 @@ from test_sixteen_devices import place
 from tiny import load_processor, prompts, random_policy
 
 from segzero_jax.config import GrpoConfig, TrainConfig
-from segzero_jax.grpo import LossSettings, UpdateBatch, initial_state, make_optimizer, policy_logps, update
+from segzero_jax.grpo import LossConfig, UpdateBatch, initial_state, make_optimizer, policy_logps, update
 from segzero_jax.mesh import ROLLOUT, TRAIN, make_mesh
 from segzero_jax.model.dims import RELEASED, Dims
-from segzero_jax.model.policy import Pass
+from segzero_jax.model.policy import ForwardConfig
 from segzero_jax.rollout import Sampling, rollout_layout, sample
 
 BATCH, GROUP, LENGTH, STEPS = 4, 2, 4, 3
@@ -35,8 +35,8 @@ def wide_dims() -> Dims:
 
 def train(mesh: str) -> list[dict[str, Any]]:
     processor, dims = load_processor(), wide_dims()
-    setup = Pass(dims, TRAIN, FLOAT32, remat=True)
-    losses = LossSettings(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, False, max_tokens=LENGTH)
+    fwd = ForwardConfig(dims, TRAIN, FLOAT32, remat=True)
+    losses = LossConfig(GrpoConfig(entropy_coef=0.01), 1.0, processor.visual_ids, False, max_tokens=LENGTH)
     optimizer = make_optimizer(TrainConfig(lr=1e-4), freeze_vision=False)
     sampling = Sampling(GROUP, LENGTH, processor.end_ids, processor.pad_id, processor.visual_ids)
     rng, found = np.random.default_rng(0), []
@@ -45,14 +45,14 @@ def train(mesh: str) -> list[dict[str, Any]]:
         batch = place(prompts(BATCH, processor))
         for step in range(STEPS):
             key = jax.random.key(step)
-            weights = rollout_layout(dims, FLOAT32)(state.policy)
-            rollout = sample(weights, batch, key, setup=Pass(dims, ROLLOUT, FLOAT32), sampling=sampling)
+            weights = rollout_layout(dims, FLOAT32)(state.params)
+            rollout = sample(weights, batch, key, fwd=ForwardConfig(dims, ROLLOUT, FLOAT32), sampling=sampling)
             del weights
             # The policy is its own reference: a second one would not fit beside it everywhere.
-            logps = policy_logps(state.policy, batch, rollout.tokens_bgr, setup=setup, settings=losses)
+            logps = policy_logps(state.params, batch, rollout.tokens_bgr, fwd=fwd, loss_config=losses)
             scores = place((rng.standard_normal((BATCH, GROUP)).astype(np.float32), np.ones((BATCH, GROUP), bool)))
             learnt = UpdateBatch(batch, rollout, *scores, logps)
-            state, metrics = update(state, learnt, optimizer=optimizer, setup=setup, settings=losses, micro_batches=1)
+            state, metrics = update(state, learnt, optimizer=optimizer, fwd=fwd, loss_config=losses, micro_batches=1)
             found.append({**jax.device_get(metrics), "tokens": np.asarray(rollout.tokens_bgr)})
     return found
 

@@ -30,7 +30,7 @@ from segzero_jax.data.forms.form import (
 )
 from segzero_jax.data.targets import target_object
 from segzero_jax.data.unusable import Unusable, kind_of
-from segzero_jax.run_lengths import run_lengths
+from segzero_jax.run_lengths import decode_counts
 from segzero_jax.types import Frame, ObjectPrompt
 
 # Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
@@ -80,7 +80,7 @@ def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
     elif isinstance(counts, str | bytes):
         encoded = counts.encode() if isinstance(counts, str) else counts
         try:
-            runs = run_lengths(encoded.decode("latin-1"))
+            runs = decode_counts(encoded.decode("latin-1"))
         except ValueError as error:
             raise Unusable(NO_SEGMENTATION, str(error)) from None
         if min(runs, default=0) < 0:
