@@ -5,6 +5,8 @@ Each process is a host of its own: it reads its rows, sends its own reward calls
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 from fake_reward_server import Fake, free_port, serving
 from xla_flags import QUICK
+
+from segzero_jax.hub import TOY
 
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests/pod_host.py"
@@ -36,7 +40,13 @@ def environment() -> dict[str, str]:
 
 
 def start(
-    run: Path, data_dir: str, server: str, environment: dict[str, str], name: str = "one", more: Sequence[str] = ()
+    run: Path,
+    data_dir: str,
+    server: str,
+    environment: dict[str, str],
+    name: str = "one",
+    more: Sequence[str] = (),
+    cwd: Path = ROOT,
 ) -> subprocess.Popen[str]:
     """One process of a run; its standard error goes to a file beside the run directory."""
     options = [*OPTIONS, f"--run.dir={run}", f"--data.dir={data_dir}", f"--reward.server={server}", *more]
@@ -45,7 +55,7 @@ def start(
             [sys.executable, str(HOST), *options],
             stdout=subprocess.DEVNULL,
             stderr=err,
-            cwd=ROOT,
+            cwd=cwd,
             env=environment,
             text=True,
         )
@@ -149,3 +159,26 @@ def test_hosts_with_a_disk_each_stop_before_weights_are_loaded(
         assert f"{runs[1]}/checkpoints: what host 0 (" in line
         assert line.endswith("run.checkpoint_dir has to be storage that all hosts share, such as gs://bucket/path")
         assert not run.exists(), "a run that did not begin leaves nothing"
+
+
+def test_weights_that_one_host_cannot_read_end_all_with_its_reason(
+    tmp_path: Path, data_dir: str, environment: dict[str, str]
+) -> None:
+    variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    disks = [tmp_path / "0", tmp_path / "1"]
+    for disk in disks:
+        shutil.copytree(TOY, disk / "model")
+    damaged = disks[1] / "model/model-00002-of-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    hosts = [
+        start(
+            *(tmp_path / "run", data_dir, "none", environment | variables | {"JAX_PROCESS_ID": str(index)}, str(index)),
+            ["--model.path=model"],
+            disk,
+        )
+        for index, disk in enumerate(disks)
+    ]
+    assert ends(hosts) == [2, 2]
+    (first,), (second,) = (said(tmp_path / "run", host) for host in range(2))
+    assert "model/model-00002-of-00002.safetensors: cut short: " in second
+    assert re.fullmatch(r"segzero_jax.train: host 1 \(.*\) stopped: (.*)", first)[1] == second.partition(": ")[2]
