@@ -98,7 +98,7 @@ def test_old_checkpoints_go_and_the_newest_is_taken(config: Config) -> None:
         policy, dims, found = load_policy(config.run.dir, np.float32)
     assert dims == DIMS
     assert found == config
-    for got, want in zip(leaves(policy), leaves(saved.policy), strict=True):
+    for got, want in zip(leaves(policy), leaves(saved.params), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

@@ -202,7 +202,7 @@ def run_update(mesh: str, micro_batches: int) -> tuple[np.ndarray, Any, dict[str
         logits = jax.jit(lambda policy: prompt_logits(policy, batch.prompts, fwd))(adapt(base, adapters, SCALE))
         state = initial_state(adapters, optimizer)
         donated = jax.tree.leaves(state)
-        run = {"optimizer": optimizer, "fwd": fwd, "settings": LOSS, "micro_batches": micro_batches}
+        run = {"optimizer": optimizer, "fwd": fwd, "loss_config": LOSS, "micro_batches": micro_batches}
         state, metrics = update(state, batch, base=base, **run)
         assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(base))

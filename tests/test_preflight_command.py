@@ -298,7 +298,7 @@ class TestModel:
         assert "no tokenizer or picture settings for it" in failure("model", given)
 
     def test_without_weights(self, tmp_path: Path) -> None:
-        shutil.copytree(TOY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(TOY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
         said = failure("model", config(tmp_path, **{"model.path": str(tmp_path / "model")}))
         assert said == f"{tmp_path}/model: no *.safetensors file there"
 
