@@ -1,4 +1,4 @@
-"""``python -m reward_server``: loads a SAM 2 and serves it until SIGTERM or SIGINT, then exits with 0.
+"""``python -m reward_server``: loads a SAM 2 and serves it until a signal ends it (exit code 0), or a device dies (1).
 
 Prints one line on standard output once it listens, ``{"listening": "127.0.0.1:50051"}``; logs go to standard error.
 The standard health service says NOT_SERVING for the reward service until the model is loaded and warm.
@@ -48,7 +48,7 @@ _BOUNDS = [
 
 
 def main() -> int:
-    """Runs the command; returns its exit code: 2 for what it cannot do, after one line that says why."""
+    """Runs the command; returns its exit code: 2 after one line that says what it cannot do, 1 for a dead device."""
     args = _parse()
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
@@ -83,10 +83,13 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        _serve(args, access)
+        if _serve(args, access):
+            return 0
     except (ModelError, OSError) as error:
         return _failed(str(error))
-    return 0
+    # CUDA's own clean-up at Python's end may wait for a device that hangs.
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _access(args: argparse.Namespace) -> "Access":
@@ -105,8 +108,8 @@ def _access(args: argparse.Namespace) -> "Access":
     return access
 
 
-def _serve(args: argparse.Namespace, access: "Access") -> None:
-    """Serves until a signal has come; announces the addresses as one line of JSON on standard output."""
+def _serve(args: argparse.Namespace, access: "Access") -> bool:
+    """Serves until a signal has come, or a device has died: False. Announces its addresses as one line of JSON."""
     from reward_server.segmenter import Segmenter
     from reward_server.server import RewardServer, Settings
 
@@ -137,10 +140,11 @@ def _serve(args: argparse.Namespace, access: "Access") -> None:
         server.serve([Segmenter.load(args.model, device, args.config, args.compile) for device in devices])
         # Python answers signals in this thread alone, and one that another thread receives does not wake it, as where a
         # library holds signals back here: a wait without an end would never hear of it.
-        while not _signals:
+        while not (_signals or server.dead):
             time.sleep(_SIGNAL_POLL_S)
     finally:
         server.stop()
+    return not server.dead
 
 
 def _parse() -> argparse.Namespace:

@@ -89,6 +89,7 @@ class RewardServer:
       address: host and port that it listens on.
       metrics_address: the same of the metrics page; empty without one.
       serves: it has a warm model; until then calls are refused.
+      dead: a worker has died; it will not serve again.
 
     Raises:
       AccessError: on construction, when it may not listen there, or a certificate is of no use.
@@ -102,7 +103,7 @@ class RewardServer:
         self._service = RewardService(self._batcher, self.metrics)
         self._health = HealthServicer()
         self._workers: Workers | None = None
-        self.serves = False
+        self.serves = self.dead = False
         self._host = bracketed(settings.host)
         settings.access.check_address(settings.host)
         credentials = settings.access.credentials()
@@ -195,6 +196,7 @@ class RewardServer:
         _log.warning("%s from %s refused: UNAUTHENTICATED", name, peer, extra={"fields": fields})
 
     def _die(self) -> None:
+        self.dead = True
         for name in ("", SERVICE_NAME):
             self._health.set(name, _NOT_SERVING)
 

@@ -643,7 +643,10 @@ def test_cases_are_the_ends_and_some_at_random() -> None:
         (["--dataset=toy", "--server=127.0.0.1:1"], ("127.0.0.1:1: unreachable",)),
         (["--dataset=toy", "--checkpoint=absent", "--server=none"], ("absent: expected a run directory",)),
         (["--dataset=toy", "--server=none", "--mesh=2x1", "--batch=3"], ("3 prompts", "cannot be split evenly")),
-        (["--dataset=toy", "--server=none", "--mesh=3x1", "--batch=3"], ("--mesh=3x1: 128 units", "cannot be split evenly")),
+        (
+            ["--dataset=toy", "--server=none", "--mesh=3x1", "--batch=3"],
+            ("--mesh=3x1: 128 units", "cannot be split evenly"),
+        ),
         (["--dataset=toy", "--server=none", "--out=taken"], ("--out=taken: is a file",)),
         (
             ["--dataset=toy", "--server=none", "--out=taken/a"],

@@ -19,7 +19,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -360,6 +360,24 @@ class TestDevices:
             server.stop()
 
 
+# A server whose device dies at the first call.
+DYING = """
+import sys
+from reward_server import __main__ as command
+from reward_server.segmenter import Segmenter
+
+real = Segmenter.embed
+
+def dead(self, *given):
+    if any(server.serves for server in command._servers):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return real(self, *given)
+
+Segmenter.embed = Segmenter.check_alive = dead
+sys.exit(command.main())
+"""
+
+
 class TestCommand:
     def test_serves_with_everything_on_and_ends_in_order(self, tmp_path: Path) -> None:
         ours = Authority(tmp_path / "certificates")
@@ -400,9 +418,23 @@ class TestCommand:
         assert [line["request_id"] for line in lines if "request_id" in line] == ["mine"]
         assert lines[-1]["message"] == "stopped"
 
+    def test_ends_when_its_device_has_died(self) -> None:
+        """Docker and systemd ask nobody for its health: they start again what has ended."""
+        with running(["--model", "toy", "--port", "0", "--threads", "1"], ["-c", DYING]) as child:
+            with grpc.insecure_channel(json.loads(child.stdout.readline())["listening"]) as channel:
+                until_ready(channel)
+                with pytest.raises(grpc.RpcError) as told:
+                    reward_pb2_grpc.RewardServiceStub(channel).Score(group_request(0))
+            assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+            _, errors = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert "the worker of cpu is dead" in errors
+        assert errors.endswith("stopped\n")
+
     def test_serves_as_its_flags_say(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         made: list[object] = []
-        server = SimpleNamespace(address="here:7", metrics_address="here:8", stop=lambda: made.append("stopped"))
+        server = SimpleNamespace(address="here:7", metrics_address="here:8", dead=False)
+        server.stop = lambda: made.append("stopped")
         server.serve = made.extend
         monkeypatch.setattr(
             "reward_server.server.RewardServer", lambda settings, devices: made.extend((settings, devices)) or server
@@ -478,9 +510,9 @@ class TestCommand:
 
 
 @contextlib.contextmanager
-def running(options: list[str]):
+def running(options: list[str], program: Sequence[str] = ("-m", "reward_server")):
     child = subprocess.Popen(
-        [sys.executable, "-m", "reward_server", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *program, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         yield child

@@ -3,10 +3,10 @@
 #
 # Looks at the slice again and again and does what is missing: creates it, sets it up, starts the training; deletes what was
 # taken away. It keeps no notes: each look finds out where things stand, so it may be stopped (Ctrl-C) and started again at
-# any moment, while slice and training go on. Leave it on a machine that stays on.
+# any moment, while slice and training go on. Leave it on a machine that stays on, in tmux or the like: a hang-up ends it.
 #
-# Gives up when it had to do something N times (20) without finding the training running at ten looks in a row in between, and
-# at once when the training ends with exit code 2 or 5 (updates that are not finite), which only a person can put right.
+# Gives up when it had to do something N times (20) without a new checkpoint in the bucket in between, and at once when the
+# training ends with exit code 2 or 5 (updates that are not finite), which only a person can put right.
 # Exit codes: 0 the training is done; 1 gave up; 130 stopped. The slice stays in each case.
 
 # shellcheck source=tpu/slice.sh
@@ -47,7 +47,7 @@ fi
 still="the slice stays, and costs, until tpu/delete.sh"
 child='' answer=$(mktemp) problem=$(mktemp)
 trap 'rm -f "$answer" "$problem"' EXIT
-trap '[[ ! $child ]] || { kill -- "-$child"; kill -CONT -- "-$child"; } 2>/dev/null || true; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM
+trap '[[ ! $child ]] || { kill -- "-$child"; kill -CONT -- "-$child"; } 2>/dev/null || true; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM HUP
 
 # Runs a command beside this one and waits for it, so that a signal is answered at once and ends what it has called too.
 set -m
@@ -61,7 +61,10 @@ await() {
 }
 
 look_at_slice() { slice_state >"$answer"; }
+look_at_problem() { slice_problem >"$answer"; }
 look_at_machines() { "$HERE/status.sh" >"$answer" 2>"$problem"; }
+
+newest_checkpoint() { (gcloud storage ls "$STORE/checkpoints/" 2>/dev/null | grep -oE '/[0-9]+/$' | sort -V | tail -n 1) >"$answer"; }
 
 # One word on all machines' trainings: new, idle, running, done, failed (CODE is the exit code, WORKER one that has it) or
 # unknown (ANSWERS of them said how they are).
@@ -97,7 +100,7 @@ training_state() {
 try() {
   tried=$((tried + 1)) looks=0
   if ((tried > tries)); then
-    say "$NAME: gave up: did something $tries times and the training does not stay up; tpu/status.sh and tpu/logs.sh say more; $still"
+    say "$NAME: gave up: did something $tries times without a new checkpoint; tpu/status.sh and tpu/logs.sh say more; $still"
     exit 1
   fi
   say "$1"
@@ -111,13 +114,24 @@ tend() {
   await look_at_slice || echo unknown >"$answer"
   case $(<"$answer") in
     absent) try "$NAME: making the slice" && attempt "$HERE/create.sh" && return ;;
-    lost) try "$NAME: was taken away or broke; deleting what is left" && attempt "$HERE/delete.sh" && return ;;
+    lost)
+      await look_at_problem || true
+      reason=$(<"$answer")
+      try "$NAME: was taken away or broke${reason:+ ($reason)}; deleting what is left" && attempt "$HERE/delete.sh" && return
+      ;;
     ready) ;;
     *) return 0 ;;
   esac
   training_state
   case $STATE in
-    running) looks=$((looks + 1)) && { ((looks < 10)) || tried=0; } ;;
+    running)
+      looks=$((looks + 1))
+      if ((looks % 10 == 0)); then
+        # A training that waits for its reward server for an hour, and then ends, runs as well.
+        await newest_checkpoint || true
+        [[ ! -s $answer || $(<"$answer") == "$newest" ]] || { newest=$(<"$answer") tried=0; }
+      fi
+      ;;
     'done')
       # The last of what it wrote: once a minute is not often enough for whoever deletes the slice next.
       await on_workers "$REMOTE/tpu/worker.sh copy" || say "$NAME: what the training wrote last is not in $STORE yet; it is tried there every minute"
@@ -139,7 +153,7 @@ tend() {
   esac
 }
 
-tried=0 looks=0
+tried=0 looks=0 newest=none
 while true; do
   tend
   await sleep "$every"

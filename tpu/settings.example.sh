@@ -28,7 +28,7 @@ SUBNETWORK=
 # "no": machines without public addresses. The network then needs Cloud NAT for packages, and ssh another way in.
 PUBLIC_ADDRESSES=yes
 
-# More flags for gcloud's ssh and scp, such as --internal-ip or --tunnel-through-iap.
+# More flags for gcloud's ssh and scp, such as --internal-ip or, for v5p and v6e, --tunnel-through-iap.
 SSH_FLAGS=()
 
 # Files that each machine needs in ~/secrets: the reward server's authority, a token. What builds data and trains has the

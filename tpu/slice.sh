@@ -59,8 +59,11 @@ read_settings() {
   [[ -f $SETTINGS ]] || fail "$SETTINGS: no such file; copy tpu/settings.example.sh to tpu/settings.sh and fill it in"
   PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK='' PUBLIC_ADDRESSES=yes
   SSH_FLAGS=() SECRETS=() DATA=() TRAIN=()
+  # Behind "||" bash would go on after a line that it cannot run, such as SPOT = no.
+  local problem
+  problem=$(bash -ec 'source "$1"' - "$SETTINGS" 2>&1 >/dev/null) || fail "$SETTINGS: bash cannot read it: ${problem##*$'\n'}"
   # shellcheck source=tpu/settings.example.sh
-  source "$SETTINGS" || fail "$SETTINGS: bash cannot read it"
+  source "$SETTINGS"
   export TPU_SETTINGS=$SETTINGS
   local key
   for key in PROJECT ZONE NAME TPU BUCKET SERVICE_ACCOUNT; do
@@ -74,6 +77,8 @@ read_settings() {
   done
   REGION=${ZONE%-*} RUN_DIR=runs/$NAME STORE=$BUCKET/$NAME
   read_tpu
+  [[ $ENGINE != queue || " ${SSH_FLAGS[*]-} " != *" --tunnel-through-iap "* ]] ||
+    fail "$SETTINGS: SSH_FLAGS: --tunnel-through-iap is not known to gcloud for $TPU; from a machine in the network: --internal-ip"
 }
 
 # TPU=v5e:4x4 as engine, chips and hosts. Machines hold four chips; a v5e slice of up to eight is one machine.
@@ -169,10 +174,23 @@ queue_state() {
   esac
   case $state in
     READY) echo ready ;;
-    CREATING | STARTING | RESTARTING | REPAIRING) echo waiting ;;
-    absent | waiting | unknown) echo "$state" ;;
-    *) echo lost ;;
+    CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING) echo waiting ;;
+    absent | waiting | lost) echo "$state" ;;
+    PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) echo lost ;;
+    # What is lost is deleted; what nobody has heard of is left to a person.
+    *) echo unknown ;;
   esac
+}
+
+# Why there is no slice, or none any more, as Google says it, in a line; nothing where it does not say.
+slice_problem() {
+  local said
+  if [[ $ENGINE == queue ]]; then
+    said=$(asked gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state)')
+  else
+    said=$(asked gcloud compute instance-groups managed list-errors "$NAME" --zone="$ZONE" --limit=1 --format='value(error.code,error.message)')
+  fi
+  [[ ! $said || $said == absent || $said == unknown ]] || printf '%s\n' "${said//$'\n'/ }"
 }
 
 group_state() {
@@ -202,10 +220,10 @@ asked() {
   if answer=$("$@" --project="$PROJECT" 2>"$problem"); then
     printf '%s\n' "$answer"
   # Where an API was never switched on, there is nothing of it.
-  elif grep -qiE 'not.?found|has not been used in project|SERVICE_DISABLED|API .* not enabled' "$problem"; then
+  elif grep -qE "NOT_FOUND|/$NAME' was not found|has not been used in project|SERVICE_DISABLED|API .* not enabled" "$problem"; then
     echo absent
   else
-    say "gcloud: $(tail -n 1 "$problem")"
+    say "gcloud: $(grep -m 1 ERROR "$problem" || tail -n 1 "$problem")"
     echo unknown
   fi
   rm -f "$problem"

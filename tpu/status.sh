@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tpu/status.sh: how the slice is, and once it is ready what each machine does.
 #
-# The slice: absent, waiting, ready, lost (taken away or broken). A machine: new (tpu/setup.sh), idle (tpu/run.sh), running,
+# The slice: absent, waiting, ready, lost (taken away or broken), and what Google says of one that is not ready. A machine: new (tpu/setup.sh), idle (tpu/run.sh), running,
 # done, failed with an exit code, which is 128 + N where signal N ended it (tpu/logs.sh); "evaluation" stands before what
 # tpu/evaluate.sh started.
 
@@ -19,6 +19,7 @@ elif [[ $ENGINE == queue ]]; then
 else
   call gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --format='value(instanceStatus)' --project="$PROJECT"
 fi
+[[ $state != waiting && $state != lost ]] || slice_problem | sed "s/^/$NAME: /"
 [[ $state == ready ]] || exit 0
 # A machine that is not set up has no script that could say so.
 on_workers "if [ -x $REMOTE/tpu/worker.sh ]; then $REMOTE/tpu/worker.sh state; else echo segzero new; fi"

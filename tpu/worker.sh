@@ -16,6 +16,9 @@ cd "$ROOT"
 # up for an earlier commit, whose packages may be others.
 install() {
   local set
+  # Where a connection breaks, gcloud asks again while the first is still at it.
+  exec 8>>.installing
+  flock 8
   rm -f .revision
   remove_old_files
   install_packages
@@ -117,7 +120,14 @@ nothing_checks() { (flock --nonblock 9) 9>>.checking; }
 # A training that was started since the machine was; systemd has forgotten any other. And a preflight.
 stop() {
   nothing_checks || kill "$(cat .checking)" || true
+  local was
+  was=$(state)
   [[ $(systemctl show "$UNIT" --property=LoadState --value) == not-found ]] || sudo systemctl stop "$UNIT"
+  # systemctl calls that a success, however it has ended.
+  [[ $was != running || $(state) != failed* ]] || {
+    echo "tpu/worker.sh: ended with $(state), so its last step may not be saved; tpu/logs.sh says more" >&2
+    exit 1
+  }
 }
 
 # Runs a module to its end with what the training gets: ~/secrets/segzero.env as systemd reads it, NAME=value a line, in

@@ -130,7 +130,7 @@ def test_probes_ask_for_what_the_server_tells() -> None:
 def test_servers_that_are_deployed_take_a_gpu_or_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device of those who name none may be the CPU."""
     image = (GKE.parents[1] / "reward_server/Dockerfile").read_text()
-    (documented,) = re.findall(r"^#   docker run .* segzero-reward ((?:.*\\\n)?.*)$", image, re.MULTILINE)
+    (documented,) = re.findall(r"^#   docker run (?:.*\\\n)?.* segzero-reward ((?:.*\\\n)?.*)$", image, re.MULTILINE)
     (installed,) = re.findall(r'^ENTRYPOINT \["python", "-m", "reward_server", (.*)\]$', image, re.MULTILINE)
     for given in (SERVER["args"], re.sub(r"\\\n#", "", documented).split()):
         monkeypatch.setattr(sys, "argv", ["reward_server", *json.loads(f"[{installed}]"), *given])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,15 @@ class TestWorker:
         (machine.root / "constraints.txt").write_text("something else")
         machine.worker("install", "ghi")
         assert len(machine.called()) == 2
+
+    def test_is_set_up_by_one_at_a_time(self, tmp_path: Path) -> None:
+        """Where a connection breaks, gcloud asks again while the first is still at it."""
+        machine = Machine(tmp_path)
+        uv = tmp_path / ".local/bin/uv"
+        uv.write_text(uv.read_text() + "sleep 0.3\n")
+        with ThreadPoolExecutor() as pool:
+            assert list(pool.map(lambda _: machine.worker("install", "abc"), range(2))) == [(0, "")] * 2
+        assert [call.split()[1] for call in machine.called()] == ["venv", "pip"]
 
     def test_is_new_again_where_another_version_could_not_be_set_up(self, tmp_path: Path) -> None:
         """Its code is there by then, and the packages are still those of the version before."""
@@ -248,6 +258,25 @@ class TestWorker:
             )
             assert machine.worker("stop") == (0, "")
             assert machine.called() == stops
+
+    @pytest.mark.parametrize("code", [0, 7])
+    def test_tells_where_a_training_that_was_stopped_has_not_been_saved(self, code: int, tmp_path: Path) -> None:
+        """systemctl calls its stop a success, and what comes next may be ``tpu/delete.sh``."""
+        machine = Machine(tmp_path)
+        machine.worker("install", "abc")
+        ended = "failed" if code else "inactive"
+        tool(
+            machine.bin,
+            "systemctl",
+            f"[[ $1 != stop ]] || touch {tmp_path}/stopped\n"
+            f"active=active sub=running; [[ ! -e {tmp_path}/stopped ]] || active={ended} sub={ended}\n"
+            f"case $* in *ActiveState*) echo $active ;; *SubState*) echo $sub ;;\n"
+            f"*ExecMainCode*) echo {os.CLD_EXITED:d} ;; *ExecMainStatus*) echo {code} ;; esac",
+        )
+        found, said = machine.worker("stop")
+        assert found == (1 if code else 0), said
+        assert ("ended with failed 7, so its last step may not be saved" in said) == bool(code)
+        assert machine.worker("stop")[0] == 0, "once told"
 
     def test_starts_the_training_under_systemd(self, tmp_path: Path) -> None:
         machine = Machine(tmp_path, number=3)
@@ -516,6 +545,13 @@ class TestPod:
         pod = Pod(tmp_path, "echo later >>$RUN_DIR/metrics.jsonl")
         assert pod.end() == 0
         assert (stored / "metrics.jsonl").read_text() == "earlier\nlater\n"
+
+    def test_starts_nothing_where_the_bucket_cannot_be_reached(self, tmp_path: Path) -> None:
+        """An earlier run's files would seem not to be there, and be overwritten later."""
+        (tmp_path / "bucket").touch()
+        pod = Pod(tmp_path, f"touch {tmp_path}/started")
+        assert pod.end() == 1
+        assert not (tmp_path / "started").exists()
 
     @pytest.mark.parametrize("place", [{"TPU_WORKER_ID": "1"}, {"MEGASCALE_SLICE_ID": "1"}])
     def test_leaves_the_bucket_to_the_first_process(self, place: dict[str, str], tmp_path: Path) -> None:

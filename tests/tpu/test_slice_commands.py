@@ -117,6 +117,8 @@ def test_help_needs_no_settings(name: str) -> None:
         ({"TPU": "v4:4x4"}, "TPU=v4:4x4: expected v4:AxBxC"),
         ({"TPU": "v5p:1x1x1"}, "TPU=v5p:1x1x1: expected a multiple of four chips, such as 2x2x1: a machine has four"),
         ({"SECRETS": "(/nowhere/ca.pem)"}, "SECRETS: /nowhere/ca.pem: no such file"),
+        ({"SPOT": " no"}, "no: command not found"),
+        ({"SSH_FLAGS": "(--tunnel-through-iap)"}, "SSH_FLAGS: --tunnel-through-iap is not known to gcloud for v5e:4x4"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(changes: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -184,6 +186,7 @@ class Cloud:
             '    [[ $state == gone ]] && echo "ERROR: NOT_FOUND: no such thing" >&2 && exit 1\n'
             '    [[ $state == broken ]] && echo "ERROR: connection reset" >&2 && exit 1\n'
             '    tr + "\\n" <<<"$state" ;;\n'
+            f"  *queued-resources\\ describe*value\\(state\\)*|*list-errors*) cat {folder}/problem ;;\n"
             "  *tpu-vm\\ describe*)\n"
             f'    [[ ! -e {folder}/no-node ]] || {{ echo "ERROR: NOT_FOUND" >&2; exit 1; }}\n'
             "    echo READY ;;\n"
@@ -192,10 +195,12 @@ class Cloud:
             f"  *describe*) [[ ! -s {folder}/refused ]] || {{ cat {folder}/refused >&2; exit 1; }} ;;\n"
             "  *basename*) printf 'm-b\\nm-a\\n' ;;\n"
             f"  *worker.sh\\ state*) next {self.machines} ;;\n"
+            f"  *storage\\ ls*) next {folder}/saved ;;\n"
             "esac\n"
         )
         fake.chmod(0o755)
         (folder / "no-other").write_text("ERROR: NOT_FOUND: no such thing\n")
+        (folder / "problem").touch()
 
     def play(self, name: str, *options: str, states: list[str], machines: list[str] | None = None) -> tuple[int, str]:
         """Runs a command; gives its exit code and what it said."""
@@ -256,7 +261,7 @@ class TestCreate:
         assert cloud.play("create", states=["gone"])[0] == 0
         # This gcloud describes policy and template, so they are there, of whatever settings.
         assert cloud.did() == ["delete template", "delete policy", "create policy", "create template", "create"]
-        (tmp_path / "refused").write_text("ERROR: was not found\n")
+        (tmp_path / "refused").write_text("ERROR: The resource 'projects/p/global/x/segzero-7b' was not found\n")
         assert cloud.play("create", states=["gone"])[0] == 0
         assert cloud.did() == ["create policy", "create template", "create"]
 
@@ -296,7 +301,7 @@ class TestDelete:
     def test_leaves_nothing_of_another_tpu_either(self, tpu: str, others: list[str], tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, tpu)
         (tmp_path / "another").touch()
-        (tmp_path / "refused").write_text("ERROR: was not found\n")
+        (tmp_path / "refused").write_text("ERROR: The resource 'projects/p/global/x/segzero-7b' was not found\n")
         code, said = cloud.play("delete", states=[])
         assert (code, cloud.did()) == (0, others), said
         (tmp_path / "refused").unlink()
@@ -324,7 +329,7 @@ class TestDelete:
             "delete.sh: gcloud: ERROR: (gcloud.compute) Reauthentication failed. cannot prompt",
             "delete.sh: segzero-7b: left as it is, since it cannot be said what is there; once more does the rest",
         ]
-        refused.write_text("ERROR: (gcloud.compute) Could not fetch resource: it was not found\n")
+        refused.write_text("ERROR: (gcloud.compute) The resource 'projects/p/global/x/segzero-7b' was not found\n")
         nothing = (
             "delete.sh: segzero-7b: nothing is left of it in us-west4-a of my-project but gs://my-bucket/segzero-7b"
         )
@@ -334,6 +339,23 @@ class TestDelete:
         assert cloud.play("delete", states=[]) == (0, nothing + "\n")
         own = "delete" if tpu == "v5e:2x2" else "delete group"
         assert cloud.did() == [own, "delete template", "delete policy"]
+
+    @pytest.mark.parametrize(
+        "trouble",
+        [
+            "/usr/bin/gcloud: line 189: exec: /opt/gone/python3: not found",
+            "ERROR: gcloud failed to load: ModuleNotFoundError: No module named 'grpc'",
+            "ERROR: (gcloud.compute) Failed to load credential file: [/nowhere/key.json] was not found",
+        ],
+    )
+    def test_does_not_take_a_gcloud_that_is_broken_for_nothing(self, trouble: str, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, "v6e:4x4")
+        (tmp_path / "refused").write_text(f"{trouble}\nand more\n")
+        (tmp_path / "no-other").write_text(f"{trouble}\nand more\n")
+        code, said = cloud.play("delete", states=[])
+        assert (code, cloud.did()) == (1, [])
+        assert "left as it is" in said
+        assert (trouble in said) == trouble.startswith("ERROR")
 
 
 class TestMachines:
@@ -476,6 +498,15 @@ class TestBabysit:
         gone = ["delete", "delete template", "delete policy"]
         assert (code, cloud.did()) == (0, [*gone, "create", "copy", "install", "start"])
 
+    @pytest.mark.parametrize(("tpu", "state"), [("v5e:2x2", "FAILED"), ("v6e:2x4", "RUNNING+TERMINATED")])
+    def test_says_why_a_slice_is_lost_before_it_is_deleted(self, tpu: str, state: str, tmp_path: Path) -> None:
+        cloud = Cloud(tmp_path, tpu)
+        (tmp_path / "problem").write_text("failedData={'message':\n'Quota exceeded'}\n")
+        why = "failedData={'message': 'Quota exceeded'}"
+        assert why in cloud.play("status", states=[state])[1]
+        _, said = cloud.play("babysit", "--every", "0", "--tries", "1", states=[state, "gone", "gone", "gone"])
+        assert f"segzero-7b: was taken away or broke ({why}); deleting what is left" in said
+
     def test_replaces_a_group_with_all_that_belongs_to_it(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v6e:2x4")
         ready = ["RUNNING+RUNNING"] * 2
@@ -522,10 +553,19 @@ class TestBabysit:
         code, said = cloud.play("babysit", *options, states=[QUEUE_READY], machines=["segzero failed 1"])
         assert (code, cloud.did()) == (1, ["stop", "start"] * 3)
         assert "gave up" in said.splitlines()[-1]
-        steady = [*["segzero running"] * 10, "segzero failed 1"]
+
+    def test_tries_anew_after_each_checkpoint_however_long_the_training_runs(self, tmp_path: Path) -> None:
+        """One whose reward server is gone runs for an hour, in which it waits for it, again and again."""
+        cloud = Cloud(tmp_path)
+        steady = [*["segzero running"] * 10, "segzero failed 3"]
         options = ("--every", "0", "--tries", "1")
+        saved = tmp_path / "saved"
+        saved.write_text("gs://my-bucket/segzero-7b/checkpoints/9/\ngs://my-bucket/segzero-7b/checkpoints/10/\n")
         code, _ = cloud.play("babysit", *options, states=[QUEUE_READY], machines=[*steady * 2, "segzero done"])
-        assert (code, cloud.did()) == (0, ["stop", "start"] * 2), "who trained for a while may start over as often"
+        assert (code, cloud.did()) == (0, ["stop", "start"] * 2)
+        code, said = cloud.play("babysit", *options, states=[QUEUE_READY], machines=steady * 3)
+        assert (code, cloud.did()) == (1, ["stop", "start"])
+        assert "gave up: did something 1 times without a new checkpoint" in said.splitlines()[-1]
 
     def test_counts_machines_that_do_not_answer(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v5e:4x4")

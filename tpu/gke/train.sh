@@ -25,6 +25,11 @@ copy() {
 
 stopped='' copier=''
 if first; then
+  # Of a bucket that cannot be read, nothing seems to be there.
+  if ! { mkdir -p "$STORE" && touch "$STORE/.writable"; }; then
+    echo "tpu/gke/train.sh: $STORE: cannot be written to; exit code 1" >&2
+    exit 1
+  fi
   # All of them or none: what lies here is what is copied back.
   if [[ ! -e $RUN_DIR && -e $STORE/run ]]; then
     if ! { rm -rf "$RUN_DIR.part" && cp -r --preserve=timestamps "$STORE/run" "$RUN_DIR.part" && mv "$RUN_DIR.part" "$RUN_DIR"; }; then
