@@ -1,4 +1,4 @@
-"""One question about one picture, answered whole: reasoning, objects in the picture's own pixels, mask, drawing."""
+"""One question about one image, with its full answer: reasoning, objects in the image's own pixels, mask, drawing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _CLOSING = "</think>"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as stored, and as the policy and SAM 2 see it: upright, RGB."""
+    """An image as stored, and as the policy and SAM 2 see it: upright, RGB."""
 
     name: str
     stored: bytes
@@ -29,12 +29,12 @@ class Picture:
 
     @classmethod
     def read(cls, data: bytes, name: str) -> "Picture":
-        """Raises ImageError, which names it, for what is no PNG, JPEG or WebP."""
+        """Decodes an image. Raises ImageError, which names it, if it is not a PNG, JPEG or WebP."""
         return cls(name, data, decode_image(data, name))
 
     @property
     def frame(self) -> Frame:
-        """The size of the upright picture."""
+        """The size of the upright image."""
         return Frame(*self.upright.size)
 
 
@@ -43,10 +43,10 @@ class Answered:
     """An answer.
 
     Attributes:
-      said: what the response says, in the frame that the policy sees, ``side`` pixels squared.
-      finished: whether the response ended by itself rather than at the limit of tokens.
-      objects: in pixels of the picture.
-      found: what SAM 2 made of it; ``mask`` is the same mask, bool ``[height, width]``.
+      said: the parsed response, in the frame that the policy sees, ``side`` pixels squared.
+      finished: whether the response ended by itself rather than at the token limit.
+      objects: the objects in pixels of the image.
+      found: SAM 2's result; ``mask`` is its mask as bool ``[height, width]``.
     """
 
     picture: Picture
@@ -79,7 +79,7 @@ class Answered:
         }
 
     def scaled(self) -> str:
-        """A line for a picture that SAM 2 saw at less than its own size; empty for any other."""
+        """A line for an image that SAM 2 saw at less than its own size; empty for any other."""
         frame, seen = self.picture.frame, self.found.seen
         if seen in (None, frame):
             return ""
@@ -89,7 +89,7 @@ class Answered:
         )
 
     def drawn(self) -> Image.Image:
-        """The picture with boxes, points and mask on it."""
+        """The image with boxes, points and mask on it."""
         points = [point for obj in self.objects for point in obj.points]
         return draw(self.picture.upright, Marks([obj.box for obj in self.objects], points, self.mask))
 
@@ -110,7 +110,7 @@ def answer_question(
       seed, temperature, watch: see ``asking.respond``.
 
     Raises:
-      PromptTooLong: the question.
+      PromptTooLong: the question is too long.
       RewardServerError: see ``segmenting.segment``.
     """
     frame, side = picture.frame, loaded.config.data.image_size
@@ -118,7 +118,7 @@ def answer_question(
     text, finished = respond(loaded, example, seed, temperature, watch)
     said = parse_answer(text)
     objects = tuple(rescale_object(obj, Frame(side, side), frame) for obj in said.objects)
-    # An answer that names nothing means no pixel; one that cannot be read means nothing, not that there is nothing.
+    # A readable answer without objects means an empty mask; an unreadable one means no mask.
     empty = said.readable and segmenter.makes_masks
     found = Found(encode_mask(np.zeros((frame.height, frame.width), bool)) if empty else None)
     if objects:
@@ -128,9 +128,9 @@ def answer_question(
 
 
 def reasoning_so_far(text: str) -> str:
-    """The reasoning in a response that may still grow; what comes later only adds to it."""
+    """The reasoning in a response that may still grow; later text only adds to it."""
     thought, closed, _ = text.partition("<think>")[2].partition(_CLOSING)
-    if not closed:  # the beginning of the end is not yet reasoning
+    if not closed:  # a partial closing tag is not reasoning
         ending = next(n for n in range(len(_CLOSING) - 1, -1, -1) if thought.endswith(_CLOSING[:n]))
         thought = thought[: len(thought) - ending]
     return thought.strip()

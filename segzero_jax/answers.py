@@ -1,20 +1,20 @@
-"""Answers and solutions as plain numbers: where the JSON stands in a text, and which of it locates objects.
+"""Answers and solutions as plain numbers: finding the JSON in a text, and the parts of it that locate objects.
 
-What a model wrote is read totally: no text makes a function here raise. A solution is data, so a malformed one is
-an error. Nothing here needs JAX, so stored text is scored without waiting for it.
+Reading a model's output is total: no text makes a function here raise. A solution is data, so a malformed one is an
+error. Nothing here needs JAX, so stored text can be scored without loading it.
 
-Sources: Seg-Zero, arXiv 2503.06520 and VisionReasoner, arXiv 2505.12081; upstream ``verl/utils/reward_score`` says
-where in a text each looks for its answer.
+Sources: Seg-Zero, arXiv 2503.06520 and VisionReasoner, arXiv 2505.12081; where each looks for its answer in a text
+follows upstream ``verl/utils/reward_score``.
 """
 
 import json
 import re
 from typing import Any, NamedTuple
 
-# The most objects either side of a comparison may bring (upstream: ``vision_reasoner.py``).
+# The maximum number of objects on either side of a comparison (upstream: ``vision_reasoner.py``).
 MAX_OBJECTS = 120
 
-# No picture is wider. A segmenter's float32 holds such pixels; beyond, a number is noise rather than a place.
+# No image is wider. A segmenter's float32 represents such pixels; a larger number is noise, not a location.
 _MAX_COORDINATE = 1e6
 
 _THINKING = re.compile(r"<think>([^<]+)</think>")
@@ -25,17 +25,17 @@ _FORMS = '[{"bbox_2d": [x1,y1,x2,y2], "point_2d": [x,y]}, …] or <box>(x1,y1),(
 
 
 class Located(NamedTuple):
-    """One object: a box (x1, y1, x2, y2) and its points (x, y), in pixels of the frame the text speaks of."""
+    """One object: a box (x1, y1, x2, y2) and its points (x, y), in pixels of the frame that the text refers to."""
 
     box: tuple[float, float, float, float]
     points: tuple[tuple[float, float], ...]
 
 
 def load_json(text: str) -> Any:
-    """The value of a JSON text as ``json.loads`` reads it, or None (as for ``null``) where it refuses.
+    """The value of a JSON text as ``json.loads`` reads it, or None (as for ``null``) if that raises.
 
-    It refuses integers of more than 4300 digits (ValueError) and nesting deeper than the stack (RecursionError); it
-    takes NaN, Infinity and duplicate keys, of which the last wins.
+    It rejects integers of more than 4300 digits (ValueError) and nesting deeper than the stack (RecursionError); it
+    accepts NaN, Infinity and duplicate keys, of which the last wins.
     """
     try:
         return json.loads(text)
@@ -46,10 +46,9 @@ def load_json(text: str) -> Any:
 def first_braces(text: str) -> dict[str, Any] | None:
     """Seg-Zero's answer: the JSON object of the first ``{[^}]+}`` anywhere in the text, or None.
 
-    The first match is final: when it is not JSON (the single quotes of Seg-Zero's own prompt are not), a later one
-    is not looked for.
+    Only the first match counts, even if it is not JSON (the single quotes of Seg-Zero's own prompt are not).
     """
-    # Without a closing brace ahead the expression would scan to the end from every opening one.
+    # Without a closing brace ahead, the expression would scan to the end from every opening brace.
     match = _BRACES.search(text, 0, text.rfind("}") + 1)
     value = load_json(match.group()) if match else None
     return value if isinstance(value, dict) else None
@@ -69,12 +68,13 @@ def thinking(text: str) -> str | None:
 
 
 def read_answer(text: str) -> tuple[Located, ...] | None:
-    """The objects a segmenter can be asked for, or None where the answer is not well formed.
+    """The objects to ask a segmenter for, or None if the answer is malformed.
 
-    Strict: the answer stands between the first ``<answer>`` and ``</answer>`` and is JSON, either VisionReasoner's
-    list of objects with ``bbox_2d`` and ``point_2d``, or one Seg-Zero object (the first key with "bbox" in it, and
-    the first two others with "point" in them). Every number is a real one (no bool, NaN or text) of at most a
-    million. One bad item spoils the answer; an empty list is a well formed "nothing". The first 120 objects count.
+    Strict: the answer is between the first ``<answer>`` and ``</answer>`` and is JSON, either VisionReasoner's list of
+    objects with ``bbox_2d`` and ``point_2d``, or one Seg-Zero object (the first key with "bbox" in it, and the first
+    two others with "point" in them). Every number is an actual number (no bool, NaN or text) of magnitude at most a
+    million. One bad item invalidates the answer; an empty list is a well-formed "nothing". Only the first 120 objects
+    are returned.
     """
     value = tagged_json(text)
     if isinstance(value, dict):
@@ -138,12 +138,12 @@ def _located(box: Any, points: list[Any]) -> Located | None:
 def _coordinates(value: Any, count: int) -> tuple[float, ...] | None:
     if not isinstance(value, list) or len(value) != count:
         return None
-    # Comparing first keeps integers out of float() that it cannot hold, and NaN fails the comparison.
+    # Comparing first rejects integers too large for float(), and NaN, which fails every comparison.
     if not all(type(v) in (int, float) and -_MAX_COORDINATE <= v <= _MAX_COORDINATE for v in value):
         return None
     return tuple(float(v) for v in value)
 
 
 def _digits(*texts: str) -> list[int | None]:
-    # A number too long to be a coordinate may be too long for int() as well.
+    # A number too long for a coordinate may also be too long for int().
     return [int(text) if len(text) <= 12 else None for text in texts]

@@ -1,4 +1,4 @@
-"""A policy that can be asked: any checkpoint, with all that its weights do not say of themselves, and one response."""
+"""A policy ready to be asked: any checkpoint, with the settings that its weights do not record, and one response."""
 
 import json
 import re
@@ -32,8 +32,8 @@ from segzero_jax.types import Example
 
 _DEFAULT_RUN = Path("runs/toy")
 _LARGE_SAM = "facebook/sam2.1-hiera-large"
-# By this file an export of a run is known as one; it says of which run, and with what its policy is to be asked and its
-# answers are to be scored.
+# This file marks an export of a run. It records which run, and the settings for asking the policy and scoring its
+# answers.
 ORIGIN = "segzero_jax.json"
 _ASKED = (
     *("model.compute_dtype", "data.image_size", "data.resampling", "data.prompt"),
@@ -41,7 +41,7 @@ _ASKED = (
     *("rollout.temperature", "rollout.top_p", "rollout.top_k"),
     *("reward.recipe", "reward.mask_iou_weight", "reward.mask_iou_mode", "reward.local_model"),
 )
-# What other Hugging Face directories do not say of themselves: how VisionReasoner's released checkpoints were trained.
+# Settings that other Hugging Face directories do not record: those of VisionReasoner's released checkpoints.
 _RELEASED = {
     "model.compute_dtype": "bfloat16",
     "data.image_size": 840,
@@ -54,17 +54,17 @@ _RELEASED = {
 }
 _SEG_ZERO = {"data.prompt": "seg_zero", "reward.recipe": "seg_zero_strict"}
 _SEG_ZERO_NAME = re.compile("seg[-_ ]?zero", re.IGNORECASE)
-_WATCHED_TOKENS = 8  # whoever watches a response is shown it in parts of so many tokens
-_UNIT = 28  # pixels along the side of what becomes one image token
+_WATCHED_TOKENS = 8  # a watcher sees a response in increments of this many tokens
+_UNIT = 28  # side of one image token, in pixels
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A policy that can be asked.
+    """A policy ready to be asked.
 
     Attributes:
-      name: where it comes from, a run's step included.
-      config: of its run, or what stands in for one; ``data`` and ``rollout`` say how it is asked.
+      name: its source, including the step of a run.
+      config: the configuration of its run, or a substitute; ``data`` and ``rollout`` determine how it is asked.
       repetition_penalty: see ``Sampling``.
     """
 
@@ -77,13 +77,13 @@ class Loaded:
 
     @property
     def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
+        """How its tokens are sampled."""
         how = make_sampling(self.config.rollout, self.processor)
         return how._replace(repetition_penalty=self.repetition_penalty)
 
 
 def find_checkpoints(given: Sequence[str | None]) -> list[str]:
-    """What several ``--checkpoint`` mean: as ``find_checkpoint``, and ``RUN/checkpoints`` stands for all its steps."""
+    """Resolves several ``--checkpoint`` as ``find_checkpoint`` does; ``RUN/checkpoints`` stands for all its steps."""
     found: list[str] = []
     for text in given:
         folder = epath.Path(text or "").expanduser()
@@ -93,7 +93,7 @@ def find_checkpoints(given: Sequence[str | None]) -> list[str]:
 
 
 def find_checkpoint(given: str | None) -> str:
-    """What ``--checkpoint`` means: a run directory stands for its newest step, nothing for the toy run or "toy"."""
+    """Resolves ``--checkpoint``: a run directory means its newest step, None the toy run or "toy"."""
     if given is None:
         return _newest(_DEFAULT_RUN) or "toy"
     return given if is_checkpoint(given) else _newest(given) or given
@@ -115,17 +115,17 @@ def load(
 
     Args:
       name: a run's ``checkpoints/STEP``, a run directory, a Hugging Face directory, a hub id, or "toy".
-      image_size, prompt: take the place of the run's own ``data.image_size`` and ``data.prompt``.
+      image_size, prompt: override the run's ``data.image_size`` and ``data.prompt``.
       repetition_penalty: see ``Sampling``.
 
     Raises:
       CheckpointError: there is no such policy, or it is damaged.
       MeshError: it does not divide over the mesh.
-      ConfigError: the picture size or the wording is none.
+      ConfigError: the image size or the prompt wording is invalid.
     """
     keep_compiled()
     released = _as_released(name, prompt) if name != "toy" and is_checkpoint(name) else None
-    # A run's precision is known only once it is read.
+    # A run's precision is known only after it is read.
     dtype = use_compute_dtype(released.model.compute_dtype) if released else jnp.float32
     policy, dims, config = load_policy(name, dtype)
     if config is None:
@@ -138,16 +138,16 @@ def load(
 
 
 def asked(config: Config) -> dict[str, Any]:
-    """What an export of a run says in ``ORIGIN`` of how its policy is asked and scored, by dotted key."""
-    # The model of a local server, where the run had none, is not what scored.
+    """The settings that an export stores in ``ORIGIN`` for asking and scoring its policy, by dotted key."""
+    # Without a local server, the run's reward.local_model is not the model that scored.
     return {key: attrgetter(key)(config) for key in _ASKED} | {"reward.local_model": default_sam(config)}
 
 
 def _as_released(name: str, prompt: str | None) -> Config:
-    """How a Hugging Face checkpoint was trained: as its export says, else as the released ones of its name were.
+    """The training settings of a Hugging Face checkpoint: its export's, else those of the releases of its name.
 
     Args:
-      prompt: the wording that it is asked in anyway; a known one goes with a recipe, else the name decides.
+      prompt: the wording it will be asked with; a known one implies a recipe, otherwise the name decides.
     """
     settings: dict[str, Any] = {**_RELEASED, "model.path": name}
     directory = resolve(name)
@@ -157,7 +157,7 @@ def _as_released(name: str, prompt: str | None) -> Config:
     origin = directory / ORIGIN
     if origin.is_file():
         try:
-            # What an export of an earlier version does not say is as by default.
+            # Keys that an export of an earlier version lacks have their defaults.
             unsaid = {key: attrgetter(key)(Config()) for key in ("reward.mask_iou_weight", "data.resampling")}
             settings |= {**unsaid, **json.loads(origin.read_text()).get("asked", {})}
         except (ValueError, AttributeError, TypeError):
@@ -166,13 +166,13 @@ def _as_released(name: str, prompt: str | None) -> Config:
 
 
 def _model_name(directory: Path) -> str:
-    """What a directory says of whose model it holds; in the hub's cache ``models--ORG--NAME/snapshots/HASH`` does."""
+    """The model's name, from its directory; in the hub's cache, NAME of ``models--ORG--NAME/snapshots/HASH``."""
     named = directory.parent.parent if directory.parent.name == "snapshots" else directory
     return named.name.rpartition("--")[2]
 
 
 def load_processor(config: Config, name: str) -> Processor:
-    """The processor of ``model.path``; what it lacks is said of ``name``. Raises CheckpointError."""
+    """The processor of ``model.path``. Raises CheckpointError, which names ``name``, if it is missing or damaged."""
     data, limit = config.data, config.rollout.max_prompt_tokens
     try:
         return Processor.load(config.model.path, data.image_size, data.prompt, limit, data.resampling)
@@ -181,7 +181,7 @@ def load_processor(config: Config, name: str) -> Processor:
 
 
 def make_sampling(config: RolloutConfig, processor: Processor) -> Sampling:
-    """How a configuration says that groups are sampled, with the tokenizer's special ids."""
+    """The sampling of groups under a configuration, with the tokenizer's special ids."""
     return Sampling(
         group=config.group_size,
         max_tokens=config.max_response_tokens,
@@ -195,7 +195,7 @@ def make_sampling(config: RolloutConfig, processor: Processor) -> Sampling:
 
 
 def _asked_differently(config: Config, image_size: int | None, prompt: str | None) -> Config:
-    """The configuration with another picture size, whose tokens come on top of the prompt's limit, or wording."""
+    """The configuration with another wording, or another image size whose tokens adjust the prompt limit."""
     before = (config.data.image_size // _UNIT) ** 2
     after = ((image_size or config.data.image_size) // _UNIT) ** 2
     changes: dict[str, Any] = {"rollout.max_prompt_tokens": config.rollout.max_prompt_tokens + after - before}
@@ -207,9 +207,10 @@ def _asked_differently(config: Config, image_size: int | None, prompt: str | Non
 
 
 def default_sam(config: Config) -> str:
-    """The SAM 2 that a policy was trained with; the best one where it was trained with none, or with one elsewhere.
+    """The SAM 2 for a policy: the one that it was trained with, or hiera-large if that was remote, or none.
 
-    So it is where that one was the toy's on other pictures than the toy set's, which it knows nothing of.
+    Hiera-large also replaces the toy SAM 2 if the data did not include the toy set, the only images it knows. The toy
+    policy always keeps its own.
     """
     mine, sam = config.model.path == "toy" or config.reward.server == "local", config.reward.local_model
     blind = sam == "toy" and config.model.path != "toy" and "toy" not in config.data.names
@@ -227,9 +228,9 @@ def respond(
 
     Args:
       loaded: on the ambient mesh.
-      seed: None for the most probable tokens, else of the draw.
-      temperature: of the draw; the run's own by default, like top-p and top-k.
-      watch: is given the text so far whenever there are some tokens more.
+      seed: seed for sampling; None for greedy decoding.
+      temperature: sampling temperature; the run's own by default, like top-p and top-k.
+      watch: called with the text so far each time a few more tokens are there.
 
     Returns:
       The text, and whether it ended by itself rather than at the length limit.
@@ -247,5 +248,5 @@ def respond(
     for drawn in parts:
         text = processor.decode(np.asarray(drawn.tokens_bgr)[0, 0, : drawn.length_bg[0, 0]])
         if watch is not None:
-            watch(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character whose other bytes are still to come
+            watch(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # an incomplete UTF-8 character
     return text, bool(drawn.finished_bg[0, 0])

@@ -1,9 +1,9 @@
 """Checkpoints with Orbax: weights, optimizer, data position, configuration and identity, in one atomic save.
 
-A checkpoint has four items: ``policy`` (all that inference needs; of LoRA the adapters), ``optimizer``, ``run`` (JSON:
-configuration, data position, identity, code, last lines) and ``manifest``. Arrays are stored under their path in the
-tree, so a file can be read without our classes. The reference policy, which LoRA's adapters are on, is not among them:
-it is ``model.path``, known by its fingerprint.
+A checkpoint has four items: ``policy`` (all that inference needs; with LoRA the adapters), ``optimizer``, ``run``
+(JSON: configuration, data position, identity, code, last lines) and ``manifest``. Arrays are stored under their path in
+the tree, so a file can be read without our classes. The reference policy, which LoRA's adapters are applied to, is not
+stored: it is ``model.path``, identified by its fingerprint.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ from segzero_jax.local_path import is_url
 from segzero_jax.model.weights import CheckpointError, StorageError
 
 T = TypeVar("T")
-# A resumed run may go on for longer, elsewhere, on another mesh, with another server; all else makes it another run.
+# Keys that may change on resume: a run may be extended, moved, and given another mesh or server. A change of any other
+# key makes it a different run.
 _FREE_KEYS = (
     *("mesh", "run.", "eval.", "watch.", "data.dir", "data.workers", "model.path", "model.remat"),
     *("reward.server", "reward.local_model", "reward.timeout_s", "reward.missing", "reward.checkpoint_after_s"),
@@ -39,25 +40,25 @@ _FREE_KEYS = (
 )
 # Exit code of a run that could not save its last step or read its checkpoints.
 STORAGE_FAILED = 7
-# What a save may fail with: ValueError is what TensorStore makes of a full disk; JaxRuntimeError, that hosts have
-# waited for one of them whose part could not be written. Orbax's barriers count on, so the next save may succeed.
+# Errors of a failed save. TensorStore raises ValueError for a full disk; JaxRuntimeError means that hosts timed out
+# waiting for one that could not write its part. Orbax keeps numbering its barriers, so the next save may succeed.
 _DISK_FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)
 _NOT_ALL_CAME = ("DEADLINE_EXCEEDED", "Timed out while waiting for")
 
 
 class SaveError(StorageError):
-    """A checkpoint that could not be written. Earlier ones are whole."""
+    """A checkpoint could not be written. Earlier ones are intact."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A run as it stood after ``step`` steps.
+    """The state of a run after ``step`` steps.
 
     Attributes:
       data: position of the data iterator.
-      code: what wrote it.
-      changed: reward functions of one's own whose files are others by now.
-      lines: the last ones that the run had written, see ``MetricsWriter.recent``.
+      code: the code that wrote the checkpoint.
+      changed: custom reward functions whose files have changed since.
+      lines: the last lines that the run had written, see ``MetricsWriter.recent``.
     """
 
     step: int
@@ -89,7 +90,7 @@ def _rebuild(like: T, leaves: dict[str, Any]) -> T:
 
 
 class _LastAndBest(PreservationPolicy):
-    """Keeps the newest checkpoints, and of all that have a score the one with the highest."""
+    """Keeps the newest checkpoints and the one with the highest score."""
 
     def __init__(self, last: int, score: Callable[[int], float | None]) -> None:
         self._last = last
@@ -107,17 +108,17 @@ class _LastAndBest(PreservationPolicy):
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays with as little work as Orbax can, since on CPU the training pays for all of it."""
-    # A restore says itself which shardings it wants: to store those of the writer takes as long as small arrays do.
+    """Writes arrays with as little work as Orbax allows: on CPU, saving slows the training."""
+    # A restore passes its own shardings; storing the writer's would take as long as storing small arrays.
     arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    # Float noise: zstd takes 7% off its size.
+    # Weights are float noise: zstd would save only 7% of their size.
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: the run itself asks, between phases, and JAX's service expects one count of such questions."""
+        """Always False: the run itself checks, between phases, and JAX expects a single sequence of such checks."""
         return False
 
 
@@ -125,10 +126,10 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: one folder per step is in it; a local path or ``gs://bucket/path``.
-      keep: how many of the newest; with at least two, a damaged one leaves another.
-      score: of a step, None where it has none; the step with the highest is kept as well.
-      read_only: for a look at a run that may be going on.
+      directory: holds one folder per step; a local path or ``gs://bucket/path``.
+      keep: how many of the newest to keep; with at least two, one remains if another is damaged.
+      score: the score of a step, None if it has none; the step with the highest is kept as well.
+      read_only: for inspecting a run that may still be training.
     """
 
     def __init__(
@@ -139,18 +140,18 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = storage_path(directory)
-        # The libraries that reach buckets (gcsfs, google.auth, aiohttp) raise errors of their own, of no common kind.
+        # The bucket libraries (gcsfs, google.auth, aiohttp) raise errors of their own, without a common base class.
         self._failures: tuple[type[Exception], ...]
         self._failures = (Exception,) if is_url(self.directory) else _DISK_FAILURES
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only
-            # What a killed run left half-written goes.
+            # Removes what a killed run left half-written.
             else ocp.CheckpointManagerOptions(
                 preservation_policy=_LastAndBest(keep, score), cleanup_tmp_directories=True
             )
         )
-        # Named here rather than at the first save: a fresh process could not read what another has written.
+        # Registered here rather than at the first save: otherwise a new process could not read existing checkpoints.
         handlers = {
             "policy": _array_handler(),
             "optimizer": _array_handler(),
@@ -169,11 +170,11 @@ class Checkpoints:
         except self._failures as error:
             if kind is None:
                 raise self._failed(error) from None
-            # The block has ended with an error that matters more than a save that failed in the background.
+            # The block's own error matters more than a save that failed in the background.
 
     @property
     def latest(self) -> int | None:
-        """The last complete checkpoint's step."""
+        """The step of the last complete checkpoint."""
         return self._manager.latest_step()
 
     @property
@@ -190,13 +191,13 @@ class Checkpoints:
         identity: Identity,
         lines: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts writing; returns once the arrays are copied, so that training may go on and donate them.
+        """Starts a save; returns once the arrays are copied, so that training may continue and donate them.
 
-        Waits for an earlier save first. A step that is the last one saved is left as it is. All but ``step`` comes back
-        with ``restore``.
+        Waits for an earlier save first. Does nothing if ``step`` is the last one saved. ``restore`` returns all but
+        ``step``.
 
         Raises:
-          SaveError: the earlier save has failed, or this one cannot begin.
+          SaveError: the earlier save has failed, or this one cannot start.
         """
         self.wait()
         if step == self.latest:
@@ -220,24 +221,24 @@ class Checkpoints:
             )
         except self._failures as error:
             raise self._failed(error) from None
-        if not begun:  # All steps up to the latest one are saved, as Orbax takes it.
+        if not begun:  # Orbax treats all steps up to the latest as saved.
             raise SaveError(
                 f"{self.directory}: holds {self.latest}, which is no complete checkpoint; delete it, or bring it whole"
             )
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. Raises SaveError."""
+        """Returns once the pending save is on disk. Raises SaveError."""
         try:
             self._manager.wait_until_finished()
         except self._failures as error:
             raise self._failed(error) from None
 
     def newest(self) -> tuple[int, list[str]]:
-        """The newest step that is as it was written, and one line for each newer one that is damaged.
+        """The newest step that is intact, and one line for each newer one that is damaged.
 
         Raises:
           CheckpointError: there is none.
-          StorageError: one cannot be read now.
+          StorageError: a checkpoint cannot be read now.
         """
         damaged: list[str] = []
         for step in reversed(self.steps):
@@ -250,24 +251,24 @@ class Checkpoints:
         raise CheckpointError(f"{self.directory}: no checkpoint to resume from; start without --resume")
 
     def damage(self, step: int, items: Sequence[str] = ("policy", "optimizer", "run")) -> str:
-        """What is wrong with the files of a checkpoint, or with some of its items; empty when nothing is.
+        """Describes the damage to a checkpoint's files, or to those of some items; empty if there is none.
 
         Raises:
-          StorageError: they cannot be read now, which says nothing of them.
+          StorageError: they cannot be read now, which does not mean that they are damaged.
         """
         checkpoint = self.directory / str(step)
         with reading(checkpoint):
             return manifest.damage(checkpoint, items)
 
     def restore(self, step: int, like: TrainState, config: Config, identity: Identity) -> Restored:
-        """Reads a checkpoint onto the ambient mesh, whatever mesh wrote it. Newer ones, which are damaged, go.
+        """Reads a checkpoint onto the ambient mesh, whatever mesh wrote it. Deletes newer ones, which are damaged.
 
         Args:
           step: see ``newest``.
-          like: a state of the same shapes, or their ShapeDtypeStructs; its shardings are what the result has.
+          like: a state of the same shapes, or its ShapeDtypeStructs; the result has its shardings.
 
         Raises:
-          CheckpointError: it comes from another configuration (the differing keys are named), another reference
+          CheckpointError: it comes from another configuration (the message names the differing keys), another reference
             policy, SAM 2 or data set, or it holds another model.
           StorageError: it cannot be read now.
         """
@@ -284,7 +285,7 @@ class Checkpoints:
         return Restored(step, state, run["data"], Code(**run["code"]), changed, run["lines"])
 
     def check_config(self, step: int, config: Config) -> None:
-        """Raises CheckpointError when ``step`` was written by another run, by the keys that say so."""
+        """Raises CheckpointError if ``step`` was written by another run, see ``run_difference``."""
         if difference := run_difference(self.config(step), config):
             raise CheckpointError(
                 f"{self.directory}/{step}: written with another configuration ({difference}); "
@@ -296,16 +297,16 @@ class Checkpoints:
         return configs.build(self._run(step)["config"], f"{self.directory}/{step}")
 
     def lines(self, step: int) -> dict[str, Any]:
-        """The last lines that the run had written by then, see ``MetricsWriter.recent``."""
+        """The last lines that the run had written by ``step``, see ``MetricsWriter.recent``."""
         lines: dict[str, Any] = self._run(step)["lines"]
         return lines
 
     def policy(self, step: int, like: T) -> T:
-        """What learns alone, in the shardings of ``like``. Raises CheckpointError when it is of another model."""
+        """The trainable parameters, in the shardings of ``like``. Raises CheckpointError for another model."""
         return self._tree(step, "policy", like)
 
     def reference(self, step: int) -> str:
-        """The fingerprint of the policy that the run began with."""
+        """The fingerprint of the policy that the run started from."""
         return Identity(**self._run(step)["identity"]).reference
 
     def _check_identity(self, step: int, saved: Identity, now: Identity, config: Config) -> None:
@@ -329,9 +330,9 @@ class Checkpoints:
                 )
 
     def _failed(self, error: Exception) -> SaveError:
-        """Clears away what a failed save left, and says in one line why it failed. Raises what is no failed save."""
+        """Removes what a failed save left and returns the reason as a SaveError. Re-raises other JaxRuntimeErrors."""
         reason = _why_not_saved(error)
-        # What ails the store may ail this as well; then the next save, or the next start, clears away.
+        # The cleanup may fail for the same reason; then the next save or start does it.
         with contextlib.suppress(*self._failures):
             self._manager.reload()
             if jax.process_index() == 0:
@@ -363,7 +364,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _restoring(checkpoint: epath.Path) -> Iterator[None]:
-    """As ``reading``; what Orbax raises on content that it cannot make sense of is a CheckpointError."""
+    """Like ``reading``, but raises CheckpointError for content that Orbax cannot parse."""
     with reading(checkpoint):
         try:
             yield
@@ -372,8 +373,8 @@ def _restoring(checkpoint: epath.Path) -> Iterator[None]:
 
 
 def _why_not_saved(error: Exception) -> str:
-    """One line of what a save failed with. Raises what JAX says of anything else."""
-    # Where its own part has failed, a host waits for the others all the same, and that fails after it.
+    """The reason of a failed save, in one line. Re-raises any other JaxRuntimeError."""
+    # A host whose own part failed still waits for the others, and that wait fails too: the cause is the context.
     while str(error).startswith(_NOT_ALL_CAME) and isinstance(error.__context__, Exception):
         error = error.__context__
     if str(error).startswith(_NOT_ALL_CAME):
@@ -384,7 +385,7 @@ def _why_not_saved(error: Exception) -> str:
 
 
 def run_difference(earlier: Config, config: Config) -> str:
-    """By which keys two configurations are two runs, in words; empty for one that goes on elsewhere or for longer."""
+    """The keys that make two configurations different runs, in words; empty if a run may resume with ``config``."""
     keys = [key for key in configs.differing_keys(earlier, config) if not key.startswith(_FREE_KEYS)]
     return f"{', '.join(keys)} {'differs' if len(keys) == 1 else 'differ'}" if keys else ""
 

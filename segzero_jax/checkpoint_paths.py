@@ -1,4 +1,4 @@
-"""Where checkpoints lie, on a disk or in a bucket, and what looking there may fail with."""
+"""Locations of checkpoints, on a disk or in a bucket, and the errors of reading there."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,21 +21,21 @@ _REASON_LENGTH = 200
 def storage_path(path: str | Path | epath.Path) -> epath.Path:
     """An absolute path, on a disk or in a bucket."""
     given = epath.Path(path).expanduser()
-    # A bucket's path is absolute; to resolve it would make it a local one.
+    # A bucket's path is absolute; resolving it would make it a local one.
     return given if is_url(given) else given.resolve()
 
 
 def checkpoint_directory(config: Config) -> epath.Path:
-    """Where a run's checkpoints are: ``run.checkpoint_dir``, or inside ``run.dir``."""
+    """A run's checkpoint directory: ``run.checkpoint_dir``, or the one inside ``run.dir``."""
     return epath.Path(config.run.checkpoint_dir or f"{config.run.dir}/{_FOLDER}").expanduser()
 
 
 def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | None:
-    """What a path means: a directory of checkpoints and, where it names one of them, its step. None for no such thing.
+    """The checkpoint directory that a path refers to, and the step if it names one; None if there is no such directory.
 
     Args:
-      path: a run directory, also one whose checkpoints lie in ``run.checkpoint_dir``; a directory of checkpoints; or
-        one of its steps. Local or ``gs://``.
+      path: a run directory, even if its checkpoints are in ``run.checkpoint_dir``; a directory of checkpoints; or one
+        of its steps. Local or ``gs://``.
 
     Raises:
       StorageError, ConfigError: as ``complete_steps``.
@@ -49,7 +49,8 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
             return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
         if config:
-            # Of other places run.checkpoint_dir alone: a copy's run.dir, or a renamed run's, is another run's by now.
+            # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may belong to another run by
+            # now.
             place = checkpoint_directory(config) if config.run.checkpoint_dir else own
             return (place, None) if place.is_dir() else None
         if own.is_dir():
@@ -60,11 +61,11 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
 
 
 def complete_steps(directory: epath.Path) -> list[int]:
-    """The steps of a directory's checkpoints, at a glance.
+    """The steps of a directory's complete checkpoints, whose files are not checked for damage.
 
     Raises:
-      StorageError: it cannot be read now.
-      ConfigError: what reads such a place is not installed.
+      StorageError: the directory cannot be read now.
+      ConfigError: the package that reads such a location is not installed.
     """
     with reading(directory):
         if not directory.is_dir():
@@ -73,9 +74,9 @@ def complete_steps(directory: epath.Path) -> list[int]:
 
 
 def refuse_unfinished(directory: epath.Path) -> None:
-    """Raises CheckpointError where a directory without a checkpoint has a part of one, as of a copy that was cut off.
+    """Raises CheckpointError if a directory without checkpoints has part of one, for example from an interrupted copy.
 
-    Nothing up to its step would be saved beside it. What a save has left is none: that is known, and cleared away.
+    No step up to that one could be saved beside it. Leftovers of failed saves do not count: they are known and removed.
     """
     with reading(directory):
         found = directory.iterdir() if directory.is_dir() else ()
@@ -85,7 +86,7 @@ def refuse_unfinished(directory: epath.Path) -> None:
 
 
 def unfinished(directory: epath.Path) -> list[epath.Path]:
-    """What saves that came to nothing have left: on a disk under another name, in a bucket uncommitted."""
+    """The leftovers of failed saves: on a disk under another name, in a bucket uncommitted."""
     found = directory.iterdir() if directory.is_dir() else ()
     return [
         path
@@ -96,15 +97,15 @@ def unfinished(directory: epath.Path) -> list[epath.Path]:
 
 
 def _is_complete(checkpoint: epath.Path) -> bool:
-    """Whether it is one of ours, and committed: a bucket has it under its name from the first file on."""
+    """Whether this is one of our checkpoints, and committed: in a bucket its name exists from the first file on."""
     return (checkpoint / manifest.ITEM).is_dir() and ocp.utils.is_checkpoint_finalized(checkpoint)
 
 
 @contextlib.contextmanager
 def reading(where: epath.Path) -> Iterator[None]:
-    """Raises what a store fails with for now as StorageError; what is wrong with its content stays what it is.
+    """Raises temporary errors of a store as StorageError; errors in its content pass unchanged.
 
-    Raises ConfigError where the package that reads such a store is not installed.
+    Raises ConfigError if the package that reads such a store is not installed.
     """
     passing: tuple[type[Exception], ...] = (Exception,) if is_url(where) else (OSError,)
     try:
@@ -121,7 +122,7 @@ def reading(where: epath.Path) -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    # TensorStore begins with where it stood, then says what the system said, and ends with a description of itself.
+    # TensorStore's message starts with its source location, then gives the system's error, and ends with its spec.
     reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
     reason = reason if len(reason) <= _REASON_LENGTH else f"… {reason[-_REASON_LENGTH:]}"
     return reason if reason and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason}"

@@ -1,4 +1,4 @@
-"""Which code runs: for checkpoints, so that a run that goes on with other code says so."""
+"""The version of the running code, kept in checkpoints so that a run resumed with other code reports it."""
 
 import functools
 import hashlib
@@ -13,10 +13,12 @@ _ROOT = _PACKAGE.parent
 
 
 class Code(NamedTuple):
-    """Attributes:
-    version: of the package.
-    commit: of the checkout it runs from, or that ``tpu/setup.sh`` brought; empty where nobody knows.
-    source: sixteen hexadecimal digits that depend on every line of the package, whatever git knows of it.
+    """The version of the code.
+
+    Attributes:
+      version: package version.
+      commit: commit of the checkout it runs from, or the one that ``tpu/setup.sh`` recorded; empty if unknown.
+      source: sixteen hexadecimal digits that depend on every line of the package, independent of git.
     """
 
     version: str
@@ -45,7 +47,7 @@ def _commit() -> str:
                 ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
-            return ""  # No git here, or none that answers.
+            return ""  # git is missing or does not respond.
         return git.stdout.strip()
     written = _ROOT / ".revision"
     return written.read_text().strip() if written.is_file() else ""

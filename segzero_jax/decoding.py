@@ -1,20 +1,20 @@
-"""Pictures that cannot be decoded: what Pillow raises, and what it says."""
+"""Decoding images with Pillow: its errors and their messages, size limit, EXIF orientation, 16-bit PNGs."""
 
 import re
 import struct
 
 from PIL import Image
 
-# On hostile or truncated files, from its format plugins up.
+# Pillow's errors on hostile or truncated files, those of its format plugins included.
 UNDECODABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AssertionError),
     *(struct.error, Image.DecompressionBombError),
 )
-# What a JPEG may have at the longest. Of other formats some may have more, as no picture does, and to scale one that is
-# a pixel wide takes a row of the new width for each of its own.
+# The longest side that a JPEG can have. Some other formats allow more, but no real image has it, and scaling an image
+# one pixel wide takes a row of the new width for each of its own rows.
 MAX_SIDE = 65_500
 _ORIENTATION = 0x0112
-# What brings a picture upright, by its EXIF orientation (Exif 2.32, 4.6.4).
+# The transposition that turns an image upright, by EXIF orientation (Exif 2.32, 4.6.4).
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,15 +28,15 @@ _BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, from 1 (upright) to 8; 5 to 8 exchange width and height. What is none of these counts as upright.
+    """The EXIF orientation, from 1 (upright) to 8; 5 to 8 exchange width and height. Any other value counts as upright.
 
-    So does a TIFF: Pillow turns it itself when it loads it, and has its size upright from the start. So does a picture
-    whose EXIF is damaged, which says nothing of its pixels.
+    So does a TIFF: Pillow rotates it on loading and reports its upright size from the start. So does an image with
+    damaged EXIF, which does not affect its pixels.
     """
     if image.format == "TIFF":
         return 1
     if image.format == "PNG":
-        image.load()  # EXIF may stand behind the pixels, and what is wrong with those is no fault of its.
+        image.load()  # EXIF may follow the pixels; errors in these are not EXIF errors.
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except UNDECODABLE:
@@ -45,22 +45,22 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as it is meant to be seen.
+    """The image as it is meant to be seen.
 
-    Not by Pillow's ``exif_transpose``: it writes the EXIF again, and some that cameras make it cannot write.
+    Does not use Pillow's ``exif_transpose``, which rewrites the EXIF and fails on that of some cameras.
     """
     turn = _TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def is_deep_png(data: bytes) -> bool:
-    """Whether a PNG has 16 bits a channel, of which Pillow shows eight as if there were no more (RFC 2083, 4.1.1)."""
+    """Whether a PNG has 16 bits per channel, of which Pillow silently keeps eight (RFC 2083, 4.1.1)."""
     return data.startswith(b"\x89PNG") and data[24:25] == b"\x10"
 
 
 def cause(error: BaseException) -> str:
-    """What an error says, in one line.
+    """The message of an error, in one line.
 
-    Pillow names a buffer by its address, which is another one for every picture and in every run.
+    Leaves out the address by which Pillow names a buffer, as it differs for every image and in every run.
     """
     return _BUFFER.sub("", " ".join(str(error).split()))

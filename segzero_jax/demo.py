@@ -1,4 +1,4 @@
-"""``python -m segzero_jax.infer --demo``: a page to ask a policy on, with Gradio; nothing comes from elsewhere."""
+"""``python -m segzero_jax.infer --demo``: a web page to ask a policy on, with Gradio; loads nothing from other hosts."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before Gradio is imported: it would ask its makers for the newest version, and tell them of this one.
+# Before Gradio is imported: otherwise it asks its makers for the newest version and reports this one to them.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -37,13 +37,13 @@ _HOST = "127.0.0.1"
 _READABLE = ("PNG", "JPEG", "MPO", "WEBP")
 _FONTS = ["system-ui", "sans-serif"]
 _TROUBLE = (ImageError, PromptTooLong, RewardServerError)
-# The browser refuses whatever Gradio's page would load from elsewhere (fonts, a script for embedding).
+# With this the browser refuses anything that Gradio's page would load from other hosts (fonts, a script for embedding).
 _ONLY_FROM_HERE = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; font-src 'self' data:; worker-src 'self' blob:"
 )
 
-# (picture, question) to the states of an answer that grows: reasoning so far, then the answer.
+# (image, question) to the states of a growing answer: the text so far, then the answer.
 Ask = Callable[[Picture, str], Iterator[str | Answered]]
 
 
@@ -63,7 +63,7 @@ class OnlyFromHere:
 
 
 def make_ask(loaded: Loaded, segmenter: Segmenter) -> Ask:
-    """Asks a policy, one question at a time, on the mesh that is ambient now."""
+    """Returns a function that asks a policy, one question at a time, on the current ambient mesh."""
     mesh, alone = jax.sharding.get_mesh(), threading.Lock()
 
     def ask(picture: Picture, question: str) -> Iterator[str | Answered]:
@@ -73,7 +73,7 @@ def make_ask(loaded: Loaded, segmenter: Segmenter) -> Ask:
             try:
                 with alone, jax.set_mesh(mesh):
                     grown.put(answer_question(loaded, picture, question, segmenter, watch=grown.put))
-            except BaseException as error:  # told to the one who waits
+            except BaseException as error:  # raised in the waiting thread
                 grown.put(error)
 
         threading.Thread(target=work, daemon=True).start()
@@ -89,15 +89,15 @@ def make_ask(loaded: Loaded, segmenter: Segmenter) -> Ask:
 
 
 def make_page(ask: Ask, policy: str, masks: bool = True) -> gr.Blocks:
-    """The page: picture and question in; reasoning while it grows, drawing, mask and JSON out.
+    """The page: takes an image and a question; shows the reasoning as it grows, the drawing, the mask and JSON.
 
     Args:
       policy: its name.
-      masks: whether somebody makes them.
+      masks: whether masks are made.
     """
 
     def respond(image: dict[str, Any] | None, question: str | None) -> Iterator[tuple[Any, ...]]:
-        # An API's caller need not upload a file: a picture in a data: address has no path.
+        # API callers need not upload a file: an image in a data: URL has no path.
         path, question = (image or {}).get("path"), str(question or "").strip()
         if path is None or not question.strip(" \t\r\n."):
             raise gr.Error("A picture and a question are needed, such as 'the red circle'.", print_exception=False)
@@ -124,26 +124,26 @@ def make_page(ask: Ask, policy: str, masks: bool = True) -> gr.Blocks:
                     mask = gr.Image(label="mask", format="png", interactive=False)
                     numbers = gr.JSON(label="answer as JSON")
         outputs = [reasoning, drawn, mask, numbers]
-        # Gradio's own preprocessing would open the file, with a traceback where that is no picture, and may rewrite it.
-        # It would also check that the file was uploaded, as ``_uploaded`` does.
+        # Gradio's own preprocessing would open the file, with a traceback if it is not an image, and might rewrite it.
+        # It would also check that the file was uploaded, which ``_uploaded`` does here.
         triggers = [button.click, question.submit]
         gr.on(triggers, respond, [image, question], outputs, api_name="ask", preprocess=False)
     return page
 
 
 def _uploaded(path: str) -> Picture:
-    """The file as it was uploaded; a picture in another format than the policy's as PNG.
+    """The file as uploaded; converted to PNG if the policy does not take its format.
 
     Raises:
-      ImageError: it cannot be read, or is no upload: whoever asks may name any file of this machine.
+      ImageError: it cannot be read, or is not an upload: a request may name any file of this machine.
     """
     try:
         data = Path(path).read_bytes() if is_in_or_equal(path, get_upload_folder()) else None
-    except (OSError, ValueError):  # gone, a folder, or no name that a file can have
+    except (OSError, ValueError):  # deleted, a folder, or an invalid file name
         data = None
     if data is None:
         raise ImageError("the picture: is not among the uploads, expected one that was uploaded to this page")
-    # What is damaged is left as it is: reading it says how.
+    # A damaged file is left as it is: reading it reports the damage.
     with contextlib.suppress(*UNDECODABLE), Image.open(io.BytesIO(data)) as image:
         if image.format not in _READABLE:
             buffer = io.BytesIO()
@@ -162,9 +162,9 @@ def _shown(state: str | Answered) -> tuple[Any, ...]:
 
 
 def check_port(port: int) -> None:
-    """Raises OSError, which is one line, where this machine has no such port to give."""
+    """Raises OSError, with a one-line message, if the port is not free on this machine."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the page's server: one just left is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the page's server: a port just released is free
         try:
             probe.bind((_HOST, port))
         except OSError as error:
@@ -176,7 +176,7 @@ def _no_port(port: int, why: str | None) -> str:
 
 
 def launch(page: gr.Blocks, port: int, wait: bool = True) -> str:
-    """Serves the page on this machine; returns its address, at once without ``wait``.
+    """Serves the page on this machine; returns its address, immediately if ``wait`` is False.
 
     Raises:
       OSError: the port is taken.
@@ -194,7 +194,7 @@ def launch(page: gr.Blocks, port: int, wait: bool = True) -> str:
             footer_links=[],
             app_kwargs={"middleware": [Middleware(OnlyFromHere)]},
         )
-    except OSError:  # Gradio's advice is for whoever calls launch()
+    except OSError:  # Gradio's advice is for callers of launch()
         raise OSError(_no_port(port, "taken")) from None
     say(f"open {address}")
     if wait:

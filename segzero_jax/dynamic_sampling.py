@@ -1,7 +1,7 @@
-"""Dynamic sampling: groups that teach nothing make way for others that were sampled after them.
+"""Dynamic sampling: groups with zero advantages are replaced by others that are sampled after them.
 
-Where all responses of a group earn the same, their advantages are zero. DAPO (arXiv 2503.14476, section 3.2) samples on
-until a batch holds groups with a spread alone; surplus groups of the last batch are dropped.
+If all responses of a group earn the same reward, their advantages are zero. DAPO (arXiv 2503.14476, section 3.2) keeps
+sampling until a batch has only groups with a spread; surplus groups of the last batch are dropped.
 """
 
 import math
@@ -19,12 +19,12 @@ _PIECES = 16
 
 
 class DeviceBatch(NamedTuple):
-    """The groups of a batch on the mesh (a pytree; every array begins with ``b``).
+    """The groups of a batch on the mesh (a pytree; the first axis of every array is ``b``).
 
     Attributes:
-      prompts, rollout: what was asked and answered.
+      prompts, rollout: the prompts and their responses.
       ref_logps_bgr: float32, under the reference policy; None without one.
-      old_logps_bgr: float32, under the policy that sampled; None where that is the one that learns.
+      old_logps_bgr: float32, under the policy that sampled; None when that is the policy being updated.
     """
 
     prompts: PromptBatch
@@ -34,16 +34,16 @@ class DeviceBatch(NamedTuple):
 
 
 class SampledBatch(NamedTuple):
-    """A batch as it was sampled and scored, on the host.
+    """A sampled and scored batch, on the host.
 
     Attributes:
       examples: ``b`` prompts.
       texts: responses, ``[b][g]``.
-      rollout: their tokens, as long as responses may be.
+      rollout: their tokens, padded to the maximum response length.
       scored: their rewards.
       advantages_bg: float32.
-      keep_bg: bool, False for a response that is no part of the loss; its advantage is 0.
-      tokens: of prompts and responses.
+      keep_bg: bool, False for a response that is excluded from the loss; its advantage is 0.
+      tokens: number of tokens in prompts and responses.
     """
 
     examples: Sequence[Example]
@@ -56,12 +56,12 @@ class SampledBatch(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a step learns from.
+    """The groups that a step trains on.
 
     Attributes:
-      rows_b: int32, its groups by number, counted through all batches that were drawn.
-      advantages_bg, keep_bg: theirs, as those of a SampledBatch.
-      used: bool, for every group that was drawn whether it is among them.
+      rows_b: int32, the group numbers, counted through all sampled batches.
+      advantages_bg, keep_bg: those of the selected groups, as in SampledBatch.
+      used: bool, for every sampled group, whether it was selected.
     """
 
     rows_b: np.ndarray
@@ -71,21 +71,21 @@ class Selection(NamedTuple):
 
 
 def enough(batches: Sequence[SampledBatch]) -> bool:
-    """Whether as many groups teach something as a batch has."""
+    """Whether the number of informative groups reaches the batch size."""
     return sum(int(_informative(batch).sum()) for batch in batches) >= len(batches[0].examples)
 
 
 def select_all(batch: SampledBatch) -> Selection:
-    """All groups of a batch, those that teach nothing too: they count in the loss's mean, its KL and its entropy."""
+    """All groups of a batch, even those with zero advantages: they count in the loss's mean, its KL and its entropy."""
     size = len(batch.examples)
     return Selection(np.arange(size, dtype=np.int32), batch.advantages_bg, batch.keep_bg, np.ones(size, bool))
 
 
 def select(batches: Sequence[SampledBatch]) -> Selection:
-    """As many groups as a batch has, of those that teach something the ones that were sampled first.
+    """The first informative groups, as many as a batch has.
 
-    Such a group keeps its row of the first batch; into the rows of the others go those of later batches, in order.
-    Where these are too few, what is left is no part of the loss.
+    An informative group of the first batch keeps its row; those of later batches fill the other rows, in order. If
+    there are too few, the remaining rows are excluded from the loss.
     """
     rows_b, taught_b = _chosen_rows(np.stack([_informative(batch) for batch in batches]))
     used = np.zeros(len(batches) * len(rows_b), bool)
@@ -100,7 +100,7 @@ def _informative(batch: SampledBatch) -> np.ndarray:
 
 
 def _chosen_rows(teaches_kb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of a batch the number of its group, counted through ``k`` batches, and whether that one teaches."""
+    """Each row's group number, counted through ``k`` batches, and whether that group is informative."""
     size = teaches_kb.shape[1]
     rows_b, taught_b = np.arange(size, dtype=np.int32), teaches_kb[0].copy()
     others = size + np.flatnonzero(teaches_kb[1:])
@@ -110,18 +110,18 @@ def _chosen_rows(teaches_kb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather(batches: Sequence[DeviceBatch], rows_b: np.ndarray, pad_id: int) -> DeviceBatch:
-    """Some groups of several batches as one batch on the mesh; of a single batch all of them.
+    """The chosen groups of several batches as one batch on the mesh; a single batch is returned whole.
 
     Args:
       batches: all of one size; prompts and responses may be padded to different lengths.
-      rows_b: int32, numbers of groups, counted through all batches.
-      pad_id: token that prompts and responses are padded with.
+      rows_b: int32, group numbers, counted through all batches.
+      pad_id: the padding token of prompts and responses.
     """
     if len(batches) == 1:
         return batches[0]
     p = max(batch.prompts.tokens_bp.shape[1] for batch in batches)
     r = max(batch.rollout.tokens_bgr.shape[2] for batch in batches)
-    # Lengthened one by one: a program for each combination of lengths would be many.
+    # Padded one by one: otherwise each combination of lengths would compile its own program.
     return _take(tuple(_lengthened(batch, p, r, pad_id) for batch in batches), rows_b)
 
 
@@ -152,18 +152,18 @@ def _take(batches: tuple[DeviceBatch, ...], rows_b: Array) -> DeviceBatch:
         spec = jax.typeof(parts[0]).sharding.spec
         size = math.prod(rest)
         count = _PIECES if size % _PIECES == 0 else 1
-        if not size:  # No patches, where pictures are embedded already.
+        if not size:  # No patches: images are already embedded.
             return parts[0]
         flat_spec = jax.sharding.PartitionSpec(spec[0], None)
         flat = [jnp.reshape(part, (b, size), out_sharding=flat_spec) for part in parts]
 
         def piece(i: jax.Array) -> jax.Array:
             start, length = i * (size // count), size // count
-            # Stacked, not joined: the axis that is divided over the mesh stays that of a batch.
+            # Stacked, not concatenated: the axis that is sharded over the mesh remains the batch axis.
             some_kbn = jnp.stack([jax.lax.dynamic_slice_in_dim(x_bn, start, length, axis=1) for x_bn in flat])
             return some_kbn.at[batch_b, row_b].get(out_sharding=flat_spec)
 
-        # XLA may gather all rows to pick some: of a piece at a time, or all pictures would lie on every device.
+        # XLA may gather all rows to pick some. One piece at a time, or every device would hold all images.
         pieces_ibn = jax.lax.map(piece, jnp.arange(count))
         return jnp.reshape(jnp.moveaxis(pieces_ibn, 0, 1), (b, *rest), out_sharding=spec)
 

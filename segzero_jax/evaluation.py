@@ -1,9 +1,9 @@
-"""Evaluation numbers: gIoU, cIoU, box accuracy, format and no-target rates, with bootstrap confidence intervals.
+"""Evaluation metrics: gIoU, cIoU, box accuracy, format and no-target rates, with bootstrap confidence intervals.
 
-Every question counts: a broken answer, one without objects, and one that the service refuses to segment are IoU 0.
-gIoU is the mean of the IoUs, cIoU the summed intersections over the summed unions (as ReasonSeg's authors define
-them, arXiv 2308.00692, section 4.1). No-target questions follow GRES (arXiv 2306.00968, section 4): IoU 1 for an empty
-mask and 0 for any other. ``docs/evaluation.md`` says all of it in full.
+Every question counts: a broken answer, one without objects, and one that the service refuses to segment have IoU 0.
+gIoU is the mean of the IoUs, cIoU the summed intersections over the summed unions (as ReasonSeg's authors define them,
+arXiv 2308.00692, section 4.1). No-target questions follow GRES (arXiv 2306.00968, section 4): IoU 1 for an empty mask
+and 0 for any other. ``docs/evaluation.md`` has the details.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from segzero_jax.rewards import in_tags
 from segzero_jax.scoring import Scored, Scorer, answered_objects, solution
 from segzero_jax.types import Box, Example, Frame, Lengths, ObjectPrompt, RleMask
 
-# How a split is answered, and what is measured of it; SAM 2 alone tells the first two.
+# Answering modes of a split, and its metrics; the first two metrics need SAM 2.
 MODES = ("greedy", "sampled")
 _MASK_NUMBERS = ("giou", "ciou")
 _NUMBERS = (*_MASK_NUMBERS, "box_accuracy", "format_rate", "reward", "n_acc", "t_acc")
@@ -32,14 +32,14 @@ Answers = Callable[[Sequence[Example], bool], tuple[list[list[str]], Lengths]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What one answer is worth.
+    """Measurements of one answer.
 
     Attributes:
-      iou: of the masks; None without a reward server.
-      intersection, union: pixels, without those to ignore.
-      box_accuracy: share of the boxes that match a target's at IoU above 0.5, see ``box_hits``.
+      iou: mask IoU; None without a reward server.
+      intersection, union: in pixels, without ignored ones.
+      box_accuracy: share of the boxes that match a target box at IoU above 0.5, see ``box_hits``.
       well_formed: see ``Response.in_form``.
-      found: whether something was pointed out: a mask with pixels, or without a server an object.
+      found: whether the answer points something out: a mask with pixels or, without masks, an object.
     """
 
     iou: float | None
@@ -52,18 +52,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers to ``q`` questions, ``a`` each.
+    """Measurements of the answers to ``q`` questions, ``a`` each.
 
     Attributes:
       ious_qa: mask IoU; None without a reward server.
-      intersections_qa, unions_qa: pixels.
+      intersections_qa, unions_qa: in pixels.
       box_hits_qa: see ``Measured.box_accuracy``.
-      format_qa: whether an answer is well formed.
-      found_qa: whether it pointed something out.
-      rewards_qa: what an answer earns; 0 where it has no reward.
-      rewarded_qa: whether it has one.
+      format_qa: whether the answer is well formed.
+      found_qa: whether the answer points something out.
+      rewards_qa: the reward of the answer; 0 if it has none.
+      rewarded_qa: whether the answer has a reward.
       has_target_q: whether there is anything to find.
-      pictures_q: the picture that each question is about, by any name; None where each has one of its own.
+      pictures_q: an identifier of the image that each question is about; None if each question has its own.
     """
 
     ious_qa: np.ndarray | None
@@ -85,7 +85,7 @@ class Judged:
         rewards_qa: np.ndarray | None = None,
         pictures: Sequence[str] | None = None,
     ) -> "Judged":
-        """From single answers, ``[q][a]``; ``rewards_qa`` are NaN for answers without a reward, or None for all."""
+        """Collects single answers, ``[q][a]``; ``rewards_qa`` is NaN for answers without a reward, None if all are."""
 
         def column(name: str) -> np.ndarray:
             return np.array([[getattr(one, name) for one in group] for group in measured], np.float64)
@@ -107,7 +107,7 @@ class Judged:
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes as areas of the plane; 0 for boxes turned inside out."""
+    """Intersection over union of two boxes, as areas of the plane; 0 for inverted boxes."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
@@ -116,11 +116,11 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def box_hits(answer: Sequence[ObjectPrompt], target: Sequence[ObjectPrompt]) -> float:
-    """Pairs with IoU above 0.5 in the best one-to-one matching, over the larger number of boxes; 1 for none at all."""
+    """Pairs with IoU above 0.5 in the best one-to-one matching, over the larger box count; 1 if both have none."""
     if not answer or not target:
         return float(not answer and not target)
     ious = np.array([[box_iou(a.box, t.box) for t in target] for a in answer])
-    # Here: it takes a second to import, which pages and all that only read answers need not wait for.
+    # Imported here: it takes a second, which pages and other code that only reads answers need not wait for.
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(-(ious > 0.5).astype(float))
@@ -128,26 +128,26 @@ def box_hits(answer: Sequence[ObjectPrompt], target: Sequence[ObjectPrompt]) -> 
 
 
 def has_target(example: Example) -> bool:
-    """Whether there is anything to find: its mask has pixels, or without a mask there are objects."""
+    """Whether there is anything to find: mask pixels or, without a mask, objects."""
     return bool(example.objects) if example.mask is None else _area(example.mask) > 0
 
 
 def picture_of(example: Example) -> str:
-    """What names the picture of a question: the question itself where its source names none."""
+    """The identifier of a question's image: the question's own if its source names no image."""
     return example.image_id or example.id
 
 
 @dataclass(frozen=True)
 class Response:
-    """A response as far as it can be read.
+    """A response and what could be parsed from it.
 
     Attributes:
-      objects: what it points out, in pixels of the stored picture.
-      readable: whether the answer could be read; one that could not is wrong even where nothing was to be found.
-      in_form: whether reasoning, where the recipe asks for it, and answer stand in their tags, the answer in a form
-        that can be read.
-      finished: whether it ended by itself rather than at the limit of tokens.
-      problem: why the question could not even be asked; empty where it could.
+      objects: the objects it points out, in pixels of the stored image.
+      readable: whether the answer could be parsed; an unreadable answer is wrong even if there is nothing to find.
+      in_form: whether the reasoning (if the recipe asks for it) and the answer are in their tags and the answer can be
+        parsed.
+      finished: whether it ended by itself rather than at the token limit.
+      problem: why the question could not even be asked; empty if it could.
     """
 
     text: str
@@ -161,7 +161,7 @@ class Response:
 def read_response(
     text: str, example: Example, frame: Frame, recipe: str, finished: bool = True, problem: str = ""
 ) -> Response:
-    """Reads a response that speaks of ``frame``; ``recipe`` is that of the rewards."""
+    """Parses a response whose coordinates are in ``frame``; ``recipe`` is the reward recipe."""
     readable = parse_answer(text).readable
     in_form = readable and in_tags(recipe, text)
     return Response(text, answered_objects(text, example, frame), readable, in_form, finished, problem)
@@ -172,14 +172,14 @@ def measure(example: Example, response: Response, score: CandidateScore | None) 
 
     Args:
       example: the question.
-      score: what SAM 2 made of it; None without a server.
+      score: SAM 2's result for it; None without a server.
     """
     objects, readable = response.objects, response.readable
     hits = box_hits(objects, example.objects) if readable else 0.0
     if score is None:
         return Measured(None, 0, 0, hits, response.in_form, bool(objects))
     if score.iou is None or score.error:
-        # Of a request that was refused as a whole SAM 2 does not say how large the target is.
+        # For a request that it refused as a whole, SAM 2 does not report the size of the target.
         return Measured(0.0, 0, score.union or _target_area(example), hits, response.in_form, False)
     iou, inside = (score.iou, score.intersection) if readable else (0.0, 0)
     found = bool(objects) if score.mask is None else _area(score.mask) > 0
@@ -187,10 +187,10 @@ def measure(example: Example, response: Response, score: CandidateScore | None) 
 
 
 def failure(response: Response, score: CandidateScore | None) -> str:
-    """Why a response could not be judged by its mask; empty where it could.
+    """Why a response could not be judged by its mask; empty if it could.
 
     Returns:
-      ``not_asked`` (the picture cannot be read, or the prompt is too long), ``cut_off`` (at the limit of tokens),
+      ``not_asked`` (the image cannot be read, or the prompt is too long), ``cut_off`` (at the token limit),
       ``no_answer`` (no ``<answer>`` block), ``not_json``, ``not_objects`` (JSON of another form), or ``refused`` (by
       SAM 2).
     """
@@ -206,19 +206,19 @@ def failure(response: Response, score: CandidateScore | None) -> str:
 
 
 def summary(judged: Judged) -> dict[str, float | int | None]:
-    """The numbers of a mode; None for what was not measured.
+    """The metrics of a mode; None for those that were not measured.
 
     Returns:
       ``giou``, ``ciou``, ``box_accuracy`` and ``format_rate``; ``reward``, the mean over answers that have one;
-      ``n_acc``, the share of questions without a target for which nothing was pointed out, and ``t_acc``, the share of
-      those with one for which something was; each with its interval over pictures in ``*_low`` and ``*_high``, which
-      are None where a number rests on one picture.
-      ``count`` is questions, ``no_target`` how many of them have no target.
+      ``n_acc``, the share of no-target questions for which nothing was pointed out, and ``t_acc``, the share of
+      questions with a target for which something was; each with its interval over images in ``*_low`` and ``*_high``,
+      which are None if a metric rests on one image. ``count`` is the number of questions, ``no_target`` how many of
+      them have no target.
     """
     scored = judged.ious_qa is not None
     ones = np.ones(len(judged.format_qa))
     nothing, something = (~judged.has_target_q).astype(float), judged.has_target_q.astype(float)
-    # Where nothing is to be found, an answer's IoU is 1 for an empty mask and 0 for any other.
+    # If there is nothing to find, an answer's IoU is 1 for an empty mask and 0 for any other.
     right_qa = judged.box_hits_qa if judged.ious_qa is None else judged.ious_qa
     ratios: dict[str, tuple[np.ndarray, np.ndarray] | None] = {
         "giou": (judged.ious_qa.mean(1), ones) if judged.ious_qa is not None else None,
@@ -243,15 +243,15 @@ def summary(judged: Judged) -> dict[str, float | int | None]:
 
 
 def summary_names(scored: bool) -> list[str]:
-    """Names of what ``summary`` measures, intervals included; of masks too where they are scored."""
+    """Names of ``summary``'s metrics, intervals included; those of masks only if ``scored``."""
     names = [name for name in _NUMBERS if scored or name not in _MASK_NUMBERS]
     return [f"{name}{end}" for end in ("", "_low", "_high") for name in names]
 
 
 def per_instance(judged: Judged, instances: Sequence[str]) -> Judged:
-    """The same with one row an instance, the mean over its expressions; ``instances`` names each question's.
+    """The same with one row per instance, the mean over its expressions; ``instances`` has each question's instance.
 
-    An instance is in the picture of its first expression.
+    An instance takes the image of its first expression.
     """
     _, first, index = np.unique(np.array(instances), return_index=True, return_inverse=True)
     counts = np.bincount(index)
@@ -271,11 +271,11 @@ def per_instance(judged: Judged, instances: Sequence[str]) -> Judged:
 def sample_row(
     example: Example, response: Response, score: CandidateScore | None, target: str, image: str = ""
 ) -> dict[str, Any]:
-    """A response, what it is worth and what shows it, as JSON.
+    """A response, its measurements and the data that a report shows of it, as JSON.
 
     Args:
-      target: the solution in the form that the recipe of the rewards takes.
-      image: where the picture is kept.
+      target: the solution in the form that the reward recipe takes.
+      image: where the image is kept.
     """
     return {
         "id": example.id,
@@ -306,10 +306,10 @@ def rewarded(scored: Scored, q: int, a: int) -> dict[str, Any]:
 
 
 def judge_rows(rows: Sequence[Mapping[str, Any]], answers: int) -> Judged:
-    """The numbers in rows of ``sample_row``, ``answers`` after one another for each question.
+    """The measurements in rows of ``sample_row``, where each question has ``answers`` consecutive rows.
 
-    Rows that have been ``rewarded`` have a reward. Where a row does not name its picture, as none did once, each
-    question counts as if it had one of its own.
+    Rows merged with ``rewarded`` have a reward. If a row does not name its image, as in early versions, each question
+    counts as having its own.
     """
     measured = [Measured(**{name: row[name] for name in Measured.__dataclass_fields__}) for row in rows]
     groups = [measured[start : start + answers] for start in range(0, len(measured), answers)]
@@ -343,12 +343,12 @@ def evaluate_split(
 
     Args:
       examples: its questions.
-      answer: ``(examples, greedy) -> texts [q][a]`` and their lengths: the policy.
-      store_image: keeps a picture for the report, returns where.
-      patience: how long a service that is away is waited for; no question is dropped.
+      answer: the policy: ``(examples, greedy)`` to texts ``[q][a]`` and their lengths.
+      store_image: stores an image for the report and returns its location.
+      patience: how long to wait for a service that does not answer; no question is dropped.
 
     Returns:
-      The numbers by mode, "greedy" and "sampled", and a row per question with its greedy answer.
+      The metrics by mode, "greedy" and "sampled", and one row per question with its greedy answer.
     """
     (greedy, of_greedy), (sampled, of_sampled) = answer(examples, True), answer(examples, False)
     together = [first + more for first, more in zip(greedy, sampled, strict=True)]
@@ -389,7 +389,7 @@ def _area(mask: RleMask | None) -> int:
 
 
 def _target_area(example: Example) -> int:
-    """Pixels of the target's mask that count; 0 where the data set has none."""
+    """Pixels of the target mask that count; 0 if the data set has none."""
     if example.mask is None or example.ignore is None:
         return _area(example.mask)
     target, ignored = (coco.decode(_coco(mask)).astype(bool) for mask in (example.mask, example.ignore))

@@ -1,6 +1,6 @@
 """``python -m segzero_jax.export --run DIR --out DIR``: a run's checkpoint as a directory that ``transformers`` loads.
 
-With ``--adapters`` it holds a run's adapters alone, as PEFT loads them. It works in the host's memory, without an
+With ``--adapters`` it holds only a run's adapters, as PEFT loads them. The export works in host memory, without an
 accelerator, so it may run beside the training. The directory appears whole or not at all.
 """
 
@@ -32,7 +32,7 @@ from segzero_jax.terminal import write_line
 
 
 class ExportError(ValueError):
-    """What cannot be exported, or not to there; one line."""
+    """A run that cannot be exported, or not to that directory; the message is one line."""
 
 
 def export(
@@ -46,27 +46,27 @@ def export(
 ) -> list[Path]:
     """Writes one checkpoint of a run with the configuration, tokenizer and processor files of its ``model.path``.
 
-    What a run with adapters has learnt is merged into the weights that it began with.
+    The adapters of a run with LoRA are merged into the weights that it started from.
 
     Args:
-      run: a run directory, or its checkpoints' own; local or ``gs://``.
+      run: a run directory, or its checkpoint directory; local or ``gs://``.
       out: a new or empty directory, or an earlier export, which is replaced; or a link to where one is to be.
-      step: of the checkpoint; None is the newest.
-      dtype: what the weights are rounded to.
-      adapters: write them alone, without the weights that they are for.
-      say: is told how much of what adapters have learnt is lost where they are merged into rounded weights.
+      step: the step of the checkpoint; None for the newest.
+      dtype: the dtype that the weights are rounded to.
+      adapters: write only the adapters, without the weights that they apply to.
+      say: receives a line on how much of the adapters' change is lost if they are merged into rounded weights.
 
     Returns:
       The files written.
 
     Raises:
-      ExportError: ``out`` holds something else or cannot be replaced, or ``run`` is no run.
-      CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, its
-        ``model.path`` is gone, or it has no adapters to be written alone.
-      ConfigError: the run's configuration is of another version, or ``out`` would be in a file.
+      ExportError: ``out`` holds something else or cannot be replaced, or ``run`` is not a run.
+      CheckpointError: the run has no such checkpoint, it is damaged, its bucket cannot be read now, its ``model.path``
+        is gone, or it has no adapters to write alone.
+      ConfigError: the run's configuration is of another version, or ``out`` would be inside a file.
     """
     _refuse_to_mix(out)
-    # What stands there is replaced whole: of a link, what it leads to, on that disk.
+    # An existing directory is replaced whole; for a link, its target is replaced, on the target's disk.
     target = _target(out)
     name = _find(run, step)
     if adapters:
@@ -82,7 +82,7 @@ def export(
         policy, config = merge(policy), merged_config
     how = asked(config)
     if config.model.lora_rank and not adapters and dtype == "float32":
-        # Rounded when it is read, what adapters have learnt would be lost again; the run itself adds them unrounded.
+        # Rounded at loading, the adapters' change would be lost again; the run itself adds them unrounded.
         how["model.compute_dtype"] = "float32"
     origin = {
         "run": storage_path(run).name,
@@ -98,7 +98,7 @@ def export(
         if adapters:
             new.mkdir()
             model = config.model
-            base = repository(model.path)  # PEFT takes no revision with it.
+            base = repository(model.path)  # PEFT accepts no revision here.
             files = save_peft(learnt, new, rank=model.lora_rank, alpha=model.lora_alpha, base=base, dtype=dtype)
         else:
             files = save_hf(policy, dims, new, dtype=dtype, carry_from=config.model.path)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     dtype = args.dtype or ("float32" if args.adapters else "bfloat16")
     jax.config.update("jax_platforms", "cpu")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about read-only access, which is intended.
     try:
         out = local_path(args.out, "--out", "export to a disk and copy it from there")
         with jax.set_mesh(make_mesh("1x1")):

@@ -1,4 +1,4 @@
-"""Locks between processes. They go with their process, however that ends; their files stay, and mean nothing."""
+"""Locks between processes. They end with their process, however that ends; their files remain and mean nothing."""
 
 import errno
 import fcntl
@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import IO
 
 _HELD = ".lock"
-# What flock raises on file systems without locks, such as Lustre mounted without them.
+# flock's errors on file systems without locks, such as Lustre mounted without them.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # The lock files that this process has open.
 _open_locks: set[IO[str]] = set()
 
 
 class FolderHeld(OSError):
-    """Another process works in a folder; one line."""
+    """Another process works in the folder; the message is one line."""
 
 
 @contextmanager
 def hold(path: Path, what: str) -> Iterator[None]:
-    """Keeps a folder for this process; another one that asks for it is refused at once. Makes the folder.
+    """Holds a folder for this process; another process that requests it is refused at once. Makes the folder.
 
-    On a file system without locks nobody is refused.
+    On a file system without locks no process is refused.
 
     Args:
-      what: is made in it, for the message: "evaluation".
+      what: what is made in the folder, for the message: "evaluation".
 
     Raises:
-      FolderHeld: it is another's, or held in this process already.
+      FolderHeld: another process holds it, or this one already does.
       OSError: it cannot be made or written to.
     """
     path.mkdir(parents=True, exist_ok=True)
-    # Not "w": it would empty the file of the one who holds it.
+    # Not "w", which would truncate the holder's file.
     with (path / _HELD).open("a+") as lock:
         try:
             _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,13 +49,13 @@ def hold(path: Path, what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if lock in _open_locks:  # Of a forked process they are not.
+            if lock in _open_locks:  # False in a forked process.
                 _open_locks.remove(lock)
                 lock.truncate(0)
 
 
 def _let_go() -> None:
-    """In a forked process: it shares the lock, and would keep it from whoever comes after this one's parent."""
+    """Closes the locks in a forked process, which shares them and would hold them after its parent has ended."""
     while _open_locks:
         _open_locks.pop().close()
 
@@ -64,14 +64,14 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def _holder(lock: IO[str]) -> str:
-    """Who has the lock: a host's processes share a disk with those of others."""
+    """The process that holds the lock, and its host: hosts may share the disk."""
     lock.seek(0)
     return lock.readline(200).strip() or "another process"
 
 
 @contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Waits until no other process is between this file's lock and its end; not on a file system without locks."""
+    """Holds a file's lock for the block, waiting for other processes first; not on a file system without locks."""
     with path.open("w") as lock:
         _lock(lock, fcntl.LOCK_EX)
         yield

@@ -1,11 +1,11 @@
-"""Group relative policy optimization: advantages, loss and update. Knows arrays only: no text, no reward service.
+"""Group-relative policy optimization: advantages, loss and update. Works on arrays only: no text, no reward service.
 
-The algorithm is DeepSeekMath's (arXiv 2402.03300, section 4.1) as Seg-Zero runs it (arXiv 2503.06520): a clipped ratio,
-and the k3 estimate of the KL to a frozen reference inside the loss.
+The algorithm is DeepSeekMath's (arXiv 2402.03300, section 4.1) as Seg-Zero runs it (arXiv 2503.06520): a clipped ratio
+and, inside the loss, the k3 estimate of the KL to a frozen reference.
 
-With one update a rollout, as in Seg-Zero, the log-probabilities that sampled are the current ones: the ratio is
-``exp(logp - stop_gradient(logp))``, one in value and the policy gradient in derivative, and no separate pass for "old"
-log-probabilities exists. With several (``learn``), that pass comes before the first.
+With one update per rollout, as in Seg-Zero, the policy that sampled is the current one. The ratio is then
+``exp(logp - stop_gradient(logp))``: its value is 1, its derivative is the policy gradient, and no separate pass
+computes "old" log-probabilities. With several updates (``learn``), that pass runs before the first.
 """
 
 from functools import partial
@@ -24,12 +24,12 @@ from segzero_jax.types import Array, PromptBatch, Rollout
 
 ADVANTAGE_EPS = 1e-6
 _KL_CLAMP = 10.0
-# Rewards are equal that are this near to the group's least, relative to max(1, |least|).
+# Rewards within this distance of their group's minimum count as equal to it; relative to max(1, |minimum|).
 _SAME_REWARD = 1e-9
 
 
 class TrainState(NamedTuple):
-    """What an update changes; donated to it.
+    """The state that an update changes; its buffers are donated.
 
     Attributes:
       params: the trainable parameters, float32: the whole policy, or only the LoRA adapters.
@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
 Total = tuple[Policy | Adapters, dict[str, jax.Array]]
 
 
-# What ``update`` measures.
+# Metrics of ``update``.
 UPDATE_METRICS = ("loss", "kl", "kl_old", "entropy", "clip_fraction", "sampler_gap", "grad_norm", "update/skipped")
 
 
@@ -54,9 +54,9 @@ class LossConfig(NamedTuple):
     """The static inputs of the loss.
 
     Attributes:
-      temperature, banned_ids: those that responses are sampled with.
+      temperature, banned_ids: the values that responses are sampled with.
       max_tokens: the limit on a response's length, for ``loss_mean: limit``.
-      lora_scale: alpha / rank, the factor on the adapters' product; None where all weights are trained.
+      lora_scale: alpha / rank, the factor on the adapters' product; None when all weights are trained.
     """
 
     grpo: GrpoConfig
@@ -68,22 +68,22 @@ class LossConfig(NamedTuple):
 
 
 def make_loss_config(config: Config, banned_ids: tuple[int, ...]) -> LossConfig:
-    """The loss of a run; ``banned_ids`` are the tokens that it never samples."""
+    """The loss configuration of a run; ``banned_ids`` are the tokens that it never samples."""
     limits, model = config.rollout, config.model
     frozen, longest = model.freeze_vision, limits.max_response_tokens
     return LossConfig(config.grpo, limits.temperature, banned_ids, frozen, longest, model.lora_scale)
 
 
 class UpdateBatch(NamedTuple):
-    """What one update learns from (a pytree).
+    """The data of one update (a pytree).
 
     Attributes:
       prompts: the prompts of the rollout.
       rollout: their responses.
       advantages_bg: float32.
-      keep_bg: bool, False for a response that is no part of the loss.
-      ref_logps_bgr: float32, under the reference policy; None where nothing is to stay near one.
-      old_logps_bgr: float32, under the policy that sampled; None where that is the one that learns.
+      keep_bg: bool, False for a response that is excluded from the loss.
+      ref_logps_bgr: float32, under the reference policy; None without one.
+      old_logps_bgr: float32, under the policy that sampled; None when that is the policy being updated.
     """
 
     prompts: PromptBatch
@@ -95,28 +95,28 @@ class UpdateBatch(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What the loss of an update is a mean over, float32 scalars: all that count, of all its micro-batches."""
+    """Numbers of tokens and responses in an update's loss, over all its micro-batches; float32 scalars."""
 
     tokens: jax.Array
     responses: jax.Array
 
 
 def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
-    """Rewards relative to their group: ``(r - mean) / (std + 1e-6)``, the std with Bessel's correction.
+    """Group-relative advantages: ``(r - mean) / (std + 1e-6)``, the std with Bessel's correction.
 
     Args:
-      rewards_bg: float; NaN where a score is missing, which then counts for nothing in its group.
-      norm_by_std: without it, ``r - mean`` (Dr. GRPO, arXiv 2503.20783).
+      rewards_bg: float; NaN for a missing score, which its group's mean and std then ignore.
+      norm_by_std: False gives ``r - mean`` (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
-      float32 ``[b, g]``; 0 where the score is missing or fewer than two of the group have one.
+      float32 ``[b, g]``; 0 where the score is missing or fewer than two responses of the group have one.
     """
     rewards_bg = np.asarray(rewards_bg, np.float64)
     present = np.isfinite(rewards_bg)
     count = present.sum(axis=1, keepdims=True)
     least = np.min(rewards_bg, axis=1, keepdims=True, where=present, initial=np.inf)
-    # Counted from the least, equal rewards are exactly 0: a rounded mean would leave noise for AdamW to blow up. So
-    # would sums of parts that were added in another order, which differ in their last bit.
+    # Measured from the minimum, equal rewards are exactly 0. A rounded mean would leave noise that AdamW amplifies; so
+    # would rewards whose components were summed in different orders, as those differ in the last bit.
     above = np.where(present, rewards_bg - least, 0.0)
     above = np.where(above > _SAME_REWARD * np.maximum(1.0, np.abs(least)), above, 0.0)
     deviation = np.where(present, above - above.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
@@ -129,11 +129,11 @@ def advantages(rewards_bg: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
 def k3_kl(logp: Array, ref_logp: Array) -> jax.Array:
     """Per-token estimate of KL(policy, reference): ``exp(d) - d - 1``, ``d = ref_logp - logp``, at most 10.
 
-    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; the clamp is the released Seg-Zero code's.
+    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; clamp as in the released Seg-Zero code.
     """
-    # Beyond ±20 the estimate is past its own clamp; bounding d keeps exp finite, and with it the gradient.
+    # Beyond ±20 the estimate exceeds its own clamp; bounding d keeps exp, and so the gradient, finite.
     d = jnp.clip(ref_logp - logp, -20.0, 20.0)
-    # exp(d) - 1 as one function: a small d would be lost beside the 1, and the estimate not even be positive.
+    # expm1, because in exp(d) - 1 a small d would be lost to rounding and the estimate might not even be positive.
     return jnp.clip(jnp.expm1(d) - d, -_KL_CLAMP, _KL_CLAMP)
 
 
@@ -143,10 +143,10 @@ def policy_loss(
     """PPO's clipped surrogate per token, negated, and whether the clipping took effect.
 
     Args:
-      logp, old_logp: ``[b, g, r]``; the old ones carry no gradient.
+      logp, old_logp: ``[b, g, r]``; ``old_logp`` carries no gradient.
       advantages_bg: one per response.
     """
-    # Bounded, so that where nothing counts, as in padding, the ratio and with it the gradient stay finite.
+    # Bounded so that the ratio and the gradient stay finite at masked tokens, such as padding.
     ratio = jnp.exp(jnp.clip(logp - jax.lax.stop_gradient(jnp.asarray(old_logp)), -20.0, 20.0))
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     advantage = advantages_bg[..., None]
@@ -154,18 +154,18 @@ def policy_loss(
 
 
 def token_mask(lengths_bg: Array, keep_bg: Array, length: int) -> jax.Array:
-    """Bool ``[b, g, r]``: tokens that are learnt from."""
+    """Bool ``[b, g, r]``: the tokens that are part of the loss."""
     return (jnp.arange(length) < jnp.asarray(lengths_bg)[..., None]) & jnp.asarray(keep_bg)[..., None]
 
 
 def counted(batch: UpdateBatch) -> Counts:
-    """What counts of a batch; one where that is nothing."""
+    """The ``Counts`` of a batch, each at least 1."""
     mask = token_mask(batch.rollout.length_bg, batch.keep_bg, batch.rollout.tokens_bgr.shape[-1])
     return Counts(*(jnp.maximum(n, 1).astype(jnp.float32) for n in (mask.sum(), mask.any(axis=-1).sum())))
 
 
 def loss_mean(loss_bgr: jax.Array, mask_bgr: jax.Array, counts: Counts, loss_config: LossConfig) -> jax.Array:
-    """Some tokens' share of the mean over what ``counts`` counts; which mean is ``grpo.loss_mean``'s."""
+    """These tokens' share of the mean over ``counts``; ``grpo.loss_mean`` selects the kind of mean."""
     masked = jnp.where(mask_bgr, loss_bgr, 0.0)
     match loss_config.grpo.loss_mean:
         case "tokens":
@@ -179,14 +179,14 @@ def loss_mean(loss_bgr: jax.Array, mask_bgr: jax.Array, counts: Counts, loss_con
 def group_loss(
     policy: Policy, batch: UpdateBatch, counts: Counts, fwd: ForwardConfig, loss_config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of some prefix groups, as their share of the mean over what ``counts`` counts.
+    """The loss of some prefix groups, as their share of the mean over ``counts``.
 
-    Summed over micro-batches this is the mean over the whole batch, whatever the micro-batch size.
+    Summed over micro-batches this is the mean over the whole batch, independent of the micro-batch size.
 
     Returns:
       The share of the loss, and shares of means over tokens: ``entropy``, ``clip_fraction``, ``sampler_gap`` (mean
-      absolute difference between the log-probabilities of the sampler and, for the same policy, of this pass), ``kl``
-      where there is a reference, and ``kl_old``, KL(sampling policy || current policy), where the two differ.
+      absolute difference between the log-probabilities of the sampler and of a training pass of the same policy),
+      ``kl`` if there is a reference, and ``kl_old``, KL(sampling policy || current policy), if the two differ.
     """
     config = loss_config.grpo
     if loss_config.freeze_vision:
@@ -201,7 +201,7 @@ def group_loss(
     surrogate, clipped = policy_loss(logp, old, batch.advantages_bg, config.clip_low, config.clip_high)
     gap = old - batch.rollout.logps_bgr
     if config.importance_cap:
-        # Truncated importance sampling: the tokens came from the sampler's distribution, not from this pass's.
+        # Truncated importance sampling: the tokens came from the sampler's distribution, not the trainer's.
         surrogate = surrogate * jnp.minimum(jnp.exp(gap), config.importance_cap)
     loss = surrogate - config.entropy_coef * entropy
     metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "sampler_gap": mean(jnp.abs(gap))}
@@ -216,7 +216,7 @@ def group_loss(
 
 
 def full_policy(params: Policy | Adapters, base: Policy | None, loss_config: LossConfig) -> Policy:
-    """The policy that trainable parameters are, or that the adapters among them belong to."""
+    """``params`` themselves if they are a whole policy, else ``base`` with them as its adapters."""
     if isinstance(params, Policy):
         return params
     assert base is not None, "adapters are on something"
@@ -224,7 +224,7 @@ def full_policy(params: Policy | Adapters, base: Policy | None, loss_config: Los
 
 
 def learning_rate(config: TrainConfig, done: int | jax.Array) -> float | jax.Array:
-    """The rate of the update after ``done`` others: ``lr``, in a warm-up a part of it, then as ``lr_decay`` says."""
+    """The rate of the update that follows ``done`` others: ``lr`` after a linear warm-up, decayed by ``lr_decay``."""
     rate: float | jax.Array = config.lr
     if config.warmup_steps:
         rate = rate * jnp.minimum(1.0, (done + 1) / config.warmup_steps)
@@ -235,7 +235,7 @@ def learning_rate(config: TrainConfig, done: int | jax.Array) -> float | jax.Arr
 
 
 def make_optimizer(config: TrainConfig, freeze_vision: bool) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; a frozen vision tower gets neither moments nor decay."""
+    """AdamW after a global-norm clip; a frozen vision tower has neither moments nor weight decay."""
     constant = config.warmup_steps == 0 and config.lr_decay == "none"
     lr: float | optax.Schedule = config.lr if constant else partial(learning_rate, config)
     adamw = optax.adamw(
@@ -252,16 +252,16 @@ def _label_frozen(policy: Policy) -> Policy:
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """``[b, ...]`` to ``[parts, b / parts, ...]``: part i holds rows i, i + parts, ...: every shard keeps its own."""
+    """``[b, ...]`` to ``[parts, b / parts, ...]``: part i is rows i, i + parts, ..., so every shard keeps its own."""
     rows, *others = jax.typeof(x).sharding.spec
-    # Said, not inferred: of several mesh axes over the rows, an inferred one may go to the parts.
+    # Explicit, because when several mesh axes shard the rows, inference may assign one of them to the parts.
     spec = jax.sharding.PartitionSpec(rows, None, *others)
     return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:]), out_sharding=spec), 1, 0)
 
 
 def _part_of(split: jax.Array, index: int | jax.Array) -> jax.Array:
-    """One part of what ``_split_rows`` made."""
-    # Said as well: jax 0.12 forgets the sharding of a part that holds a single number.
+    """One part of the result of ``_split_rows``."""
+    # Explicit too: jax 0.12 loses the sharding of a part that holds a single number.
     return jax.sharding.reshard(split[index], jax.sharding.PartitionSpec(*jax.typeof(split).sharding.spec[1:]))
 
 
@@ -276,21 +276,21 @@ def update(
     micro_batches: int,
     base: Policy | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Gradients of the loss of all groups, accumulated over micro-batches, clip, AdamW.
+    """Gradients of the loss of all groups, accumulated over micro-batches, then clipping and AdamW.
 
-    Where the loss or the norm of the gradient is not finite, the new state is the old one, bit for bit.
+    If the loss or the gradient norm is not finite, the new state equals the old one, bit for bit.
 
     Args:
       state: donated.
-      micro_batches: how many parts the batch is worked through in; the result does not depend on it.
-      base: what the state's adapters are on; None where all weights learn.
+      micro_batches: number of parts that the batch is processed in; the result does not depend on it.
+      base: the policy that the state's adapters are applied to; None when all weights are trained.
 
     Returns:
       The new state and float32 scalars: ``loss`` and the means of ``group_loss``, ``grad_norm`` before clipping, and
-      ``update/skipped``, 1 where the state was kept.
+      ``update/skipped``, 1 if the state was kept.
     """
     counts = counted(batch)
-    # Here blocks keep something for the backward pass, which a loop on a GPU would copy. With remat it is little.
+    # Here blocks keep residuals for the backward pass, which a loop on a GPU would copy; with remat they are few.
     fwd = fwd._replace(written_out=fwd.kernel == "cudnn" and not fwd.remat)
 
     def loss_of(params: Policy | Adapters, part: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -311,7 +311,7 @@ def update(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = optax.tree.norm(gradients)
-    # The norm is finite only where every gradient is.
+    # The norm is finite only if every gradient is.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["update/skipped"] = 1.0 - finite.astype(jnp.float32)
     updated = TrainState(params, opt_state, state.num_updates + 1)
@@ -335,19 +335,19 @@ def learn(
     micro_batches: int,
     base: Policy | None = None,
 ) -> tuple[TrainState, list[dict[str, jax.Array]]]:
-    """The updates of one rollout: ``grpo.iterations`` times through the batch, one for each mini-batch.
+    """The updates of one rollout: ``grpo.iterations`` passes over the batch, one update per mini-batch.
 
-    A mini-batch of which nothing counts makes no update: neither momentum nor weight decay should move the policy.
+    A mini-batch without a response in the loss is skipped: neither momentum nor weight decay should move the policy.
 
     Args:
       state: donated.
-      batch: with ``old_logps_bgr`` where there is more than one update.
-      keep_bg: the batch's, on the host.
-      mini_batches: how many parts the batch is split into, an update each; groups stay whole.
-      micro_batches, base: see ``update``; micro-batches of each mini-batch.
+      batch: with ``old_logps_bgr`` if there is more than one update.
+      keep_bg: ``batch.keep_bg`` on the host.
+      mini_batches: number of parts that the batch is split into, one update each; groups stay whole.
+      micro_batches, base: see ``update``; ``micro_batches`` is per mini-batch.
 
     Returns:
-      The new state, and what each update measured.
+      The new state and the metrics of each update.
     """
     metrics = []
     kept = [part for part in range(mini_batches) if keep_bg[part::mini_batches].any()]
@@ -363,7 +363,7 @@ def learn(
                 loss_config=loss_config,
                 micro_batches=micro_batches,
             )
-            # One after another: parts that waited for their turn would lie in memory together.
+            # Wait for each update: otherwise all queued parts would be in memory together.
             metrics.append(jax.block_until_ready(measured))
     return state, metrics
 
@@ -372,11 +372,11 @@ def learn(
 def policy_logps(
     policy: Policy, prompts: PromptBatch, tokens_bgr: Array, *, fwd: ForwardConfig, loss_config: LossConfig
 ) -> jax.Array:
-    """Log-probabilities of the responses under a policy that does not learn now, float32 ``[b, g, r]``."""
+    """Log-probabilities of the responses under a policy that is not being updated, float32 ``[b, g, r]``."""
     hidden = group_hidden(policy, prompts, tokens_bgr, fwd)
     return response_logps(policy, hidden, tokens_bgr, fwd, loss_config.temperature, loss_config.banned_ids)[0]
 
 
 def initial_state(params: Policy | Adapters, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state before its first update, made in one program: the update then compiles once for it and its successors."""
+    """The initial state, made in one program so that ``update`` compiles once for it and all later states."""
     return TrainState(params, *jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)))(params))

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on besides its configuration: the weights it starts from, SAM 2's, the questions."""
+"""The inputs that a run's numbers depend on besides its configuration: initial weights, SAM 2's, the questions."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_SPREAD = 2654435761  # Knuth's multiplicative hash: neighbouring places get unlike weights
+_SPREAD = 2654435761  # Knuth's multiplicative hash: neighbouring positions get dissimilar weights
 
 
 class Identity(NamedTuple):
-    """Saved with every checkpoint; a resumed run must have the same, wherever its files lie by then.
+    """Saved with every checkpoint; a resumed run must have the same, wherever its files are by then.
 
     Attributes:
-      reference: fingerprint of the policy that the run starts from, which is its reference too, see ``fingerprint``.
-      sam2: SHA-256 of the SAM 2 checkpoint that scores, as its server tells; None without a server.
-      functions: SHA-256 of the file of each reward function of one's own, by its name; a run goes on with other files
-        and says so.
-      data: checksum of each split that is trained on or evaluated, by its name; None in older checkpoints, which go on
-        with any.
-      sam2_dtype: what SAM 2 computes in, by its name; None without a server, and in older checkpoints likewise.
+      reference: fingerprint of the policy that the run starts from, which is also its reference, see ``fingerprint``.
+      sam2: SHA-256 of the SAM 2 checkpoint that scores, as its server reports it; None without a server.
+      functions: SHA-256 of each custom reward function's file, by its name; a run resumes with other files and reports
+        it.
+      data: checksum of each training or evaluation split, by its name; None in older checkpoints, which resume with
+        any.
+      sam2_dtype: name of SAM 2's compute dtype; None without a server, and in older checkpoints, which resume with any.
     """
 
     reference: str
@@ -34,7 +34,7 @@ class Identity(NamedTuple):
 def fingerprint(weights: Any, dtype: jnp.dtype) -> str:
     """Sixteen hexadecimal digits that depend on every bit of every weight as ``dtype``, its name, and the dtype.
 
-    Computed where the weights lie, in one pass without a copy, and the same on every mesh.
+    Computed where the weights are, in one pass without a copy; the same on every mesh.
     """
     sums = jax.device_get(_sums(weights, dtype))
     leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
@@ -50,7 +50,7 @@ def _sums(tree: Any, dtype: jnp.dtype) -> Any:
 
 
 def _weighted_sum(x: jax.Array) -> jax.Array:
-    """The bits of each number times an odd weight of its place, modulo 2^32: no single change goes unseen."""
+    """The sum of each number's bits times an odd weight of its position, modulo 2^32: any single change alters it."""
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place, stride = jnp.uint32(0), 1
     for axis in reversed(range(x.ndim)):

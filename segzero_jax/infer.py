@@ -1,7 +1,7 @@
 """``python -m segzero_jax.infer --image F --query T``: the policy thinks and points, SAM 2 makes the mask.
 
-The policy sees the picture upright and squashed to its own size; its answer is brought to the pixels of the upright
-picture, which is also what SAM 2 is shown. The files of an answer are written at its end, together.
+The policy sees the image upright and squashed to its own size; its answer is rescaled to the pixels of the upright
+image, which SAM 2 also sees. The files of an answer are written together, at its end.
 """
 
 import argparse
@@ -45,14 +45,14 @@ from segzero_jax.terminal import lasting, write_line
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".tif", ".tiff")
 _OVERLAY = "_overlay.png"
-_NAME_BYTES = 255  # that a file's name may have, on Linux and macOS
+_NAME_BYTES = 255  # limit on a file name, on Linux and macOS
 
 
 class InferError(ValueError):
     """Input that cannot be answered; the message is one line."""
 
 
-# What a user can get wrong; anything else is a bug and keeps its traceback.
+# Errors that a user can cause; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (
     *(InferError, ConfigError, MeshError, CheckpointError, ImageError, PromptTooLong),
     *(RewardServerError, OSError),
@@ -66,7 +66,7 @@ class Reasoning:
         self._printed = ""
 
     def __call__(self, text: str) -> None:
-        """Prints what is new in the response so far."""
+        """Prints the new part of the response so far."""
         thought, out = reasoning_so_far(text), lasting(sys.stdout)
         if thought and not self._printed:
             out.write("thinking: ")
@@ -81,9 +81,9 @@ class Reasoning:
 
 
 def write_together(folder: Path, files: dict[str, bytes | None]) -> None:
-    """Writes files, by name, so that each is there whole; where one cannot be written, none is. Makes the folder.
+    """Writes files, by name, each atomically; if one cannot be written, none is. Makes the folder.
 
-    A file without content is removed: what an earlier answer left would pass for this one's.
+    Deletes files whose content is None: one left from an earlier answer would pass for this one's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     contents = {name: content for name, content in files.items() if content is not None}
@@ -105,9 +105,9 @@ def _unfinished() -> str:
 
 
 def find_pictures(path: Path) -> list[Path]:
-    """The picture, or the pictures in a folder by name, without hidden files. Raises InferError where there is none.
+    """The image, or a folder's images sorted by name, without hidden files. Raises InferError if there is none.
 
-    On disks of other systems macOS leaves a ``._a.jpg`` beside each ``a.jpg``, which is no picture.
+    On foreign file systems macOS leaves a ``._a.jpg`` beside each ``a.jpg``, which is not an image.
     """
     if not path.exists():
         raise InferError(f"--image={path}: no such file, expected a PNG, JPEG or WebP, or a folder of them")
@@ -124,11 +124,11 @@ def find_pictures(path: Path) -> list[Path]:
 
 
 def find_questions(queries: Sequence[str], file: Path | None) -> list[str]:
-    """The questions given one by one, then those of a file, one a line. Raises InferError without any."""
+    """The questions given one by one, then those of a file, one per line. Raises InferError if there is none."""
     questions = list(queries)
     if file is not None:
         try:
-            # Not splitlines(), which takes characters within a question, such as U+2028, for ends of lines.
+            # Not splitlines(), which also splits at characters within a question, such as U+2028.
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise InferError(f"--queries={file}: expected UTF-8 text, a question on each line: {error}") from None
@@ -144,7 +144,7 @@ _NO_QUESTION = "no question, expected --query T (also several times), or --queri
 
 
 def run(args: argparse.Namespace) -> None:
-    """From the command line to the files, or to the page of ``--demo``."""
+    """Runs the command: writes the files, or serves the page of ``--demo``."""
     paths, questions = [], []
     if args.demo:
         from segzero_jax.demo import check_port  # Gradio is an extra
@@ -180,17 +180,17 @@ def run(args: argparse.Namespace) -> None:
                             loaded, picture, question, segmenter, drawn_from, args.temperature, reasoning
                         )
                     finally:
-                        reasoning.end()  # what is said of an error has a line of its own
+                        reasoning.end()  # an error message starts on a new line
                     _say_answer(answered, loaded.config.rollout.max_response_tokens)
                     stem = own + (f"_{number}" if len(questions) > 1 else "")
                     _write(answered, Path(args.out).expanduser(), stem, name)
 
 
 def read_through(paths: Sequence[Path]) -> dict[Path, bytes]:
-    """Sees that all pictures can be read, before anybody waits for the policy. Raises ImageError or OSError.
+    """Checks that all images can be read, before the policy is loaded. Raises ImageError or OSError.
 
     Returns:
-      The bytes of those that can be read only once, such as a pipe; the others may be more than memory holds.
+      The bytes of those that can be read only once, such as a pipe; the others might not fit in memory.
     """
     once = {}
     for path in paths:
@@ -202,7 +202,7 @@ def read_through(paths: Sequence[Path]) -> dict[Path, bytes]:
 
 
 def check_lengths(questions: Sequence[str], processor: Processor) -> None:
-    """Raises PromptTooLong where a question would end the command with others answered already."""
+    """Raises PromptTooLong if a question is too long, before others have been answered."""
     limit = processor.max_prompt_tokens
     counts = processor.count_tokens(questions).tolist() if questions else []
     for number, (question, tokens) in enumerate(zip(questions, counts, strict=True), 1):
@@ -215,17 +215,17 @@ def check_lengths(questions: Sequence[str], processor: Processor) -> None:
 
 
 def stems(paths: Sequence[Path]) -> list[str]:
-    """What the files of each picture are named by, no two alike.
+    """The stems of the file names written for each image, all distinct.
 
-    It is the picture's name without its ending; with it (``a-png``) where that is another picture's too, and with a
-    number behind it where a picture is called so already.
+    A stem is the image's name without its extension; with it (``a-png``) if another image has the same stem, and with a
+    number appended if that name is taken.
     """
     shared = Counter(path.stem for path in paths)
     return unique([path.stem if shared[path.stem] == 1 else path.name.replace(".", "-") for path in paths])
 
 
 def _check_names(paths: Sequence[Path], names: Sequence[str], questions: int) -> None:
-    """Raises InferError where a picture's name leaves no room for what the names of its files add."""
+    """Raises InferError if an image's name leaves no room for the suffixes of its files."""
     ending = (f"_{questions}" if questions > 1 else "") + _OVERLAY
     for path, stem in zip(paths, names, strict=True):
         over = len(os.fsencode(stem + ending + _unfinished())) - _NAME_BYTES
@@ -281,7 +281,7 @@ def _numbers(values: Sequence[float]) -> str:
 def _query(text: str) -> str:
     if not text.strip(" \t\r\n."):
         raise argparse.ArgumentTypeError(f"expected a question such as 'the red circle', got {text!r}")
-    if any("\ud800" <= c <= "\udfff" for c in text):  # what Python makes of bytes that are not UTF-8
+    if any("\ud800" <= c <= "\udfff" for c in text):  # Python's surrogate escapes of bytes that are not UTF-8
         raise argparse.ArgumentTypeError(f"expected UTF-8 text, got {text!r}")
     return text.strip()
 
@@ -333,7 +333,7 @@ def _parser() -> OneLineParser:
 
 
 def _check_together(parser: OneLineParser, args: argparse.Namespace) -> None:
-    """Ends the command where options do not go together."""
+    """Exits with an error if options conflict."""
     if not args.sample and (args.temperature is not None or args.seed is not None):
         parser.error("--temperature and --seed are of a drawn answer: expected --sample beside them")
     asked = args.image is not None or bool(args.query) or args.queries is not None
@@ -350,13 +350,13 @@ def _check_together(parser: OneLineParser, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. On bad input: 2, one line, nothing written."""
+    """Runs the command; returns its exit code. On bad input: 2, one line, nothing written."""
     parser = _parser()
     args = parser.parse_args(argv)
     _check_together(parser, args)
     try:
         check_folder(local_path(args.out, "--out", "write to a disk and copy it from there"), f"--out={args.out}")
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about read-only access, which is intended.
         prepare_cpu(args.mesh)
         run(args)
     except _USER_ERRORS as error:

@@ -1,4 +1,4 @@
-"""How sure a number is that is a sum over questions divided by another: bootstrap intervals over pictures."""
+"""Bootstrap confidence intervals over images, for ratios of sums over questions."""
 
 from collections.abc import Mapping
 
@@ -13,16 +13,15 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval (95%) of a ratio of sums over units, from a fixed seed.
 
-    Units are drawn with replacement, as many as there are, and the ratio is computed anew each time. A draw in which
-    nothing is counted (all its denominators are 0) is left out. A unit is what is independent of the others: all
-    questions about a picture together.
+    Units are drawn with replacement, as many as there are, and the ratio is recomputed for each draw. A draw whose
+    denominators are all 0 is left out. Units must be independent: all questions about an image are one unit.
 
     Args:
-      numerators_u: one a unit.
-      denominators_u: the same; without it each unit counts 1, and the ratio is the mean.
+      numerators_u: one per unit.
+      denominators_u: one per unit; without them each unit counts 1, and the ratio is the mean.
 
     Returns:
-      None where fewer than two units count: one alone tells nothing of others, and all draws would be alike.
+      None if fewer than two units count: one alone says nothing about others, and all draws would be the same.
     """
     count = len(numerators_u)
     denominators_u = np.ones(count) if denominators_u is None else denominators_u
@@ -40,13 +39,13 @@ def bootstrap_interval(
 
 
 def with_interval(numbers: Mapping[str, float | None], key: str) -> str:
-    """A number that was measured, for people: "0.412 [0.395, 0.430]", or without brackets where it has no interval."""
+    """A measured number for display: "0.412 [0.395, 0.430]", or without brackets if it has no interval."""
     low, high = numbers[f"{key}_low"], numbers[f"{key}_high"]
     return f"{numbers[key]:.3f}" if low is None else f"{numbers[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def by_picture(values_q: np.ndarray, pictures_q: np.ndarray | None) -> np.ndarray:
-    """Sums over the questions about each picture, the pictures in the order of their first questions."""
+    """Sums over the questions about each image, the images in the order of their first questions."""
     if pictures_q is None:
         return values_q
     places: dict[str, int] = {}

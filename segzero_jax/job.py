@@ -1,4 +1,4 @@
-"""What stays the same during a run: configuration, mesh, processor, and how the policy is run in each phase."""
+"""The constants of a run: configuration, mesh, processor, and how each phase runs the policy."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ _EXAMPLES = TypeAdapter(dict[int, Example], config=ConfigDict(ser_json_bytes="ba
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same during a run; of LoRA the policy that it starts from, ``base``, as well."""
+    """The constants of a run; with LoRA also ``base``, the policy that it starts from."""
 
     config: Config
     mesh: jax.sharding.Mesh
@@ -51,15 +51,15 @@ class Job:
     base: Policy | None = None
 
     def policy(self, state: TrainState) -> Policy:
-        """The policy as it stands."""
+        """The current policy."""
         return full_policy(state.params, self.base, self.loss_config)
 
     def place(self, tree: Any, rows: Sequence[int]) -> Any:
-        """Host arrays with a leading batch axis onto the mesh.
+        """Places host arrays with a leading batch axis onto the mesh.
 
         Args:
           tree: arrays of some rows of a batch, at least those that this process's devices hold.
-          rows: which these are, in ascending order.
+          rows: the numbers of these rows, in ascending order.
         """
         size, place_of = self.config.train.batch_size, {row: place for place, row in enumerate(rows)}
 
@@ -76,24 +76,24 @@ class Job:
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], tuple[list[Example], PromptBatch]]:
-        """Examples to examples and prompts on the host; another process can do it."""
+        """A function from examples to the examples and their prompts on the host; it can run in another process."""
         multiple = padding_multiple(self.config.rollout.max_prompt_tokens)
         return functools.partial(_encoded, processor=self.processor, multiple=multiple)
 
     def encode(self, examples: Sequence[Example]) -> PromptBatch:
-        """This process's rows of a batch as prompts on the mesh, where those of the others join them."""
+        """Encodes this process's rows of a batch as prompts on the mesh, where other processes add theirs."""
         return self.join(self.collate(examples)[1])
 
     def join(self, prompts: PromptBatch) -> PromptBatch:
-        """Prompts of this process's rows, on the host, as those of the whole batch on the mesh."""
+        """The prompts of the whole batch on the mesh, from this process's rows on the host."""
         # All prompts of a batch are padded to one length.
         length = max(map(int, self.pod.exchange("prompt lengths", str(prompts.tokens_bp.shape[1]))))
         return self.place(self.processor.widen(prompts, length), self.rows.held)
 
     def share(self, examples: Sequence[Example]) -> list[Example]:
-        """The whole batch, of which this process has read its own rows; pictures of others are left out.
+        """The whole batch, of which this process has read its own rows; images of other rows are left out.
 
-        The first pictures, which a run keeps for its report, come along.
+        The first images, which a run keeps for its report, are included.
         """
         held = dict(zip(self.rows.held, examples, strict=True))
         mine = {row: held[row] if row < PICTURED_PROMPTS else replace(held[row], image=b"") for row in self.rows.own}
@@ -102,7 +102,7 @@ class Job:
         return [held.get(row, others[row]) for row in range(len(others))]
 
     def fetch(self, tree: Any) -> Any:
-        """Arrays of the mesh on every host, whole, as numpy arrays."""
+        """Arrays on the mesh as complete numpy arrays, on every host."""
         return multihost_utils.process_allgather(tree, tiled=True)
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
@@ -125,7 +125,7 @@ def prepare(
     Without ``grpo.kl_coef`` there is no reference.
 
     Args:
-      check: raises where there is no use in going on; called before weights are read, which takes minutes.
+      check: raises if the run cannot continue; called before weights are read, which takes minutes.
     """
     keep_compiled()
     dims = read_dims(config.model.path)
@@ -139,12 +139,12 @@ def prepare(
         base = load_hf(config.model.path, dtype=dtype)[0]
         key = stream_key(config.seed, LORA_START)
         params = jax.jit(lambda key: Adapters(dims, TRAIN, rank, key))(key)
-        # With adapters too, of nothing: sums are then rounded where the policy's are, and the first KL is next to 0.
+        # With zero adapters, so that sums are rounded in the same places as the policy's and the first KL is almost 0.
         nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
         reference = adapt(base, nothing) if config.grpo.kl_coef else None
     else:
         base, (params, _) = None, load_hf(config.model.path)
-        # A second reading rather than a copy: the state's buffers are donated to the update.
+        # Read again rather than copied: the state's buffers are donated to the update.
         reference = load_hf(config.model.path, dtype=dtype)[0] if config.grpo.kl_coef else None
     job = Job(
         config=config,
@@ -167,9 +167,9 @@ def prepare(
 def answer(
     job: Job, weights: Policy, examples: Sequence[Example], greedy: bool, before_batch: Callable[[], None]
 ) -> tuple[list[list[str]], Lengths]:
-    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` drawn ones.
+    """The policy's answers to questions, ``[q][a]``: one greedy answer, or ``eval.samples`` sampled ones.
 
-    ``before_batch`` may raise to end it between two batches.
+    ``before_batch`` may raise to stop between two batches.
     """
     size = job.config.train.batch_size
     sampling = job.sampling._replace(greedy=greedy, group=1 if greedy else job.config.eval.samples)
@@ -179,7 +179,7 @@ def answer(
     for start in range(0, len(examples), size):
         before_batch()
         rows = list(examples[start : start + size])
-        # A short last batch is filled up with its first row: every batch has one shape.
+        # A short last batch is padded with its first row, so that all batches have the same shape.
         filled = rows + rows[:1] * (size - len(rows))
         key = jax.random.fold_in(base, start)
         prompts = job.encode([filled[row] for row in job.rows.held])

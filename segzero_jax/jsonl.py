@@ -18,7 +18,7 @@ class JsonLinesError(ValueError):
 
 
 def dump(row: Mapping[str, Any]) -> str:
-    """One line with its newline. Dataclasses become objects, numpy scalars and arrays numbers and lists.
+    """A row as one line with its newline. Dataclasses become objects, numpy scalars and arrays numbers and lists.
 
     Raises:
       JsonLinesError: a number is not finite (JSON has no NaN), or a value has no JSON form.
@@ -35,7 +35,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Adds lines that ``dump`` made; they are on the disk when this returns."""
+    """Adds lines made by ``dump``; they are on the disk when this returns."""
     with path.open("a", encoding="ascii") as file:
         file.write("".join(lines))
         file.flush()
@@ -51,7 +51,7 @@ def replace(path: Path, content: bytes, unfinished: str = ".tmp") -> None:
     """Puts ``content`` at ``path`` in one step, through a temporary file beside it.
 
     Args:
-      unfinished: added to the temporary file's name; where several processes may write ``path``, one of its own each.
+      unfinished: suffix of the temporary file's name; if several processes may write ``path``, each needs its own.
     """
     temporary = path.with_name(path.name + unfinished)
     try:

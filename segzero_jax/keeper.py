@@ -1,7 +1,7 @@
-"""What a run keeps of itself: the state after the last finished step, saved when it is due and when the run must end.
+"""The saved state of a run: the state after the last finished step, saved when due and when the run must end.
 
-A save that fails (a full disk, a bucket out of reach) is said and counted; training goes on, and the next save tries
-again.
+A failed save (a full disk, an unreachable bucket) is reported and counted; training continues, and the next save
+retries.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -15,10 +15,10 @@ from segzero_jax.pods import ALONE, Pod
 
 
 class Keeper:
-    """Holds the last finished step, the only one that a run is resumed from. All hosts of a run save together.
+    """Holds the last finished step, the only one that a run resumes from. All hosts of a run save together.
 
     Attributes:
-      failed: saves that have failed since this run started.
+      failed: number of failed saves since this run started.
     """
 
     def __init__(
@@ -30,14 +30,15 @@ class Keeper:
         pod: Pod = ALONE,
         lines: Callable[[Collection[int]], Mapping[str, Any]] = lambda kept: {},
     ) -> None:
-        """Nothing is finished yet.
+        """Starts without a finished step.
 
         Args:
           checkpoints: where saves go.
           config, identity: saved with every step.
-          say: says a line to whoever watches.
+          say: prints a line for the user.
           pod: the hosts that save together; each knows only why its own part was not written.
-          lines: what the run has written last, and of steps that have checkpoints; saved with every step.
+          lines: given the steps with checkpoints, returns the run's last lines and those of these steps; saved with
+            every step.
         """
         self.failed = 0
         self._checkpoints = checkpoints
@@ -50,20 +51,20 @@ class Keeper:
         self._problem = ""
 
     def finished(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Notes what the next save writes.
+        """Records the state for the next save.
 
         Args:
-          step: steps done.
-          state: after them; may be donated once the next save has returned or the next step is in its update.
-          data: position of the data iterator behind this step's batch.
+          step: number of finished steps.
+          state: the state after them; may be donated once the next save has returned or the next step is in its update.
+          data: position of the data iterator after this step's batch.
         """
         self._finished = step, state, data
 
     def save(self) -> bool:
-        """Begins to save the last finished step; writing goes on beside the training. A failure is said, not raised.
+        """Starts saving the last finished step; writing continues during training. A failure is reported, not raised.
 
         Returns:
-          Whether all hosts have begun.
+          Whether all hosts have started.
         """
         assert self._finished is not None, "a step has to be finished first"
         self._attempt(self._checkpoints.wait)
@@ -75,7 +76,7 @@ class Keeper:
         )
 
     def keep(self) -> bool:
-        """Saves the last finished step, unless that is done; returns once it is on the disk, False if it is not."""
+        """Saves the last finished step unless already saved, waits, and returns whether it is on disk."""
         begun = self.save()
         return self._attempt(self._checkpoints.wait) and begun
 
@@ -87,14 +88,14 @@ class Keeper:
             raise SaveError(f"the last finished step is not saved: {self._problem}; {left}")
 
     def _attempt(self, act: Callable[[], None]) -> bool:
-        """Whether it went well on all hosts; of one that it did not, all count and say the failure."""
+        """Whether ``act`` succeeded on all hosts; if it failed on one, all count and report the failure."""
         problem = ""
         try:
             act()
         except SaveError as error:
             problem = str(error)
         said = self._pod.exchange("a save", problem)
-        # Most hosts have but waited, and say the same.
+        # Most hosts only waited, and report the same reason.
         hosts = {said[host]: self._pod.host(host) for host in reversed(range(len(said))) if said[host]}
         if hosts:
             told = [text if len(said) == 1 else f"{host}: {text}" for text, host in hosts.items()]

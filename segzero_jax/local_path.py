@@ -1,25 +1,25 @@
-"""Paths that have to be on this machine's disk: ``Path`` would quietly make a folder ``gs:`` here of a bucket."""
+"""Paths that must be on this machine's disk: ``Path`` would silently turn a bucket into a local folder ``gs:``."""
 
 import re
 from pathlib import Path
 
 from segzero_jax.config import ConfigError
 
-# One slash is what Path leaves of two. A single letter would be a drive.
+# Path reduces two slashes to one. A single letter would be a drive.
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
 
 
 def is_url(path: object) -> bool:
-    """Whether it names a place as a URL does, ``gs://bucket/path``."""
+    """Whether a path is a URL, such as ``gs://bucket/path``."""
     return _URL.match(str(path)) is not None
 
 
 def local_path(path: str | Path, key: str, instead: str) -> Path:
-    """A path on this machine's disk, ``~`` being the home folder.
+    """A path on this machine's disk; ``~`` is the home folder.
 
     Args:
       key: the option or key that the path was given by.
-      instead: what to do where a bucket is meant.
+      instead: what to do if a bucket is meant.
 
     Raises:
       ConfigError: it is a URL.
@@ -30,9 +30,9 @@ def local_path(path: str | Path, key: str, instead: str) -> Path:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """Raises ConfigError where a file is in the place of the folder, or of one that it would be in.
+    """Raises ConfigError if the folder, or one that it would be in, is a file.
 
-    What takes long should not find that out in the end.
+    A long command should not find that out at its end.
 
     Args:
       option: as it was given, ``--out=there``.
@@ -44,5 +44,5 @@ def check_folder(path: Path, option: str) -> None:
 
 
 def home_path(text: str) -> Path:
-    """A path for argparse, ``~`` being the home folder: in ``--image=~/a.jpg`` no shell sees it."""
+    """A path for argparse; ``~`` is the home folder: in ``--image=~/a.jpg`` the shell does not expand it."""
     return Path(text).expanduser()

@@ -24,7 +24,7 @@ _LOG_LINES = 5
 
 
 def missing_package() -> str:
-    """Which package a local server lacks here and how it is installed, in one line; empty where it lacks none."""
+    """A line naming the package that a local server lacks and how to install it; empty if none is missing."""
     absent = next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), "")
     return f"{absent} is not installed: {_INSTALL}" if absent else ""
 
@@ -36,19 +36,19 @@ def local_server(
     startup_timeout_s: float = 300.0,
     if_it_dies: str = "start again",
 ) -> Iterator[str]:
-    """Runs ``python -m reward_server`` beside this process; gives its address once it serves.
+    """Runs ``python -m reward_server`` beside this process; yields its address once it serves.
 
-    The child stops at the end of the block, and by itself if this process is killed. Where a RewardServerError leaves
-    the block because the child has died, the error says how: its exit code, the end of its log and what to do.
+    The child stops at the end of the block, and by itself if this process is killed. If a RewardServerError leaves the
+    block because the child has died, it is replaced by one with its exit code, the end of its log and what to do.
 
     Args:
-      model: what the server loads: "toy", a hub id or a directory.
-      log: where the child's standard error goes; written anew, its directory is made.
-      startup_timeout_s: patience until it serves, the loading of the model included.
+      model: the model to serve: "toy", a hub id or a directory.
+      log: file for the child's standard error; overwritten, its directory is made.
+      startup_timeout_s: timeout until it serves, including the loading of the model.
       if_it_dies: what the user can do then.
 
     Raises:
-      RewardServerError: it did not come up.
+      RewardServerError: it did not start.
       RewardServiceAway: it died later.
     """
     log = Path(log)
@@ -68,10 +68,10 @@ def local_server(
 
 
 def _start(model: str, stderr: int) -> subprocess.Popen[str]:
-    # The toy is done sooner than threads have found each other; any other model needs all that PyTorch takes.
+    # The toy model finishes before threads could be coordinated; any other model needs all threads that PyTorch takes.
     threads = 1 if model == "toy" else 0
     arguments = ["--model", model, "--port", "0", "--threads", str(threads), "--exit-with-parent", str(os.getpid())]
-    # The child must find the package wherever this process found it.
+    # The child must import the package from where this process found it.
     home = str(Path(reward_server.__file__).parents[1])
     path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH", ""), home) if part)
     return subprocess.Popen(
@@ -87,7 +87,7 @@ def _start(model: str, stderr: int) -> subprocess.Popen[str]:
 
 
 def _wait_until_serving(child: subprocess.Popen[str], log: Path, timeout_s: float) -> str:
-    """Waits for the line that names the address, then for the health service to say SERVING."""
+    """Waits for the line with the address, then for the health service to report SERVING."""
     assert child.stdout is not None
     deadline = time.monotonic() + timeout_s
     address = ""
@@ -116,7 +116,7 @@ def _serves(address: str) -> bool:
 
 
 def _end(child: subprocess.Popen[str], log: Path) -> str:
-    """How the child ended: its exit code or signal, and what it said last."""
+    """How the child ended: its exit code or signal, and the end of its log."""
     code = child.returncode
     said = " | ".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) or "nothing"
     return f"{signal.Signals(-code).name if code < 0 else f'exit code {code}'}; {log} ends: {said}"

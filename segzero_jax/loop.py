@@ -1,7 +1,7 @@
 """GRPO: ``Loop.train`` and the methods behind it read as the algorithm.
 
-For every batch of prompts: sample G responses each, send their prompts to SAM 2, run the reference policy while SAM 2
-works, turn rewards into advantages relative to the group, learn from them.
+For every batch of prompts: sample G responses each, send their boxes and points to SAM 2, run the reference policy
+while SAM 2 works, turn rewards into group-relative advantages, update.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Lengths, PromptBatch, Rollout
 from segzero_jax.watch import Watch
 
-# Offset for the second batch of a step, the third, ...: smaller numbers are folded in for token positions.
+# Key offset for a step's second and later batches: smaller numbers are folded in for token positions.
 _BATCH_KEY = 2**31
 
 # (step, weights in rollout layout)
@@ -46,7 +46,7 @@ Evaluation = Callable[[int, Policy], None]
 
 
 def _crop(rollout: Rollout, longest: int) -> Rollout:
-    """Cuts the padding that not even the longest response needs, to one of few static lengths."""
+    """Cuts the padding beyond the longest response, to one of a few static lengths."""
     limit = rollout.tokens_bgr.shape[-1]
     multiple = padding_multiple(limit)
     length = min(limit, -(-longest // multiple) * multiple)
@@ -55,10 +55,10 @@ def _crop(rollout: Rollout, longest: int) -> Rollout:
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything that the steps of a run share.
+    """The objects that the steps of a run share.
 
     Attributes:
-      reference: the frozen policy that the KL term refers to, None without ``grpo.kl_coef``.
+      reference: the frozen policy that the KL term refers to; None without ``grpo.kl_coef``.
       keeper: saves the last finished step.
       evaluate: measures a policy on the held-out splits.
     """
@@ -74,7 +74,7 @@ class Loop:
     watch: Watch
 
     def train(self, state: TrainState, first_step: int, evaluate_first: bool) -> TrainState:
-        """GRPO from ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
+        """Runs steps ``first_step`` to ``train.steps``. Raises Stopped between phases; ``keeper`` has the last step."""
         config = self.job.config
         if evaluate_first:
             self._evaluate(state, first_step - 1)
@@ -101,10 +101,10 @@ class Loop:
         return state
 
     def _sample(self, state: TrainState, step: int, earlier: int) -> tuple[SampledBatch, DeviceBatch]:
-        """The next batch, sampled and scored; the reference policy runs while SAM 2 works.
+        """Samples and scores the next batch; the reference policy runs while SAM 2 works.
 
         Args:
-          earlier: batches that were sampled for this step before.
+          earlier: number of batches already sampled for this step.
         """
         job, config, watch, policy = self.job, self.job.config, self.watch, self.job.policy(state)
         with watch.phase("data"):
@@ -113,12 +113,13 @@ class Loop:
             examples = job.share(own_examples)
         with watch.phase("rollout"):
             if config.model.vision_stays:
-                # Policy and reference share the tower, and it never changes: once for rollout, reference and update.
+                # Policy and reference share the vision tower, which never changes: embed once for rollout, reference
+                # and update.
                 prompts = embed_images(policy, prompts, fwd=job.train_fwd)
             key = jax.random.fold_in(stream_key(config.seed, TRAINING), step)
             if earlier:
                 key = jax.random.fold_in(key, _BATCH_KEY + earlier)
-            # The copy in rollout layout lives no longer than the call.
+            # The copy in rollout layout lives only during the call.
             rollout = sample(job.to_rollout(policy), prompts, key, fwd=job.rollout_fwd, sampling=job.sampling)
             responses = job.fetch(rollout)
             texts = job.texts(responses)
@@ -155,14 +156,14 @@ class Loop:
     def _update(
         self, state: TrainState, on_devices: list[DeviceBatch], selection: Selection
     ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
-        """The updates of a step, and what each measured. Empties ``on_devices``."""
+        """Runs the updates of a step; also returns the metrics of each. Empties ``on_devices``."""
         job, train = self.job, self.job.config.train
         groups = gather(on_devices, selection.rows_b, job.processor.pad_id)
         advantages_bg, keep_bg = job.place((selection.advantages_bg, selection.keep_bg), range(train.batch_size))
         batch = UpdateBatch(
             groups.prompts, groups.rollout, advantages_bg, keep_bg, groups.ref_logps_bgr, groups.old_logps_bgr
         )
-        # Pictures take memory that the update, and the next rollout, may need.
+        # Images take memory that the update and the next rollout may need.
         on_devices.clear()
         del groups
         state, updates = learn(
@@ -190,12 +191,12 @@ class Loop:
         updates: list[dict[str, np.ndarray]],
         num_updates: int,
     ) -> None:
-        """The step's messages, its line of metrics and its responses."""
+        """Writes the step's messages, its line of metrics and its responses."""
         config, writer, step = self.job.config, self.writer, record.step
         for line in (unscored_groups(record.scored), "" if updates else why_no_update(sampled)):
             if line:
                 writer.message(f"step {step}: {line}")
-        # Of the step's last update.
+        # The learning rate of the step's last update.
         lr = float(learning_rate(config.train, max(num_updates, 1) - 1))
         numbers = {
             **step_metrics(record, config),
