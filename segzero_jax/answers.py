@@ -1,10 +1,10 @@
 """Answers and solutions as plain numbers: finding the JSON in a text, and the parts of it that locate objects.
 
 Reading a model's output is total: no text makes a function here raise. A solution is data, so a malformed one is an
-error. Nothing here needs JAX, so stored text can be scored without loading it.
+error. Nothing here needs JAX, so stored text can be scored without loading JAX.
 
-Sources: Seg-Zero, arXiv 2503.06520 and VisionReasoner, arXiv 2505.12081; where each looks for its answer in a text
-follows upstream ``verl/utils/reward_score``.
+Sources: Seg-Zero, arXiv 2503.06520 and VisionReasoner, arXiv 2505.12081; where in a text each looks for its answer is
+as in upstream ``verl/utils/reward_score``.
 """
 
 import json

@@ -230,7 +230,7 @@ def respond(
       loaded: on the ambient mesh.
       seed: seed for sampling; None for greedy decoding.
       temperature: sampling temperature; the run's own by default, like top-p and top-k.
-      watch: called with the text so far each time a few more tokens are there.
+      watch: called with the text so far after every few tokens.
 
     Returns:
       The text, and whether it ended by itself rather than at the length limit.

@@ -49,8 +49,7 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
             return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
         if config:
-            # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may belong to another run by
-            # now.
+            # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may now be another run's.
             place = checkpoint_directory(config) if config.run.checkpoint_dir else own
             return (place, None) if place.is_dir() else None
         if own.is_dir():

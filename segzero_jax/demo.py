@@ -1,4 +1,4 @@
-"""``python -m segzero_jax.infer --demo``: a web page to ask a policy on, with Gradio; loads nothing from other hosts."""
+"""``python -m segzero_jax.infer --demo``: a Gradio page for asking a policy; it loads nothing from other hosts."""
 
 import contextlib
 import errno
@@ -164,7 +164,7 @@ def _shown(state: str | Answered) -> tuple[Any, ...]:
 def check_port(port: int) -> None:
     """Raises OSError, with a one-line message, if the port is not free on this machine."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the page's server: a port just released is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like the page's server: a released port is free
         try:
             probe.bind((_HOST, port))
         except OSError as error:

@@ -71,7 +71,7 @@ class Selection(NamedTuple):
 
 
 def enough(batches: Sequence[SampledBatch]) -> bool:
-    """Whether the number of informative groups reaches the batch size."""
+    """Whether enough groups for a batch are informative, that is, have nonzero advantages."""
     return sum(int(_informative(batch).sum()) for batch in batches) >= len(batches[0].examples)
 
 

@@ -113,8 +113,7 @@ class Loop:
             examples = job.share(own_examples)
         with watch.phase("rollout"):
             if config.model.vision_stays:
-                # Policy and reference share the vision tower, which never changes: embed once for rollout, reference
-                # and update.
+                # The policy and the reference share the vision tower, which never changes: one pass serves all phases.
                 prompts = embed_images(policy, prompts, fwd=job.train_fwd)
             key = jax.random.fold_in(stream_key(config.seed, TRAINING), step)
             if earlier:
