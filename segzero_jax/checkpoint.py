@@ -261,8 +261,7 @@ class Checkpoints:
             return manifest.damage(checkpoint, items)
 
     def restore(self, step: int, like: TrainState, config: Config, identity: Identity) -> Restored:
-        """Reads a checkpoint onto the ambient mesh; any mesh may have written it. Deletes newer ones, which are
-        damaged.
+        """Reads a checkpoint onto the ambient mesh, whatever mesh wrote it. Deletes newer ones, which are damaged.
 
         Args:
           step: see ``newest``.
