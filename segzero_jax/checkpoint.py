@@ -223,7 +223,7 @@ class Checkpoints:
             raise self._failed(error) from None
         if not begun:  # Orbax treats all steps up to the latest as saved.
             raise SaveError(
-                f"{self.directory}: holds {self.latest}, which is no complete checkpoint; delete it, or bring it whole"
+                f"{self.directory}: holds {self.latest}, which is an incomplete checkpoint; delete it, or copy it completely"
             )
 
     def wait(self) -> None:
@@ -353,8 +353,8 @@ class Checkpoints:
             ours = targets[name].shape if name in targets else None
             if stored.get(name) != ours:
                 raise CheckpointError(
-                    f"{checkpoint}: {name} has shape {stored.get(name)}, model.path means {ours}; "
-                    "expected the checkpoint of the same model"
+                    f"{checkpoint}: {name} has shape {stored.get(name)}, model.path has {ours}; "
+                    "expected a checkpoint of the same model"
                 )
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})

@@ -81,7 +81,7 @@ def refuse_unfinished(directory: epath.Path) -> None:
         found = directory.iterdir() if directory.is_dir() else ()
         parts = [path for path in found if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
     if parts:
-        raise CheckpointError(f"{parts[0]}: is no complete checkpoint; delete it, or bring it whole")
+        raise CheckpointError(f"{parts[0]}: is an incomplete checkpoint; delete it, or copy it completely")
 
 
 def unfinished(directory: epath.Path) -> list[epath.Path]:

@@ -110,8 +110,8 @@ def make_page(ask: Ask, policy: str, masks: bool = True) -> gr.Blocks:
             raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title="segzero-jax", analytics_enabled=False) as page:
-        mask_maker = "SAM 2 makes the mask" if masks else "nobody makes a mask (`--server=none`)"
-        gr.Markdown(f"## What is meant?\nThe policy `{policy}` reasons and points; {mask_maker}.")
+        mask_maker = "SAM 2 makes the mask" if masks else "no masks are made (`--server=none`)"
+        gr.Markdown(f"## Ask about an image\nThe policy `{policy}` reasons and points; {mask_maker}.")
         with gr.Row():
             with gr.Column():
                 image = gr.Image(type="filepath", label="picture", sources=["upload", "clipboard"])
@@ -142,7 +142,7 @@ def _uploaded(path: str) -> Picture:
     except (OSError, ValueError):  # deleted, a folder, or an invalid file name
         data = None
     if data is None:
-        raise ImageError("the picture: is not among the uploads, expected one that was uploaded to this page")
+        raise ImageError("the picture: was not uploaded to this page")
     # A damaged file is left as it is: reading it reports the damage.
     with contextlib.suppress(*UNDECODABLE), Image.open(io.BytesIO(data)) as image:
         if image.format not in _READABLE:

@@ -156,12 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of the weights written [bfloat16; of adapters written alone, float32]",
+        help="of the exported weights [bfloat16; float32 with --adapters]",
     )
     parser.add_argument(
         "--adapters",
         action="store_true",
-        help="of a run with model.lora_rank, its adapters alone, as PEFT loads them [merged into the weights]",
+        help="export only the LoRA adapters, in the format of PEFT [merge them into the weights]",
     )
     args = parser.parse_args(argv)
     dtype = args.dtype or ("float32" if args.adapters else "bfloat16")

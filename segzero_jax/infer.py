@@ -119,7 +119,7 @@ def find_pictures(path: Path) -> list[Path]:
         raise InferError(f"--image={path}: no picture in this folder, expected files in {', '.join(_SUFFIXES)}")
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _OTHER_SUFFIXES)
     if others:
-        say(f"passed over: {len(others)} pictures that are no PNG, JPEG or WebP, such as {others[0]}")
+        say(f"skipped {len(others)} images that are not PNG, JPEG or WebP, such as {others[0]}")
     return found
 
 
@@ -133,7 +133,9 @@ def find_questions(queries: Sequence[str], file: Path | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise InferError(f"--queries={file}: expected UTF-8 text, a question on each line: {error}") from None
         except OSError as error:
-            raise InferError(f"--queries={file}: {error.strerror}, expected a file with a question a line") from None
+            raise InferError(
+                f"--queries={file}: {error.strerror}, expected a file with one question per line"
+            ) from None
         questions += [line.strip() for line in lines if line.strip(" \t\r.")]
     if not questions:
         raise InferError(f"--queries={file}: no question in it, expected one on each line" if file else _NO_QUESTION)
@@ -335,7 +337,7 @@ def _parser() -> OneLineParser:
 def _check_together(parser: OneLineParser, args: argparse.Namespace) -> None:
     """Exits with an error if options conflict."""
     if not args.sample and (args.temperature is not None or args.seed is not None):
-        parser.error("--temperature and --seed are of a drawn answer: expected --sample beside them")
+        parser.error("--temperature and --seed require --sample")
     asked = args.image is not None or bool(args.query) or args.queries is not None
     if args.demo and asked:
         parser.error("--demo asks on its page: expected neither --image nor --query nor --queries beside it")

@@ -179,7 +179,7 @@ def test_the_checkpoint_of_another_model_is_refused(config: Config) -> None:
     (Path(config.model.path) / "config.json").write_text(json.dumps(other))
     with jax.set_mesh(make_mesh("1x1")), pytest.raises(CheckpointError) as error:
         load_policy(config.run.dir, np.float32)
-    assert "blocks/down_fd/value has shape (2, 128, 64), model.path means (2, 256, 64)" in str(error.value)
+    assert "blocks/down_fd/value has shape (2, 128, 64), model.path has (2, 256, 64)" in str(error.value)
 
 
 def test_a_directory_without_a_complete_checkpoint_says_so(config: Config) -> None:
@@ -278,10 +278,10 @@ def test_what_a_host_itself_could_not_write_is_said_though_it_waited_for_the_oth
 def test_a_part_of_a_checkpoint_is_not_taken_for_one_that_is_saved(config: Config) -> None:
     """Orbax counts it by its number, and would save nothing up to there."""
     (folder(config) / "150" / "policy").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="150: is no complete checkpoint; delete it, or bring it whole"):
+    with pytest.raises(CheckpointError, match="150: is an incomplete checkpoint; delete it, or copy it completely"):
         look(config, resume=False)
     with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
-        with pytest.raises(SaveError, match="holds 150, which is no complete checkpoint; delete it"):
+        with pytest.raises(SaveError, match="holds 150, which is an incomplete checkpoint; delete it"):
             checkpoints.save(50, make_state(config, seed=1), DATA, config, IDENTITY)
         shutil.rmtree(folder(config) / "150")
     save(config, (50,))

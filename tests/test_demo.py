@@ -153,7 +153,7 @@ def test_a_file_of_this_machine_is_no_upload(address: str, tmp_path: Path, meta:
 def test_what_is_no_upload_any_more_is_told_in_words(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(get_upload_folder())
     for path in (folder / "gone.png", folder, "/etc/hostname", "a\0b"):
-        assert "the picture: is not among the uploads" in asked_by_hand(address, {"path": str(path)})
+        assert "the picture: was not uploaded to this page" in asked_by_hand(address, {"path": str(path)})
     assert "Traceback" not in "".join(capsys.readouterr())
 
 
@@ -171,7 +171,7 @@ def test_the_page_says_that_sam_saw_the_picture_smaller(
     assert told[0].startswith("SAM 2 saw the picture at 48x60")
 
 
-@pytest.mark.parametrize(("server", "words"), [("none", "nobody makes a mask"), ("local", "SAM 2 makes the mask")])
+@pytest.mark.parametrize(("server", "words"), [("none", "no masks are made"), ("local", "SAM 2 makes the mask")])
 def test_the_page_says_who_makes_masks(server: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = []
     monkeypatch.setattr(demo, "launch", lambda page, port: pages.append(page))

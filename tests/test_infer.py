@@ -253,7 +253,7 @@ def test_several_pictures_and_questions(
     assert sorted(path.stem for path in out.glob("*.json")) == stems
     assert json.loads((out / "b-jpg_3.json").read_text())["question"] == "the star"
     printed = capsys.readouterr().out
-    assert "passed over: 2 pictures that are no PNG, JPEG or WebP, such as c.BMP\n" in printed
+    assert "skipped 2 images that are not PNG, JPEG or WebP, such as c.BMP\n" in printed
     assert printed.count("thinking: it is here\n") == 9
     asked = [line for line in printed.splitlines() if line.startswith(f"{folder}/")]
     questions = ("the circle", "the square", "the star")
