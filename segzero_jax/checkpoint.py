@@ -223,7 +223,8 @@ class Checkpoints:
             raise self._failed(error) from None
         if not begun:  # Orbax treats all steps up to the latest as saved.
             raise SaveError(
-                f"{self.directory}: holds {self.latest}, which is an incomplete checkpoint; delete it, or copy it completely"
+                f"{self.directory}: holds {self.latest}, which is an incomplete checkpoint; delete it, or copy it "
+                "completely"
             )
 
     def wait(self) -> None:
