@@ -1,11 +1,11 @@
-"""One prompt group at Seg-Zero's shapes, for measuring beside PyTorch: checkpoints both sides load, and one question.
+"""One prompt group at Seg-Zero's shapes, to compare with PyTorch: checkpoints that both sides load, and one question.
 
 The policy is a Qwen2.5-VL of 46 M parameters in float32, written by transformers with random weights; the reference is
-another of the same dimensions. Their decoders' matrices are thrice what transformers draws: what follows
-then depends on all that was before, where else the last token decides alone and is repeated for ever. The picture has
-840 x 840 pixels, 900 of the prompt's tokens. Each side runs in a process of its own (``benchmarks/jax_side.py``,
-``benchmarks/torch_side.py``) and does one thing at a time, when it is told to, so that rounds of both alternate and
-memory is counted apart.
+another of the same dimensions. Their decoders' matrices are three times what transformers draws, so that the next token
+depends on all earlier ones; otherwise it depends on the last token alone, which is then repeated for ever. The image has
+840 x 840 pixels, which are 900 of the prompt's tokens. Each side runs in its own process (``benchmarks/jax_side.py``,
+``benchmarks/torch_side.py``) and does one thing at a time on request, so that the rounds of both alternate and memory is
+counted separately.
 """
 
 import argparse
@@ -28,7 +28,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 IMAGE, UNIT = 840, 28
 _LOUDER = 3.0
-# Ids below are special in one way or another.
+# All special ids are below this one.
 FIRST_TEXT_ID = 10
 TEXT = {
     "vocab_size": 8192,
@@ -68,7 +68,7 @@ SPECIAL = {
 }
 
 
-# Qwen2.5-VL-3B's, which fills a GPU.
+# The dimensions of Qwen2.5-VL-3B, which fills a GPU.
 LARGE_TEXT = TEXT | {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -87,8 +87,8 @@ LARGE_VISION = VISION | {
 }
 
 
-# What docs/performance.md tells whoever runs a policy on a GPU: cuBLAS reads a layer's weights where they lie in the
-# stack of all layers, where XLA's own products have them copied first.
+# As docs/performance.md recommends for GPUs: cuBLAS reads a layer's weights in place from the stack of all layers,
+# while XLA's own matrix products copy them first.
 GPU_ENVIRONMENT = {
     "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_dot_merger_threshold_mb=0",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": ".93",
@@ -96,12 +96,12 @@ GPU_ENVIRONMENT = {
 
 
 class Unequal(Exception):
-    """The two sides do not compute the same thing: their times mean nothing."""
+    """The two sides do not compute the same thing, so their times cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens of the prompt and of each response, responses of the group, and pixels along the picture's side."""
+    """Tokens of the prompt and of each response, responses of the group, and side of the image in pixels."""
 
     prompt: int = 1150
     response: int = 150
@@ -110,14 +110,14 @@ class Shape:
 
 
 def need(extra: str, *modules: str) -> None:
-    """Ends the benchmark with one line where something that it measures with is not installed."""
+    """Ends the benchmark with a one-line message if a module it needs is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             sys.exit(f"{module} is not installed: pip install -e '.[{extra}]' -c constraints.txt")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A whole number from ``least`` on, for argparse: with fewer there would be nothing to take a median of."""
+    """An argparse type for whole numbers of at least ``least``: with fewer rounds there would be no median."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -128,7 +128,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def keep_to(cores: int) -> None:
-    """From here on this process and its children have so many cores: XLA and PyTorch then start as many threads."""
+    """Restricts this process and its children to ``cores`` cores: XLA and PyTorch then start as many threads."""
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < cores:
         sys.exit(f"--cores {cores}: this process may use {len(allowed)}")
@@ -137,17 +137,17 @@ def keep_to(cores: int) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a side runs.
+    """Settings of a side.
 
     Attributes:
       device: "cpu" or "gpu".
-      dtype: of activations, and of PyTorch's weights; ours are float32 and cast where they are used.
-      remat: activations of a block are computed again in the backward pass.
-      moment_dtype: of AdamW's first moment, ours.
-      prompts: groups of a step.
-      together: of them, so many in a micro-batch, ours; PyTorch, which holds a group eight times over, takes one.
-      drawn: each side draws weights of the same dimensions for itself, where no values are compared.
-      cores: of the CPU that each side has.
+      dtype: dtype of activations, and of PyTorch's weights; ours are float32 and cast where they are used.
+      remat: recompute the activations of a block in the backward pass.
+      moment_dtype: dtype of AdamW's first moment, on our side.
+      prompts: groups per step.
+      together: groups per micro-batch, on our side; PyTorch, which holds a group's prompt eight times, takes one.
+      drawn: each side draws its own weights of the same dimensions, when no values are compared.
+      cores: CPU cores of each side.
     """
 
     device: str = "cpu"
@@ -182,7 +182,7 @@ def write(directory: Path, shape: Shape, seed: int = 0) -> None:
 
 
 def write_question(directory: Path, shape: Shape, text: dict[str, Any], vision: dict[str, Any], seed: int = 0) -> None:
-    """``policy/`` and ``reference/`` without weights, for sides that draw them, and ``group.npz``."""
+    """Writes ``policy/`` and ``reference/`` without weights, for sides that draw them, and ``group.npz``."""
     config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
     for name in ("policy", "reference"):
         (directory / name).mkdir(parents=True)
@@ -191,14 +191,14 @@ def write_question(directory: Path, shape: Shape, text: dict[str, Any], vision: 
 
 
 def make_group(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A prompt with a picture of noise, responses and their advantages."""
+    """A prompt with an image of noise, responses and their advantages."""
     units, before = (shape.image // UNIT) ** 2, 20
     after = shape.prompt - before - units - 2
     if after < 1:
         raise ValueError(f"a prompt of {shape.prompt} tokens: expected at least {units + before + 3}, for the picture")
     words = lambda *n: rng.integers(FIRST_TEXT_ID, TEXT["vocab_size"], n)  # noqa: E731
     picture = [SPECIAL["vision_start_token_id"], *[SPECIAL["image_token_id"]] * units, SPECIAL["vision_end_token_id"]]
-    # As transformers orders patches: raster order of merged units. Both frames of a still picture are alike.
+    # In transformers' patch order: merged units in raster order. Both frames of a still image are the same.
     patches = rng.standard_normal((units * 4, 3, 1, 14 * 14)).repeat(2, axis=2)
     return {
         "prompt": np.concatenate([words(before), picture, words(after)]).astype(np.int32),
@@ -223,7 +223,7 @@ class Side:
         )
 
     def __call__(self, what: str, **how: Any) -> dict[str, Any]:
-        """Has the side do something; what it tells."""
+        """Sends the side a request and returns its answer."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(json.dumps({"what": what, **how}) + "\n")
@@ -252,7 +252,7 @@ def side(module: str, directory: Path, settings: Settings) -> Iterator[Side]:
 
 @contextmanager
 def sides(directory: Path, settings: Settings) -> Iterator[tuple[Side, Side]]:
-    """Ours and PyTorch's at once."""
+    """Our side and PyTorch's, at the same time."""
     with (
         side("benchmarks.jax_side", directory, settings) as ours,
         side("benchmarks.torch_side", directory, settings) as peer,
@@ -261,16 +261,16 @@ def sides(directory: Path, settings: Settings) -> Iterator[tuple[Side, Side]]:
 
 
 def turns(rounds: int, sides: dict[str, T]) -> Iterator[tuple[str, T]]:
-    """Names and sides, so many times; who began a round ends the next."""
+    """Yields names and sides, ``rounds`` times; the order is reversed in every other round."""
     for number in range(rounds):
         yield from list(sides.items())[:: -1 if number % 2 else 1]
 
 
 def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> dict[str, list[dict[str, Any]]]:
-    """Both sides do something in turns; what they told, by "ours" and "peer".
+    """Runs a request on both sides in turns; returns their answers by "ours" and "peer".
 
-    In its turn a side does it twice, and the second time counts. As in a run, it comes after its like: not after the
-    other side has given back all memory of the machine, which the first time then has to get, page by page.
+    In its turn a side runs the request twice, and only the second time counts. As in a real run, that follows the same
+    work. The first time follows the other side's turn, after which the memory must be mapped anew, page by page.
     """
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for name, side in turns(rounds, {"ours": ours, "peer": peer}):
@@ -280,18 +280,18 @@ def take_turns(ours: Side, peer: Side, rounds: int, what: str, **how: Any) -> di
 
 
 def reset_peak() -> None:
-    """From here on the process's peak memory is counted anew."""
+    """Resets the process's peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_gib() -> float:
-    """The most memory that the process has held since."""
+    """The process's peak memory since ``reset_peak``, in GiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 2**20
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Where, with what and by which command something was measured."""
+    """The machine, library versions and command of a measurement."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]

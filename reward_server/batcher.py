@@ -1,7 +1,7 @@
-"""The queue between calls and devices: bounded, in order of arrival, handed out in batches.
+"""The queue between calls and devices: bounded, first in, first out, handed out in batches.
 
-Calls put items in and wait for a future; a device's thread takes what has gathered. Nobody is served who no longer
-waits: a cancelled or overdue item is dropped when its turn comes. TF Serving's batching guide explains the two knobs
+Calls submit items and wait for a future; a device's thread takes a batch of the queued items. Cancelled and overdue
+items are dropped when their turn comes. TF Serving's batching guide explains the two knobs
 (https://github.com/tensorflow/serving/blob/master/tensorflow_serving/batching/README.md).
 """
 
@@ -17,16 +17,16 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Bounds of what a refused caller is told to wait, in seconds.
+# Bounds of the retry delay given to a refused caller, in seconds.
 _SOONEST_S, _LATEST_S = 0.05, 5.0
 
 
 class NotServedError(Exception):
-    """An item that no device will see."""
+    """The item will not reach a device."""
 
 
 class QueueFullError(NotServedError):
-    """There is no room; there may be some after ``retry_after_s`` seconds."""
+    """The queue is full; retry after ``retry_after_s`` seconds."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         super().__init__(f"{waiting} requests are waiting, which is as many as may")
@@ -34,7 +34,7 @@ class QueueFullError(NotServedError):
 
 
 class TooLateError(NotServedError):
-    """The deadline passed first."""
+    """The deadline passed before the item's turn."""
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before its turn came")
@@ -49,10 +49,10 @@ class Ticket(Generic[Item, Result]):
     """An item in the queue.
 
     Attributes:
-      deadline: when it is of no more use, by ``time.monotonic()``.
-      future: its result. Cancelling it takes the item out of the queue, unless a device has it already.
-      enqueued, taken: by ``time.monotonic()``.
-      batch: how many were taken together.
+      deadline: the time after which nobody needs the result, by ``time.monotonic()``.
+      future: the result. Cancelling it removes the item from the queue, unless a device has it already.
+      enqueued, taken: times by ``time.monotonic()``.
+      batch: size of the batch in which it was taken.
     """
 
     item: Item
@@ -67,10 +67,10 @@ class Batcher(Generic[Item, Result]):
     """A bounded queue that any number of threads fill and empty.
 
     Args:
-      max_batch: items handed out together at most.
-      max_delay_s: how long the first of an incomplete batch waits for others. Items age while the devices are busy,
-        so under load nobody waits longer for this.
-      max_waiting: items in the queue at most, with those that are being prepared for it.
+      max_batch: maximum number of items in a batch.
+      max_delay_s: how long the first item of an incomplete batch waits for others. The time counts from arrival, so
+        it adds no latency while the devices are busy.
+      max_waiting: maximum number of items in the queue, including those still being prepared.
     """
 
     def __init__(self, max_batch: int, max_delay_s: float, max_waiting: int) -> None:
@@ -84,15 +84,15 @@ class Batcher(Generic[Item, Result]):
         self._seconds_per_item = _SOONEST_S
 
     def __len__(self) -> int:
-        """Places taken: items that wait, and those that are still being prepared."""
+        """The number of places taken: items that wait, and those still being prepared."""
         return len(self._waiting) + self._reserved
 
     @contextmanager
     def reserve(self, deadline: float) -> Iterator[None]:
-        """Keeps a place for an item that is prepared within, and then submitted: nobody prepares in vain.
+        """Reserves a place while an item is prepared and submitted, so that no prepared item finds the queue full.
 
         Raises:
-          ClosedError, TooLateError, QueueFullError: on entry; nothing should be prepared.
+          ClosedError, TooLateError, QueueFullError: on entry, before anything is prepared.
         """
         with self._changed:
             self._check(deadline)
@@ -108,11 +108,11 @@ class Batcher(Generic[Item, Result]):
         """Queues an item.
 
         Args:
-          deadline: when it is of no more use, by ``time.monotonic()``.
-          reserved: in a place that this caller keeps by ``reserve``.
+          deadline: the time after which nobody needs the result, by ``time.monotonic()``.
+          reserved: whether this caller holds a place by ``reserve``.
 
         Raises:
-          ClosedError, TooLateError, QueueFullError: it is not queued.
+          ClosedError, TooLateError, QueueFullError: the item is not queued.
         """
         with self._changed:
             self._check(deadline)
@@ -120,13 +120,13 @@ class Batcher(Generic[Item, Result]):
                 self._check_room()
             ticket: Ticket[Item, Result] = Ticket(item, deadline)
             self._waiting.append(ticket)
-            # Only the first and the last of a batch change what a waiting thread does.
+            # A waiting thread reacts only to the first and the last item of a batch.
             if len(self._waiting) == 1 or len(self._waiting) >= self.max_batch:
                 self._changed.notify()
             return ticket
 
     def take(self) -> list[Ticket[Item, Result]]:
-        """Waits for a batch and returns it; empty when the queue is closed and nothing is left in it."""
+        """Waits for a batch and returns it; returns an empty list once the queue is closed and empty."""
         with self._changed:
             while True:
                 if not self._waiting:
@@ -138,17 +138,17 @@ class Batcher(Generic[Item, Result]):
                 if len(self._waiting) < self.max_batch and patience > 0 and self._closed is None:
                     self._changed.wait(patience)
                 elif batch := self._next_batch():
-                    # What is left is another thread's business: it may have slept through the calls that added it.
+                    # Wake another thread for the remaining items: it may not have been notified of them.
                     if self._waiting:
                         self._changed.notify()
                     return batch
 
     def finished(self, batch: Sequence[Ticket[Item, Result]], seconds: float) -> None:
-        """Learns from how long a batch took what to tell callers who find the queue full."""
+        """Updates the estimated time per item, from which the retry delay of a full queue is computed."""
         self._seconds_per_item += 0.2 * (seconds / len(batch) - self._seconds_per_item)
 
     def close(self, reason: str, drop: bool = False) -> None:
-        """Takes nothing in any more; what waits is still handed out, or dropped with ClosedError."""
+        """Closes the queue to new items; those that wait are still handed out, or dropped with ClosedError."""
         with self._changed:
             self._closed = self._closed or reason
             dropped = list(self._waiting) if drop else []
@@ -185,7 +185,7 @@ class Batcher(Generic[Item, Result]):
 
     @staticmethod
     def _drop(ticket: Ticket[Item, Result]) -> bool:
-        """Whether nobody waits for it; who waited too long is told."""
+        """Whether nobody waits for the ticket any more; an overdue one gets TooLateError."""
         if ticket.deadline <= time.monotonic() and ticket.future.set_running_or_notify_cancel():
             ticket.future.set_exception(TooLateError())
         return ticket.future.done()

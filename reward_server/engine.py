@@ -1,4 +1,4 @@
-"""What a device does with a batch: encodes each picture once, decodes each call's prompts together, counts pixels."""
+"""Runs a batch on a device: encodes each image once, decodes each call's prompts together, counts pixels."""
 
 import itertools
 import logging
@@ -15,16 +15,16 @@ from reward_server.codec import pack_mask, unpack_mask
 from reward_server.segmenter import PROMPTS_PER_CALL, Embedding, Prompt, Segmenter
 from reward_server.telemetry import Metrics
 
-# Of masks that are being brought to the picture's size, float32 and bool side by side: 320 MiB.
+# Pixels of the masks resized to image size at once, held as float32 and bool: 320 MiB.
 _PIXELS_AT_ONCE = 2**26
-# Versions of the compiled encoder: at most ten a device, which is one for each size of batch and one more.
+# Limit on compiled versions of the encoder. A device needs at most ten: one per batch size plus one.
 _COMPILED_AT_MOST = 1024
 
 _log = logging.getLogger(__name__)
 
 
 class DeviceMemoryError(Exception):
-    """The device has no memory for this even in half a batch."""
+    """The device is out of memory even with half a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +32,14 @@ class Job:
     """One image and its candidates.
 
     Attributes:
-      key: SHA-256 of the encoded picture.
-      image: uint8 RGB [height, width, 3], or None where ``embedding`` is given.
-      embedding: what an earlier request left for the same picture, on any device.
-      candidates: each a sequence of prompts in pixels of the image.
-      target: candidates' masks are compared with this bool mask [height, width]; or with the mask of these prompts;
-        or with nothing.
-      want_masks: return masks too, whole.
-      ignore: pixels that count in no mask, bool [height, width]; None for none.
+      key: SHA-256 of the encoded image file.
+      image: uint8 RGB [height, width, 3], or None if ``embedding`` is given.
+      embedding: the cached embedding of the same image from an earlier request, on any device.
+      candidates: each a sequence of prompts, in pixels of the image.
+      target: a bool mask [height, width], or prompts whose mask is used, to compare the candidates' masks with; None
+        for no comparison.
+      want_masks: also return the candidates' masks, without ``ignore`` applied.
+      ignore: pixels excluded from all counts, bool [height, width]; None if there are none.
     """
 
     key: bytes
@@ -52,21 +52,22 @@ class Job:
 
     @property
     def groups(self) -> list[Sequence[Prompt]]:
-        """Prompts by the mask that they make together: each candidate's, and last the target's where it has some."""
+        """The prompts of each mask: those of each candidate, then those of the target if it is given by prompts."""
         made = self.target is not None and not isinstance(self.target, np.ndarray)
         return [*self.candidates, self.target] if made else list(self.candidates)  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job gave, one entry per candidate; counts are empty where there was no target.
+    """The result of a job, one entry per candidate; counts are empty if there was no target.
 
     Attributes:
-      intersections, unions, target_area: in pixels that count.
-      has_target: whether the target is a mask with pixels, ignored ones included, or objects.
-      scores: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
-      masks: of each candidate where asked for, see ``codec.pack_mask``: bytes a pixel would be gigabytes.
-      width: of the picture.
+      intersections, unions, target_area: in pixels that are not ignored.
+      has_target: whether the target is a mask with at least one pixel (ignored pixels included) or has prompts.
+      scores: SAM 2's own IoU estimate, averaged over the objects; 0 without objects.
+      masks: the mask of each candidate, if requested, packed by ``codec.pack_mask``: a byte per pixel would take
+        gigabytes.
+      width: width of the image.
     """
 
     intersections: list[int]
@@ -78,13 +79,13 @@ class Outcome:
     width: int
 
     def mask(self, candidate: int) -> np.ndarray:
-        """A candidate's mask, uint8 [height, width] of 0 and 1; only where masks were asked for."""
+        """A candidate's mask, uint8 [height, width] of 0 and 1; only if masks were requested."""
         assert self.masks is not None
         return unpack_mask(self.masks[candidate], self.width)
 
 
 class Embeddings:
-    """Embeddings by picture, the least recently used forgotten first. Thread-safe."""
+    """A thread-safe LRU cache of embeddings by image."""
 
     def __init__(self, max_bytes: int) -> None:
         self.nbytes = 0
@@ -110,25 +111,25 @@ class Embeddings:
 
 
 class Engine:
-    """Runs batches on one device. Only one thread may call ``run``; embeddings may be read from others."""
+    """Runs batches on one device. Only one thread may call ``run``; other threads may read ``embeddings``."""
 
     def __init__(self, segmenter: Segmenter, cache_bytes: int, metrics: Metrics) -> None:
         self.segmenter = segmenter
         self.embeddings = Embeddings(cache_bytes)
         self._metrics = metrics
-        # Pictures that were encoded for calls which wait for their answer: those calls did not find them encoded.
+        # Images encoded in this batch whose first call is not answered yet: that call is not counted as a cache hit.
         self._fresh: set[bytes] = set()
 
     def warm_up(self, max_batch: int) -> None:
-        """Runs the model on every batch size that it is compiled for, else on the smallest and the largest."""
+        """Runs the model on every batch size it is compiled for; if not compiled, on the smallest and the largest."""
         sizes = [1, max_batch]
         if self.segmenter.compiled:
-            # Past eight versions of a function, which all devices share, torch goes on without compiling and says so
-            # in a warning alone. In newer versions of torch the limits are a thread's own: here the model runs. The
-            # names are those that every version knows.
+            # After eight versions of a function, counted over all devices, torch stops compiling it and only warns. In
+            # newer versions of torch the limits are per thread; this is the thread that runs the model. These names
+            # exist in every version.
             torch._dynamo.config.cache_size_limit = _COMPILED_AT_MOST
             torch._dynamo.config.accumulated_cache_size_limit = _COMPILED_AT_MOST
-            # Twice each: the first call fills SAM 2's own cache of position encodings, for which torch compiles anew.
+            # Twice each: the first call fills SAM 2's own cache of position encodings, which makes torch recompile.
             sizes = [2**n for n in range((max_batch - 1).bit_length() + 1) for _ in range(2)]
         box = Prompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
         blank = np.zeros((48, 64, 3), np.uint8)
@@ -138,18 +139,18 @@ class Engine:
                 self.segmenter.masks(logits, *blank.shape[:2])
 
     def run(self, batch: Sequence[Ticket[Job, Outcome]]) -> None:
-        """Gives every ticket its outcome, or the error that it alone has met.
+        """Sets every ticket's outcome, or its own error.
 
-        A batch that does not fit the device's memory is run once more in two halves. What else goes wrong is tried
-        again one ticket at a time, so that it stays with its cause.
+        A batch that does not fit the device's memory is retried in two halves. After any other error the tickets are
+        retried one at a time, so that only the ticket that causes the error fails.
 
         Raises:
-          RuntimeError: the device no longer computes; tickets may be left without an outcome.
+          RuntimeError: the device no longer computes; some tickets may have no outcome.
         """
         self._fresh.clear()
         if self._fits(batch, PROMPTS_PER_CALL):
             return
-        # Past the handler, since a caught error keeps its frames alive, and these the memory that was too much.
+        # Outside the except block, since a caught exception keeps its frames alive, and these hold the tensors.
         self._metrics.out_of_memory.inc()
         _log.warning("out of memory with %d requests on %s: halving", len(batch), self.segmenter.device)
         torch.cuda.empty_cache()
@@ -170,12 +171,12 @@ class Engine:
         return True
 
     def _run(self, batch: Sequence[Ticket[Job, Outcome]], prompts_per_call: int) -> None:
-        """The whole batch together; after an error each of its tickets alone. Raises torch.OutOfMemoryError."""
+        """Runs the whole batch together; after an error, each ticket alone. Raises torch.OutOfMemoryError."""
         try:
             self._together(batch, prompts_per_call)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # Whatever it is, the callers must get an answer.
+        except Exception as error:  # The callers must get an answer for any error.
             self.segmenter.check_alive()
             left = [ticket for ticket in batch if not ticket.future.done()]
             if len(batch) == 1:
@@ -192,11 +193,11 @@ class Engine:
         embeddings = self._embed(by_picture)
         for ticket in batch:
             job, embedding = ticket.item, embeddings[ticket.item.key]
-            # Apart from others about the same picture: beside more prompts, those of a small call come out otherwise in
-            # their last bits, and who meets in a batch is chance.
+            # Calls about the same image are decoded separately: the last bits of a small call's results depend on how
+            # many prompts are decoded together, and which calls share a batch is chance.
             decoded = self.segmenter.decode(embedding, [p for group in job.groups for p in group], prompts_per_call)
             outcome = self._outcome(job, embedding, decoded.logits, decoded.scores)
-            # Here, once for each answer: after an error calls are run again.
+            # Counted here, once per answer, since calls are run again after an error.
             if job.key in self._fresh:
                 self._fresh.remove(job.key)
             else:
@@ -204,7 +205,7 @@ class Engine:
             ticket.future.set_result(outcome)
 
     def _embed(self, by_picture: dict[bytes, list[Job]]) -> dict[bytes, Embedding]:
-        """The embedding of every picture; those that are nowhere yet are encoded together, each once."""
+        """The embedding of every image; images without a cached embedding are encoded together, each once."""
         found: dict[bytes, Embedding] = {}
         missing: dict[bytes, np.ndarray] = {}
         for key, jobs in by_picture.items():
@@ -225,7 +226,8 @@ class Engine:
         """Compares a job's masks with its target.
 
         Args:
-          logits, scores: of the job's prompts, in the order of its groups: [prompts, 1, size, size] and [prompts].
+          logits: [prompts, 1, size, size], of the job's prompts in the order of its groups.
+          scores: [prompts], in the same order.
         """
         size = (embedding.height, embedding.width)
         counts = [len(candidate) for candidate in job.candidates]
@@ -264,11 +266,11 @@ class Engine:
         )
 
     def _masks(self, logits: torch.Tensor, counts: Sequence[int], size: tuple[int, int]) -> Iterator[torch.Tensor]:
-        """Masks of consecutive candidates, bool [some, height, width], no more at a time than fit a bounded memory.
+        """Yields masks of consecutive candidates, bool [some, height, width], in pieces that bound the memory.
 
         Args:
-          logits: of all candidates' prompts in order.
-          counts: prompts per candidate; its mask is the union of theirs, empty without any.
+          logits: logits of all candidates' prompts, in order.
+          counts: prompts per candidate; a candidate's mask is the union of their masks, empty without prompts.
         """
         at_once = max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))
         first = start = 0
@@ -293,9 +295,9 @@ class Engine:
 
 
 def _areas(masks: torch.Tensor) -> list[int]:
-    """Pixels of each mask, bool [n, height, width]."""
+    """The pixel count of each mask, bool [n, height, width]."""
     if masks.device.type == "cpu":
-        # Ten times as fast as torch's sum, which makes integers of them first.
+        # Ten times as fast as torch's sum, which converts to integers first.
         return [int(np.count_nonzero(mask)) for mask in masks.numpy()]
     areas: list[int] = masks.sum((1, 2)).tolist()
     return areas

@@ -1,9 +1,9 @@
-"""SAM 2 behind one small interface: pictures become embeddings, prompts become the highest-scored masks.
+"""SAM 2 behind one small interface: images become embeddings, prompts become the highest-scored masks.
 
-This is the only module that knows the ``sam2`` package (and its private names). Masks are those of
-``SAM2ImagePredictor.predict(..., multimask_output=True)`` with the highest-scored of the three kept; three things are
-done once instead of many times: several pictures go through the encoder together, all prompts of an image with equally
-many points go through the mask decoder together, and only the kept mask is brought to the size of the image.
+This is the only module that uses the ``sam2`` package (and its private names). Masks are those of
+``SAM2ImagePredictor.predict(..., multimask_output=True)``, keeping the highest-scored of the three. Three things are
+batched or saved: several images go through the encoder together, all prompts of an image with the same number of points
+go through the mask decoder together, and only the kept mask is resized to the image.
 
 Prompts with different numbers of points are not padded to one length: SAM 2's padding points take part in the
 decoder's attention, so masks would change.
@@ -65,16 +65,16 @@ class Embedding:
         return sum(level.nbytes for level in self.levels)
 
     def to(self, device: torch.device) -> "Embedding":
-        """The same on another device; itself where it is there already."""
+        """The embedding on another device; itself if it is already there."""
         return replace(self, levels=tuple(level.to(device) for level in self.levels))
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What prompts on one image gave, before it is brought to the image's size.
+    """Decoder outputs for the prompts of one image, before resizing to the image.
 
     Attributes:
-      logits: of the highest-scored mask [prompts, 1, size, size], on the model's device.
+      logits: logits of the highest-scored mask, [prompts, 1, size, size], on the model's device.
       scores: SAM 2's own estimate of that mask's IoU, float32 [prompts], on the host.
     """
 
@@ -96,11 +96,11 @@ class Segmenter:
     """A loaded SAM 2. Not thread-safe: one thread owns it.
 
     Attributes:
-      name: as asked for.
-      checkpoint_sha256: hexadecimal, of the weights' file and, unless sam2 or this package has published it, of their
-        configuration; empty for weights that come from none.
-      dtype: what encoder and decoder compute in.
-      compiled: the encoder is; batches are then filled up to a power of two, because each size is compiled.
+      name: the model name as requested.
+      checkpoint_sha256: hexadecimal, over the weights' file and its configuration, unless sam2 or this package
+        publishes that configuration; empty for weights that come from no file.
+      dtype: the dtype in which encoder and decoder compute.
+      compiled: whether the encoder is compiled; batches are then padded to powers of two, as each size is compiled.
     """
 
     def __init__(self, model: SAM2Base, name: str, checkpoint_sha256: str = "", compiled: bool = False) -> None:
@@ -151,7 +151,7 @@ class Segmenter:
         torch.zeros(1, device=self.device).item()
 
     def embed(self, images: Sequence[np.ndarray]) -> list[Embedding]:
-        """Encodes pictures together, each uint8 RGB [height, width, 3]; their sizes may differ."""
+        """Encodes images together, each uint8 RGB [height, width, 3]; their sizes may differ."""
         with torch.inference_mode():
             pixels = torch.stack([self._prepared(image) for image in images])
             with self._precision():
@@ -166,7 +166,7 @@ class Segmenter:
     def decode(
         self, embedding: Embedding, prompts: Sequence[Prompt], prompts_per_call: int = PROMPTS_PER_CALL
     ) -> Decoded:
-        """The best mask for each prompt, in order; one decoder call for all that have equally many points."""
+        """The best mask for each prompt, in order; prompts with the same number of points share a decoder call."""
         by_points: dict[int, list[int]] = defaultdict(list)
         for place, prompt in enumerate(prompts):
             by_points[len(prompt.points)].append(place)
@@ -184,7 +184,7 @@ class Segmenter:
         return Decoded(logits, scores)
 
     def masks(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Logits [n, 1, size, size] as masks of the image's size, bool [n, height, width]."""
+        """Masks at image size, bool [n, height, width], from logits [n, 1, size, size]."""
         with torch.inference_mode():
             whole = self.predictor._transforms.postprocess_masks(logits, (height, width))
             return whole[:, 0] > self.predictor.mask_threshold
@@ -197,7 +197,7 @@ class Segmenter:
         return pictures.normalize(resized, transforms.mean, transforms.std)
 
     def _encode(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """What ``SAM2ImagePredictor.set_image_batch`` computes: features [n, channels, side, side], finest first."""
+        """Features [n, channels, side, side], finest first, as in ``SAM2ImagePredictor.set_image_batch``."""
         count = len(pixels)
         if self.compiled:
             missing = (1 << (count - 1).bit_length()) - count
@@ -231,8 +231,8 @@ class Segmenter:
                 repeat_image=len(prompts) > 1,
                 high_res_features=list(embedding.levels[:-1]),
             )
-        # Of equal scores, which bfloat16 often makes, the last: Seg-Zero's evaluation takes argsort(scores)[::-1][0].
-        # On the host, because on a GPU torch's argmax does not promise the first of those it sees, as numpy's does.
+        # Ties, which are common in bfloat16, go to the last: Seg-Zero's evaluation takes argsort(scores)[::-1][0]. On
+        # the host, because torch's argmax on a GPU, unlike numpy's, does not guarantee the first of equal values.
         found = scores.float().cpu().numpy()
         best = found.shape[1] - 1 - found[:, ::-1].argmax(1)
         rows = np.arange(len(prompts))
@@ -243,7 +243,7 @@ class Segmenter:
 
 
 def _files(model: str, config: str) -> tuple[Path, Path]:
-    """Where a model's configuration and weights are; hub models are downloaded. Raises ModelError."""
+    """Paths of a model's configuration and weights; hub models are downloaded. Raises ModelError."""
     folder = TOY if model == "toy" else Path(model)
     if config and not folder.is_file():
         raise ModelError(f"config {config!r}: only a checkpoint file needs one, model {model!r} is none")
@@ -281,7 +281,7 @@ def _network(config: Path, weights: Path) -> SAM2Base:
             values = torch.load(weights, map_location="cpu", weights_only=True)["model"]
         network.load_state_dict({name: value.float() for name, value in values.items()})
     except (pickle.UnpicklingError, EOFError):
-        # PyTorch's own message is advice to load whatever it is without looking.
+        # PyTorch's own message advises loading the file without checking it.
         size = weights.stat().st_size
         raise ModelError(f"{weights}: {size} bytes, not a PyTorch checkpoint of tensors alone") from None
     except (KeyError, IndexError):
@@ -294,9 +294,9 @@ def _network(config: Path, weights: Path) -> SAM2Base:
 
 
 def _checksum(config: Path, weights: Path) -> str:
-    """Of what makes the scores. The same weights at another size of pictures, say, are another model.
+    """The SHA-256 over everything that determines the scores: the same weights at another image size score differently.
 
-    A configuration that came with sam2 or this package is the one that the weights are known by.
+    A configuration published with sam2 or this package is left out, since the weights alone identify it.
     """
     with weights.open("rb") as file:
         of_weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -314,5 +314,5 @@ def _download(model: str) -> Path:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, for a line of ours."""
+    """An error's message on one line."""
     return " ".join(str(error).split())[:300]

@@ -25,24 +25,24 @@ from reward_server.worker import Workers
 _SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"]
 SERVICE_NAME = _SERVICE.full_name
 _METHODS = {method.name for method in _SERVICE.methods}
-# A call holds a thread while it waits, and while its request is on its way, so there is one for each that may wait or
-# compute, and some for refusals and requests that arrive slowly. Health has threads of its own.
+# A call holds a thread while it waits and while its request is being received. So there is a thread for each call that
+# may wait or compute, and some for refusals and slow requests. Health has its own threads.
 _SPARE_THREADS = 32
 _MESSAGE_BYTES = 32 * 2**20
-# For a batch that still runs when all calls have ended.
+# Time for a batch that still runs after all calls have ended.
 _LAST_BATCH_S = 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     # Without this a second server on the same port would silently share its calls.
     ("grpc.so_reuseport", 0),
-    # Clients ping idle connections every minute; a server that minds closes them with "too_many_pings".
+    # Clients ping idle connections every minute; by default the server would close them with "too_many_pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # A client that vanished without a word is noticed, and its calls are dropped from the queue.
+    # Detects clients that vanished without closing the connection; their calls are dropped from the queue.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Of one connection; what a client asks beyond them waits on its side, not in our memory.
+    # Per connection; further calls wait on the client's side, not in our memory.
     ("grpc.max_concurrent_streams", 1024),
 ]
 
@@ -56,14 +56,14 @@ class Settings:
     """How a server listens and batches.
 
     Attributes:
-      port, metrics_port: 0 picks a free one; without a metrics port there is no metrics page.
-      max_batch: requests that go to a device together, and pictures that are encoded together.
+      port, metrics_port: 0 picks a free port; without a metrics port there is no metrics page.
+      max_batch: maximum number of requests sent to a device together, and of images encoded together.
       max_delay_s: how long the first request of an incomplete batch waits for others.
-      max_queue: requests at most that wait for a device or are prepared for it; the next one is refused.
-      max_batch_s: a batch of which nobody is answered for so long means that its device hangs: the server is dead.
-      cache_bytes: embeddings kept per device.
+      max_queue: maximum number of requests that wait for a device or are prepared for it; further ones are refused.
+      max_batch_s: if a batch answers no request for this long, its device hangs and the server reports itself dead.
+      cache_bytes: size of the embedding cache per device.
       drain_s: how long calls in flight may take to finish once the server stops.
-      reflection: tell callers what the proto says.
+      reflection: serve the proto by gRPC reflection.
     """
 
     host: str = "127.0.0.1"
@@ -82,18 +82,18 @@ class Settings:
 class RewardServer:
     """A gRPC server that listens from the start and serves once it has a model.
 
-    Health: the service "" is alive from the start until a worker dies or the server stops; ``SERVICE_NAME`` is ready
-    only while a warm model serves.
+    Health: the service "" is SERVING from the start until a worker dies or the server stops; ``SERVICE_NAME`` is
+    SERVING only while a warm model serves.
 
     Attributes:
       address: host and port that it listens on.
-      metrics_address: the same of the metrics page; empty without one.
-      serves: it has a warm model; until then calls are refused.
-      dead: a worker has died; it will not serve again.
+      metrics_address: host and port of the metrics page; empty without one.
+      serves: whether it has a warm model; until then calls are refused.
+      dead: whether a worker has died; it will not serve again.
 
     Raises:
-      AccessError: on construction, when it may not listen there, or a certificate is of no use.
-      OSError: on construction, when it cannot listen there.
+      AccessError: on construction, if it may not listen there, or a certificate is invalid.
+      OSError: on construction, if it cannot listen there.
     """
 
     def __init__(self, settings: Settings | None = None, devices: int = 1) -> None:
@@ -143,8 +143,8 @@ class RewardServer:
         """Warms up a loaded model on each of its devices and reports ready.
 
         Raises:
-          ModelError: devices compute in several dtypes, or their weights differ: scores would depend on who is free. Or
-            the model cannot be run.
+          ModelError: devices differ in dtype or weights, so that scores would depend on the device; or the model
+            cannot be run.
         """
         _check_alike(segmenters)
         engines = [Engine(segmenter, self._settings.cache_bytes, self.metrics) for segmenter in segmenters]
@@ -165,7 +165,7 @@ class RewardServer:
         _log.info("serving %s on %s (%s, %s)", first.name, self.address, where, first.dtype)
 
     def stop(self) -> None:
-        """Reports NOT_SERVING, refuses new calls, lets those in flight finish for a while, and ends."""
+        """Reports NOT_SERVING, refuses new calls, gives those in flight ``drain_s`` to finish, and ends."""
         self._health.enter_graceful_shutdown()
         self._server.stop(self._settings.drain_s).wait()
         if self._workers is not None:
@@ -176,7 +176,7 @@ class RewardServer:
     def _listen(self, credentials: grpc.ServerCredentials | None) -> int:
         host, port = self._settings.host, self._settings.port
         address = f"{self._host}:{port}"
-        # Of a name with several addresses one is enough for gRPC, and callers of the others would meet somebody else.
+        # gRPC is satisfied with one of a name's several addresses; callers of the others would reach another server.
         if port and (taken := _taken(_problems(host, port))):
             raise OSError(f"cannot listen on {address}: {taken}")
         try:
@@ -189,7 +189,7 @@ class RewardServer:
 
     def _note_refused(self, method: str, peer: str) -> None:
         name = method.rpartition("/")[2]
-        # Callers choose names freely, and every label is kept.
+        # Callers can send any name, and Prometheus keeps every label.
         name = name if name in _METHODS else "other"
         self.metrics.requests.labels(name, grpc.StatusCode.UNAUTHENTICATED.name).inc()
         fields = {"method": name, "code": grpc.StatusCode.UNAUTHENTICATED.name, "peer": peer}
@@ -202,7 +202,7 @@ class RewardServer:
 
 
 def _check_alike(segmenters: Sequence[Segmenter]) -> None:
-    """Raises ModelError unless all give the same scores, as those of one server must."""
+    """Raises ModelError unless all segmenters give the same scores, as those of one server must."""
     if len({segmenter.dtype for segmenter in segmenters}) > 1:
         found = ", ".join(f"{segmenter.device} computes in {segmenter.dtype}" for segmenter in segmenters)
         raise ModelError(f"devices: {found}; expected one dtype: give --device GPUs alone, or cpu")
@@ -212,30 +212,30 @@ def _check_alike(segmenters: Sequence[Segmenter]) -> None:
 
 
 def _cannot_bind(problems: Sequence[OSError]) -> str:
-    """Why nobody can listen there, which gRPC does not say; of several addresses first that one is taken."""
+    """The reason that the address cannot be bound, which gRPC does not report; an address in use takes precedence."""
     reason = problems[0].strerror or str(problems[0]) if problems else "gRPC's own line says why"
     return _taken(problems) or reason
 
 
 def _taken(problems: Sequence[OSError]) -> str:
-    """That somebody else listens there, on one of the host's addresses; empty where nobody does."""
+    """A message that one of the host's addresses is in use; empty if none is."""
     taken = next((error for error in problems if error.errno == errno.EADDRINUSE), None)
     return f"{taken.strerror}; port 0 picks a free one" if taken else ""
 
 
 def _problems(host: str, port: int) -> list[OSError]:
-    """What is wrong with listening on each of the host's addresses."""
+    """The errors of binding each of the host's addresses."""
     problems: list[OSError] = []
     try:
         addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        if host == "localhost":  # gRPC takes it for both, whatever the machine has under that name.
+        if host == "localhost":  # gRPC binds both IPv4 and IPv6, however the machine resolves that name.
             addresses += socket.getaddrinfo("::1", port, type=socket.SOCK_STREAM)
     except OSError as error:
         return [error]
     for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as one:
-                # What is left of closed connections is in nobody's way.
+                # Closed connections in TIME_WAIT do not count.
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 one.bind(address)
         except OSError as error:
@@ -244,4 +244,4 @@ def _problems(host: str, port: int) -> list[OSError]:
 
 
 def _nothing() -> None:
-    """Stops nothing."""
+    """Does nothing."""

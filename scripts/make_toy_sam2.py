@@ -1,11 +1,11 @@
 """Makes the toy SAM 2 of the embedded run: ``python scripts/make_toy_sam2.py`` (10 minutes on one CPU core).
 
-A SAM 2.1 of the real architecture, only small (Hiera of width 16, 256 px, 1.3 million parameters), learns on toy
-scenes to turn a box, a box with one or two points, or a point alone into a mask. The same seed, threads and
-library versions give the same weights.
+A small SAM 2.1 of the real architecture (Hiera of width 16, 256 px, 1.3 million parameters) is trained on toy scenes to
+turn a box, a box with one or two points, or a point alone into a mask. The same seed, threads and library versions give
+the same weights.
 
-SAM 2 is a general segmenter, so it may see what the policy's splits hold out: scenes are drawn from the training
-and the crowded distribution, with seeds that no split uses.
+SAM 2 is a general segmenter, so it may be trained on content that the policy's splits hold out: scenes are drawn from
+the training and the crowded distribution, with seeds that no split uses.
 
 Writes ``config.yaml`` and ``model.safetensors`` (float16) and prints the mask IoU on scenes it has not seen.
 """
@@ -31,15 +31,15 @@ IMAGES, PROMPTS = 4, 8
 LOSS_SIZE = 64
 LOG_EVERY = 50
 LEARNING_RATE = 1e-3
-# Streams of random numbers; the splits of segzero_jax.data use others.
+# Random streams; the splits of segzero_jax.data use others.
 TRAIN_STREAM, HELDOUT_STREAM = 7001, 7002
-# A side off by no more than this share of the object is healed: the mask is the whole object. Beyond, the box cuts.
+# If no side is off by more than this share of the object, the target is the whole object; else the box cuts it.
 HEALED = 0.15
 POINT_COUNTS = ((True, 1), (True, 1), (True, 2), (True, 0), (False, 1))
 
 
 class Prompt(NamedTuple):
-    """What the model is asked, in pixels of the scene, and the bool mask [H, W] it should answer."""
+    """A prompt in pixels of the scene, and its target mask, bool [H, W]."""
 
     box: np.ndarray
     points: np.ndarray
@@ -73,7 +73,7 @@ def shrunken_config(width: int = 16, model_width: int = 64, image_size: int = 25
     neck = model.image_encoder.neck
     neck.d_model = neck.position_encoding.num_pos_feats = model_width
     neck.backbone_channel_list = [8 * width, 4 * width, 2 * width, width]
-    # Memory serves video only; it is kept, small, because the architecture has it.
+    # The memory modules serve video only; they are kept, at a small size, because the architecture has them.
     memory = model.memory_attention
     memory.d_model = memory.layer.d_model = memory.layer.dim_feedforward = model_width
     memory.num_layers = 1
@@ -103,7 +103,7 @@ def cut(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def sample_prompt(scene: Scene, with_box: bool, points: int, rng: np.random.Generator) -> Prompt:
-    """A prompt as a policy on its way would write it: exact, a little off, far off, or anywhere at all.
+    """A prompt as a policy in training might write it: exact, a little off, far off, or random.
 
     A box that is a little off still means the whole object. A box that is far off cuts it, so a worse box gives a
     worse mask.
@@ -133,7 +133,7 @@ def sample_prompt(scene: Scene, with_box: bool, points: int, rng: np.random.Gene
 
 
 def training_batches(segmenter: Segmenter, seed: int) -> Iterator[Batch]:
-    """Endless batches; within one, every prompt has the same form, so that they stack."""
+    """Yields batches endlessly; all prompts of a batch have the same form, so that they can be stacked."""
     rng = np.random.default_rng([seed, TRAIN_STREAM])
     transforms, size = segmenter.predictor._transforms, segmenter.model.image_size
     while True:
@@ -153,13 +153,13 @@ def training_batches(segmenter: Segmenter, seed: int) -> Iterator[Batch]:
 
 
 def _resized(mask: np.ndarray) -> torch.Tensor:
-    """A mask at the loss's resolution, each pixel the share that the object covers."""
+    """A mask at the loss's resolution; each pixel holds the share of it that the object covers."""
     full = torch.from_numpy(mask).float()[None, None]
     return functional.interpolate(full, (LOSS_SIZE, LOSS_SIZE), mode="bilinear", antialias=True)[0, 0]
 
 
 def encode(segmenter: Segmenter, images: torch.Tensor) -> list[torch.Tensor]:
-    """What ``SAM2ImagePredictor.set_image`` computes, finest level first, but for a batch and with gradients."""
+    """Computes ``SAM2ImagePredictor.set_image``, finest level first, for a batch and with gradients."""
     model = segmenter.model
     _, flat, _, _ = model._prepare_backbone_features(model.forward_image(images))
     flat[-1] = flat[-1] + model.no_mem_embed
@@ -168,11 +168,11 @@ def encode(segmenter: Segmenter, images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def focused(model: SAM2Base) -> None:
-    """Starts the decoder's attention near where a prompt points.
+    """Initialises the decoder's attention so that it starts near the place a prompt points to.
 
-    Queries and keys that are projected alike make a token attend to the pixels of its own position encoding, and the
-    other way round; a wide encoding lets a pixel tell on which side of a corner it lies. From PyTorch's own start,
-    with heads of four channels, prompts go unused for a thousand steps.
+    With the same projection for queries and keys, a token attends to the pixels that share its position encoding, and
+    vice versa; a wide encoding lets a pixel tell which side of a corner it is on. With PyTorch's initialisation and
+    heads of four channels, the model ignores prompts for a thousand steps.
     """
     model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.mul_(0.5)
     for name, module in model.sam_mask_decoder.named_modules():
@@ -183,7 +183,7 @@ def focused(model: SAM2Base) -> None:
 
 
 def decode(model: SAM2Base, levels: list[torch.Tensor], coords: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    """The masks of prompts, each with its own features (finest first), at the loss's resolution."""
+    """Decodes prompts, each with its own features (finest first), to masks at the loss's resolution."""
     sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
     logits, scores, _, _ = model.sam_mask_decoder(
         image_embeddings=levels[-1],
@@ -199,10 +199,10 @@ def decode(model: SAM2Base, levels: list[torch.Tensor], coords: torch.Tensor, la
 
 
 def loss(found: Predictions, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy and dice of all three masks, and scores that learn the true IoU.
+    """Cross-entropy and dice loss of all three masks, and a loss of the predicted scores against the true IoU.
 
-    SAM lets only the best of three learn, because a click may mean a whole or its part. In the toy world objects have
-    no parts, so all three learn and a wrong choice among them does no harm.
+    SAM trains only the best of three masks, because a click may mean a whole or its part. Toy objects have no parts, so
+    all three are trained and a wrong choice among them does no harm.
 
     Returns the loss and, for the log, the mean IoU of the mask with the highest score.
     """
@@ -225,7 +225,7 @@ def learn(
     decay: bool,
     lesson: Callable[[], tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """AdamW on what ``lesson`` returns (a loss, and an IoU for the log), with a short linear warm-up."""
+    """Runs AdamW on the loss that ``lesson`` returns (with an IoU for the log), with a short linear warm-up."""
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 0.5 + 0.5 * np.cos(np.pi * step / steps) if decay else 1.0)
@@ -245,7 +245,7 @@ def learn(
 
 
 def train(segmenter: Segmenter, steps: int, seed: int) -> None:
-    """Two lessons: the decoder alone learns where a box is, then all of it learns what is in there."""
+    """Trains in two phases: the decoder alone to fill boxes, then the whole model to segment the objects in them."""
     model = segmenter.model.train()
     focused(model)
     decoder = [*model.sam_prompt_encoder.parameters(), *model.sam_mask_decoder.parameters()]
@@ -272,7 +272,7 @@ def train(segmenter: Segmenter, steps: int, seed: int) -> None:
 
 
 def box_lesson(count: int, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes, each with a point inside, labels, and targets that are the boxes filled; there is no picture."""
+    """Boxes, each with a point inside, their labels, and the filled boxes as targets; no image is involved."""
     middles, halves = rng.uniform(20, size - 20, (count, 2)), rng.uniform(12, 60, (count, 2))
     boxes = torch.tensor(np.stack([middles - halves, middles + halves], 1)).float()
     points = torch.tensor(middles + rng.uniform(-0.5, 0.5, (count, 2)) * halves).float()
@@ -288,7 +288,7 @@ def heldout_iou(
 ) -> float:
     """Mean IoU between an object and the highest-scored mask for its (jittered) box and points.
 
-    Through ``SAM2ImagePredictor.predict``, as published. Every call with the same split asks about the same objects.
+    Uses ``SAM2ImagePredictor.predict`` as published. Every call with the same split uses the same objects.
     """
     rng = np.random.default_rng([0, HELDOUT_STREAM])
     ious = []
@@ -311,7 +311,7 @@ def heldout_iou(
 
 
 def report(segmenter: Segmenter) -> None:
-    """Prints the oracle ceiling per split and prompt form, and how the mask follows the box away from the object."""
+    """Prints the oracle ceiling per split and prompt form, and the mean IoU as boxes move away from the object."""
     for split in ("val", "heldout_pairs", "heldout_crowd"):
         forms = {"box": (True, 0), "box + point": (True, 1), "box + 2 points": (True, 2), "point": (False, 1)}
         ious = {name: heldout_iou(segmenter, split, 0.0, *form) for name, form in forms.items()}
@@ -322,7 +322,7 @@ def report(segmenter: Segmenter) -> None:
 
 
 def save(segmenter: Segmenter, config: DictConfig, out: Path) -> None:
-    """Writes the configuration and the weights as float16, each file whole or not at all."""
+    """Writes the configuration and the weights as float16, each file atomically."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in segmenter.model.state_dict().items()}
     partial = out / "model.safetensors.partial"
@@ -334,7 +334,7 @@ def save(segmenter: Segmenter, config: DictConfig, out: Path) -> None:
 
 
 def main() -> None:
-    """Trains, saves, loads what was saved and measures that."""
+    """Trains and saves the model, then loads it again and measures it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("reward_server/assets/toy_sam2"), help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=1200, help="[%(default)s]")

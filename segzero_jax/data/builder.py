@@ -1,7 +1,7 @@
-"""Question sets as a TensorFlow Datasets builder: planned, written shard by shard, checked for leaks, put in place.
+"""A TensorFlow Datasets builder for question sets: plans, writes shards, checks for leaks, moves the set into place.
 
-Shards are written beside the data set's place, by as many processes as there are cores. When all are there, they take
-their place by one rename. What an interrupted build has finished, the next one finds.
+Shards are written next to the data set's final directory, by as many processes as there are cores. When all are done,
+one rename moves them into place. A build that was interrupted is resumed from its finished shards.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from segzero_jax.data.records import BUILT, FEATURES, VERSION, built_directory, 
 from segzero_jax.data.shards import Shard, Written
 from segzero_jax.file_lock import turn
 
-# A source of which more than this share cannot be used is not what it is taken for.
+# If more than this share of a source is unusable, it is probably not in the form it was taken for.
 _MOST_LEFT_OUT = 0.1
 _REPLACED = ".replaced"
-# One more whenever the same source is read into other rows: names, instances, targets.
+# Increment whenever the same source is read into different rows: names, instances, targets.
 _READING = 4
-# What TensorFlow Datasets writes beside the records, and needs to open them.
+# Files that TensorFlow Datasets writes beside the records and needs to open them.
 _OF_TFDS = ("dataset_info.json", "features.json")
 
 Progress = Callable[[int], None]
@@ -48,11 +48,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build writes.
+    """The input files and output shards of a build.
 
     Attributes:
-      files: what the source consists of: (path, bytes, SHA-256 of a file with annotations, empty for a picture).
-      shards: in order, split by split.
+      files: the files of the source: (path, size in bytes, SHA-256 of an annotation file or empty for an image).
+      shards: all shards in order, split by split.
     """
 
     files: tuple[tuple[str, int, str], ...]
@@ -60,22 +60,22 @@ class Plan:
 
     @property
     def centred(self) -> int:
-        """How many target boxes have neither a point nor a mask."""
+        """The number of target boxes that have neither a point nor a mask."""
         return sum(part.centred for shard in self.shards for part in shard.parts)
 
     @property
     def digest(self) -> str:
-        """Stands for the source, for how it is read and for how it is cut."""
+        """A hash of the source, of how it is read and of how it is cut into shards."""
         told: list[object] = [self.files, [(shard.name, shard.rows) for shard in self.shards], VERSION, _READING]
-        if self.centred:  # Such boxes were once left out: only sets that have some are read into other rows.
+        if self.centred:  # Earlier versions left such boxes out, so only the rows of sets that have some changed.
             told.append(self.centred)
         if any(digest and Path(file).suffix.lower() in (".jpg", ".jpeg") for file, _, digest in self.files):
-            told.append("masks in JPEG")  # Once they were taken, with what JPEG puts around an object.
+            told.append("masks in JPEG")  # Earlier versions accepted them, JPEG artefacts around the object included.
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class QuestionSet(tfds.core.dataset_builder.FileReaderBuilder):
-    """All question sets that are not generated: one configuration for each, named like the data set."""
+    """The builder of all question sets that are not generated, with one configuration per data set, named like it."""
 
     name = BUILT
     VERSION = tfds.core.Version(VERSION)
@@ -117,15 +117,15 @@ class QuestionSet(tfds.core.dataset_builder.FileReaderBuilder):
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a data set is put together from.
+    """The parts that a data set is assembled from.
 
     Attributes:
-      directory: of the shards.
-      by_split: (name, summary) of the shards that hold records.
-      indices: of each split, all shards together.
+      directory: the directory of the shards.
+      by_split: (name, summary) of the shards that hold records, by split.
+      indices: the index of each split, over all its shards.
       left_out: split, id, kind and reason of each question that is not in the set.
-      digests: SHA-256 of the shards, by their names in the set.
-      summary: what the set is made of, for ``build.json``.
+      digests: SHA-256 of each shard, by its file name in the set.
+      summary: a summary of the set for ``build.json``.
     """
 
     directory: Path
@@ -141,8 +141,8 @@ class Outcome:
     """A finished build.
 
     Attributes:
-      rows: questions in each split.
-      left_out: how many questions are not in the set, by kind.
+      rows: number of questions in each split.
+      left_out: number of questions that are not in the set, by kind of reason.
     """
 
     directory: Path
@@ -151,7 +151,7 @@ class Outcome:
 
 
 def make_plan(form: Form) -> Plan:
-    """Reads the annotations. Raises SourceError for a picture that is not there, or no questions at all."""
+    """Reads the annotations. Raises SourceError for a missing image, an invalid split name, or no questions at all."""
     splits = {split: parts for split, parts in form.splits().items() if any(part.ids for part in parts)}
     if not splits:
         raise SourceError(f"{form.root}: no questions")
@@ -179,18 +179,18 @@ def build(
     progress: Progress = lambda rows: None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Builds a data set, or finishes a build that was interrupted.
+    """Builds a data set, or resumes an interrupted build.
 
     Args:
-      against: further splits that are held out, "NAME/SPLIT" of built sets.
-      drop_leaks: leaves training questions out whose picture is held out, rather than refusing.
-      progress: called with the number of questions that have been dealt with since the last call.
-      say: told what is worth knowing.
+      against: further held-out splits, "NAME/SPLIT" of built sets.
+      drop_leaks: leave out training questions whose image is held out, instead of raising.
+      progress: called with the number of questions processed since the last call.
+      say: called with each message for the user.
 
     Raises:
-      LeakError: training pictures are in an evaluation split.
-      SourceError: too much of the source cannot be used.
-      OSError: the source cannot be read, or ``data_dir`` not written.
+      LeakError: training images are in an evaluation split.
+      SourceError: too much of the source is unusable.
+      OSError: the source cannot be read, or ``data_dir`` cannot be written.
     """
     place, directory = data_dir / BUILT, built_directory(name, data_dir)
     place.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def build(
         _move_away(directory)
         for leftover in directory.parent.glob("incomplete.*"):
             shutil.rmtree(leftover)
-        with contextlib.redirect_stdout(io.StringIO()):  # It would announce a download of unknown size.
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS would announce a download of unknown size.
             QuestionSet(name, data_dir, pieces).download_and_prepare()
         shutil.rmtree(work)
         for replaced in directory.parent.glob(f"*{_REPLACED}"):
@@ -219,27 +219,27 @@ def build(
 
 
 def _move_away(directory: Path) -> None:
-    """Whole, where a set is there: of one that is being read, a network disk may not delete everything."""
+    """Renames an existing set as a whole: a network disk may fail to delete files that are being read."""
     if directory.exists():
-        # Beside it: its parent may be a link to another disk.
+        # In the same parent directory, since that may be a link to another disk.
         directory.rename(directory.with_name(f".{secrets.token_hex(4)}{_REPLACED}"))
 
 
 def _outcome(directory: Path, plan: Plan) -> Outcome:
-    """What a finished build has made."""
+    """The outcome of a finished build."""
     left_out = Counter(row["kind"] for row in jsonl.read(directory / "left_out.jsonl"))
     splits = dict.fromkeys(shard.split for shard in plan.shards)
     return Outcome(directory, {split: len(read_index(directory, split)) for split in splits}, dict(left_out))
 
 
 def built_from(name: str, data_dir: Path) -> str | None:
-    """The digest of the plan that a built set was made by; None where there is no such set."""
+    """The digest of the plan of a built set; None if there is no such set."""
     path = built_directory(name, data_dir) / "build.json"
     return json.loads(path.read_text())["digest"] if path.is_file() else None
 
 
 def damaged_files(name: str, data_dir: Path) -> list[str]:
-    """Files of a built set that are not as they were written, or not there."""
+    """One message for each file of a built set that has changed since it was written or is missing."""
     directory = built_directory(name, data_dir)
     found = [f"{file} is missing" for file in _OF_TFDS if not (directory / file).is_file()]
     for file, expected in json.loads((directory / "build.json").read_text())["files"].items():
@@ -259,14 +259,14 @@ def _picture_files(root: Path, parts: Sequence[Part]) -> Iterator[tuple[str, int
     for picture in pictures:
         try:
             yield picture, (root / picture).stat().st_size, ""
-        except (FileNotFoundError, ValueError):  # The latter of a name with a zero byte.
+        except (FileNotFoundError, ValueError):  # ValueError: the name contains a zero byte.
             missing.append(picture)
     if missing:
         raise SourceError(f"{len(missing)} of {len(pictures)} pictures are missing, the first is {root / missing[0]}")
 
 
 def _work_directory(work: Path, plan: Plan, say: Callable[[str], None]) -> Path:
-    """The folder of the shards, with what a build of the same source that did not finish has left there."""
+    """The directory of the shards, with those that an unfinished build of the same source has left."""
     mark = work / "plan"
     before = mark.read_text() if mark.is_file() else None
     if before is not None and before != plan.digest:
@@ -306,7 +306,7 @@ def _write_all(form: Form, plan: Plan, work: Path, workers: int, progress: Progr
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that finish the shards they are at when this one is interrupted, and start no others."""
+    """Worker processes that finish their current shards when this process is interrupted, and start no others."""
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
@@ -319,7 +319,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_worker() -> None:
-    """Ctrl-C does not end a worker; the end of the build does: the next one writes the same files."""
+    """Makes a worker ignore Ctrl-C and end with the build, since the next build writes the same files."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
@@ -379,7 +379,7 @@ def _pieces(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Without a copy where the file system can."""
+    """Makes a hard link, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

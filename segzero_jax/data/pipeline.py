@@ -1,4 +1,4 @@
-"""Stored splits by random access: opened, checked, and several as one."""
+"""Random access to stored splits: opens and checks them, and combines several into one."""
 
 import bisect
 import functools
@@ -21,7 +21,7 @@ from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 
 class DataError(ValueError):
-    """A data set or split that there is none of; one line."""
+    """The data set or split does not exist or cannot be used; the message is one line."""
 
 
 class Source(Sequence[Example]):
@@ -29,7 +29,7 @@ class Source(Sequence[Example]):
 
     Attributes:
       name: data set and split, for logs.
-      checksum: stands for the stored content.
+      checksum: a checksum of the stored content.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Source(Sequence[Example]):
         index: Callable[[], pa.Table] | None = None,
         stamp: Callable[[], object] = lambda: None,
     ) -> None:
-        """``stamp`` gives another value once what is stored there is no longer what was opened."""
+        """``stamp`` returns a different value once the stored content is no longer what was opened."""
         self.name = name
         self.checksum = checksum
         self._rows = rows
@@ -60,7 +60,7 @@ class Source(Sequence[Example]):
             raise IndexError(f"{self.name}: example {index}, expected 0 to {len(self) - 1}")
         record, place = (index, 0) if self._places is None else self._places[index]
         example = self._decode(self._rows[int(record)], int(place))
-        # Afterwards: files are opened when they are first read.
+        # Checked after the read, since files are opened only when they are first read.
         if self._stamp() != self._opened:
             raise DataError(
                 f"{self.name}: was built anew, or deleted, beneath this command; expected one set from beginning to end"
@@ -77,16 +77,16 @@ class Source(Sequence[Example]):
         return None if self._index is None else self._index()
 
     def texts(self) -> list[tuple[str, str]]:
-        """Id and question of every example, in order, without reading a picture where that can be avoided."""
+        """Id and question of every example, in order; reads images only if there is no index."""
         index = self.contents()
         if index is None:
             return [(example.id, example.question) for example in self]
         return list(zip(index["id"].to_pylist(), index["text"].to_pylist(), strict=True))
 
     def first(self, count: int) -> list[int]:
-        """The places of so many examples, of every picture one before any picture's second; no picture is read.
+        """The indices of ``count`` examples, one of every image before a second of any; reads no image.
 
-        Otherwise they stand as they are stored: where each has a picture of its own, these are the first ones.
+        Otherwise the order is that of storage: if each example has its own image, these are the first ``count``.
         """
         index = self.contents()
         if index is None or count >= len(self):
@@ -99,7 +99,7 @@ class Source(Sequence[Example]):
         return np.argsort(rounds, kind="stable")[:count].tolist()
 
     def object_counts(self) -> np.ndarray:
-        """How many objects every example has, int32 in order; reads each record once where one follows the other."""
+        """The number of objects of every example, int32, in order; reads consecutive examples of a record once."""
         counts = np.zeros(len(self), np.int32)
         read, row = -1, {}
         for index in range(len(self)):
@@ -111,13 +111,13 @@ class Source(Sequence[Example]):
 
 
 def open_split(name: str, split: str, data_dir: str | Path) -> Source:
-    """Opens a split of "toy" or of a data set that ``python -m segzero_jax.data.build`` has made.
+    """Opens a split of "toy" or of a data set made by ``python -m segzero_jax.data.build``.
 
-    The toy set is made now when it is not there.
+    The toy set is built now if it does not exist.
 
     Raises:
-      DataError: an unknown data set or split, one that is not built, or no room for the toy set in ``data_dir``.
-      OSError: its files cannot be read.
+      DataError: the data set or split is unknown or not built, or the toy set cannot be written to ``data_dir``.
+      OSError: the data set's files cannot be read.
     """
     if name == "toy":
         return _open_toy(split, data_dir)
@@ -144,28 +144,28 @@ def open_split(name: str, split: str, data_dir: str | Path) -> Source:
 
 
 class Splits(NamedTuple):
-    """What a run asks.
+    """The splits of a run.
 
     Attributes:
-      train: the splits that it learns from.
-      held_out: those that it is evaluated on, in the order of ``data.eval_splits``.
+      train: the training splits.
+      held_out: the evaluation splits, in the order of ``data.eval_splits``.
     """
 
     train: list[Source]
     held_out: list[Source]
 
     def checksums(self) -> dict[str, str]:
-        """Of each split, by its name."""
+        """The checksum of each split, by its name."""
         return {split.name: split.checksum for split in (*self.train, *self.held_out)}
 
 
 def open_splits(names: Sequence[str], eval_splits: Iterable[str], data_dir: str | Path) -> Splits:
-    """Opens what a run asks, as ``open_split``.
+    """Opens the splits of a run with ``open_split``.
 
     Args:
-      names: the data sets that it learns from.
-      eval_splits: "val" is a split of the run's own data set, of several the first, "ReasonSeg/val" of another.
-      data_dir: where built data sets are kept.
+      names: the training data sets.
+      eval_splits: "val" is a split of the first training data set, "ReasonSeg/val" a split of another data set.
+      data_dir: the directory of built data sets.
     """
     if not all(names):
         name = ",".join(names)
@@ -178,7 +178,7 @@ def open_splits(names: Sequence[str], eval_splits: Iterable[str], data_dir: str 
 
 
 class Mixture(Sequence[Example]):
-    """The examples of several splits as one. Each one's id begins with its data set: ids may be equal."""
+    """The concatenated examples of several splits. Ids are prefixed with the data set, since they may be equal."""
 
     def __init__(self, splits: Sequence[Source]) -> None:
         self.name = " and ".join(split.name for split in splits)
@@ -198,7 +198,7 @@ class Mixture(Sequence[Example]):
 
 
 def questions(splits: Splits) -> Sequence[Example]:
-    """All that a run learns from."""
+    """All training examples of a run."""
     return splits.train[0] if len(splits.train) == 1 else Mixture(splits.train)
 
 
@@ -226,7 +226,7 @@ def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
 
 
 def _toy_example(row: dict[str, Any], place: int) -> Example:
-    """A row of ``ToyShapes`` as an Example; the picture stays encoded."""
+    """A row of ``ToyShapes`` as an Example; the image stays encoded."""
     width, height = int(row["img_width"]), int(row["img_height"])
     places = zip(row["objects"]["box"], row["objects"]["point"], strict=True)
     objects = tuple(

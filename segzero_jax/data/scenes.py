@@ -1,11 +1,11 @@
-"""The toy world: pictures of coloured shapes, and questions with exactly one answer.
+"""The toy world: images of coloured shapes, and questions with exactly one answer.
 
-A *scene* is a picture with its objects; a *question* points at one of them by attribute ("the red
-circle"), relation ("the shape left of the blue square"), superlative ("the largest shape") or by being the odd
-one out. Everything follows from a ``numpy.random.Generator``: the same seed gives the same bytes.
+A *scene* is an image with its objects; a *question* refers to one of them by attribute ("the red circle"), relation
+("the shape left of the blue square"), superlative ("the largest shape") or as the odd one out. Everything is drawn from
+a ``numpy.random.Generator``: the same seed gives the same bytes.
 
-Three axes are held out of training, one per split: some colour-shape pairs never appear, one relation word is
-never asked (its converse is, and the reasoning of those questions names it), and there are never more than four
+Three things are held out of training, one per split: some colour-shape pairs never appear, one relation word is never
+asked (its converse is, and the reasoning of those questions contains the word), and there are never more than four
 objects.
 """
 
@@ -35,7 +35,7 @@ TRAIN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HEL
 _SIDES = (192, 208, 224, 240, 256)
 _KIND_SHARES = (0.4, 0.25, 0.2, 0.15)
 _GAP = 4
-# What counts as a clear difference: centres this many pixels apart, areas this many times larger.
+# A clear difference: centres this many pixels apart, areas this many times larger.
 _CLEAR_PIXELS = 20
 _CLEAR_AREA = 1.5
 
@@ -45,7 +45,7 @@ class SceneObject:
     """One shape.
 
     Attributes:
-      colour, shape: its names.
+      colour, shape: names of its colour and shape.
       mask: bool [H, W], True on its pixels.
       box: inclusive pixel bounds (x1, y1, x2, y2).
       point: the centre (x, y) of its largest inscribed circle, a pixel of the mask.
@@ -60,7 +60,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, uint8 [H, W, 3], and what is in it. Objects never overlap."""
+    """An image, uint8 [H, W, 3], and its objects, which never overlap."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -73,8 +73,8 @@ class Question:
     Attributes:
       kind: one of KINDS.
       text: the question, such as "the shape left of the blue square".
-      answer: index of the one object that it means.
-      reasoning: a short true sentence that ends with the answer's name and place; only the warm start reads it.
+      answer: index of the one object that it refers to.
+      reasoning: a short true sentence that ends with the answer's name and place; used only by the warm start.
     """
 
     kind: str
@@ -143,7 +143,7 @@ def _split_number(split: str) -> int:
 
 
 def _choose_pairs(split: str, kind: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Colours and shapes of a scene; the first is the held-out pair, or the odd one, where there is one."""
+    """Colours and shapes of a scene; the first is the held-out pair or the odd one, if there is one."""
     first = HELDOUT_PAIRS[rng.integers(len(HELDOUT_PAIRS))] if split == "heldout_pairs" else None
     if kind == "odd":
         count = int(rng.integers(5, 8)) if split == "heldout_crowd" else 4
@@ -158,7 +158,7 @@ def _choose_pairs(split: str, kind: str, rng: np.random.Generator) -> list[tuple
 
 
 def _place(pairs: list[tuple[str, str]], width: int, height: int, rng: np.random.Generator) -> list[_Spot]:
-    """Finds room for every shape, bounding boxes apart; an empty list when it does not fit."""
+    """Places every shape so that bounding boxes do not touch; an empty list if there is no room."""
     smallest, largest = (16, 42) if len(pairs) <= 4 else (13, 26)
     spots: list[_Spot] = []
     for colour, shape in pairs:
@@ -186,7 +186,7 @@ def _ask(
 
 
 def _attributes(spots: list[_Spot], seen: list[str]) -> list[Question]:
-    """Questions by name; ``seen[i]`` is what reasoning says of object i: its name and place."""
+    """Questions by name; ``seen[i]`` is object i's name and place, for the reasoning."""
     found = []
     for i, spot in enumerate(spots):
         others = spots[:i] + spots[i + 1 :]
@@ -200,7 +200,7 @@ def _attributes(spots: list[_Spot], seen: list[str]) -> list[Question]:
 
 
 def _relations(spots: list[_Spot], seen: list[str]) -> list[Question]:
-    """Questions by relation to a named object, where one object is clearly so related and all others clearly not."""
+    """Questions by relation to a named object, where one object clearly has that relation and no other has it."""
     found = []
     for i, reference in enumerate(spots):
         for relation, converse in RELATIONS.items():
@@ -213,7 +213,7 @@ def _relations(spots: list[_Spot], seen: list[str]) -> list[Question]:
 
 
 def _along(relation: str, spot: _Spot, reference: _Spot) -> int:
-    """How far ``spot`` lies in a relation's direction from ``reference``, in pixels."""
+    """The distance of ``spot`` from ``reference`` in a relation's direction, in pixels."""
     return {
         "left of": reference.x - spot.x,
         "right of": spot.x - reference.x,
@@ -256,7 +256,7 @@ def _odd(spots: list[_Spot], seen: list[str]) -> list[Question]:
 
 
 def _place_name(spot: _Spot, width: int, height: int) -> str:
-    """Where a spot is on a three by three grid: "top left", "bottom", "middle"."""
+    """The place of a spot on a three by three grid: "top left", "bottom", "middle"."""
     row = ("top", "", "bottom")[3 * spot.y // height]
     column = ("left", "", "right")[3 * spot.x // width]
     return f"{row} {column}".strip() or "middle"

@@ -1,14 +1,14 @@
-"""Attention, in one place: what attends to what, and which kernel computes it.
+"""All attention: which tokens attend to which, and which kernel computes it.
 
-The prefix group is one prompt and its G responses, a stream of tokens ``[prompt | r1 | ... | rG]``. A prompt token sees
-earlier prompt tokens; a response token sees the whole prompt and its own earlier tokens. Keys and values of the prompt
-exist once for the G responses, so a decode step reads them once and an update computes them once. Nothing is
-approximated: for each response this is the attention of the sequence ``prompt + response``.
+A prefix group is one prompt and its G responses, a stream of tokens ``[prompt | r1 | ... | rG]``. A prompt token sees
+earlier prompt tokens; a response token sees the whole prompt and the earlier tokens of its response. The G responses
+share one copy of the prompt's keys and values, so a decode step reads them once and an update computes them once.
+Nothing is approximated: for each response this is the attention of the sequence ``prompt + response``.
 
 ``attend_stream`` is the joint pass (prefill is a stream without responses), ``attend_image`` the vision tower's full
-attention, ``attend_windows`` that within windows. The first two run as Pallas splash attention on TPU, all as cuDNN's
-flash attention on NVIDIA GPUs, and in chunks of plain XLA elsewhere. ``attend`` is plain XLA at once, for what is short
-or bound by reading its keys: decode steps everywhere, windows but on GPUs.
+attention, ``attend_windows`` its attention within windows. The first two run as Pallas splash attention on TPU, all
+three as cuDNN's flash attention on NVIDIA GPUs, and in chunks of plain XLA elsewhere. ``attend`` is plain XLA in one
+piece, for inputs that are short or bound by reading their keys: decode steps everywhere, windows except on GPUs.
 """
 
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ from segzero_jax.model.flash import flash_group, flash_image, flash_windows
 from segzero_jax.model.splash import PrefixGroupMask, padded_length, splash_attention
 
 Kernel = Literal["xla", "splash", "splash_interpreted", "cudnn"]
-# The name scope of image attention, by which ``plan`` tells its kernel calls from the decoder's.
+# The name scope of image attention; ``plan`` uses it to tell image kernel calls from the decoder's.
 IMAGE_SCOPE = "attend_image"
 
 _MASKED = -1e30
@@ -67,7 +67,7 @@ def attend(
         prompt_scores = jnp.where(prompt_mask_bp[:, None, None, None, None], prompt_scores, _MASKED)
         top = jnp.maximum(top, prompt_scores.max(-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
-    # The softmax over both parts without joining them: sums of the parts are divided at the end, by the sum of both.
+    # The softmax over both parts without concatenation: the sum of both outputs is divided by the sum of both totals.
     weights = jnp.exp(scores - top)
     total = weights.sum(-1)
     out = jnp.einsum("bgkqts,bgskh->bgtkqh", weights.astype(q.dtype), own.v, preferred_element_type=jnp.float32)
@@ -81,10 +81,10 @@ def attend(
 
 
 def _by_key_head(q_bgtnh: jax.Array, kv_heads: int) -> jax.Array:
-    """Scaled queries, ``[b, g, t, k, q, h]``: those that read the same key head together."""
+    """Scaled queries, ``[b, g, t, k, q, h]``, grouped by the key head that they read."""
     *before, n, h = q_bgtnh.shape
     *rows, heads, width = jax.typeof(q_bgtnh).sharding.spec
-    # Said, since among axes of one a reshape may put the sharding anywhere.
+    # The sharding is explicit, since a reshape with axes of size one may put it on any of these.
     by_head = jnp.reshape(
         q_bgtnh, (*before, kv_heads, n // kv_heads, h), out_sharding=PartitionSpec(*rows, heads, None, width)
     )
@@ -92,7 +92,7 @@ def _by_key_head(q_bgtnh: jax.Array, kv_heads: int) -> jax.Array:
 
 
 class Stream(NamedTuple):
-    """How many tokens of a stream are prompt, how many responses follow, and how long each is (static)."""
+    """The number of prompt tokens of a stream, the number of responses that follow, and their length (static)."""
 
     prompt: int
     group: int
@@ -119,14 +119,13 @@ def attend_stream(
     Args:
       q_btnh: queries of the whole stream, ``t = stream.tokens``.
       kv: keys and values ``[b, t, k, h]``; ``n`` is a multiple of ``k``.
-      stream: which tokens are prompt and which belong to which response.
+      stream: the division of the tokens into prompt and responses.
       prompt_mask_bp: bool, which prompt tokens are real. Padding of a response needs no mask: nothing real follows it.
-      kernel: what computes it.
+      kernel: the kernel to use.
       spec: the partition of ``[b, t, n, h]``, batch and heads.
 
     Returns:
-      ``[b, t, n, h]`` in the dtype of ``q``; scores and softmax are float32. Rows of padding hold numbers that nothing
-      reads.
+      ``[b, t, n, h]`` in the dtype of ``q``; scores and softmax are float32. Rows of padding are meaningless.
     """
     p, g, r = stream
     if kernel == "cudnn":
@@ -149,7 +148,7 @@ def attend_stream(
 
 
 def _attend_causal(q_bpnh: jax.Array, kv: KeyValue) -> jax.Array:
-    """A prompt's attention to itself: runs of its queries, each with the keys up to its own end."""
+    """A prompt's causal self-attention, in runs of queries, each with the keys up to the end of the run."""
     tokens = q_bpnh.shape[1]
     size = max(-(-tokens // _CAUSAL_RUNS), _LEAST_RUN)
     runs = []
@@ -167,9 +166,9 @@ def _attend_long(
     prompt: KeyValue | None = None,
     prompt_mask_bp: jax.Array | None = None,
 ) -> jax.Array:
-    """``attend`` for many queries: the scores never exist at once. ``first`` is that of ``chunked_attention``."""
+    """``attend`` in chunks, for many queries: never holds all scores. ``first`` as in ``chunked_attention``."""
     q = _by_key_head(q_bgtnh, own.k.shape[3])
-    # Heads before tokens: every product is then of whole matrices.
+    # Heads before tokens, so that every product multiplies contiguous matrices.
     own_keys = Keys(own.k.transpose(0, 3, 1, 2, 4), own.v.transpose(0, 3, 1, 2, 4), own_mask_bs)
     shared = None
     if prompt is not None:
@@ -198,7 +197,7 @@ def attend_image(
 def attend_windows(
     q_bsnh: jax.Array, kv: KeyValue, seen_bwss: jax.Array, kernel: Kernel, spec: PartitionSpec
 ) -> jax.Array:
-    """Attention within runs of an image's slots, ``[b, s, n, h]``: ``seen_bwss`` says which of its run a patch sees."""
+    """Attention within runs of an image's slots, ``[b, s, n, h]``; ``seen_bwss`` masks what a patch sees of its run."""
     if kernel == "cudnn":
         return flash_windows(q_bsnh, kv.k, kv.v, seen_bwss, spec)
     b, w, s = seen_bwss.shape[:3]

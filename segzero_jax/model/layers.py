@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def normal_param(key: jax.Array, shape: tuple[int, ...], spec: PartitionSpec, scale: float = 0.02) -> nnx.Param:
-    """A float32 parameter drawn from N(0, scale²), born sharded."""
+    """A float32 parameter drawn from N(0, scale²), created sharded."""
     return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32, out_sharding=spec))
 
 
 def constant_param(value: float, shape: tuple[int, ...], spec: PartitionSpec) -> nnx.Param:
-    """A float32 parameter of one value, born sharded."""
+    """A float32 parameter of one value, created sharded."""
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
 
 
@@ -40,11 +40,11 @@ def linear(
     differentiation would round every device's share to the dtype of ``x`` first.
 
     Args:
-      subscripts: as for ``einsum``, without an ellipsis; every letter stands in two of the three arrays.
+      subscripts: as for ``einsum``, without an ellipsis; every letter occurs in two of the three arrays.
       weight: float32 or already in the dtype of ``x``.
       bias: its axes are those of ``weight`` that ``x`` does not have, in that order.
-      out_sharding: of the result.
-      out_dtype: of the result, where it is not the dtype of ``x``.
+      out_sharding: sharding of the result.
+      out_dtype: dtype of the result, by default that of ``x``.
     """
     y = jnp.einsum(
         subscripts, x, weight.astype(x.dtype), out_sharding=out_sharding, preferred_element_type=out_dtype or x.dtype
@@ -60,7 +60,7 @@ def _letters(subscripts: str) -> tuple[str, str, str, str]:
 
 
 def _spread(subscripts: str, bias: jax.Array) -> jax.Array:
-    """The bias with an axis of one for every other axis of the result."""
+    """The bias with an axis of size one for every other axis of the result."""
     _, _, out, own = _letters(subscripts)
     assert [letter for letter in out if letter in own] == list(own), "bias axes keep their order"
     return jnp.expand_dims(bias, [axis for axis, letter in enumerate(out) if letter not in own])
@@ -80,7 +80,7 @@ def _linear_forward(
 def _in_one_sum(
     x_letters: str, x: jax.Array, out: str, gradient: jax.Array
 ) -> tuple[tuple[str, jax.Array], tuple[str, jax.Array]]:
-    """Merges the leading axes that both have, where each has one axis besides: all that a weight's gradient sums over.
+    """Merges the leading axes that both arrays share, the axes a weight's gradient sums over, if each has one other axis.
 
     XLA's CPU backend multiplies such matrices as they are; to sum over several axes it transposes one of them first.
     """
@@ -131,13 +131,13 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def recomputed(f: Callable[..., T]) -> Callable[..., T]:
-    """``f``, whose steps are computed again in the backward pass instead of being kept for it.
+    """``f``, rematerialised: its intermediates are recomputed in the backward pass instead of being stored.
 
-    For norms and gates ahead of matrix products: what the products multiply takes as much memory as all else that a
-    block keeps, and a pass over it is all it costs to have it again. The products themselves are not repeated, since no
+    For norms and gates before matrix products: the inputs of the products take as much memory as everything else that a
+    block stores, and recomputing them costs only one pass over them. The products themselves are not repeated, since no
     gradient reads their results.
     """
-    # In a loop over blocks there is nothing to share; where they are written out, XLA may keep what it likes.
+    # A loop over blocks leaves nothing for CSE to share; in unrolled blocks XLA may keep intermediates.
     return jax.checkpoint(f, prevent_cse=False)
 
 
@@ -145,8 +145,8 @@ def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis: statistics in float32, the scale in ``x``'s dtype, as in Qwen2.5-VL."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    # The product of two narrow numbers, taken in float32 so that the gradient of the scale is summed in float32. The
-    # scale is rounded by what counts as a constant, so that this sum is not rounded in its turn.
+    # The product of two narrow numbers, computed in float32 so that the scale's gradient is summed in float32. The
+    # scale is rounded by adding a constant (stop_gradient), so that this sum is not rounded.
     wide_d = scale_d.astype(jnp.float32)
     narrow_d = wide_d + jax.lax.stop_gradient(scale_d.astype(x.dtype).astype(jnp.float32) - wide_d)
     return (normed.astype(x.dtype).astype(jnp.float32) * narrow_d).astype(x.dtype)
@@ -155,19 +155,19 @@ def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
 def mrope_angles(positions_b3t: Array, sections: tuple[int, int, int], theta: float) -> jax.Array:
     """Rotation angles of multimodal RoPE (Qwen2-VL, arXiv 2409.12191, section 2.1): [b, t, sum(sections)], float32.
 
-    The frequencies are dealt out in three runs: the first ``sections[0]`` turn with the temporal position,
-    the next with the row, the last with the column.
+    The frequencies are split into three runs: the first ``sections[0]`` rotate with the temporal position, the next with
+    the row, the last with the column.
     """
     half = sum(sections)
     frequencies = theta ** -(np.arange(half, dtype=np.float32) / np.float32(half))
     runs = np.split(frequencies, np.cumsum(sections)[:-1])
     positions = jnp.asarray(positions_b3t).astype(jnp.float32)
-    # No product of matrices: a TPU would round positions from 256 on to bfloat16.
+    # Not a matrix product: a TPU would round positions from 256 on to bfloat16.
     return jnp.concatenate([positions[:, axis, :, None] * run for axis, run in enumerate(runs)], axis=-1)
 
 
 def axial_angles(patch_hw_bs2: Array, head_width: int, theta: float = 10000.0) -> jax.Array:
-    """Rotation angles of the vision tower, [b, s, h / 2]: half of them turn with the row, half with the column."""
+    """Rotation angles of the vision tower, [b, s, h / 2]: half of them rotate with the row, half with the column."""
     quarter = head_width // 4
     frequencies = theta ** -(np.arange(quarter, dtype=np.float32) / np.float32(quarter))
     hw = jnp.asarray(patch_hw_bs2).astype(jnp.float32)
@@ -175,7 +175,7 @@ def axial_angles(patch_hw_bs2: Array, head_width: int, theta: float = 10000.0) -
 
 
 def rotate(x_btnh: jax.Array, angles_bta: jax.Array) -> jax.Array:
-    """Applies rotary embeddings to halves of the head width, in float32.
+    """Applies rotary embeddings to the two halves of the head width, in float32.
 
     Args:
       x_btnh: queries or keys.

@@ -40,7 +40,7 @@ class DecoderBlocks(nnx.Module):
         layers, d, n, k, h, f = dims.layers, dims.hidden, dims.heads, dims.kv_heads, dims.head_width, dims.mlp
         keys = jax.random.split(key, 7)
         spec = layout.spec
-        # Key-value heads that the tensor axis does not divide are held whole and repeated up to it after projection.
+        # If the tensor axis does not divide the key-value heads, they are replicated, and repeated after projection.
         kv = "heads" if kv_copies(k) == 1 else None
         self.norm1_d = constant_param(1.0, (layers, d), spec(None, None))
         self.norm2_d = constant_param(1.0, (layers, d), spec(None, None))
@@ -58,7 +58,7 @@ class DecoderBlocks(nnx.Module):
 
 
 class Policy(nnx.Module):
-    """Weights of the whole policy. Used strictly as a pytree: every pass is a function of it."""
+    """Weights of the whole policy, used strictly as a pytree: every pass is a function of it."""
 
     def __init__(self, dims: Dims, layout: Layout, key: jax.Array):
         keys = jax.random.split(key, 4)
@@ -72,17 +72,17 @@ class Policy(nnx.Module):
 
 
 class ForwardConfig(NamedTuple):
-    """What every pass needs beside the weights (static: hashable, so that it can be closed over by ``jax.jit``).
+    """Static settings of every pass (hashable, so that ``jax.jit`` can close over them).
 
     Attributes:
       dims: the policy's dimensions.
       layout: the phase's sharding table.
-      dtype: of activations.
+      dtype: dtype of activations.
       remat: recompute blocks in the backward pass.
-      kernel: what computes attention over whole streams.
-      one_loop: the strides of the vision tower are turns of one loop, see ``encode_images``. All passes of a run should
-        agree: XLA rounds bfloat16 otherwise in another loop.
-      written_out: the program holds every block by itself instead of a loop over them (``run_blocks``).
+      kernel: the kernel that computes attention over whole streams.
+      one_loop: run all strides of the vision tower in one loop, see ``encode_images``. All passes of a run should
+        agree: XLA rounds bfloat16 differently in a different loop.
+      written_out: unroll the blocks instead of looping over them (``run_blocks``).
     """
 
     dims: Dims
@@ -97,7 +97,7 @@ class ForwardConfig(NamedTuple):
 def _linear(
     subscripts: str, x: jax.Array, block: DecoderBlocks, name: str, bias: jax.Array | None, out_sharding: PartitionSpec
 ) -> jax.Array:
-    """``linear`` with a matrix of the block, and its adapter's product on top."""
+    """``linear`` with a matrix of the block, plus its adapter's product."""
     weight = getattr(block, name)[...]
     if block.adapters is None:
         return linear(subscripts, x, weight, bias, out_sharding)
@@ -107,11 +107,11 @@ def _linear(
     inputs = "".join(letter for letter in w_letters if letter not in out)
     outputs = "".join(letter for letter in w_letters if letter in out)
     narrow = "".join(letter for letter in x_letters if letter not in inputs) + "r"
-    # Rows of the result; the rank is in one place.
+    # Rows are sharded like the result; the rank axis is not sharded.
     rows = PartitionSpec(out_sharding[0], *(None,) * (len(narrow) - 1))
     x_btr = linear(f"{x_letters},{inputs}r->{narrow}", x, adapter.down[...], None, rows)
     change = linear(f"{narrow},r{outputs}->{out}", x_btr, adapter.up[...], None, out_sharding)
-    # Added before the product is rounded: what an adapter changes is often less than a rounded product can hold.
+    # Added before the product is rounded: an adapter's change is often below the precision of the rounded product.
     return (linear(subscripts, x, weight, bias, out_sharding, jnp.float32) + change).astype(x.dtype)
 
 
@@ -158,8 +158,8 @@ def _finish(block: DecoderBlocks, x_btd: jax.Array, out_btnh: jax.Array, fwd: Fo
 
 
 def _embed(policy: Policy, tokens: Array, fwd: ForwardConfig) -> jax.Array:
-    # The table stays where it is: each device looks up its part of the vocabulary and of the width, for all tokens, and
-    # the results move. In float32, so that the gradients of a token's many places are summed in float32.
+    # The table is not moved: each device looks up its part of the vocabulary and of the width for all tokens, and the
+    # results are resharded. In float32, so that the gradients of a token's occurrences are summed in float32.
     spec, rest = fwd.layout.spec, (None,) * (tokens.ndim - 1)
     tokens = jax.sharding.reshard(jnp.asarray(tokens), spec("lookup_batch", *rest))
     embedded = policy.embed_vd[...].at[tokens].get(out_sharding=spec("lookup_batch", *rest, "embed"))
@@ -167,7 +167,7 @@ def _embed(policy: Policy, tokens: Array, fwd: ForwardConfig) -> jax.Array:
 
 
 def _encode_images(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.Array:
-    """Embeddings of all images of each prompt, one after another: ``[b, u, d]``."""
+    """Embeddings of all images of each prompt, concatenated: ``[b, u, d]``."""
     b, images, slots, _ = batch.patches_bisc.shape
     flat = lambda a: jnp.asarray(a).reshape(b * images, *a.shape[2:])  # noqa: E731
     embedded_mud = encode_images(
@@ -190,7 +190,7 @@ def _encode_images(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> ja
 
 @partial(jax.jit, static_argnames="fwd")
 def embed_images(policy: Policy, batch: PromptBatch, *, fwd: ForwardConfig) -> PromptBatch:
-    """The batch with its images' embeddings in place of their patches: for passes that leave the vision tower alone."""
+    """The batch with image embeddings in place of patches, for passes that do not run the vision tower."""
     if batch.patches_bisc.shape[1] == 0:
         return batch
     return batch._replace(
@@ -202,7 +202,7 @@ def embed_images(policy: Policy, batch: PromptBatch, *, fwd: ForwardConfig) -> P
 
 
 def embed_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.Array:
-    """Token embeddings with the images' embeddings in their known places: ``[b, p, d]``."""
+    """Token embeddings with the image embeddings at their positions: ``[b, p, d]``."""
     x_bpd = _embed(policy, batch.tokens_bp, fwd)
     if batch.embedded_bud is not None:
         embedded = jnp.asarray(batch.embedded_bud)
@@ -216,7 +216,7 @@ def embed_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.
 
 
 def _run_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> tuple[jax.Array, KeyValue]:
-    """Prompts alone: states before the final norm, ``[b, p, d]``, and keys and values, ``[layer, b, p, k, h]``."""
+    """Runs the prompts: hidden states before the final norm, ``[b, p, d]``, and keys and values of all layers."""
     x = embed_prompt(policy, batch, fwd)
     angles = mrope_angles(batch.positions_b3p, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     prompt_mask = _prompt_mask(batch)
@@ -253,25 +253,25 @@ def _last_prompt(x_bpd: jax.Array, batch: PromptBatch) -> jax.Array:
 
 
 def _prompt_mask(batch: PromptBatch) -> jax.Array:
-    """Bool ``[b, p]``: which prompt tokens are real."""
+    """The mask of real (not padding) prompt tokens, bool ``[b, p]``."""
     return jnp.arange(batch.tokens_bp.shape[1])[None] < jnp.asarray(batch.length_b)[:, None]
 
 
 def _response_positions(batch: PromptBatch, steps: jax.Array) -> jax.Array:
-    """M-RoPE positions of response tokens: text, so the three axes agree: ``[b, 3, t]``."""
+    """M-RoPE positions of response tokens, ``[b, 3, t]``; they are text, so the three axes are equal."""
     positions = jnp.asarray(batch.next_position_b)[:, None, None] + steps[None, None]
     return jnp.broadcast_to(positions, (positions.shape[0], 3, positions.shape[2]))
 
 
 class DecodeCache(NamedTuple):
-    """Keys and values during sampling: prompts' ``[layer, b, p, k, h]``, responses' ``[layer, b, g, r, k, h]``."""
+    """The KV cache during sampling: prompts ``[layer, b, p, k, h]``, responses ``[layer, b, g, r, k, h]``."""
 
     prompt: KeyValue
     response: KeyValue
 
 
 def empty_cache(prompt: KeyValue, group: int, length: int, layout: Layout) -> DecodeCache:
-    """Room for ``length`` tokens of each of ``group`` responses behind prefilled prompts."""
+    """A cache with room for ``length`` tokens of each of ``group`` responses after prefilled prompts."""
     layers, b, _, k, h = prompt.k.shape
     spec = layout.spec(None, "batch", None, None, "heads", None)
     room = lambda: jnp.zeros((layers, b, group, length, k, h), prompt.k.dtype, out_sharding=spec)  # noqa: E731
@@ -281,19 +281,19 @@ def empty_cache(prompt: KeyValue, group: int, length: int, layout: Layout) -> De
 def decode(
     policy: Policy, batch: PromptBatch, tokens_bg: jax.Array, step: jax.Array, cache: DecodeCache, fwd: ForwardConfig
 ) -> tuple[jax.Array, DecodeCache]:
-    """One token of every response.
+    """Runs one decode step: one token of every response.
 
     Args:
-      tokens_bg: the tokens sampled last, at position ``step`` of their responses.
-      step: int32 scalar.
-      cache: written at ``step``.
+      tokens_bg: the tokens sampled last, at index ``step`` of their responses.
+      step: index of the token, int32 scalar.
+      cache: the KV cache, updated at ``step``.
 
     Returns:
       The hidden state ``[b, g, d]``, final norm applied, and the cache.
     """
     x = _embed(policy, tokens_bg, fwd)
     positions = _response_positions(batch, step[None])
-    # All G tokens of a row stand at the same position.
+    # All G tokens of a row have the same position.
     angles = mrope_angles(positions, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     length = cache.response.k.shape[3]
     own_mask = (jnp.arange(length) <= step)[None, None, None]
@@ -321,13 +321,13 @@ def decode(
 def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, fwd: ForwardConfig) -> jax.Array:
     """Hidden states that predict every response token, final norm applied: ``[b, g, r, d]``.
 
-    The state at ``[.., 0]`` is the prompt's last (shared by the group); the state at ``[.., i]`` follows response token
-    ``i - 1``. Equal, in values and gradients, to running ``prompt + response`` G times.
+    The state at ``[.., 0]`` is that of the last prompt token (shared by the group); the state at ``[.., i]`` is that of
+    response token ``i - 1``. Values and gradients equal those of running ``prompt + response`` G times.
     """
     b, g, r = tokens_bgr.shape
     prompt = embed_prompt(policy, batch, fwd)
     p, d = prompt.shape[1:]
-    # Shardings are said, since among axes of one a reshape may put them anywhere.
+    # Shardings are explicit, since a reshape with axes of size one may put them on any of these.
     rows = fwd.layout.spec("batch", None, None)
     responses = jnp.reshape(_embed(policy, tokens_bgr, fwd), (b, g * r, d), out_sharding=rows)
     x = jnp.concatenate([prompt, responses], axis=1)
@@ -351,12 +351,12 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, fwd: For
 
 
 def head_weights(policy: Policy, fwd: ForwardConfig) -> jax.Array:
-    """The output head, ``[v, d]``: the embedding table where they are tied."""
+    """The output head, ``[v, d]``: the embedding table if the weights are tied."""
     return (policy.embed_vd if fwd.dims.tied else policy.head_vd)[...]
 
 
 def logits(policy: Policy, hidden_bgd: jax.Array, fwd: ForwardConfig) -> jax.Array:
-    """Float32 logits of normed hidden states ``[b, g, d]``, vocabulary sharded: ``[b, g, v]``."""
+    """Float32 logits ``[b, g, v]``, vocabulary sharded, of normed hidden states ``[b, g, d]``."""
     hidden = jax.sharding.reshard(hidden_bgd, fwd.layout.spec("mlp_batch", None, None))
     out = fwd.layout.spec("mlp_batch", None, "vocab")
     return linear("bgd,vd->bgv", hidden, head_weights(policy, fwd), None, out, jnp.float32)

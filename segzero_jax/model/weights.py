@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints to the policy's tree and back, and whether a mesh can hold the policy.
+"""Converts Hugging Face checkpoints to the policy's tree and back; checks that a mesh can hold the policy.
 
-Both key forms are read: the hub's (``visual.*``, ``model.*``, ``lm_head.weight``) and the one transformers 5 keeps in
-memory (``model.visual.*``, ``model.language_model.*``); the hub's is written. Files are mapped into memory and a
-weight's transposition is a view, so a host reads only the bytes that its shards need.
+Both key forms are read: the hub's (``visual.*``, ``model.*``, ``lm_head.weight``) and the one that transformers 5 keeps
+in memory (``model.visual.*``, ``model.language_model.*``). The hub's form is written. Files are memory-mapped and a
+weight's transpose is a view, so a host reads only the bytes that its shards need.
 """
 
 import json
@@ -36,18 +36,18 @@ _CARRIED = (
     *("*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
     *("chat_template.*", "added_tokens.json", "special_tokens_map.json", "LICENSE*"),
 )
-# By this file PEFT knows adapters without the model that they are for, which nothing here loads.
+# PEFT marks adapters stored without their base model with this file; nothing here loads those.
 ADAPTER_CONFIG = "adapter_config.json"
 ALONE = "holds adapters alone; expected a whole model: the run itself, or an export without --adapters"
-_CHECKED_BYTES = 64 << 20  # looked through for NaN at once: a bound on the scratch memory of that
+_CHECKED_BYTES = 64 << 20  # checked for NaN at once; bounds the scratch memory of the check
 
 
 def resolve(path: str | Path, *, weights: bool = True) -> Path:
     """The directory of a checkpoint, with or without its weights (see ``hub.model_directory``).
 
     Raises:
-      CheckpointError: there is none.
-      StorageError: it is on the hub, which cannot be asked now.
+      CheckpointError: there is no such checkpoint.
+      StorageError: the checkpoint is on the hub, which cannot be reached now.
     """
     try:
         directory = model_directory(path, weights=weights)
@@ -66,7 +66,7 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
 
 
 def read_dims(path: str | Path) -> Dims:
-    """The dimensions in a checkpoint's config.json; from the hub come no weights for it. Raises CheckpointError."""
+    """The dimensions in a checkpoint's config.json; downloads no weights from the hub. Raises CheckpointError."""
     file = resolve(path, weights=False) / "config.json"
     try:
         return from_hf(read_json(file))
@@ -75,20 +75,20 @@ def read_dims(path: str | Path) -> Dims:
 
 
 def abstract_policy(dims: Dims, layout: Layout = TRAIN) -> Policy:
-    """Shapes and shardings of a policy under the ambient mesh, without its numbers."""
+    """Shapes and shardings of a policy under the ambient mesh, without values."""
     return jax.eval_shape(lambda: Policy(dims, layout, jax.random.key(0)))
 
 
 def check_fits(mesh: jax.sharding.Mesh, dims: Dims, batch: int, micro_batch: int) -> None:
-    """Refuses a mesh over which the policy or its batch does not divide, in training or in rollout.
+    """Checks that the policy and its batch divide evenly over a mesh, in training and in rollout.
 
     Args:
       mesh: the mesh.
-      dims: the policy's.
-      batch, micro_batch: prompts whose activations are split by prompt.
+      dims: the policy's dimensions.
+      batch, micro_batch: number of prompts in each; activations are split by prompt.
 
     Raises:
-      MeshError: names the first thing that does not divide, by what, and the axes.
+      MeshError: something does not divide; names the first such size, its divisor and the axes.
     """
     vision = dims.vision
     divided = (
@@ -123,18 +123,18 @@ def check_fits(mesh: jax.sharding.Mesh, dims: Dims, batch: int, micro_batch: int
 
 
 def _leaves(policy: Policy) -> dict[tuple[str, ...], Any]:
-    """Parameters by their path; a leaf's own last key is flax's, the same for all."""
+    """Parameters by their path, without the last key, which flax adds to every leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(policy)
     return {tuple(key.name for key in path[:-1]): leaf for path, leaf in leaves}
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """Where one parameter of the tree lies: its tensors by layer, or the one that it is.
+    """One parameter of the tree and the stored tensors it is read from: one per layer if stacked, else a single one.
 
     Attributes:
-      leaf: its shape and sharding in the tree.
-      shape: in the tree, of what one tensor holds.
+      leaf: the parameter's shape and sharding in the tree.
+      shape: the shape in the tree of the values that one tensor holds.
     """
 
     entry: Entry
@@ -146,17 +146,17 @@ class _Parameter:
 def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) -> tuple[Policy, Dims]:
     """Reads a Hugging Face checkpoint straight into the ambient mesh's shards (see ``jax.set_mesh``).
 
-    A process reads the bytes that its own devices' shards need, checks that they are finite, and holds one device's
-    shard of one parameter, all layers of it, on the host at a time (docs/checkpoints.md has what that comes to).
+    A process reads the bytes that its own devices' shards need and checks that the values are finite. At any time the
+    host holds one device's shard of one parameter, with all its layers (docs/checkpoints.md gives the memory use).
 
     Args:
       path: a directory with config.json and safetensors files (one or many), a hub id, or "toy".
-      layout: which table shards the weights.
-      dtype: what they are cast to on the way.
+      layout: the table that shards the weights.
+      dtype: the dtype that the weights are cast to.
 
     Raises:
-      CheckpointError: there is none, or a tensor is missing, left over, misshapen, of an unknown dtype, or holds NaN
-        or Inf; it is named. Where one host of several raises, its ``Pod`` has to end the others.
+      CheckpointError: there is no checkpoint, or a tensor (named in the message) is missing, left over, misshapen, of
+        an unknown dtype, or holds NaN or Inf. If only one of several hosts raises, its ``Pod`` must end the others.
     """
     dims = read_dims(path)
     target = abstract_policy(dims, layout)
@@ -166,7 +166,7 @@ def load_hf(path: str | Path, layout: Layout = TRAIN, dtype: Any = jnp.float32) 
 
 
 def _match(directory: Path, target: Policy, dims: Dims) -> list[_Parameter]:
-    """The parameters in the order of the tree's leaves, found from the files' headers alone. Raises CheckpointError."""
+    """The parameters in the order of the tree's leaves; reads only the files' headers. Raises CheckpointError."""
     stored = {hub_key(key): tensor for key, tensor in find_tensors(directory).items()}
     found = []
     for tree_path, leaf in _leaves(target).items():
@@ -193,7 +193,7 @@ def _match(directory: Path, target: Policy, dims: Dims) -> list[_Parameter]:
 
 
 def _place(parameter: _Parameter, dtype: np.dtype) -> jax.Array:
-    """A parameter on its devices, one shard after another; devices that hold the same are given it from one reading."""
+    """Puts a parameter on its devices, one shard after another; a shard that several devices hold is read once."""
     shape = parameter.leaf.shape
     sharding = NamedSharding(jax.sharding.get_mesh(), parameter.leaf.sharding.spec)
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -205,14 +205,14 @@ def _place(parameter: _Parameter, dtype: np.dtype) -> jax.Array:
     for bounds, devices in holders.items():
         shard = _read_shard(parameter, bounds, dtype)
         placed |= {device: jax.device_put(shard, device) for device in devices}
-        # A transfer under way keeps its shard on the host.
+        # An unfinished transfer keeps its shard on the host.
         jax.block_until_ready([placed[device] for device in devices])
     arrays = [placed[device] for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
 
 
 def _read_shard(parameter: _Parameter, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
-    """A part of a parameter, cast; a copy, since on a CPU an array may live in the memory it is made from."""
+    """Reads and casts part of a parameter; copies it, since a jax.Array on CPU may alias the memory it is made from."""
     entry, tensors = parameter.entry, parameter.tensors
     shard = np.empty([stop - start for start, stop in bounds], dtype)
     layers, inner = shard[None], bounds
@@ -230,14 +230,14 @@ def _read_shard(parameter: _Parameter, bounds: tuple[tuple[int, int], ...], dtyp
 
 def _is_finite(values: np.ndarray) -> bool:
     pieces = max(1, values.nbytes // _CHECKED_BYTES)
-    with np.errstate(invalid="ignore"):  # of bfloat16, the question itself is warned about
+    with np.errstate(invalid="ignore"):  # isfinite itself warns on bfloat16
         return all(np.isfinite(piece).all() for piece in np.array_split(values, pieces))
 
 
 def _in_files(policy: Policy, dims: Dims, dtype: np.dtype) -> tuple[dict[str, int], Iterator[tuple[str, np.ndarray]]]:
-    """The policy's weights under hub keys and in file layout, layer by layer: the bytes of each, and their values.
+    """The policy's weights under hub keys and in file layout, layer by layer: their sizes in bytes, and their values.
 
-    A value is gathered to the host when it is taken; of several processes each must take all of them, in order.
+    A value is gathered to the host when the iterator yields it; every process must iterate over all of them, in order.
     """
     parts = [
         (layer, key, ENTRIES[path], leaf)
@@ -251,9 +251,9 @@ def _in_files(policy: Policy, dims: Dims, dtype: np.dtype) -> tuple[dict[str, in
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
         for layer, key, entry, leaf in parts:
-            # The layer's number is an operand: one program for all layers.
+            # The layer index is an operand, so that one program serves all layers.
             part = jax.lax.dynamic_index_in_dim(leaf, np.int32(layer), keepdims=False) if entry.stacked else leaf
-            # Cast on the host: a device may flush what is denormal in bfloat16 to zero.
+            # Cast on the host: a device may flush bfloat16 denormals to zero.
             value = np.asarray(multihost_utils.process_allgather(part, tiled=True)).astype(dtype)
             in_file = value.transpose(np.argsort(entry.order)).reshape(entry.file_shape(value.shape, dims))
             yield key, np.ascontiguousarray(in_file)
@@ -275,19 +275,19 @@ def save_hf(
     carry_from: str | Path | None = None,
     max_file_bytes: int = 4 << 30,
 ) -> list[Path]:
-    """Writes safetensors files and their index and, with ``carry_from``, all else that ``transformers`` loads.
+    """Writes safetensors files and their index and, with ``carry_from``, everything else that ``transformers`` loads.
 
-    Tensors are gathered one by one, so the host holds one file's worth. With several processes all must call it; the
-    first writes, and all return when the files are there.
+    Tensors are gathered one by one, so the host holds one file's worth. Every process must call it; process 0 writes,
+    and all return once the files exist.
 
     Args:
-      policy: on the ambient mesh.
-      dtype: what the weights are rounded to; a carried config.json says so.
-      carry_from: a checkpoint whose config, tokenizer, processor and licence files are copied along.
-      max_file_bytes: a new file begins before one grows past this.
+      policy: the policy, on the ambient mesh.
+      dtype: the dtype that the weights are rounded to; a copied config.json names it.
+      carry_from: a checkpoint whose config, tokenizer, processor and licence files are copied.
+      max_file_bytes: the size at which a new file is begun.
 
     Returns:
-      The files written; none in other processes than the first.
+      The files written; empty in all processes but process 0.
     """
     directory, dtype = Path(directory).expanduser(), np.dtype(dtype)
     sizes, tensors = _in_files(policy, dims, dtype)
@@ -306,7 +306,7 @@ def save_hf(
 
 
 def _carry(source: Path, directory: Path, dtype: str) -> list[Path]:
-    """Copies what belongs to a checkpoint beside its weights; config.json with the weights' new dtype."""
+    """Copies a checkpoint's other files; sets the weights' new dtype in config.json."""
     carried = []
     for file in sorted(file for pattern in _CARRIED for file in source.glob(pattern)):
         content = file.read_bytes()

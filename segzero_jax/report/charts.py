@@ -1,6 +1,6 @@
-"""Charts as inline SVG: no library, no script. Series differ by dash and label as well as by colour.
+"""Charts as inline SVG, without libraries or scripts. Series differ by dash and label as well as by colour.
 
-Colours come from the page's style sheet (``style.py``), so a chart follows light and dark.
+Colours come from the page's style sheet (``style.py``), so a chart follows light and dark mode.
 """
 
 import math
@@ -23,8 +23,8 @@ class Series:
     """One line.
 
     Attributes:
-      label: its name, shown at its end when there are several and in the read-out.
-      values: one per step, None where there is nothing.
+      label: its name, shown in the read-out and, if there are several series, at the end of the line.
+      values: one per step, None for a missing one.
       faint: unsmoothed values, drawn thin behind the line.
       low, high: a band around the line.
     """
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height in pixels, and the most places that give a read-out under the pointer."""
+    """Width and height in pixels, and the maximum number of places with a read-out under the pointer."""
 
     width: int = 350
     height: int = 190
@@ -56,12 +56,12 @@ def line_chart(
     """Lines over steps.
 
     Args:
-      steps: of every value.
+      steps: the step of every value.
       series: one or more.
-      description: what a screen reader says.
-      size: of the drawing; it scales with the page.
-      floor: the lowest value on the axis; by default what the values need.
-      maximum: the most that a value can be; it gets its own line and tick.
+      description: text for screen readers.
+      size: size of the drawing; it scales with the page.
+      floor: the lowest value on the axis; by default it follows from the values.
+      maximum: the highest possible value; it gets its own line and tick.
     """
     size = size or Size()
     thin = [_thin(steps, line) for line in series]
@@ -83,7 +83,7 @@ def line_chart(
 
 
 def stacked_chart(steps: Sequence[int], layers: Sequence[Series], description: str, size: Size | None = None) -> str:
-    """Layers on top of one another over steps, the first at the bottom. Peaks far above the rest are cut."""
+    """Layers stacked over steps, the first at the bottom. Peaks far above the rest are cut."""
     size = size or Size()
     shown_steps = _bins(steps, steps)
     binned = [np.array([value or 0.0 for value in _bins(steps, layer.values)], float) for layer in layers]
@@ -102,14 +102,14 @@ def stacked_chart(steps: Sequence[int], layers: Sequence[Series], description: s
     return svg(size, description, parts)
 
 
-# Narrower than so many pixels nobody sees a bar.
+# The least width of a visible bar, in pixels.
 _SEEN = 3.0
 
 
 def span_chart(
     steps: Sequence[int], rows: Sequence[tuple[str, Sequence[tuple[int, int]]]], description: str, size: Size
 ) -> str:
-    """Stretches of steps as bars, one named row each; a stretch of one step has a width that one can see."""
+    """Spans of steps as bars in named rows; a span of one step is still wide enough to be seen."""
     left = 12 + 6.6 * max(len(name) for name, _ in rows)
     plot = _Plot(left, size.width - 10, 8, size.height - 24, steps, (steps[0], steps[-1]), 0.0, 1.0, [])
     height = (plot.bottom - plot.top) / len(rows)
@@ -124,7 +124,7 @@ def span_chart(
             first, last = stretches[0][0], stretches[-1][1]
             width = max(_SEEN, (last - first + 1) * each)
             x = min(plot.right - width, plot.left + (first - steps[0] - 0.5) * each)
-            # Pale where it is of few of the steps beneath the bar, but to be seen.
+            # Paler, but still visible, if the bar covers steps that are in none of its spans.
             share = sum(end - begin + 1 for begin, end in stretches) / max(near, last - first + 1)
             pale = "" if share > 0.99 else f' fill-opacity="{0.25 + 0.75 * share:.2f}"'
             when = str(first) if first == last else f"{first} to {last}"
@@ -135,7 +135,7 @@ def span_chart(
 
 
 def _run_together(spans: Sequence[tuple[int, int]], near: float) -> list[list[tuple[int, int]]]:
-    """Stretches in runs that are no longer than ``near`` steps; a longer one is alone, and all are where near is 1."""
+    """Groups neighbouring spans into runs of at most ``near`` steps; a longer span is a run of its own."""
     runs: list[list[tuple[int, int]]] = []
     for span in spans:
         if near > 1 and runs and span[1] - runs[-1][0][0] < near:
@@ -146,7 +146,7 @@ def _run_together(spans: Sequence[tuple[int, int]], near: float) -> list[list[tu
 
 
 def svg(size: Size, description: str, parts: Sequence[str]) -> str:
-    """Wraps drawing parts."""
+    """Wraps drawing parts in an ``svg`` element."""
     return (
         f'<svg viewBox="0 0 {size.width} {size.height}" role="img" aria-label="{escape(description)}">'
         + "".join(parts)
@@ -155,7 +155,7 @@ def svg(size: Size, description: str, parts: Sequence[str]) -> str:
 
 
 def smooth(values: Values, window: int) -> list[float | None]:
-    """The mean of ``window`` steps around each; at the ends of those that exist. None stays None."""
+    """The mean over ``window`` steps around each step, or over those that exist at the ends. None stays None."""
     half, count = window // 2, len(values)
     sums = np.concatenate([[0.0], np.cumsum([0.0 if value is None else value for value in values])])
     counts = np.concatenate([[0], np.cumsum([value is not None for value in values])])
@@ -171,7 +171,7 @@ def smoothing_window(count: int) -> int:
 
 
 def steps_per_point(count: int) -> int:
-    """How many steps a point of a chart stands for: 1 until a run is long."""
+    """The number of steps per point of a chart: 1 except in long runs."""
     return max(1, math.ceil(count / _MOST_POINTS))
 
 
@@ -190,10 +190,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 @dataclass(frozen=True)
 class _Plot:
-    """Where steps and values lie in the drawing.
+    """The mapping of steps and values to the drawing.
 
     Attributes:
-      steps: of the points; of a long run each is the mean of several, and they lie within ``ends``.
+      steps: the steps of the points, within ``ends``; in a long run each is the mean of several steps.
       ends: the first and the last step.
     """
 
@@ -229,7 +229,7 @@ class _Plot:
             high += (high - low) * 0.06
             low -= 0.0 if floor is not None else (high - low) * 0.06
         if min(known) >= 0.0:
-            low = max(low, 0.0)  # the room below ends where what may be a share or an IoU does
+            low = max(low, 0.0)  # no room below zero: the values may be shares or IoUs
         marks = ticks(low, high)
         widest = max(len(_tick(mark, marks)) for mark in marks)
         right = size.width - (9 + 6.6 * max(len(line.label) for line in series) if several else 10)
@@ -278,7 +278,7 @@ class _Plot:
         return "".join(commands)
 
     def area(self, low: Values, high: Values) -> str:
-        """Runs of steps that have both edges, each closed."""
+        """A closed outline for each run of steps that has both edges."""
         runs: list[list[tuple[int, float, float]]] = [[]]
         for index, (bottom, top) in enumerate(zip(low, high, strict=True)):
             if bottom is None or top is None:
@@ -294,7 +294,7 @@ class _Plot:
         return "".join(commands)
 
     def dots_alone(self, values: Values, kind: str) -> list[str]:
-        """Dots in the place of a line, which has no length where neither neighbour is known."""
+        """Dots for values without a known neighbour, where a line would have no length."""
         around = [None, *values, None]
         return [
             self.dot(index, value, kind)
@@ -306,7 +306,7 @@ class _Plot:
         return "" if value is None else f'<circle class="{kind}" cx="{self.x(index)}" cy="{self.y(value)}" r="3"/>'
 
     def end_labels(self, series: Sequence[Series]) -> list[str]:
-        """Names at the right end of the lines, moved apart where they would overlap."""
+        """Labels at the right end of the lines, moved apart where they would overlap."""
         wanted = []
         for index, line in enumerate(series):
             last = next((value for value in reversed(line.values) if value is not None), None)

@@ -15,7 +15,7 @@ from PIL import Image
 from segzero_jax import jsonl, overlay, rewards
 
 _TIERED = rewards.maximum("vision_reasoner", 1.0, "tiered") - rewards.maximum("vision_reasoner")
-ENDS = 10  # steps at either end that are compared
+ENDS = 10  # number of steps compared at either end
 
 
 class RunError(ValueError):
@@ -29,13 +29,13 @@ class Run:
     Attributes:
       path: the directory.
       name: its name.
-      config_text: ``config.yaml`` as it stands.
-      config: the same as nested values.
+      config_text: text of ``config.yaml``.
+      config: the same, parsed into nested values.
       metrics: rows of ``metrics.jsonl`` by step.
       evaluations: rows of ``evaluations.jsonl`` by step, in the order of splits in the file.
-      sample_steps: split to the steps whose evaluation wrote single answers.
+      sample_steps: by split, the steps whose evaluation wrote individual answers.
       rollout_steps: steps with a rollouts file.
-      after_last_line: seconds by phase that passed after the last row of ``metrics``.
+      after_last_line: seconds by phase since the last row of ``metrics``.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Run:
     after_last_line: Mapping[str, float]
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """A dotted key of the configuration."""
+        """The value of a dotted configuration key."""
         value: Any = self.config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -63,7 +63,7 @@ class Run:
 
     @cached_property
     def measured(self) -> list[str]:
-        """Every metric that some step measured, in the order of the file."""
+        """All metrics that at least one step measured, in the order of the file."""
         found = {key: None for row in self.metrics for key, value in row.items() if isinstance(value, int | float)}
         return list(found)
 
@@ -76,7 +76,7 @@ class Run:
         return _rows(self.path / "rollouts" / f"{step}.jsonl")
 
     def picture(self, relative: Any) -> Image.Image | None:
-        """A picture of the run; None when it is missing, unreadable or outside the run directory."""
+        """An image of the run; None if it is missing, unreadable or outside the run directory."""
         path = (self.path / str(relative)).resolve()
         if not path.is_relative_to(self.path.resolve()) or not path.is_file():
             return None
@@ -88,10 +88,10 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Reads what is there.
+    """Reads a run directory.
 
     Raises:
-      RunError: there is no run, or one of its files is not what it should be.
+      RunError: there is no run, or one of its files is invalid.
     """
     folder = Path(path)
     config_file = folder / "config.yaml"
@@ -120,7 +120,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that a file may hold."""
+    """A finite number, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -128,11 +128,11 @@ def number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Maxima:
-    """The most a reward can be.
+    """The highest possible rewards.
 
     Attributes:
-      total: of the weighted sum, None when the recipe is not known.
-      components: of each component by name, before its weight.
+      total: maximum of the weighted sum, None if it is not known.
+      components: maximum of each component by name, before its weight.
     """
 
     total: float | None
@@ -140,13 +140,13 @@ class Maxima:
 
 
 def own_rewards(run: Run) -> set[str]:
-    """Names of the components that are functions of the run's own: what they measure, no recipe says."""
+    """Names of the components that the run's own functions define; no recipe describes these."""
     functions = run.setting("reward.functions")
     return {str(name).rpartition(":")[2] for name in functions} if isinstance(functions, list) else set()
 
 
 def reward_maxima(run: Run) -> Maxima:
-    """What the configured recipe gives at most; the mask IoU counts when the run measured it."""
+    """The maxima of the configured recipe, including the mask IoU if the run measured it."""
     recipe, mode = run.setting("reward.recipe"), run.setting("reward.mask_iou_mode", "raw")
     weight = number(run.setting("reward.mask_iou_weight")) or 0.0
     measured = any("reward/mask_iou" in row for row in run.metrics)
@@ -155,14 +155,14 @@ def reward_maxima(run: Run) -> Maxima:
         total = rewards.maximum(recipe, weight if measured else 0.0, mode)
     except ValueError:
         return Maxima(None, {})
-    # A recipe that brings its own mask IoU has it in both maxima. What functions give at most, nobody knows.
+    # A recipe with its own mask IoU includes it in both maxima. The maximum of the run's own functions is unknown.
     own = own_rewards(run)
     components = {**rewards.RECIPES[recipe].maxima, "mask_iou": mask or _TIERED}
     return Maxima(None if own else total, {name: most for name, most in components.items() if name not in own})
 
 
 def thinks(run: Run) -> bool:
-    """Whether the configured recipe asks for reasoning; one that is not known counts as one that does."""
+    """Whether the configured recipe asks for reasoning; True for an unknown recipe."""
     try:
         return rewards.thinks(run.setting("reward.recipe"))
     except ValueError:
@@ -170,7 +170,7 @@ def thinks(run: Run) -> bool:
 
 
 def masked(run: Run) -> bool:
-    """Whether SAM 2 makes masks of the answers; a run whose configuration does not say so counts as one."""
+    """Whether SAM 2 makes masks of the answers; True if the configuration does not specify it."""
     return bool(run.setting("reward.server") != "none")
 
 
@@ -186,7 +186,7 @@ class Ends:
 
 
 def ends(values: Sequence[float | None]) -> Ends | None:
-    """Compares the first with the last ten measured steps, or halves of a shorter run; None for an empty one."""
+    """Compares the first and last ten measured steps, or the halves of a shorter run; None if nothing was measured."""
     measured = [value for value in values if value is not None]
     if not measured:
         return None
@@ -196,7 +196,7 @@ def ends(values: Sequence[float | None]) -> Ends | None:
 
 
 def marks(objects: Any, mask: Any) -> overlay.Marks:
-    """What a row says of one side, as far as it can be drawn."""
+    """The objects and mask of one side of a row, as far as they can be drawn."""
     boxes: list[list[float]] = []
     points: list[list[float]] = []
     for item in objects if isinstance(objects, list) else []:
@@ -236,7 +236,7 @@ def _by_step(path: Path) -> list[dict[str, Any]]:
 
 
 def _after(file: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What ``clock.json`` says, unless a line has been written since."""
+    """The times in ``clock.json``, unless a metrics line has been written since."""
     if not file.is_file() or not metrics:
         return {}
     try:
