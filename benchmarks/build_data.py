@@ -27,11 +27,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 _DIFFERENT = 40
-_REFERENCES = ((1, 1), (2, 1), (2, 2), (1, 1))  # Objects of a picture, sentences of each: 3.3 questions on average.
+_REFERENCES = ((1, 1), (2, 1), (2, 2), (1, 1))  # Objects of an image, sentences of each: 3.3 questions on average.
 
 
 def photograph(seed: int, width: int, height: int) -> Image.Image:
-    """Something with edges, gradients and grain, so that it takes as many bytes as a photograph does."""
+    """A synthetic image with edges, gradients and grain, which takes as many bytes as a photograph."""
     rng = np.random.default_rng(seed)
     image = np.zeros((height, width, 3), np.float32)
     for cells, weight in ((4, 110), (24, 60), (120, 35)):
@@ -48,7 +48,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def refer_source(folder: Path, rows: int) -> None:
-    """RefCOCO's form; the pictures are links to a few different ones."""
+    """Writes a source in RefCOCO's form; its images are links to a few distinct ones."""
     pictures = [encoded(photograph(seed, 640, 480), "JPEG", quality=90) for seed in range(_DIFFERENT)]
     (folder / "train2014").mkdir()
     (folder / "refcoco").mkdir()
@@ -82,7 +82,7 @@ def refer_source(folder: Path, rows: int) -> None:
 
 
 def parquet_source(folder: Path, rows: int) -> None:
-    """refCOCOg_9k_840's form, in row groups of 100 as the hub has them."""
+    """Writes a source in refCOCOg_9k_840's form, in row groups of 100 as on the hub."""
     pictures = [encoded(photograph(seed, 840, 840), "PNG") for seed in range(_DIFFERENT)]
     writer = None
     for start in range(0, rows, 100):
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def _children() -> tuple[float, float]:
-    """MiB of the largest process that has ended, its own children included, and the CPU seconds of all."""
+    """Peak MiB of the largest ended process, its own children included, and the CPU seconds of all."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 

@@ -1,13 +1,13 @@
-"""What checkpoints cost: how much saving every step slows the toy run, and how long a large save holds up the loop.
+"""The cost of checkpoints: how much saving every step slows the toy run, and how long a large save blocks the loop.
 
     python -m benchmarks.checkpointing [--output FILE] [--steps 90] [--gigabytes 1]
 
 The toy run (``configs/toy.yaml``, its SAM 2 server included) trains in blocks of three steps that alternately save
-after every step and never. Each block that saves is compared with the mean of its two neighbours, so that a run which
-gets faster or slower cancels; the first step of a block is left out, since what the block before has begun may reach
-into it. The slowdown is the median over blocks, on the clock and in CPU seconds of the trainer, which a busy machine
-disturbs less. The large state is float32 noise, donated to an update as soon as the save returns; every save is of new
-numbers. About ten minutes on two free cores.
+after every step and never. Each block that saves is compared with the mean of its two neighbours, so that a drift in
+speed cancels. The first step of a block is left out, since a save of the block before may still run in it. The slowdown
+is the median over blocks, in wall-clock seconds and in CPU seconds of the trainer, which a busy machine affects less.
+The large state is float32 noise, donated to an update as soon as the save returns; every save has new values. Takes
+about ten minutes on two free cores.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def toy_run(steps: int, folder: Path) -> dict[str, float]:
-    """Seconds that a save adds to a toy step, on the clock and of CPU time, and what share of the step that is."""
+    """Seconds that a save adds to a toy step, in wall-clock and CPU time, and as a share of the step."""
     stamps: dict[int, tuple[float, float]] = {}
 
     def due(config: Config, step: int) -> bool:
@@ -49,7 +49,7 @@ def toy_run(steps: int, folder: Path) -> dict[str, float]:
         raise SystemExit("the toy run failed")
     found: dict[str, float] = {}
     for place, clock in enumerate(("wall", "cpu")):
-        # A save behind a step goes on during the next one.
+        # A save after a step runs during the next one.
         seconds = [stamps[step + 1][place] - stamps[step][place] for step in range(1, steps)]
         added, without = compare_blocks(seconds)
         found |= {f"{clock}_added_s": added, f"{clock}_without_s": without, clock: added / without}
@@ -57,7 +57,7 @@ def toy_run(steps: int, folder: Path) -> dict[str, float]:
 
 
 def compare_blocks(seconds: list[float]) -> tuple[float, float]:
-    """What a save adds to a step, and what a step takes without, from the seconds of all steps in their order."""
+    """Seconds that a save adds to a step, and seconds of a step without one, from those of all steps in order."""
     blocks = [seconds[first + 1 : first + BLOCK] for first in range(0, len(seconds) - BLOCK + 1, BLOCK)]
     times = [statistics.mean(block) for block in blocks]
     added = [
@@ -74,7 +74,7 @@ def _saves(block: int) -> bool:
 
 
 def large_save(gigabytes: float, folder: Path) -> dict[str, float]:
-    """Median seconds that a save holds up its caller, and that it takes until it is on the disk."""
+    """Median seconds that a save blocks its caller, and that it takes until it is on disk."""
     count = int(gigabytes * 1e9 / 4 / 3 / ARRAYS)
     advance = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.0001 + 1e-3, tree), donate_argnums=0)
     noise = lambda seed: {f"{i}": jax.random.normal(jax.random.key(seed + i), (count,)) for i in range(ARRAYS)}  # noqa: E731
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # The toy run first: it prepares JAX as any run does, which has to come before all else that uses it.
+        # The toy run comes first, since it configures JAX, which must happen before anything else uses it.
         toy = toy_run(args.steps, Path(folder, "toy"))
         found = {"large_save": large_save(args.gigabytes, Path(folder, "large")), "toy_run": toy}
     large = found["large_save"]

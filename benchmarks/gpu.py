@@ -2,13 +2,13 @@
 
     python -m benchmarks.gpu [--parts ours peer sam2] [--prompts 4] [--rounds 3] [--output FILE]
 
-Weights of Qwen2.5-VL-3B's dimensions that each side draws for itself, Seg-Zero's shapes (840 x 840 picture, prompt of
-1,150 tokens, 8 responses of 150). PyTorch trains one group, with gradient checkpointing, as TRL and EasyR1 do by
-default. Ours trains all prompts of a step at once and keeps its activations; its times are divided by their number. One
-prompt is sampled from. Model FLOPs are those of the matrix products that the mathematics asks for, without what is
-computed again in the backward pass. The bound of decoding is what one token of every response has to read: all language
-weights, and the keys and values of prompt and responses. Needs 105 GB of GPU memory, with ``--prompts 6`` 130, and JAX
-and PyTorch with CUDA. Ends with a line where there is no GPU.
+Each side draws its own weights of Qwen2.5-VL-3B's dimensions; shapes are Seg-Zero's (840 x 840 image, prompt of 1,150
+tokens, 8 responses of 150). PyTorch trains one group, with gradient checkpointing, as TRL and EasyR1 do by default. Our
+side trains all prompts of a step at once and keeps its activations; its times are divided by the number of prompts.
+Sampling uses one prompt. Model FLOPs are those of the matrix products of the mathematics, without recomputation in the
+backward pass. The bound of decoding is the data read for one token of every response: all language weights, and the KV
+cache of prompt and responses. Needs 105 GB of GPU memory, with ``--prompts 6`` 130, and JAX and PyTorch with CUDA. Ends
+with a one-line message if there is no GPU.
 """
 
 import argparse
@@ -52,13 +52,13 @@ SAM_BATCH, SAM_ROUNDS = 8, 10
 
 
 def language_weights(dims: Dims) -> int:
-    """Weights in the matrices of the decoder's blocks."""
+    """The number of weights in the matrices of the decoder's blocks."""
     heads = 2 * (dims.heads + dims.kv_heads) * dims.head_width
     return dims.layers * dims.hidden * (heads + 3 * dims.mlp)
 
 
 def vision_flops(dims: Dims, patches: int) -> float:
-    """Of one picture: matrices, attention in windows and over the whole, merger."""
+    """FLOPs of one image: matrices, windowed and full attention, merger."""
     vision = dims.vision
     block = vision.hidden * (4 * vision.hidden + 3 * vision.mlp)
     wide = vision.hidden * vision.merge**2
@@ -71,7 +71,7 @@ def vision_flops(dims: Dims, patches: int) -> float:
 
 
 def forward_flops(dims: Dims, shape: Shape, responses: bool = True) -> float:
-    """Of one prompt group, or of its prompt alone, each token once."""
+    """FLOPs of one prompt group, or of its prompt alone, each token once."""
     p, r, g = shape.prompt, shape.response, shape.group if responses else 0
     scores = p * (p + 1) / 2 + g * (r * p + r * (r + 1) / 2)
     flops = 2 * language_weights(dims) * (p + g * r) + 4 * dims.layers * dims.heads * dims.head_width * scores
@@ -80,14 +80,14 @@ def forward_flops(dims: Dims, shape: Shape, responses: bool = True) -> float:
 
 
 def decode_bytes(dims: Dims, shape: Shape, tokens: int) -> float:
-    """What a decode step reads, on average over ``tokens`` of them, in bfloat16."""
+    """Bytes that a decode step reads, on average over ``tokens`` steps, in bfloat16."""
     weights = language_weights(dims) + dims.vocab * dims.hidden
     cached = shape.prompt + shape.group * tokens / 2
     return 2 * (weights + 2 * dims.layers * dims.kv_heads * dims.head_width * cached)
 
 
 def shares(row: dict[str, float], dims: Dims, shape: Shape, peaks: tuple[float, float]) -> dict[str, float]:
-    """MFU of each phase, tokens per second, and the share of the memory's bound, from seconds of our side."""
+    """MFU of each phase, tokens per second, and the share of the memory-bandwidth bound, from our side's seconds."""
     flops, bandwidth = peaks
     rate = shape.group * (TOKENS - 1) / (row["whole"] - row["first"])
     bound = shape.group * bandwidth / decode_bytes(dims, shape, TOKENS)
@@ -101,14 +101,14 @@ def shares(row: dict[str, float], dims: Dims, shape: Shape, peaks: tuple[float, 
 
 
 def measure(module: str, directory: Path, settings: Settings, rounds: int) -> dict[str, float]:
-    """Median seconds of one side, after a warm-up: of learning a group, of sampling for one; and its peak memory.
+    """Median seconds of one side, after a warm-up, to train on a group and to sample one; and its peak memory.
 
-    Raises Unequal where a side did not learn.
+    Raises Unequal if loss, KL or gradient norm is not finite.
     """
     with side(module, directory, settings) as child:
         learnt = [child("learn") for _ in range(1 + rounds)][1:]
         for row in learnt:
-            # Besides, products are faster where they multiply what is no number.
+            # Also, matrix products run faster on NaN.
             if not all(math.isfinite(row[number]) for number in ("loss", "kl", "grad_norm")):
                 raise Unequal(f"{module}: loss, KL or gradient is not finite: {row}")
         made = [child("generate", tokens=TOKENS) for _ in range(1 + rounds)][1:]
@@ -119,7 +119,7 @@ def measure(module: str, directory: Path, settings: Settings, rounds: int) -> di
 
 
 def sam_images_per_second() -> float:
-    """Pictures that hiera-large with random weights encodes a second, in full batches."""
+    """Images per second that hiera-large with random weights encodes, in full batches."""
     with tempfile.TemporaryDirectory() as folder:
         segmenter = Segmenter.load(random_checkpoint(Path(folder), "large"), "cuda")
     pictures = [torch.randint(0, 256, (840, 840, 3), dtype=torch.uint8).numpy() for _ in range(SAM_BATCH)]

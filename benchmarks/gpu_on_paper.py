@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_on_paper [--prompts 6] [--output FILE]
 
-The update that ``benchmarks/gpu.py`` times, with the same flags, for one H200. Of the time that it takes there, what is
-neither a product nor attention goes by the bytes that it moves; these are counted here, by what they are moved for, and
-divided by the memory's bandwidth: a bound, not a measurement. cuBLAS and cuDNN are counted for each operand once. Needs
-JAX for CUDA and no GPU; two minutes on two cores.
+Compiles the update that ``benchmarks/gpu.py`` times, with the same flags, for one H200. Apart from matrix products and
+attention, its time depends on the bytes moved. These are counted here by kind of instruction and divided by the memory
+bandwidth: a bound, not a measurement. For cuBLAS and cuDNN each operand is counted once. Needs JAX for CUDA but no GPU;
+two minutes on two cores.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from segzero_jax.plan import step as steps
 from segzero_jax.plan.cost import Program
 from segzero_jax.plan.hlo import Instruction
 
-# As NVIDIA publishes it, in the compiler's own words; what is not said, such as how products are tuned, needs the card.
+# NVIDIA's published figures, in the compiler's format; values not given, such as the tuning of products, need the card.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -47,7 +47,7 @@ KINDS = {"__cublas": "products", "__cudnn": "attention"}
 
 
 class ForCuda:
-    """A jitted function that is lowered for CUDA: left to itself, JAX would ask a GPU for the platform's name."""
+    """A jitted function that is lowered for CUDA; by default JAX would ask a GPU for the platform's name."""
 
     def __init__(self, jitted: Any) -> None:
         self._jitted = jitted
@@ -57,7 +57,7 @@ class ForCuda:
 
 
 def compile_update(prompts: int) -> Any:
-    """The train loop's own update of so many groups, compiled for the card."""
+    """The train loop's own update of ``prompts`` groups, compiled for the card."""
     card = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh, shape = arrange("1x1", card.devices), Shape()
     changes = {
@@ -73,7 +73,7 @@ def compile_update(prompts: int) -> Any:
     }
     config = configs.replace(configs.Config(), **changes)
     dims = from_hf({"model_type": "qwen2_5_vl", **LARGE_TEXT, **SPECIAL, "vision_config": LARGE_VISION})
-    asked = {  # Of the card, before attention is left to cuDNN.
+    asked = {  # Queries to the card before JAX uses cuDNN's attention.
         "check_cudnn_version": lambda: CUDNN,
         "check_compute_capability": lambda least: True,
         "is_cuda_compute_capability_equal": lambda other: False,
@@ -87,7 +87,7 @@ def compile_update(prompts: int) -> Any:
 
 
 def kind(instruction: Instruction) -> str:
-    """What an instruction is for: products, attention, or what XLA calls a fusion, after what is in it."""
+    """The kind of an instruction: product, attention, or XLA's name of a fusion, which describes its content."""
     target = instruction.attribute(r'custom_call_target="([^"$]+)') or ""
     return KINDS.get(target) or instruction.name.split(".")[0].removeprefix("wrapped_").replace("_", " ")
 
@@ -97,7 +97,7 @@ def moved(text: str) -> Counter[str]:
     program, found = Program(text), Counter[str]()
     for instruction, cost, times in program.parts(program.entry):
         found[kind(instruction)] += round(times * cost.bytes)
-    return +found  # Without what moves nothing.
+    return +found  # Drops kinds that move no bytes.
 
 
 def main() -> None:

@@ -2,12 +2,11 @@
 
     python -m benchmarks.group_cost [--plot docs/group_cost.png] [--output FILE]
 
-Both layouts are this code: the repeated one has a row for every response, each with its own prompt and picture, as
-peers train; where their losses, KL or gradients differ it ends with a line. The policy of
-``benchmarks/learning_phase.py`` and a picture of 280 x 280 (100 tokens), float32. Time is the median of three; memory
-is what the compiled programs hold at their peak. One size varies, the others stay at G = 8, prompts of 300 and
-responses of 64 tokens. Plots with ``--plot``, which needs ``pip install -e '.[bench]'``. Takes about a quarter of an
-hour on two cores.
+Both layouts use this code: the repeated one has a row for every response, each with its own prompt and image, as in
+other trainers. If their losses, KL or gradients differ, it ends with a one-line message. The policy is that of
+``benchmarks/learning_phase.py``, with an image of 280 x 280 (100 tokens), in float32. Time is the median of three;
+memory is the peak of the compiled programs. One size varies, the others stay at G = 8, prompts of 300 and responses of
+64 tokens. ``--plot`` needs ``pip install -e '.[bench]'``. Takes about a quarter of an hour on two cores.
 """
 
 import argparse
@@ -44,12 +43,12 @@ from segzero_jax.types import Rollout
 BASE = Shape(prompt=300, response=64, group=8, image=280)
 SWEEPS = {"group": (1, 2, 4, 8, 16, 32), "prompt": (150, 300, 600, 1200), "response": (16, 64, 256, 512)}
 LAYOUTS = ("shared", "repeated")
-# Loss and KL of the two, and the norm of their gradients, relatively, at most.
+# Largest relative differences of loss, KL and gradient norm between the two layouts.
 APART = {"loss": 1e-4, "kl": 1e-4, "grad_norm": 3e-4}
 
 
 def place(tree: Any) -> Any:
-    """Host arrays onto the mesh as the train loop puts them there."""
+    """Puts host arrays on the mesh as the train loop does."""
     mesh = jax.sharding.get_mesh()
     put = lambda x: jax.device_put(x, NamedSharding(mesh, TRAIN.spec("batch", *(None,) * (x.ndim - 1))))  # noqa: E731
     return jax.tree.map(put, tree)
@@ -90,15 +89,17 @@ def run(shape: Shape, layout: str, dims: Dims, rounds: int = 3) -> dict[str, flo
 
 
 def held(program: jax.stages.Compiled) -> int:
-    """Bytes of arguments, temporaries, and results that take no argument's place. (On CPU XLA's own peak leaves out the
-    temporaries.)"""
+    """Bytes of arguments, temporaries, and results that do not alias an argument.
+
+    On CPU, XLA's own peak leaves out the temporaries.
+    """
     memory = program.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
 
 
 def measure(dims: Dims) -> list[dict[str, Any]]:
-    """Every sweep in both layouts; prints as it goes. Raises Unequal where they do not compute the same thing."""
+    """Runs every sweep in both layouts and prints the results. Raises Unequal if the layouts' results differ."""
     rows = []
     for name, values in SWEEPS.items():
         for value in values:
@@ -122,7 +123,7 @@ def measure(dims: Dims) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds above, memory below, a column a sweep; lines differ in more than colour."""
+    """Plots seconds above and memory below, with a column per sweep; lines differ in more than colour."""
     import matplotlib
 
     matplotlib.use("Agg")

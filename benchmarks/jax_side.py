@@ -1,4 +1,4 @@
-"""Our side of ``benchmarks/peer_group.py``: the product's own passes over one prompt and its responses."""
+"""Our side of ``benchmarks/peer_group.py``: the package's own passes over one prompt and its responses."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ from segzero_jax.types import PromptBatch, Rollout
 
 
 def read_prompt(group: Any, multiple: int = 1) -> PromptBatch:
-    """The question as the processor would hand it over, padded to a multiple, from patches in transformers' order."""
+    """The question in the processor's form, padded to a multiple, from patches in transformers' order."""
     rows, columns = (int(n) for n in group["grid"])
     merge, window = VISION["spatial_merge_size"], VISION["window_size"] // VISION["patch_size"]
     raster_s, unit_k = window_order(rows, columns, merge, window)
@@ -60,7 +60,7 @@ def read_prompt(group: Any, multiple: int = 1) -> PromptBatch:
 
 
 def load(directory: Path, settings: Settings, seed: int) -> tuple[Policy, Dims]:
-    """The checkpoint, or weights of its dimensions."""
+    """The checkpoint, or random weights of its dimensions if ``settings.drawn``."""
     if not settings.drawn:
         return load_hf(directory)
     dims = from_hf(json.loads((directory / "config.json").read_text()))
@@ -68,14 +68,14 @@ def load(directory: Path, settings: Settings, seed: int) -> tuple[Policy, Dims]:
 
 
 class JaxSide:
-    """The prompt group, ``settings.prompts`` times."""
+    """The prompt group, repeated ``settings.prompts`` times."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         group = np.load(directory / "group.npz")
         repeat = lambda x: np.repeat(x, settings.prompts, axis=0)  # noqa: E731
         responses = repeat(group["responses"][None])
         self.settings, dtype = settings, jnp.dtype(settings.dtype)
-        # Brought to its dtype before there is a policy beside it.
+        # Cast before the policy is loaded, to save memory.
         reference, self.dims = load(directory / "reference", settings, 1)
         narrow = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
         self.reference = narrow(reference)
@@ -98,7 +98,7 @@ class JaxSide:
         self.train_fwd = ForwardConfig(self.dims, TRAIN, dtype, settings.remat, kernel, one_loop=settings.remat)
         self.rollout_fwd = self.train_fwd._replace(layout=ROLLOUT, remat=False)
         self.to_rollout = rollout_layout(self.dims, dtype)
-        # transformers forbids no token.
+        # transformers bans no tokens.
         self.loss_config = LossConfig(GrpoConfig(), 1.0, banned_ids=(), freeze_vision=False, max_tokens=shape[2])
 
     def _peak(self) -> float:
@@ -106,7 +106,7 @@ class JaxSide:
         return statistics["peak_bytes_in_use"] / 2**30 if statistics else peak_gib()
 
     def learn(self, gradients: str = "") -> dict[str, float]:
-        """One step; writes the clipped gradients, which are ten times AdamW's first moment, where a file is named."""
+        """Runs one step; writes the clipped gradients (ten times AdamW's first moment) to the file ``gradients``."""
         reset_peak()
         times = [time.perf_counter()]
         kept = np.ones(self.advantages.shape, bool)
@@ -129,9 +129,9 @@ class JaxSide:
         return {"old": 0.0, **phases, **numbers, "peak_gib": self._peak()}
 
     def generate(self, tokens: int) -> dict[str, object]:
-        """``tokens`` tokens of every response to one prompt, greedily, and the time that the first of them takes.
+        """Samples ``tokens`` tokens of every response to one prompt greedily; also returns the time to the first token.
 
-        Both times hold that of laying out the weights, which a step does once for all its prompts.
+        Both times include converting the weights' layout, which a step does once for all its prompts.
         """
         reset_peak()
         prompt = jax.tree.map(lambda x: x[:1], self.prompts)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.learning_phase [--rounds 3] [--cores 2] [--output FILE]
 
-Seg-Zero's shapes (840 x 840 picture, prompt of 1,150 tokens, 8 responses of 150), a Qwen2.5-VL of 46 M parameters,
-float32, the same weights. PyTorch: old, reference and update on the repeated layout. Ours: reference and update of the
-prefix group; on-policy, the old log-probabilities are the new ones. The sides take turns of two steps, the second of
-which is timed. Takes about fifteen minutes and 20 GB on two cores.
+Seg-Zero's shapes (840 x 840 image, prompt of 1,150 tokens, 8 responses of 150), a Qwen2.5-VL of 46 M parameters,
+float32, the same weights. PyTorch runs old, reference and update on the repeated layout. Our side runs reference and
+update of the prefix group; on-policy, old and new log-probabilities are the same. The sides take turns of two steps,
+the second of which is timed. Takes about fifteen minutes and 20 GB on two cores.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from benchmarks.peer_group import (
     write,
 )
 
-# How far the sides may be apart, relatively. On-policy the loss is the mean advantage but for a small share of KL, in
-# which the reference and the policy show.
+# Largest relative differences between the sides. On-policy, the loss is the mean advantage plus a small share of KL,
+# the only part that depends on reference and policy.
 LIMITS = {"loss": 1e-4, "kl": 1e-4, "grad_norm": 3e-4, "gradients": 1e-3}
 PHASES = ("old", "reference", "update")
 
 
 def compare(ours: Side, peer: Side, directory: Path) -> dict[str, float]:
-    """One step of both from the same weights; how far loss, KL and gradients are apart.
+    """Runs one step of both sides from the same weights; returns the differences of loss, KL and gradients.
 
     Raises:
-      Unequal: farther than they may.
+      Unequal: a difference exceeds its limit.
     """
     files = [str(directory / f"{name}.npz") for name in ("ours", "peer")]
     mine, theirs = (side("learn", gradients=file) for side, file in zip((ours, peer), files, strict=True))
@@ -57,7 +57,7 @@ def compare(ours: Side, peer: Side, directory: Path) -> dict[str, float]:
 
 
 def measure(ours: Side, peer: Side, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of seconds by phase, and the largest peak of memory."""
+    """Median seconds by phase, and the largest peak memory."""
     found = {}
     for name, made in take_turns(ours, peer, rounds, "learn").items():
         seconds = {phase: statistics.median(row[phase] for row in made) for phase in PHASES}

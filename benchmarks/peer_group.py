@@ -2,10 +2,10 @@
 
 The policy is a Qwen2.5-VL of 46 M parameters in float32, written by transformers with random weights; the reference is
 another of the same dimensions. Their decoders' matrices are three times what transformers draws, so that the next token
-depends on all earlier ones; otherwise it depends on the last token alone, which is then repeated for ever. The image has
-840 x 840 pixels, which are 900 of the prompt's tokens. Each side runs in its own process (``benchmarks/jax_side.py``,
-``benchmarks/torch_side.py``) and does one thing at a time on request, so that the rounds of both alternate and memory is
-counted separately.
+depends on all earlier ones; otherwise it depends on the last token alone, which is then repeated for ever. The image
+has 840 x 840 pixels, which are 900 of the prompt's tokens. Each side runs in its own process
+(``benchmarks/jax_side.py``, ``benchmarks/torch_side.py``) and does one thing at a time on request, so that the rounds
+of both alternate and memory is counted separately.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python -m benchmarks.prefix_flops [--answers 8] [--output FILE]
 
 Both layouts are compiled for a TPU v5p-32 (16 chips with room for both) at the dimensions of Qwen2.5-VL-7B
-(``segzero_jax.plan``; needs libtpu and no TPU): 16 pictures of 840 x 840 with prompts of 1,150 tokens, answers of 150.
-The repeated layout is this code with one answer a prompt and 16 x G prompts. Takes about ten minutes on two cores.
+(``segzero_jax.plan``; needs libtpu but no TPU): 16 images of 840 x 840 with prompts of 1,150 tokens, answers of 150.
+The repeated layout is this code with one answer per prompt and 16 x G prompts. Takes about ten minutes on two cores.
 """
 
 import argparse

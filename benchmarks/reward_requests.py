@@ -1,4 +1,4 @@
-"""Requests for the reward server's benchmarks: toy scenes, each with candidates a little off in their own way."""
+"""Requests for the reward server's benchmarks: toy scenes, each with differently jittered candidates."""
 
 import functools
 import hashlib
@@ -12,22 +12,22 @@ from reward_server.codec import encode_mask
 from reward_server.segmenter import Prompt
 from segzero_jax.data.scenes import Scene, make_example_scene
 
-# Distinct pictures; an index beyond starts over.
+# Number of distinct images; higher indices start over.
 PICTURES = 64
 
 
 def picture(index: int) -> Scene:
-    """A scene, made once."""
+    """A scene (cached)."""
     return _picture(index % PICTURES)
 
 
 def prompts(index: int, size: int) -> tuple[Prompt, ...]:
-    """So many boxes with a point, around the scene's objects in turn."""
+    """``size`` boxes with a point each, around the scene's objects in turn."""
     return _prompts(index % PICTURES, size)
 
 
 def group_request(index: int, size: int) -> reward_pb2.ScoreRequest:
-    """Asks for scores of those prompts, each a candidate, against the scene's first object; made once."""
+    """A request for the scores of those prompts, each a candidate, against the scene's first object (cached)."""
     return _group_request(index % PICTURES, size)
 
 

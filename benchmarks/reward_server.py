@@ -1,21 +1,21 @@
 """The reward server beside the plain predictor and the bare model: python -m benchmarks.reward_server [--output FILE]
 
-A group is one picture and 8 candidates with a box and a point each. Five ways to answer groups take turns, so that
-whatever else the machine does meets all of them:
+A group is one image and 8 candidates with a box and a point each. Five ways to answer groups take turns, so that other
+load on the machine affects all of them:
 
   plain loop   SAM2ImagePredictor: set_image and predict for every candidate
   predictor    SAM2ImagePredictor: set_image once, predict for every candidate
-  network      encoder and decoder alone, on prepared tensors, batched as the server batches; no masks of picture size
-  model        the same with what belongs to a mask: the picture's transform, and the best mask at the picture's size
-  server       calls to ``python -m reward_server`` in a process of its own: transport, PNG decoding, hashing, counting
+  network      encoder and decoder alone, on prepared tensors, batched like the server; no masks at image size
+  model        the same, plus the work for a mask: the image's transform, and the best mask at image size
+  server       calls to ``python -m reward_server`` in its own process: transport, PNG decoding, hashing, counting
 
-Beside groups a second stands the processor time that a group costs the process that computes it, which other programs
-on the machine hardly change.
+Beside groups per second it reports the CPU time per group of the process that computes, which other programs on the
+machine hardly affect.
 
-The server keeps no embeddings here: every group costs its encoding, and it is measured while calls are always waiting.
-Without a GPU the model is the toy one on one thread; with one it is hiera-large with random weights, whose speed is
-that of trained ones. ``--network tiny`` is hiera-tiny with random weights, on a CPU too. Where an answer of the server
-is not the plain predictor's there are no figures.
+The server caches no embeddings here, so every group is encoded, and its queue is never empty while it is measured.
+Without a GPU the model is the toy one on one thread; with a GPU it is hiera-large with random weights, which are as
+fast as trained ones. ``--network tiny`` is hiera-tiny with random weights, also on a CPU. If an answer of the server
+differs from the plain predictor's, no figures are reported.
 """
 
 import argparse
@@ -51,22 +51,22 @@ PUBLISHED = {
     "large": ("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt"),
 }
 GROUP = 8
-# Answers for so many pictures are compared with the predictor's.
+# Number of images whose answers are compared with the predictor's.
 COMPARED = 8
-# What rounding leaves open, since pictures are encoded together and the predictor's one by one: the sign of a logit
-# nearer to zero than this share of the mask's root mean square, and which mask is best among scores as close as this.
-# In bfloat16 random weights' logits are up to 5% of that apart from those in float32.
+# Tolerances for rounding, since the server encodes images together and the predictor one by one: logits closer to zero
+# than this share of the mask's root mean square may have either sign, and of masks whose scores are this close either
+# may be the best. With random weights, bfloat16 logits differ from float32 ones by up to 5% of the root mean square.
 OPEN = {"float32": (1e-3, 1e-5), "bfloat16": (0.1, 0.01)}
 
 
 class Right(NamedTuple):
-    """A mask that the predictor may give: pixels surely in it, and those and the open ones, bool [height, width]."""
+    """A mask the predictor may give: its certain pixels, and its certain or undecided pixels, bool [height, width]."""
 
     surely: np.ndarray
     perhaps: np.ndarray
 
     def has(self, counted: reward_pb2.CandidateScore, target: np.ndarray) -> bool:
-        """The counts are those of such a mask and the target."""
+        """Whether the counts can be those of such a mask and the target."""
         least, most = (self.surely & target).sum(), (self.perhaps & target).sum()
         if not least <= counted.intersection <= most:
             return False
@@ -74,7 +74,7 @@ class Right(NamedTuple):
 
 
 def plain_loop(segmenter: Segmenter, groups: int, once: bool) -> None:
-    """The best mask of every candidate; the picture is set for each of them, or ``once`` a group."""
+    """Computes the best mask of every candidate; sets the image for each candidate, or ``once`` per group."""
     predictor = segmenter.predictor
     with torch.inference_mode(), segmenter._precision():
         for index in range(groups):
@@ -89,7 +89,7 @@ def plain_loop(segmenter: Segmenter, groups: int, once: bool) -> None:
 
 
 def right_masks(segmenter: Segmenter, groups: int) -> list[list[list[Right]]]:
-    """By group and candidate, the masks that are right: more than one where their scores are as good as equal."""
+    """The correct masks by group and candidate; more than one if their scores are equal within rounding."""
     predictor, found = segmenter.predictor, []
     share, close = OPEN[segmenter.dtype]
     with torch.inference_mode(), segmenter._precision():
@@ -114,7 +114,7 @@ def right_masks(segmenter: Segmenter, groups: int) -> list[list[list[Right]]]:
 
 
 def network(segmenter: Segmenter, groups: int, batch: int) -> None:
-    """Encoder and decoder; pictures and prompts are prepared outside of the clock by the first call."""
+    """Runs encoder and decoder; the first call, which is not timed, prepares images and prompts."""
     for start in range(0, groups, batch):
         count = min(batch, groups - start)
         with torch.inference_mode(), segmenter._precision():
@@ -160,10 +160,10 @@ def model(segmenter: Segmenter, groups: int, batch: int) -> None:
 
 
 class Stream:
-    """Calls to the server, so many of them under way at any time, whose answers are looked at.
+    """Calls to the server, ``outstanding`` of them in flight at any time, whose answers are checked.
 
     Args:
-      right: what ``right_masks`` gave for the first pictures.
+      right: the result of ``right_masks`` for the first images.
     """
 
     def __init__(self, server: Server, outstanding: int, right: list[list[list[Right]]]) -> None:
@@ -178,7 +178,7 @@ class Stream:
             self._sent += 1
 
     def answered(self, groups: int) -> None:
-        """Waits for so many answers, each followed by the next call."""
+        """Waits for ``groups`` answers; sends a new call after each."""
         for _ in range(groups):
             self._check(self._waiting.popleft().result())
             self.fill()
@@ -204,7 +204,7 @@ class Stream:
 
 
 def random_checkpoint(folder: Path, network: str) -> str:
-    """A network with random weights, in the form that is published."""
+    """Writes a network with random weights in the format of the published checkpoints."""
     config, name = PUBLISHED[network]
     torch.manual_seed(0)
     path = folder / name
@@ -213,7 +213,7 @@ def random_checkpoint(folder: Path, network: str) -> str:
 
 
 def timed(work: Callable[[int], object], groups: int, pid: int) -> tuple[float, float]:
-    """Groups a second, and processor milliseconds a group of the process that computes."""
+    """Groups per second, and CPU milliseconds per group of the process that computes."""
     start, used = time.perf_counter(), _processor_seconds(pid)
     work(groups)
     return groups / (time.perf_counter() - start), 1000 * (_processor_seconds(pid) - used) / groups
@@ -234,11 +234,11 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
     flags = ["--model", source, "--device", device, "--max-batch", str(batch), "--cache-mib", "0", *threads]
     if options.compile:
         flags.append("--compile")
-    for index in range(PICTURES):  # Made before the clock runs.
+    for index in range(PICTURES):  # Made before the timing starts.
         group_request(index, GROUP)
     right = right_masks(segmenter, COMPARED)
     with server_process(flags) as server:
-        # A batch on the device and one that waits.
+        # One batch on the device and one that waits.
         stream = Stream(server, 2 * batch, right)
         few = max(1, options.groups // 4)
         ways: dict[str, tuple[Callable[[int], object], int, int]] = {
@@ -261,7 +261,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
             print(f"round {number} of {options.rounds}", file=sys.stderr)
             for name, (work, groups, pid) in ways.items():
                 if name == "server":
-                    # One batch first: whoever comes later finds the queue full.
+                    # Untimed first batch, after which the queue is full.
                     stream.fill()
                     stream.answered(batch)
                 rate, cost = timed(work, groups, pid)
@@ -283,7 +283,7 @@ def measure(options: argparse.Namespace, source: str) -> dict[str, object]:
         "groups_per_second": {name: round(value, 2) for name, value in middle.items()},
         "processor_ms_per_group": {name: round(statistics.median(values), 1) for name, values in costs.items()},
         "all_rounds": {name: [round(v, 2) for v in values] for name, values in rates.items()},
-        # Of neighbouring rounds, so that a machine that is busy for a while does not favour one side.
+        # Ratios of neighbouring rounds, so that temporary load on the machine does not favour one side.
         "server_to_network": round(_ratio(rates["server"], rates["network"]), 3),
         "server_to_model": round(_ratio(rates["server"], rates["model"]), 3),
         "server_to_predictor": round(_ratio(rates["server"], rates["predictor"]), 2),

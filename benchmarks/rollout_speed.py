@@ -2,8 +2,8 @@
 
     python -m benchmarks.rollout_speed [--tokens 128] [--rounds 3] [--cores 2] [--output FILE]
 
-The policy, the picture and the prompt of ``benchmarks/learning_phase.py``; 8 responses. transformers prefills 8 copies
-of the prompt, ours one. Decoding is the whole less the time to the first token. Takes about five minutes on two cores.
+Policy, image and prompt of ``benchmarks/learning_phase.py``; 8 responses. transformers prefills 8 copies of the prompt,
+our side one. Decoding time is the total minus the time to the first token. Takes about five minutes on two cores.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from benchmarks.peer_group import (
 
 
 def compare(ours: Side, peer: Side, tokens: int) -> None:
-    """Samples once on both sides, which also warms them up. Raises Unequal where a token differs.
+    """Samples once on both sides, which also warms them up. Raises Unequal if a token differs.
 
-    Also where the same few tokens come again and again: those would be equal though all that went before were lost.
+    Also raises if the same few tokens repeat: those would be equal even if the whole context were lost.
     """
     mine, theirs = (side("generate", tokens=tokens)["tokens"] for side in (ours, peer))
     for row, (a, b) in enumerate(zip(mine, theirs, strict=True)):
@@ -43,7 +43,7 @@ def compare(ours: Side, peer: Side, tokens: int) -> None:
 
 
 def measure(ours: Side, peer: Side, tokens: int, rounds: int, group: int) -> dict[str, dict[str, float]]:
-    """Medians."""
+    """Median times and rates of both sides."""
     found = {}
     for name, made in take_turns(ours, peer, rounds, "generate", tokens=tokens).items():
         first, whole = (statistics.median(row[key] for row in made) for key in ("first", "whole"))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling [--case NAME ...] [--output DIR]
 
-Each case is compiled by the TPU compiler on this machine, which needs libtpu and no TPU: about five minutes a case on
-two cores. A plan is what ``python -m segzero_jax.plan --json`` prints; with ``--output`` each is kept as DIR/NAME.json,
-and one that is there already is read instead of being made again.
+Each case is compiled by the TPU compiler on this machine, which needs libtpu but no TPU: about five minutes per case on
+two cores. A plan is the output of ``python -m segzero_jax.plan --json``; with ``--output`` each is saved as
+DIR/NAME.json, and an existing file is read instead of compiling again.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from segzero_jax.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
 _LORA = {"model.lora_rank": 64, "train.micro_batch_size": 2}
-# Name: preset, slice, and what differs from the preset. More rows of the mesh than 16 need more prompts a step.
+# Name: preset, slice, and changes to the preset. A mesh with more than 16 rows needs more prompts per step.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "7b_v5e_4x4": ("seg_zero_7b", "v5e:4x4", {}),
     "7b_v6e_4x4": ("seg_zero_7b", "v6e:4x4", {"train.micro_batch_size": 16}),
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def made(name: str, folder: Path | None) -> dict[str, Any]:
-    """A case's plan, as JSON has it."""
+    """A case's plan, parsed from JSON."""
     file = folder / f"{name}.json" if folder else None
     if file and file.is_file():
         return json.loads(file.read_text())
@@ -59,14 +59,14 @@ def made(name: str, folder: Path | None) -> dict[str, Any]:
 
 
 def table(plan: dict[str, Any]) -> str:
-    """Markdown: what each phase needs and costs on one chip."""
+    """A Markdown table of each phase's memory and cost on one chip."""
     lines = [
         "| phase | runs | HBM GiB | TFLOP | GB of HBM | GB sent | seconds, all runs | bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for phase in plan["phases"]:
         runs, sent = phase["runs"], sum((phase["collective_bytes"] or {}).values()) / 1e9
-        if phase["seconds"] is None:  # It does not fit, and was not compiled to the end.
+        if phase["seconds"] is None:  # It does not fit into memory, so it was not fully compiled.
             lines.append(f"| {phase['phase']} | {runs} | {phase['hbm_gib']:.2f} | ? | ? | ? | ? | ? |")
             continue
         short = lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}"  # noqa: E731
@@ -77,7 +77,7 @@ def table(plan: dict[str, Any]) -> str:
 
 
 def summary(name: str, plan: dict[str, Any]) -> str:
-    """Markdown: one line a case."""
+    """The Markdown table row of a case."""
     peak = max(plan["phases"], key=lambda phase: phase["hbm_gib"])
     memory = f"{peak['hbm_gib']:.2f} of {plan['hbm_limit_gib']:.2f} in {peak['phase']}"
     if plan["seconds_per_step"] is None:

@@ -1,4 +1,4 @@
-"""A reward server as a process of its own, for benchmarks."""
+"""A reward server in its own process, for benchmarks."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ _STARTUP_S, _LOOK_S = 900, 0.2
 
 @dataclass(frozen=True)
 class Server:
-    """Attributes: address, pid; stub, to call it; metrics_url, its page of numbers."""
+    """A running server: its address, pid, gRPC stub, and the URL of its metrics page."""
 
     address: str
     pid: int
@@ -30,7 +30,7 @@ class Server:
     metrics_url: str
 
     def metric(self, name: str) -> float:
-        """A number of the server's, 0 where it has not counted any yet."""
+        """A metric of the server; 0 if it has no value yet."""
         with urllib.request.urlopen(self.metrics_url, timeout=60) as page:
             lines = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
         return float(lines.get(f"segzero_reward_{name}", 0))
@@ -38,9 +38,9 @@ class Server:
 
 @contextmanager
 def server_process(options: list[str]) -> Iterator[Server]:
-    """Runs ``python -m reward_server`` with these options until the end of the block; gives it once it serves.
+    """Runs ``python -m reward_server`` with these options until the end of the block; yields it once it serves.
 
-    Raises RuntimeError where it ends before, with the last line that it logged.
+    Raises RuntimeError with its last log line if it ends before.
     """
     command = [sys.executable, "-m", "reward_server", "--port", "0", "--metrics-port", "0", *options]
     with (
@@ -62,7 +62,7 @@ def server_process(options: list[str]) -> Iterator[Server]:
 
 
 def _await_serving(channel: grpc.Channel, child: "subprocess.Popen[str]", log: IO[str]) -> None:
-    """Asks again and again: a call that waits for readiness would not see that the server has ended."""
+    """Polls until the server is ready: a call with wait_for_ready would not notice that the server has ended."""
     health = health_pb2_grpc.HealthStub(channel)
     asked = health_pb2.HealthCheckRequest(service=_SERVICE)
     until = time.monotonic() + _STARTUP_S
@@ -71,7 +71,7 @@ def _await_serving(channel: grpc.Channel, child: "subprocess.Popen[str]", log: I
             if health.Check(asked, timeout=60).status == health_pb2.HealthCheckResponse.SERVING:
                 return
         except grpc.RpcError as error:
-            # It listened already, so that it is on its way out.
+            # It was listening already, so it must be exiting.
             raise _ended(child, log) from error
         time.sleep(_LOOK_S)
     raise RuntimeError(f"the reward server does not serve after {_STARTUP_S} s")

@@ -47,7 +47,7 @@ from segzero_jax.types import Example, PromptBatch
 SPLITS = ("val", "heldout_pairs", "heldout_crowd", "heldout_relations")
 _SAY_EVERY = 40
 _STEPS = Config().train.steps
-_MORE = Config().rollout.group_size  # GRPO learns from so many answers to a question
+_MORE = Config().rollout.group_size  # answers per question that GRPO trains on
 
 
 @partial(jax.jit, static_argnames=("optimizer", "fwd", "banned_ids"), donate_argnames=("state",))
@@ -61,7 +61,7 @@ def supervised_update(
     fwd: ForwardConfig,
     banned_ids: tuple[int, ...],
 ) -> tuple[TrainState, jax.Array]:
-    """One step on target answers: prefix groups of one response, the mean cross-entropy over their tokens."""
+    """One step on target answers: prefix groups of one response, with mean cross-entropy over their tokens."""
 
     def loss(policy: Policy) -> jax.Array:
         hidden = group_hidden(policy, prompts, tokens_bgr, fwd)
@@ -74,9 +74,9 @@ def supervised_update(
 
 
 def target_answers(job: Job, examples: list[Example], thoughts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids ``[b, 1, r]`` of the right answers after these thoughts, and the bool mask of what is learnt from.
+    """Token ids ``[b, 1, r]`` of the correct answers after these thoughts, and the bool mask of the trained tokens.
 
-    An empty thought is learnt along with its answer; a longer one is only read.
+    An empty thought is trained along with its answer; a longer one is context only.
     """
     processor, length = job.processor, job.config.rollout.max_response_tokens
     tokens = np.full((len(examples), 1, length), processor.pad_id, np.int32)
@@ -107,7 +107,7 @@ def train_supervised(config: Config, checkpoints_at: tuple[int, ...], own_though
     """Supervised fine-tuning for ``train.steps``, with a checkpoint after each of these steps.
 
     Args:
-      own_thoughts: answers come after the start policy's own reasoning instead of an empty one.
+      own_thoughts: answers follow the start policy's own reasoning instead of an empty thought.
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -139,13 +139,13 @@ def train_supervised(config: Config, checkpoints_at: tuple[int, ...], own_though
 
 
 def train_grpo(seed: int, run: Path) -> None:
-    """The toy run, in a process of its own."""
+    """Runs the toy training in its own process."""
     command = [sys.executable, "-m", "segzero_jax.train", f"--seed={seed}", f"--run.dir={run}"]
     subprocess.run([*command, "--data.eval_splits=[]"], check=True)
 
 
 def trained(seed: int, out: Path) -> dict[str, str]:
-    """Checkpoints by name of the method, made where they are missing."""
+    """Checkpoints by method name; missing ones are trained."""
     grpo, sft, own = (out / f"{method}_{seed}" for method in ("grpo", "sft", "sft_own"))
     if not _there(grpo, _STEPS):
         train_grpo(seed, grpo)

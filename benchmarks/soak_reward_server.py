@@ -1,9 +1,9 @@
 """Many clients at once, each answer checked: python -m benchmarks.soak_reward_server [--seconds 60] [--clients 64]
 
-A server in a process of its own; every client is a thread with a connection of its own that asks one thing after
-another: groups of several sizes, by bytes and by hash alone, scores and masks, with candidates that are to be refused
-between good ones. What is right was computed beforehand by the plain SAM2ImagePredictor, box by box. The server's
-memory is read every second from /proc. Ends with 1 where an answer was wrong or lost, or memory grew by over 5%.
+The server runs in its own process. Every client is a thread with its own connection that sends one request after
+another: groups of several sizes, with image bytes or hash only, for scores and masks, with invalid candidates between
+valid ones. The expected answers are computed beforehand with the plain SAM2ImagePredictor, box by box. The server's
+memory is read every second from /proc. Exits with 1 if an answer was wrong or lost, or memory grew by over 5%.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from reward_server import reward_pb2, reward_pb2_grpc
 from reward_server.codec import decode_mask
 from reward_server.segmenter import Segmenter
 
-# Batching changes the order of float32 sums: a pixel whose logit is nearly zero may fall on the other side.
+# Batching changes the order of float32 sums, so a pixel whose logit is nearly zero may change sides.
 PIXELS_APART = 5
-# From the second quarter of the time to the last: what caches and allocators still gather, and no leak.
+# Allowed growth from the second quarter of the time to the last: caches and allocators, but no leak.
 MEMORY_GROWTH = 0.05
 OUTSIDE = reward_pb2.Candidate(objects=[reward_pb2.ObjectPrompt(box=reward_pb2.Box(x1=-9, y1=-9, x2=-5, y2=-5))])
 
 
 @dataclass
 class Tally:
-    """What all clients saw."""
+    """Results of all clients."""
 
     calls: int = 0
     unavailable_hashes: int = 0
@@ -70,7 +70,7 @@ def right_masks(segmenter: Segmenter, index: int, size: int) -> list[np.ndarray]
 def problem_of(
     response: reward_pb2.ScoreResponse | reward_pb2.SegmentResponse, index: int, masks: list[np.ndarray], bad: int
 ) -> str:
-    """What is wrong with an answer, nothing where it is right; candidate number ``bad`` has to be refused."""
+    """The problem with an answer, empty if it is correct; candidate number ``bad`` must be refused."""
     if len(response.candidates) != len(masks) + 1:
         return f"{len(response.candidates)} candidates, expected {len(masks) + 1}"
     entries = list(response.candidates)
@@ -148,11 +148,11 @@ def resident_mib(pid: int) -> float:
 
 
 def soak(seconds: float, clients: int, pictures: int = 40) -> dict[str, Any]:
-    """Runs it; returns what the command prints. Nothing is asserted here."""
+    """Runs the test; returns the results that the command prints, without asserting anything."""
     torch.set_num_threads(1)
     segmenter = Segmenter.load("toy", "cpu")
     right = {(index, size): right_masks(segmenter, index, size) for index in range(pictures) for size in (1, 4, 8)}
-    # A cache too small for all pictures, so that embeddings come and go all the time.
+    # A cache too small for all images, so that embeddings are evicted all the time.
     flags = ["--model", "toy", "--threads", "1", "--cache-mib", "8"]
     with server_process(flags) as server:
         tally, start = Tally(), time.monotonic()

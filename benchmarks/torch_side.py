@@ -1,7 +1,7 @@
 """PyTorch's side of ``benchmarks/peer_group.py``: transformers on the repeated layout, as TRL, EasyR1 and verl train.
 
-Every response is a row of its own behind its own copy of the prompt and its picture. One step is the log-probabilities
-under the sampling policy ("old"), those under the reference, and the update with AdamW.
+Every response is a separate row with its own copy of the prompt and the image. One step is the log-probabilities under
+the sampling policy ("old"), those under the reference, and the update with AdamW.
 """
 
 import json
@@ -19,7 +19,7 @@ CLIP, KL, NORM, LR, DECAY = 0.2, 5e-3, 1.0, 1e-6, 1e-2
 
 
 def load(directory: Path, settings: Settings) -> Qwen2_5_VLForConditionalGeneration:
-    """The checkpoint, or weights of its dimensions."""
+    """The checkpoint, or random weights of its dimensions if ``settings.drawn``."""
     how = {"dtype": getattr(torch, settings.dtype), "attn_implementation": "sdpa"}
     if not settings.drawn:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, **how)
@@ -77,7 +77,7 @@ class TorchSide:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else peak_gib()
 
     def learn(self, gradients: str = "") -> dict[str, float]:
-        """One step; writes the clipped gradients to a file where one is named."""
+        """Runs one step; writes the clipped gradients to the file ``gradients`` if given."""
         if self.remat:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
             self.policy.train()
@@ -112,9 +112,9 @@ class TorchSide:
 
     @torch.no_grad()
     def generate(self, tokens: int) -> dict[str, object]:
-        """``tokens`` new tokens of every row, greedily, and the time that the first of them takes."""
+        """Samples ``tokens`` new tokens of every row greedily; also returns the time to the first token."""
         if self.remat:
-            # Beside it transformers keeps no KV cache.
+            # With gradient checkpointing, transformers keeps no KV cache.
             self.policy.gradient_checkpointing_disable()
             self.policy.eval()
         self._reset()
@@ -129,13 +129,13 @@ class TorchSide:
             )
             times.append(self._now())
         first, whole = np.diff(times).tolist()
-        # Nothing to lay out: the weights are where they are trained.
+        # No layout change: the weights stay as they are for training.
         made = out[:, self.prompts.shape[1] :]
         return {"layout": 0.0, "first": first, "whole": whole, "tokens": made.tolist(), "peak_gib": self._peak()}
 
 
 def _hub_name(name: str) -> str:
-    """transformers' name of a parameter as released checkpoints have it."""
+    """Converts transformers' name of a parameter to its key in released checkpoints."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 

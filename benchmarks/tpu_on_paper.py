@@ -3,10 +3,10 @@
     python -m benchmarks.tpu_on_paper [--response 256] [--output FILE]
 
 For the presets of 3B and 7B on sixteen chips of three generations, ``segzero_jax.plan`` compiles every phase of a step
-(16 prompts of 840 x 840 pictures, 8 responses each) and divides its work by the chip's published peaks, each phase
-bound by its slowest: computing, memory or links, all perfectly overlapped. Responses of Seg-Zero have 100 to 200
-tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu and no TPU; half an hour on two
-cores. With ``--output``, what the file holds already is not compiled again.
+(16 prompts of 840 x 840 images, 8 responses each) and divides its work by the chip's published peaks. Each phase is
+bound by the slowest of compute, memory and links, all perfectly overlapped. Seg-Zero's responses have 100 to 200
+tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu but no TPU; half an hour on two
+cores. With ``--output``, plans that are already in the file are not compiled again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from segzero_jax.plan.phases import make_plan
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("3b", "7b")
-# Prompts of a micro-batch: as many as the memory holds.
+# Prompts per micro-batch: as many as fit into memory.
 SLICES = {"v5e:4x4": 4, "v6e:4x4": 16, "v5p:2x2x4": 16}
 # VisionReasoner (arXiv 2505.12081): 443 steps in 6 hours on 8 GPUs.
 PUBLISHED_S = 6 * 3600 / 443
@@ -38,7 +38,7 @@ def estimate(model: str, topology: str, response: int) -> dict[str, Any]:
 
 
 def line(name: str, plan: dict[str, Any]) -> str:
-    """What is printed of a plan."""
+    """The printed line for a plan."""
     if plan["seconds_per_step"] is None:
         over = [f"{p['phase']} takes {p['hbm_gib']:.2f} GiB" for p in plan["phases"] if not p["fits"]]
         return f"{name:20}{'-':>10}{'-':>16}  DOES NOT FIT: {', '.join(over)}"

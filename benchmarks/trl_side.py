@@ -27,7 +27,7 @@ from segzero_jax.types import Frame
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every step, sampling and rewards included."""
+    """Records the seconds of every step, including sampling and rewards."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -41,7 +41,7 @@ class StepTimes(TrainerCallback):
 
 
 def load_processor(config: Config) -> Qwen2_5_VLProcessor:
-    """The toy checkpoint's tokenizer, pictures and chat, as transformers' own processor."""
+    """The toy checkpoint's tokenizer, image settings and chat template, as transformers' own processor."""
     tokenizer = AutoTokenizer.from_pretrained(TOY, padding_side="left")
     pixels = config.data.image_size**2
     images = Qwen2VLImageProcessorPil.from_pretrained(TOY, min_pixels=pixels, max_pixels=pixels)
@@ -50,7 +50,7 @@ def load_processor(config: Config) -> Qwen2_5_VLProcessor:
 
 
 def load_rows(config: Config, count: int) -> Dataset:
-    """The toy training split as conversations with a picture."""
+    """The toy training split as conversations with an image."""
     split = open_split("toy", "train", Path(config.data.dir).expanduser())
     frame, rows = Frame(config.data.image_size, config.data.image_size), []
     for index in range(count):

@@ -3,13 +3,13 @@
     python -m benchmarks.trl_step [--image-size 112] [--prompts 16] [--steps 6] [--rounds 2] [--cores 2]
                                   [--output FILE]
 
-The same toy policy, pictures and questions, 16 prompts with 8 responses of at most 64 tokens, temperature 1, KL to a
-reference, AdamW, float32. ``--image-size 840`` shows the pictures at Seg-Zero's size: 900 tokens of a prompt instead of
-16. TRL then learns from one group at a time, as the memory asks, and samples for all at once: with 16 prompts 24 GB may
-not hold that, with ``--prompts 4`` they do. Each round trains both anew; the first two steps of a run warm up and are
-left out. Where the sides' responses are of another length or reward, beyond what sampling explains, there are no times.
-Needs ``pip install -e '.[bench]'``. Takes about five minutes on two cores, and sixteen with four prompts at 840 and
-``--steps 4``.
+Both sides use the same toy policy, images and questions, 16 prompts with 8 responses of at most 64 tokens, temperature
+1, KL to a reference, AdamW, float32. ``--image-size 840`` shows the images at Seg-Zero's size, 900 prompt tokens
+instead of 16. TRL then trains on one group at a time to save memory, but samples all groups at once: with 16 prompts
+24 GB may not be enough, with ``--prompts 4`` they are. Each round trains both sides anew; the first two steps of a run
+are warm-up and left out. If the sides' response lengths or rewards differ by more than sampling explains, no times are
+reported. Needs ``pip install -e '.[bench]'``. Takes about five minutes on two cores, and sixteen with four prompts at
+840 and ``--steps 4``.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from segzero_jax import jsonl
 from segzero_jax.config import Config
 
 _WARM_UP = 2
-# Of medians over steps of some 32 to 128 sampled responses: relative for lengths, absolute for rewards.
+# Tolerances for medians over steps of some 32 to 128 sampled responses: relative for lengths, absolute for rewards.
 _LENGTHS, _REWARDS = 0.1, 0.25
 
 
 def run_ours(steps: int, image_size: int, prompts: int) -> dict[str, list[float]]:
-    """The train loop itself; what it wrote of its steps."""
+    """Runs our train loop; returns its step metrics."""
     room = Config().rollout.max_prompt_tokens + (image_size // 28) ** 2
     with tempfile.TemporaryDirectory() as directory:
         options = [f"--run.dir={directory}/run", f"--train.steps={steps}", "--reward.server=none"]
@@ -50,7 +50,7 @@ def run_ours(steps: int, image_size: int, prompts: int) -> dict[str, list[float]
 
 
 def run_trl(steps: int, image_size: int, prompts: int, cores: int) -> dict[str, list[float]]:
-    """TRL's trainer in a process of its own."""
+    """Runs TRL's trainer in its own process; returns its step metrics."""
     command = [sys.executable, "-m", "benchmarks.trl_side", *map(str, (steps, image_size, prompts, cores))]
     environment = os.environ | {"OMP_NUM_THREADS": str(cores), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -58,7 +58,7 @@ def run_trl(steps: int, image_size: int, prompts: int, cores: int) -> dict[str, 
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float]) -> None:
-    """Whether both did the same work, as far as sampling lets that be seen. Raises Unequal."""
+    """Raises Unequal unless both sides did the same work, within sampling noise."""
     for key, limit in (("lengths", _LENGTHS * theirs["lengths"]), ("rewards", _REWARDS)):
         if not abs(ours[key] - theirs[key]) <= limit:
             raise Unequal(f"{key}: {ours[key]:.2f}, TRL {theirs[key]:.2f}, expected at most {limit:.2f} apart")

@@ -1,7 +1,7 @@
 """``python -m reward_server``: loads a SAM 2 and serves it until a signal ends it (exit code 0), or a device dies (1).
 
 Prints one line on standard output once it listens, ``{"listening": "127.0.0.1:50051"}``; logs go to standard error.
-The standard health service says NOT_SERVING for the reward service until the model is loaded and warm.
+The standard health service reports NOT_SERVING for the reward service until the model is loaded and warm.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
     args = _parse()
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
-    # Whoever started this may hold signals back, and a process inherits that: it would never hear that it is to stop.
+    # The signal mask is inherited: if the parent blocks signals, this process would never be told to stop.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     if args.exit_with_parent is not None:
         if os.getppid() != args.exit_with_parent:
@@ -61,16 +61,16 @@ def main() -> int:
             )
         threading.Thread(target=_watch_parent, args=(args.exit_with_parent,), daemon=True).start()
     if args.log_json:
-        # gRPC has a line in plain text for each connection that is no TLS; what is wrong with the server stays.
+        # gRPC logs a plain-text line for each connection without TLS; the server's own errors stay.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Here, not above: signals are handled by now. And before the model's libraries, which take seconds to import.
+    # Imported here, since signals are handled by now, and before the model's libraries, which take seconds to import.
     from reward_server.access import AccessError
 
     try:
         access = _access(args)
     except AccessError as error:
         return _failed(str(error))
-    # Without the extra this is one line rather than a traceback.
+    # If the extra is not installed, this gives one line rather than a traceback.
     try:
         import torch
 
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def _access(args: argparse.Namespace) -> "Access":
-    """Who may call, checked. Raises AccessError."""
+    """The checked access settings. Raises AccessError."""
     from reward_server.access import Access, read_token
 
     access = Access(
@@ -126,8 +126,8 @@ def _serve(args: argparse.Namespace, access: "Access") -> bool:
         reflection=args.reflection,
         metrics_port=args.metrics_port,
     )
-    # A model's thread asks for Python's lock again after every operation of PyTorch: a thread that decodes a request
-    # should not keep it waiting for the usual 5 ms.
+    # A model's thread reacquires the GIL after every PyTorch operation; a thread that decodes a request should not make
+    # it wait for the default 5 ms.
     sys.setswitchinterval(_SWITCH_S)
     devices = args.device.split(",")
     server = RewardServer(settings, len(devices))
@@ -138,8 +138,8 @@ def _serve(args: argparse.Namespace, access: "Access") -> bool:
             listening["metrics"] = server.metrics_address
         print(json.dumps(listening), flush=True)
         server.serve([Segmenter.load(args.model, device, args.config, args.compile) for device in devices])
-        # Python answers signals in this thread alone, and one that another thread receives does not wake it, as where a
-        # library holds signals back here: a wait without an end would never hear of it.
+        # Python runs signal handlers only in this thread. If a library blocks signals here, another thread receives
+        # them, which does not wake this one: a wait without a timeout would never notice.
         while not (_signals or server.dead):
             time.sleep(_SIGNAL_POLL_S)
     finally:
@@ -189,7 +189,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _add_pace(parser: argparse.ArgumentParser) -> None:
-    """Options of how much is done at once, and how long it may take."""
+    """Adds the options for batch and queue sizes and for time limits."""
     batching = parser.add_argument_group("batching")
     batching.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="requests a device gets at once [%(default)s]"
@@ -225,13 +225,13 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is what --help is for."""
+    """Reports errors in one line, without the usage, which --help prints."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"reward_server: {message}\n")
 
 
-# The server once there is one, and the signals that have come since it serves.
+# The server once it exists, and the signals received since it serves.
 _servers: list["RewardServer"] = []
 _signals: list[int] = []
 
@@ -239,11 +239,11 @@ _signals: list[int] = []
 def _on_signal(number: int, frame: FrameType | None) -> None:
     """Ends the process in good order; further signals do not cut that short.
 
-    Nothing is raised here: what this thread is at, an import of PyTorch's for one, may catch it or be left half done.
+    Raises nothing, since the interrupted code, such as an import of PyTorch, might catch it or be left half done.
     """
     if not any(server.serves for server in _servers):
         os._exit(0)
-    # Python itself forgets this handler at its very end.
+    # Python itself drops this handler at the end of its shutdown.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _signals.append(number)

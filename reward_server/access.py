@@ -1,4 +1,4 @@
-"""Who may call: TLS, client certificates, a bearer token, and what may be listened on without them."""
+"""Access control: TLS, client certificates, a bearer token, and the addresses allowed without them."""
 
 import hmac
 import ipaddress
@@ -11,23 +11,23 @@ from typing import Any
 
 import grpc
 
-# Probes cannot send a token, and health says nothing about anybody's data.
+# Probes cannot send a token, and health reveals no data.
 _OPEN_TO_ALL = "/grpc.health.v1.Health/"
 
 
 class AccessError(ValueError):
-    """Files or an address that cannot be served with; the message is one line."""
+    """The certificate or token files, or the address, cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """How callers are let in.
+    """Access settings.
 
     Attributes:
       tls_cert, tls_key: PEM files of the server's certificate chain and its key.
-      client_ca: PEM file of the authorities whose clients may connect; none: any client may.
-      token: what every call has to bring, but health checks; none: nothing.
-      insecure: listen on other than loopback addresses without TLS.
+      client_ca: PEM file of the authorities whose clients may connect; without one any client may.
+      token: the token required for every call except health checks; empty for no token.
+      insecure: allow non-loopback addresses without TLS.
     """
 
     tls_cert: Path | None = None
@@ -41,18 +41,18 @@ class Access:
         return (self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """TLS as gRPC wants it, None for plain text. Raises AccessError where files do not fit."""
+        """gRPC's TLS credentials, None for plain text. Raises AccessError if the files cannot be used."""
         if (self.tls_cert is None) != (self.tls_key is None):
             raise AccessError("--tls-cert and --tls-key: one is given, expected both or neither")
         if self.tls_cert is None or self.tls_key is None:
             if self.client_ca:
                 raise AccessError("--client-ca: given without --tls-cert and --tls-key, which it needs")
             return None
-        # gRPC logs what is wrong with a file and goes on; Python's ssl says it.
+        # Checked with Python's ssl, since gRPC only logs an invalid file and continues.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         files = str(self.tls_cert), str(self.tls_key)
         for option, file in (("--tls-cert", self.tls_cert), ("--tls-key", self.tls_key)):
-            # Of two files ssl does not say which one it could not read.
+            # ssl does not report which of the two files it could not read.
             _load(f"{option}={file}", file.read_bytes)
         _load("--tls-cert, --tls-key", lambda: context.load_cert_chain(*files, password=_no_passphrase))
         if self.client_ca:
@@ -64,7 +64,7 @@ class Access:
         )
 
     def check_address(self, host: str) -> None:
-        """Raises AccessError where others could listen in, unless that is allowed, and of a name without an address."""
+        """Raises AccessError for a non-loopback host without TLS, unless ``insecure``, or for an unknown host name."""
         if self.tls is None and not self.insecure and not _is_loopback(host):
             raise AccessError(
                 f"--host={host}: reachable by others and without TLS: give --tls-cert and --tls-key, "
@@ -73,13 +73,13 @@ class Access:
 
 
 def bracketed(host: str) -> str:
-    """A host as gRPC reads it in front of a port: IPv6 addresses in brackets."""
+    """A host as gRPC expects it before a port: IPv6 addresses in brackets."""
     bare = host.strip("[]")
     return f"[{bare}]" if ":" in bare else bare
 
 
 def read_token(path: Path) -> str:
-    """The token in a file, white space around it dropped. Raises AccessError."""
+    """The token in a file, without surrounding white space. Raises AccessError."""
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -93,7 +93,7 @@ class TokenCheck(grpc.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without the token in their metadata ``authorization: Bearer TOKEN``."""
 
     def __init__(self, token: str, note: Callable[[str, str], None]) -> None:
-        """``note`` is told of each refused call: the method's full name, as it came, and who called."""
+        """``note`` is called for each refused call with the method's full name, as received, and the caller."""
         self._expected = f"Bearer {token}".encode()
         self._note = note
 
@@ -111,8 +111,8 @@ class TokenCheck(grpc.ServerInterceptor):
             reason = "expected the metadata authorization: Bearer TOKEN, with this server's"
             context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
 
-        # As a stream, whatever the method is: for a single request gRPC waits before it calls the handler, in one of
-        # the threads that all calls share, and a stranger need not send one.
+        # Handled as a stream, whatever the method: for a unary request, gRPC would hold a thread of the shared pool
+        # until the request arrives, and an unauthorised caller need not send one.
         return grpc.stream_unary_rpc_method_handler(refuse)
 
 
@@ -124,12 +124,12 @@ def _load(what: str, load: Callable[[], object]) -> None:
 
 
 def _no_passphrase() -> str:
-    """Is asked for one where the key is encrypted; gRPC, which loads it again, could not be given any."""
+    """Raises OSError when ssl asks for an encrypted key's passphrase, since gRPC loads the key again without one."""
     raise OSError("the key is encrypted; expected one without a passphrase")
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a name or address, IPv6 in brackets or not, is this machine's own and nobody else's way in.
+    """Whether all addresses of a host (IPv6 with or without brackets) are loopback addresses.
 
     Raises AccessError: the name has no address.
     """

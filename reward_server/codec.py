@@ -1,4 +1,4 @@
-"""Pictures and masks as they travel: checked before they are unpacked, refused with a reason."""
+"""Encoding of images and masks in requests: checked before they are decoded, refused with a reason."""
 
 import io
 import struct
@@ -12,14 +12,14 @@ from reward_server import reward_pb2
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_IMAGE_PIXELS = 16_000_000
-# As of a JPEG. What is taller and a pixel wide takes, to be scaled, a row of SAM 2's width for each of its own.
+# The limit of JPEG. Resizing a taller image that is one pixel wide would take a row of SAM 2's width per pixel.
 MAX_IMAGE_SIDE = 65_500
-# A progressive JPEG has about ten scans. Each goes over all pixels again, and takes as little as thirty bytes.
+# A progressive JPEG has about ten scans. Each one goes over all pixels again, but takes as little as thirty bytes.
 MAX_JPEG_SCANS = 100
-# Four million runs are noise, and reading them takes a hundred bytes for each.
+# A mask with four million runs is noise, and decoding takes a hundred bytes per run.
 MAX_MASK_BYTES = 4 * 2**20
 _FORMATS = ("JPEG", "PNG", "WEBP")
-# What Pillow raises on damaged files, by format and by where the damage is.
+# Errors that Pillow raises on damaged files, depending on the format and the place of the damage.
 _DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, AssertionError),
     *(struct.error, Image.DecompressionBombError),
@@ -27,18 +27,18 @@ _DAMAGED = (
 
 
 class CodecError(ValueError):
-    """Bytes that are no acceptable picture or mask; the message is one line."""
+    """The bytes are not an acceptable image or mask; the message is one line."""
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP to uint8 RGB [height, width, 3].
 
-    Size in bytes and pixels is checked before anything is decoded. The picture is taken as stored: an EXIF rotation
-    is not applied, transparency is dropped (what lies under it shows), grey becomes equal red, green and blue, of 16
-    bits the upper eight count, of an animation the first frame.
+    Size in bytes and pixels is checked before decoding. The image is taken as stored: an EXIF rotation is not applied,
+    the alpha channel is dropped (its pixels keep their colours), grey becomes equal red, green and blue, of 16 bits the
+    upper eight are kept, of an animation the first frame.
 
     Raises:
-      CodecError: too large, of another format, or damaged.
+      CodecError: the image is too large, of another format, or damaged.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise CodecError(f"image: {len(data)} bytes, expected at most {MAX_IMAGE_BYTES}")
@@ -49,11 +49,11 @@ def decode_image(data: bytes) -> np.ndarray:
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_PIXELS} in all")
             if max(picture.size) > MAX_IMAGE_SIDE:
                 raise CodecError(f"image: {size}, expected at most {MAX_IMAGE_SIDE} a side")
-            # In coded data 0xFF is followed by 0: what looks like the start of a scan is one.
+            # In entropy-coded data 0xFF is followed by 0, so every match is a real start of scan.
             if picture.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
                 raise CodecError(f"image: a JPEG of {scans} scans, expected at most {MAX_JPEG_SCANS}")
             if picture.mode.startswith("I"):
-                # 16 bits of grey, which convert would clip at 255. Of 16-bit colours Pillow keeps the upper 8 itself.
+                # 16-bit grey, which convert would clip at 255. For 16-bit colour Pillow keeps the upper 8 bits itself.
                 grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, 2)
             return np.array(picture.convert("RGB"))
@@ -69,31 +69,31 @@ def decode_image(data: bytes) -> np.ndarray:
 def decode_mask(rle: reward_pb2.Rle, height: int, width: int) -> np.ndarray:
     """Decodes a mask that must have this size, to bool [height, width]. Raises CodecError.
 
-    Not by pycocotools, whose decoder trusts its input: malformed counts corrupt its memory, short ones leave the rest
-    of the mask as the memory was.
+    Does not use pycocotools, whose decoder trusts its input: malformed counts corrupt memory, and short ones leave the
+    rest of the mask uninitialised.
     """
     if (rle.height, rle.width) != (height, width):
         raise CodecError(f"mask: {rle.width} x {rle.height} pixels, expected the image's {width} x {height}")
-    # A number takes two characters only where a run is longer than fifteen pixels, and so on.
+    # A number takes two characters only if a run is longer than fifteen pixels, and so on.
     if len(rle.counts) > 2 * (height * width + 2):
         raise CodecError(f"mask: {len(rle.counts)} characters of runs for {height * width} pixels")
     if len(rle.counts) > MAX_MASK_BYTES:
         raise CodecError(f"mask: {len(rle.counts)} characters of runs, expected at most {MAX_MASK_BYTES}")
     runs = _run_lengths(rle.counts.encode(), height * width)
-    # Background and object take turns, background first, down one column after another.
+    # Runs alternate between background and object, background first, in column-major order.
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def _run_lengths(counts: bytes, pixels: int) -> np.ndarray:
     """Reads COCO's compressed runs, which must fill ``pixels`` exactly.
 
-    A number is written in groups of five bits, lowest first, each as a character from "0" on; the sixth bit says that
-    more follow, the highest bit of the last group is the sign. From the fourth on, a run is stored as its difference
-    to the run before the last (``rleToString`` in cocoapi's maskApi.c).
+    A number is written in groups of five bits, lowest first, each as a character from "0" on; the sixth bit means that
+    more groups follow, the highest bit of the last group is the sign. From the fourth on, a run is stored as its
+    difference from the run two before it (``rleToString`` in cocoapi's maskApi.c).
     """
     groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(groups & 32 == 0)
-    # No run that fits a picture needs more than six groups.
+    # No run that fits into an image needs more than six groups.
     sizes = np.diff(last, prepend=-1)
     if not groups.size or groups.min() < 0 or groups.max() > 63 or last.size == 0 or sizes.max() > 6:
         raise CodecError("mask: not COCO's compressed run lengths")
@@ -103,10 +103,10 @@ def _run_lengths(counts: bytes, pixels: int) -> np.ndarray:
     places = np.arange(groups.size) - np.repeat(first, sizes)
     values = np.add.reduceat((groups & 31) << (5 * places), first)
     values -= np.where(groups[last] & 16, 1 << (5 * sizes), 0)
-    # Differences to the run before the last, in two interleaved chains; the first run stands alone.
+    # Differences from the run two before, in two interleaved chains; the first run is in neither.
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
-    # A run longer than the picture could make the sum of all of them wrap, to what is expected.
+    # A run longer than the image could make the sum overflow and wrap to the expected value.
     if values.min() < 0 or values.max() > pixels:
         raise CodecError("mask: not COCO's compressed run lengths")
     if values.sum() != pixels:
@@ -115,12 +115,12 @@ def _run_lengths(counts: bytes, pixels: int) -> np.ndarray:
 
 
 def pack_mask(mask: np.ndarray) -> np.ndarray:
-    """A bool [height, width] mask with a bit a pixel, uint8 [height, width / 8, rounded up]."""
+    """Packs a bool [height, width] mask to one bit per pixel, uint8 [height, ceil(width / 8)]."""
     return np.packbits(mask, axis=-1)
 
 
 def unpack_mask(packed: np.ndarray, width: int) -> np.ndarray:
-    """What ``pack_mask`` has packed, uint8 of 0 and 1."""
+    """The inverse of ``pack_mask``, as uint8 of 0 and 1."""
     return np.unpackbits(packed, axis=-1, count=width)
 
 

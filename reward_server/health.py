@@ -1,4 +1,4 @@
-"""The standard health service, mended in what clients that come and go do to it, with threads of its own."""
+"""The standard health service, without its deadlock when clients come and go, and with its own threads."""
 
 import queue
 import threading
@@ -8,17 +8,17 @@ from typing import Any
 
 from grpc_health.v1 import health
 
-# Calls whose request is still on its way hold the threads that they will be answered in. Probes must not wait for them,
-# and those of strangers who send nothing should be many. Threads are started when they are needed.
+# A call whose request is still being received holds its thread. Probes must not wait for other calls, so they have
+# their own pool, and it takes many silent strangers to fill it. Threads are started on demand.
 _THREADS = ThreadPoolExecutor(256, thread_name_prefix="health")
 
 
 class HealthServicer(health.HealthServicer):
-    """``grpc_health.v1.health.HealthServicer``, which ends every server for good once two watchers meet in it.
+    """``grpc_health.v1.health.HealthServicer`` without its deadlock, which two concurrent watchers can cause.
 
-    A new watcher's first answer is sent under the service's lock, and its sending is finished by the one thread that
-    serves a gRPC server. That thread also calls back when a watcher is gone, and there waits for the same lock. Here
-    another thread waits for it.
+    The original sends a new watcher's first answer while holding the service's lock; the send is completed by the gRPC
+    server's only serving thread. When a watcher leaves, that thread runs a callback which waits for the same lock. Here
+    another thread runs the callback.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class HealthServicer(health.HealthServicer):
         self._gone: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._forget, name="watchers", daemon=True).start()
 
-    # gRPC looks at this of a method.
+    # gRPC reads ``experimental_thread_pool`` from the method.
     def Check(self, request: Any, context: Any) -> Any:
         return super().Check(request, context)
 

@@ -1,4 +1,4 @@
-"""The gRPC face: takes calls, has devices answer them, words answers and refusals."""
+"""The gRPC service: takes calls, has devices answer them, builds responses and refusals."""
 
 import logging
 import math
@@ -25,11 +25,11 @@ from reward_server.telemetry import Metrics
 from reward_server.validation import MAX_ID_CHARACTERS, RequestError, job_from, limits, status
 from reward_server.worker import Workers
 
-# Another process may hold the memory that was missing; it does not let go of it within milliseconds.
+# The memory may be held by another process, which will not free it within milliseconds.
 _MEMORY_RETRY_S = 1.0
-# gRPC ends a late call by a clock of its own; one that ends this close to its deadline was late, not cancelled.
+# gRPC ends a late call by its own clock; a call that ends this close to its deadline was late, not cancelled.
 _CLOCKS_APART_S = 0.05
-# How often a call that waits for its picture's turn looks whether it is still wanted.
+# Polling interval in which a call that waits to decode its image checks whether it was cancelled.
 _LOOK_S = 0.2
 
 Request = TypeVar("Request", reward_pb2.ScoreRequest, reward_pb2.SegmentRequest)
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Call:
-    """What a call's log line says; ``request_id`` is cut where it is longer than a request's may be."""
+    """Fields of a call's log line; ``request_id`` is cut to the length allowed in a request."""
 
     method: str
     request_id: str
@@ -53,7 +53,7 @@ class _Call:
 
 
 class _Turns:
-    """So many at a time, in order of arrival; who is not wanted any more leaves without a turn."""
+    """A fair semaphore: ``count`` holders at a time, in order of arrival; cancelled waiters leave the queue."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -62,7 +62,7 @@ class _Turns:
 
     @contextmanager
     def taken(self, wanted: Callable[[], bool]) -> Iterator[bool]:
-        """Waits for a turn and keeps it within; gives whether it is still wanted, and no turn where it is not."""
+        """Waits for a turn and holds it in the block; yields False, perhaps without a turn, if no longer ``wanted``."""
         mine = threading.Event()
         with self._lock:
             self._waiting.append(mine)
@@ -93,7 +93,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self._metrics = metrics
         self._workers: Workers | None = None
         self._checkpoint = self._dtype = ""
-        # A burst of calls would otherwise take the cores from the threads that run the models.
+        # Otherwise a burst of calls would take the cores from the threads that run the models.
         self._turns = _Turns(max(1, len(os.sched_getaffinity(0)) - 1))
 
     def ready(self, workers: Workers) -> None:
@@ -129,7 +129,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         context: grpc.ServicerContext,
         word: Callable[[str, list[reward_pb2.Status], Outcome], Response],
     ) -> Response:
-        """Answers a call, or ends it with the status that says why not; either way it is counted and logged."""
+        """Answers a call, or ends it with the status of its error; either way it is counted and logged."""
         name = request.request_id[:MAX_ID_CHARACTERS]
         call = _Call(method, name, time.monotonic(), len(request.candidates), len(request.image.data))
         try:
@@ -144,7 +144,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             self._refuse(call, context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), _MEMORY_RETRY_S)
         except RequestError as error:
             self._refuse(call, context, error.code, error.reason)
-        except Exception:  # A fault of ours: the caller learns that much, the log has the rest.
+        except Exception:  # A server error: the caller gets INTERNAL, the log has the details.
             _log.exception("request %r failed", call.request_id)
             self._refuse(call, context, grpc.StatusCode.INTERNAL, "the server failed: its log says how")
         for entry in response.candidates:
@@ -155,12 +155,12 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
     def _run(
         self, request: Request, context: grpc.ServicerContext, call: _Call
     ) -> tuple[list[reward_pb2.Status], Outcome]:
-        """Has a device answer. Raises NotServedError, RequestError, DeviceMemoryError or what the model raised."""
+        """Runs a request on a device. Raises NotServedError, RequestError, DeviceMemoryError or the model's error."""
         if self._workers is None:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "the model is still loading")
         deadline = call.start + context.time_remaining()
-        # A place comes before the picture: an overloaded server should not spend its time on decoding, and those that
-        # wait for it would otherwise take all threads.
+        # A place is reserved before the image is decoded: an overloaded server should not spend its time on decoding,
+        # and calls that wait for decoding would otherwise take all threads.
         with self._batcher.reserve(deadline):
             with self._turns.taken(context.is_active) as wanted:
                 if not wanted:
@@ -183,7 +183,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
 
     @staticmethod
     def _wait(ticket: Ticket[Job, Outcome], context: grpc.ServicerContext) -> None:
-        """Waits until there is an outcome or the call has ended; an ended call's ticket never reaches a device."""
+        """Waits for the outcome or the end of the call; cancels the ticket of an ended call."""
         ended = threading.Event()
         ticket.future.add_done_callback(lambda _: ended.set())
         if not context.add_callback(ended.set):
@@ -194,7 +194,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
     def _refuse(
         self, call: _Call, context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, retry_after_s: float = 0.0
     ) -> NoReturn:
-        """Ends the call with a status; where waiting helps, with how long, for gRPC's own retries and for people's."""
+        """Ends the call with a status and, if a retry may help, its delay: as gRPC pushback and as RetryInfo."""
         self._record(call, code, reason)
         if retry_after_s:
             delay = duration_pb2.Duration()
@@ -211,7 +211,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         seconds = time.monotonic() - call.start
         self._metrics.requests.labels(call.method, code.name).inc()
         if code is grpc.StatusCode.OK:
-            # Quick refusals would make a server under load look quick; calls that were too late are among the requests.
+            # Fast refusals would make an overloaded server look fast; late calls are counted in ``requests``.
             self._metrics.call_seconds.observe(seconds)
         fields: dict[str, Any] = {
             "method": call.method,
@@ -230,7 +230,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
 
 
 def _unwanted(deadline: float) -> Exception:
-    """What ends a call that nobody waits for any more."""
+    """The error that ends a late or cancelled call."""
     if time.monotonic() >= deadline - _CLOCKS_APART_S:
         return TooLateError()
     return RequestError(grpc.StatusCode.CANCELLED, "nobody waited for the answer any more")
@@ -247,7 +247,7 @@ def _score_response(request_id: str, statuses: list[reward_pb2.Status], outcome:
         entry = response.candidates.add(status=candidate_status)
         if candidate_status.code == 0:
             entry.intersection, entry.union = outcome.intersections[i], outcome.unions[i]
-            # No pixel on either side is right where nothing is meant. Of a target that is there it has found nothing.
+            # An empty union scores 1 if there is no target, and 0 if there is one.
             entry.iou = entry.intersection / entry.union if entry.union else float(not outcome.has_target)
             entry.model_score = outcome.scores[i]
             if outcome.masks is not None:

@@ -1,4 +1,4 @@
-"""What an operator sees: Prometheus metrics and log lines."""
+"""Prometheus metrics and log lines for operators."""
 
 import functools
 import json
@@ -14,24 +14,24 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _PREFIX = "segzero_reward"
-# A connection to the metrics page that says nothing for so long is closed.
+# Idle timeout of a connection to the metrics page.
 _SILENCE_S = 30.0
-# How long the page may take to end.
+# Timeout for stopping the metrics page.
 _STOP_S = 5.0
 _log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """The numbers of one server, in a registry of its own.
+    """The metrics of one server, in its own registry.
 
     Attributes:
-      requests: calls that have ended, by method and gRPC status.
+      requests: finished calls, by method and gRPC status.
       candidates: answered candidates, by status ("OK", "INVALID_ARGUMENT", …).
-      queue_seconds, compute_seconds: per call, in the queue and with the device (its whole batch).
-      call_seconds: per call that ended with OK, from arrival to answer, picture decoding included.
+      queue_seconds, compute_seconds: seconds per call in the queue and on the device (for its whole batch).
+      call_seconds: latency per call that ended with OK, from arrival to answer, image decoding included.
       batch_size: calls per batch.
-      encoded, hits: pictures encoded, and calls that found theirs encoded already.
-      out_of_memory: batches that a GPU had no memory for.
+      encoded, hits: images encoded, and calls whose image was encoded already.
+      out_of_memory: batches that did not fit into GPU memory.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Metrics:
         self.out_of_memory = self._counter("out_of_memory", "Batches that did not fit the GPU's memory")
 
     def watch(self, name: str, meaning: str, read: Callable[[], float], **labels: str) -> None:
-        """Adds a gauge that is read whenever somebody asks."""
+        """Adds a gauge that is read at every scrape."""
         gauge = Gauge(f"{_PREFIX}_{name}", meaning, list(labels), registry=self.registry)
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
@@ -73,9 +73,9 @@ class Metrics:
 def expose(
     metrics: Metrics, host: str, port: int, tls: tuple[Path, Path] | None, client_ca: Path | None = None
 ) -> tuple[int, Callable[[], None]]:
-    """Serves ``/metrics`` over HTTP, or HTTPS with a certificate and its key, then for known clients alone if need be.
+    """Serves ``/metrics`` over HTTP, or over HTTPS if ``tls`` is given, and with ``client_ca`` only to its clients.
 
-    Returns the port, which is a free one for 0, and what stops it. Raises OSError: it cannot listen there.
+    Returns the port (a free one for 0) and a function that stops the server. Raises OSError if it cannot listen there.
     """
     certificate, key = (str(tls[0]), str(tls[1])) if tls else (None, None)
     address = host.strip("[]")
@@ -86,13 +86,13 @@ def expose(
         client_auth_required=client_ca is not None,
     )
     if tls:
-        # Else the one thread that takes connections shakes hands too, and whoever connects and is silent keeps it.
+        # Otherwise the single accept thread also does the handshake, and a silent client blocks it.
         server.socket.do_handshake_on_connect = False
     server.RequestHandlerClass = type("Handler", (server.RequestHandlerClass,), {"timeout": _SILENCE_S})
     server.handle_error = _note_failed
 
     def stop() -> None:
-        # Waits until the thread that takes connections has looked up, which nothing here may wait for without end.
+        # ``shutdown`` waits for the accept thread, without a timeout of its own.
         asking = threading.Thread(target=server.shutdown, daemon=True)
         asking.start()
         asking.join(_STOP_S)
@@ -103,12 +103,12 @@ def expose(
 
 
 def _note_failed(request: object, peer: object) -> None:
-    """A connection that came to nothing, such as one in plain text to a page with TLS: nobody's fault here."""
+    """Logs a failed connection at debug level: it is the client's error, such as plain text to a page with TLS."""
     _log.debug("metrics page: connection from %s", peer, exc_info=True)
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one line of JSON: time, level, logger, message, and the fields that came with it."""
+    """Formats a log record as one line of JSON: time, level, logger, message, and its extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -124,7 +124,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(as_json: bool) -> None:
-    """Sends this package's lines from INFO on, and everybody's warnings, to standard error."""
+    """Sends this package's lines from INFO on, and all warnings, to standard error."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if as_json else text)

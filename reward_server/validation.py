@@ -1,4 +1,4 @@
-"""From a request's messages to a job: limits first, then hashes and pictures, then every candidate on its own."""
+"""Checks a request and makes a job of it: limits first, then hash and image, then each candidate separately."""
 
 import hashlib
 import math
@@ -13,13 +13,13 @@ from reward_server.engine import Job
 from reward_server.segmenter import Embedding, Prompt
 
 MAX_CANDIDATES = 256
-MAX_OBJECTS = 256  # of one candidate
+MAX_OBJECTS = 256  # per candidate
 MAX_POINTS = 16
 MAX_REQUEST_OBJECTS = 2048
-# Room for an answer and a target of 120 objects each, as many as a policy is asked to name, in the largest picture.
+# Room for an answer and a target of 120 objects each, the most a policy is asked for, in the largest image.
 MAX_MASK_PIXELS = 2**32
 MAX_ID_CHARACTERS = 256
-# Farther from the picture than this, in pixels of the request's frame, no policy means anything, and float32 overflows.
+# Limit on coordinates, in pixels of the request's frame: no policy means anything farther away, and float32 overflows.
 _FARTHEST = 1e6
 
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -27,7 +27,7 @@ _OUT_OF_RANGE = grpc.StatusCode.OUT_OF_RANGE
 
 
 class RequestError(Exception):
-    """A request that has no answer: the call's status code and one line of reason."""
+    """The request cannot be answered; has the call's status code and a reason of one line."""
 
     def __init__(self, code: grpc.StatusCode, reason: str) -> None:
         super().__init__(reason)
@@ -36,7 +36,7 @@ class RequestError(Exception):
 
 
 def limits() -> reward_pb2.Limits:
-    """What this server accepts."""
+    """The limits of this server."""
     return reward_pb2.Limits(
         image_bytes=MAX_IMAGE_BYTES,
         image_pixels=MAX_IMAGE_PIXELS,
@@ -56,12 +56,12 @@ def status(code: grpc.StatusCode = grpc.StatusCode.OK, reason: str = "") -> rewa
 def job_from(
     request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest, find: Callable[[bytes], Embedding | None]
 ) -> tuple[Job, list[reward_pb2.Status]]:
-    """Checks a request; gives what a device is to do and each candidate's status.
+    """Checks a request; returns the job for a device and each candidate's status.
 
-    A candidate that is refused asks for nothing, and spoils no other.
+    A refused candidate gets no prompts, and does not affect the others.
 
     Args:
-      find: looks up a picture's embedding by its hash.
+      find: looks up an image's embedding by its hash.
 
     Raises:
       RequestError: the request as a whole cannot be answered.
@@ -113,7 +113,7 @@ def _objects(candidates: Sequence[reward_pb2.Candidate], target: reward_pb2.Targ
 def _picture(
     image: reward_pb2.Image, find: Callable[[bytes], Embedding | None]
 ) -> tuple[Embedding | None, np.ndarray | None]:
-    """The image's embedding where it is known, else its pixels."""
+    """The image's embedding if it is cached, else its pixels."""
     if len(image.sha256) != hashlib.sha256().digest_size:
         raise _invalid(f"image.sha256: {len(image.sha256)} bytes, expected 32")
     if len(image.data) > MAX_IMAGE_BYTES:
@@ -135,7 +135,7 @@ def _picture(
 
 
 def _target(target: reward_pb2.Target, frame: "_Frame", height: int, width: int) -> np.ndarray | tuple[Prompt, ...]:
-    """The target mask, bool [height, width], or the prompts that it is made from."""
+    """The target mask, bool [height, width], or the prompts from which it is made."""
     try:
         if target.WhichOneof("kind") == "mask":
             return decode_mask(target.mask, height, width)
@@ -151,7 +151,7 @@ def _target(target: reward_pb2.Target, frame: "_Frame", height: int, width: int)
 def _ignored(
     request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest, height: int, width: int
 ) -> np.ndarray | None:
-    """The pixels that do not count, bool [height, width]; None where all do."""
+    """The ignored pixels, bool [height, width]; None if there are none."""
     if not isinstance(request, reward_pb2.ScoreRequest) or not request.HasField("ignore"):
         return None
     try:
@@ -161,7 +161,7 @@ def _ignored(
 
 
 class _Frame:
-    """Brings coordinates from the request's frame to the picture's pixels."""
+    """Converts coordinates from the request's frame to pixels of the image."""
 
     def __init__(self, frame: reward_pb2.Frame, height: int, width: int) -> None:
         self._frame = frame
@@ -182,7 +182,7 @@ class _Frame:
         return prompts, statuses
 
     def prompts(self, candidate: reward_pb2.Candidate) -> tuple[Prompt, ...]:
-        """Prompts in pixels of the image. Raises RequestError for what SAM 2 is not asked."""
+        """A candidate's prompts in pixels of the image. Raises RequestError if they are invalid."""
         if len(candidate.objects) > MAX_OBJECTS:
             raise _invalid(f"{len(candidate.objects)} objects, expected at most {MAX_OBJECTS}")
         return tuple(self._prompt(item, f"objects[{i}]") for i, item in enumerate(candidate.objects))
@@ -208,7 +208,7 @@ class _Frame:
     def _check_inside(
         self, corners: Sequence[tuple[float, float]], points: Sequence[tuple[float, float]], name: str
     ) -> None:
-        """A box may reach over the picture's edge, as those of a policy do, but must touch it; points lie in it."""
+        """Checks that points are inside the image and the box touches it; a policy's boxes may extend beyond it."""
         (left, right), (top, bottom) = (sorted(values) for values in zip(*corners, strict=True))
         size = f"{self._frame.width} x {self._frame.height}"
         if right < 0 or bottom < 0 or left > self._frame.width or top > self._frame.height:

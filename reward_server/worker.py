@@ -1,4 +1,4 @@
-"""One thread per device, which alone runs its model, and one that watches over them."""
+"""One thread per device, the only one that runs its model, and a watchdog thread."""
 
 import contextlib
 import logging
@@ -12,17 +12,17 @@ from reward_server.engine import Engine, Job, Outcome
 from reward_server.segmenter import Embedding
 from reward_server.telemetry import Metrics
 
-# How often the watch looks at the clock, as a share of what a batch may take.
+# Polling interval of the watchdog, as a share of the time limit of a batch.
 _LOOK = 0.1
 _log = logging.getLogger(__name__)
 
 
 class Workers:
-    """Threads that take batches from one queue, an engine each.
+    """Threads that take batches from one queue, with one engine each.
 
-    A worker that meets an error it cannot lay on a request is dead, and the service with it: the queue is closed, all
-    who wait are told (ClosedError), and ``on_death`` is called. So is one that answers nobody of its batch for longer
-    than ``max_batch_s``: a device that hangs raises nothing.
+    An error that is not due to a request kills the worker and the service: the queue is closed, waiting calls get
+    ClosedError, and ``on_death`` is called. The same happens if a worker answers no call of its batch for longer than
+    ``max_batch_s``, since a hanging device raises nothing.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class Workers:
         self._on_death = on_death
         self._max_batch_s = max_batch_s
         self._threads: list[threading.Thread] = []
-        # What each device computes, and since when.
+        # The batch that each device computes, and its start.
         self._running: dict[Engine, tuple[float, Sequence[Ticket[Job, Outcome]]]] = {}
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Starts all threads and waits until every model is warm. Raises what a model raised."""
+        """Starts all threads and waits until every model is warm. Raises a model's error."""
         started: list[Future[None]] = []
         for engine in self.engines:
             warm: Future[None] = Future()
             name = f"worker-{engine.segmenter.device}"
-            # A device that hangs must not keep the process from ending.
+            # Daemon, so that a hanging device does not keep the process from ending.
             thread = threading.Thread(target=self._live, args=(engine, warm), name=name, daemon=True)
             thread.start()
             started.append(warm)
@@ -59,11 +59,11 @@ class Workers:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def find(self, key: bytes) -> Embedding | None:
-        """The embedding of a picture, on whichever device it is."""
+        """The embedding of an image, on any device; None if there is none."""
         return next((found for engine in self.engines if (found := engine.embeddings.get(key))), None)
 
     def stop(self, patience_s: float) -> None:
-        """Closes the queue and waits for the batches that run, so long at most."""
+        """Closes the queue and waits at most ``patience_s`` for the running batches."""
         if self._ended.is_set():
             return  # A dead worker finishes nothing.
         self._ended.set()
@@ -77,7 +77,7 @@ class Workers:
     def _live(self, engine: Engine, warm: "Future[None]") -> None:
         try:
             engine.warm_up(self._batcher.max_batch)
-        except Exception as error:  # The starter's to deal with.
+        except Exception as error:  # Raised in ``start``.
             warm.set_exception(error)
             return
         warm.set_result(None)
@@ -93,13 +93,13 @@ class Workers:
                     self._die(f"the worker of {engine.segmenter.device} is dead: the server's log says why", batch)
                 return
             if self._running.pop(engine, None) is None:
-                return  # The watch has given it up.
+                return  # The watchdog has given up on it.
             self._batcher.finished(batch, time.monotonic() - start)
-            del batch  # With its pictures and masks, which would else stay until the next one comes.
+            del batch  # Frees its images and masks, which would otherwise stay until the next batch.
 
     def _watch(self) -> None:
-        """Ends the service when a batch gets no further."""
-        # When each batch got as far as it is: its start, and how many of it are answered.
+        """Ends the service if a batch makes no progress."""
+        # Progress of each device: start of its batch, number of answers, and time of the last progress.
         reached: dict[Engine, tuple[float, int, float]] = {}
         while not self._ended.wait(self._max_batch_s * _LOOK):
             for engine, (start, batch) in list(self._running.items()):
@@ -114,11 +114,11 @@ class Workers:
                 del batch
 
     def _die(self, reason: str, batch: Sequence[Ticket[Job, Outcome]]) -> None:
-        """Takes the service down; who waits for this batch or in the queue is told."""
+        """Takes the service down; calls in this batch and in the queue get ClosedError."""
         self._ended.set()
         self._on_death()
         self._batcher.close(reason, drop=True)
         for ticket in batch:
-            # The device may give an answer at this very moment.
+            # The device may set a result concurrently.
             with contextlib.suppress(InvalidStateError):
                 ticket.future.set_exception(ClosedError(reason))

@@ -32,8 +32,8 @@ from segzero_jax.rollout import Sampling, sample
 from segzero_jax.types import Example, Frame, ObjectPrompt, PromptBatch
 
 IMAGE_SIZE, PROMPT = 112, 64
-# A lesson is one picture with several questions: the picture is the prompt of a prefix group, and each question with
-# its answer is a response, which is exact and costs a picture once.
+# A lesson is one image with several questions. The image is the prompt of a prefix group and each question with its
+# answer is a response, which is exact and encodes the image once.
 LESSON_PROMPT, LESSON_QUESTIONS, LESSON_LENGTH = 32, 3, 72
 EVAL_QUESTIONS, RESPONSE = 96, 64
 WIDEN = 3.5
@@ -43,7 +43,7 @@ OUT = Path(__file__).parent.parent / "segzero_jax" / "assets" / "toy_policy"
 
 
 def as_example(scene: Scene, question: Question) -> tuple[Example, str]:
-    """A scene as a data set row, and the response a teacher would give."""
+    """A scene as a data set row, and the target response."""
     target = scene.objects[question.answer]
     height, width = scene.image.shape[:2]
     obj = ObjectPrompt(tuple(map(float, target.box)), (tuple(map(float, target.point)),))
@@ -57,10 +57,10 @@ def as_example(scene: Scene, question: Question) -> tuple[Example, str]:
 def make_lessons(
     processor: Processor, size: int, easy: float, rng: np.random.Generator
 ) -> tuple[PromptBatch, np.ndarray, np.ndarray]:
-    """Lessons, a share ``easy`` of them easy.
+    """Makes lessons, a share ``easy`` of them easy.
 
     Returns:
-      Pictures as prompts, ids ``[b, g, r]`` of questions with answers, and the bool mask of the answers' tokens.
+      Images as prompts, ids ``[b, g, r]`` of questions with answers, and the bool mask of the answers' tokens.
     """
     prompts = []
     tokens = np.full((size, LESSON_QUESTIONS, LESSON_LENGTH), processor.pad_id, np.int32)
@@ -95,7 +95,7 @@ def produce(queue: multiprocessing.Queue, size: int, easy: float, seed: int) -> 
 
 
 def box_iou(text: str, target: str) -> float:
-    """Overlap of the boxes in two responses, 0 without exactly one."""
+    """IoU of the boxes in two responses; 0 unless each has exactly one."""
     ours, theirs = parse_answer(text).objects, parse_answer(target).objects
     if len(ours) != 1:
         return 0.0
@@ -123,7 +123,7 @@ def make_step(fwd: ForwardConfig, optimizer: optax.GradientTransformation, banne
 
 
 def make_evaluation(processor: Processor, fwd: ForwardConfig) -> Callable[[Policy], str]:
-    """A function that says how well a policy answers questions of the training distribution."""
+    """A function that describes how well a policy answers questions of the training distribution."""
     rng = np.random.default_rng(12345)
     rows, wanted = zip(*(as_example(*sample_scene("val", rng)) for _ in range(EVAL_QUESTIONS)), strict=True)
     prompts = processor.batch([processor.encode(row) for row in rows])
@@ -152,7 +152,7 @@ def main() -> None:
     processor = Processor.load("toy", IMAGE_SIZE, "toy", PROMPT)
     dims = read_dims("toy")
     policy = jax.jit(partial(Policy, dims, TRAIN))(jax.random.key(args.seed))
-    # At this width N(0, 0.02^2) leaves attention flat, and the picture unread, for a thousand steps.
+    # At this width, N(0, 0.02^2) leaves attention flat and the image ignored for a thousand steps.
     policy = jax.tree.map(lambda x: x * WIDEN if x.std() > 0 else x, policy)
     fwd = ForwardConfig(dims, TRAIN, jnp.dtype("float32"))
     warm_up = optax.linear_schedule(0.0, 1.0, 300)

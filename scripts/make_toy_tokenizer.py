@@ -25,11 +25,11 @@ SPECIAL = """
 <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|>
 <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
 """
-# Added to Qwen2.5's vocabulary too, yet ordinary text to a decoder that skips special tokens.
+# Also added to Qwen2.5's vocabulary, but ordinary text to a decoder that skips special tokens.
 ADDED = """
 <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
 """
-# Words that the toy world does not need, for whoever asks in other words.
+# Words that the toy world does not use, for prompts in other words.
 OTHER_WORDS = """
 Please find the object in this picture that is next to, near or between others and compare them: which one is the same
 size or colour as another? The thinking process goes first, then the final answer in JSON format with boxes and points.
@@ -95,7 +95,7 @@ def corpus(scenes: int = 2000) -> Iterator[str]:
 
 
 def build(lines: Iterator[str]) -> Tokenizer:
-    """Learns the merges and appends Qwen2.5's added tokens, so that the vocabulary has 512 ids."""
+    """Trains the merges and appends Qwen2.5's added tokens, so that the vocabulary has 512 ids."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

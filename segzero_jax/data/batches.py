@@ -1,4 +1,4 @@
-"""Batches, made ahead: by threads, or in processes of their own, which may die."""
+"""Prefetched batches, made by threads or by worker processes, whose death is detected."""
 
 import multiprocessing
 import os
@@ -17,25 +17,26 @@ from segzero_jax.data.end_with_parent import end_with_parent
 from segzero_jax.types import Example
 
 T = TypeVar("T")
-# Batches that lie ready; at 840 x 840 pixels one of 16 prompts takes 300 MB.
+# Number of prefetched batches; at 840 x 840 pixels, one of 16 prompts takes 300 MB.
 _AHEAD = 2
-# How Grain calls its processes.
+# The name of Grain's worker processes.
 _PROCESS = "grain-process-prefetch"
 _LOOK_S = 0.5
-# Iterators some of whose processes are gone: when Grain closes one, deleted ones too, it first reads what those have
-# left, and waits for the rest of it.
+# Iterators that lost a worker process, kept alive for ever: on closing or deleting one, Grain would read the unfinished
+# message of the lost worker and wait for its rest.
 _abandoned: list[object] = []
 
 
 class WorkerLost(RuntimeError):
-    """A process that makes batches has ended; one line."""
+    """A worker process has died; the message is one line."""
 
 
 def _begin_worker(_worker: int, _workers: int) -> None:
-    """Of a trainer that is killed nothing stays: Grain's workers would wait for their queue to be emptied, for ever.
+    """Makes a worker end with the trainer, and not on signals.
 
-    Signals to all processes of a run, as Ctrl-C, are the trainer's to obey: it finishes its step and ends its workers.
-    One that obeyed might end in the middle of a message, and whoever reads that waits for its rest.
+    If the trainer is killed, Grain's workers would wait for ever for their queue to be emptied. Signals to all
+    processes of a run, such as Ctrl-C, are handled by the trainer: it finishes its step and ends its workers. A worker
+    that ended by itself might do so in the middle of a message, and the trainer would wait for the rest.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -43,9 +44,9 @@ def _begin_worker(_worker: int, _workers: int) -> None:
 
 
 def _start_quiet_tracker() -> None:
-    """Starts the process that frees what workers leave in shared memory: batches on their way when a run ends.
+    """Starts Python's resource tracker, which frees batches left in shared memory when a run ends, without warnings.
 
-    It frees them in any case, and would say of each run with workers that something has leaked.
+    It frees them in any case, but would report a leak for every run with workers.
     """
     before = os.environ.get("PYTHONWARNINGS")
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
@@ -59,9 +60,9 @@ def _start_quiet_tracker() -> None:
 
 
 class Batches(Iterator[T]):
-    """An endless iterator over batches, which are made ahead: by threads, or in processes of their own.
+    """An endless iterator over batches, prefetched by threads or by worker processes.
 
-    Its position is a number of batches, so it goes on from it exactly with any number of workers and of processes.
+    Its state is the number of batches taken, so it resumes exactly with any number of workers and of processes.
     """
 
     def __init__(self, batches: grain.MapDataset[T], workers: int) -> None:
@@ -75,7 +76,7 @@ class Batches(Iterator[T]):
         if self._ahead is None:
             rest = self._batches[self._taken :].to_iter_dataset(grain.ReadOptions(1, _AHEAD))
             if self._workers:
-                flags.FLAGS.mark_as_parsed()  # Grain reads some of its own, and absl refuses that before a parsing.
+                flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which must be parsed first.
                 _start_quiet_tracker()
                 options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
                 rest = rest.mp_prefetch(options, _begin_worker)
@@ -85,26 +86,26 @@ class Batches(Iterator[T]):
         return batch
 
     def _waited_for(self, ahead: Iterator[T]) -> T:
-        """The next batch. Raises WorkerLost where Grain would wait for the rest of a message that nobody writes."""
+        """The next batch. Raises WorkerLost if a worker died, where Grain could wait for its message for ever."""
         made: futures.Future[T] = futures.Future()
 
         def make() -> None:
             try:
                 made.set_result(next(ahead))
-            except BaseException as error:  # Whatever it is, it is raised below.
+            except BaseException as error:  # Raised again below.
                 made.set_exception(error)
 
-        # No pool's thread, which Python would wait for at its end.
+        # Not a pool's thread, since Python would wait for that at exit.
         threading.Thread(target=make, name="next batch", daemon=True).start()
         while not futures.wait((made,), _LOOK_S).done:
             self._check_processes()
-        # What is wrong with the data comes first. For a process that is gone Grain has a RuntimeError without reason.
+        # Errors in the data take precedence. For a lost process Grain raises a RuntimeError without a reason.
         if made.exception() is None or isinstance(made.exception(), RuntimeError):
             self._check_processes()
         return made.result()
 
     def _check_processes(self) -> None:
-        """Raises WorkerLost where one has ended by itself."""
+        """Raises WorkerLost if a worker process has died."""
         self._processes |= {one for one in multiprocessing.active_children() if one.name.startswith(_PROCESS)}
         for process in self._processes:
             if process.exitcode:
@@ -115,16 +116,16 @@ class Batches(Iterator[T]):
                 )
 
     def get_state(self) -> dict[str, int]:
-        """Where the next batch is, fit for JSON."""
+        """The position of the next batch, as JSON-serialisable values."""
         return {"next_index": self._taken}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to where ``get_state`` was asked."""
+        """Moves to the position returned by ``get_state``."""
         self.close()
         self._taken = state["next_index"]
 
     def close(self) -> None:
-        """Stops making batches; the next one asked for begins anew."""
+        """Stops prefetching; the next request for a batch starts it again."""
         if self._ahead is not None:
             if any(process.exitcode for process in self._processes):
                 for process in self._processes:
@@ -146,19 +147,19 @@ def training_batches(
 ) -> Batches[T]:
     """An endless iterator over shuffled batches; every epoch has its own order and uses every example once.
 
-    All processes walk one global order: batch k is its examples [k * batch_size, (k + 1) * batch_size), of which each
+    All processes follow one global order: batch k is its examples [k * batch_size, (k + 1) * batch_size), of which each
     process reads the rows that its devices need.
 
     Args:
-      source: what is sampled from; may be shorter than a batch.
+      source: the examples; may be shorter than a batch.
       batch_size: examples per batch over all processes.
-      seed: of the order.
-      rows: of each batch that are read, all by default.
-      collate: makes a batch of examples, ahead of time; for worker processes it must survive pickling.
-      workers: processes that make batches, 0 for threads of this one.
+      seed: seed of the order.
+      rows: the rows of each batch to read, by default all.
+      collate: makes a batch of examples, ahead of time; with worker processes it must be picklable.
+      workers: number of worker processes; 0 uses threads of this process.
 
     Raises:
-      ValueError: no examples.
+      ValueError: there are no examples.
     """
     if len(source) == 0:
         raise ValueError(f"{getattr(source, 'name', 'source')}: no examples to train on")

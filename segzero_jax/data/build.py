@@ -1,7 +1,7 @@
 """Builds a data set from its source: ``python -m segzero_jax.data.build NAME --source DIR``.
 
-What the source is, is seen from its files; docs/data.md says where the papers' data sets are to be had. An interrupted
-build goes on when the same command is given again.
+The form of the source is detected from its files; docs/data.md lists where to get the papers' data sets. The same
+command resumes an interrupted build.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
-    # TFDS warns of every configuration that it does not bring itself.
+    # TFDS warns about every configuration that is not its own.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         data_dir = local_path(args.data_dir, "--data-dir", "build it on a disk and copy it from there")
@@ -98,7 +98,7 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
             raise SourceError(f"--against {other}: expected NAME/SPLIT of a built set in {data_dir}")
     folders = {source: data_directory(source) for source in sources}
     named = {folder: split for source, folder in folders.items() if (split := _split_of(source))}
-    # Of a data set of the hub, another program may have fetched further files into the same cache.
+    # Another program may have downloaded further files of a hub data set into the same cache.
     downloaded = [folder for source, folder in folders.items() if folder != home_path(source)]
     form = find_form(name, list(folders.values()), args.images, named, downloaded)
     plan = builder.make_plan(form)
@@ -122,7 +122,7 @@ def _build(args: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _split_of(source: str) -> str | None:
-    """The split that a repository of the hub is, or a local copy in a folder of its name."""
+    """The split of a hub repository that is a single split, or of a local copy in a folder of its name; else None."""
     name = Path(source.partition("@")[0]).name
     splits = {Path(repo).name: split for repos in HUB.values() for repo, split in repos.items()}
     return splits.get(name)

@@ -1,4 +1,4 @@
-"""What is found out about a data set before the first step: prompts that do not fit, pictures that are held out."""
+"""Checks of a data set before the first step: prompts that are too long, held-out images, hosts with different data."""
 
 import contextlib
 import hashlib
@@ -21,10 +21,10 @@ _BLOCK = 4096
 
 
 def check_prompts(source: Source, processor: Processor, data_dir: str | Path) -> int:
-    """Counts the prompt tokens of every question, once for a data set and a tokenizer, and returns the most.
+    """Counts the prompt tokens of every question, once per data set and tokenizer, and returns the maximum.
 
     Raises:
-      PromptTooLong: some do not fit into ``max_prompt_tokens``; it names the longest.
+      PromptTooLong: some prompts exceed ``max_prompt_tokens``; names the longest ones.
     """
     counts = _counts(source, processor, Path(data_dir).expanduser() / "prompt_tokens")
     limit, most = processor.max_prompt_tokens, int(counts.max(initial=0))
@@ -41,7 +41,7 @@ def check_prompts(source: Source, processor: Processor, data_dir: str | Path) ->
 
 
 def check_held_out(train: Source, held_out: Iterable[Source]) -> None:
-    """Raises DataError where a training picture is also in a split that is evaluated, as far as sets are built."""
+    """Raises DataError if a training image is also in an evaluation split; checks built sets only."""
     index = train.contents()
     for other in held_out:
         theirs = other.contents()
@@ -58,10 +58,10 @@ def check_held_out(train: Source, held_out: Iterable[Source]) -> None:
 
 
 def check_same(found: Mapping[str, str], pod: Pod) -> None:
-    """Raises DataError on all hosts where one has built another set than the first: batches are put together of both.
+    """Raises DataError on all hosts if a host's data differs from host 0's, since batches combine data of all hosts.
 
     Args:
-      found: name and checksum of each split; nothing where this host has none, which it is to say itself.
+      found: name and checksum of each split; empty if this host has none, which it must report itself.
     """
     if other := pod.difference("data", found):
         name, host, first, theirs = other
@@ -82,17 +82,17 @@ def _counts(source: Source, processor: Processor, cache: Path) -> np.ndarray:
 
 
 def counted_once(path: Path, count: Callable[[], np.ndarray]) -> np.ndarray:
-    """What ``count`` returns, kept in a file for the next time; its name stands for what is counted."""
+    """The result of ``count``, cached in the file ``path``, whose name identifies the data counted."""
     if path.is_file():
-        # A damaged file is written anew.
+        # A damaged file is replaced.
         with contextlib.suppress(ValueError, EOFError):
             return np.load(path)
     counts = count()
     content = io.BytesIO()
     np.save(content, counts)
-    with contextlib.suppress(OSError):  # Data may lie where nobody may write; then they are counted each time.
+    with contextlib.suppress(OSError):  # The directory may be read-only; then prompts are counted each time.
         path.parent.mkdir(exist_ok=True)
-        # Several processes may count the same at once: each writes a file of its own.
+        # Several processes may count the same data at once, so each writes its own file.
         mine = path.with_suffix(f".{secrets.token_hex(4)}.npy")
         jsonl.replace(mine, content.getvalue())
         os.replace(mine, path)

@@ -1,4 +1,4 @@
-"""Worker processes that end with the one that started them, however that ends."""
+"""Makes worker processes end with their parent, however it ends."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Called in a worker. Without it one whose parent is killed stays, and works on or waits for ever."""
+    """Called in a worker, which would otherwise outlive a killed parent, working on or waiting for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

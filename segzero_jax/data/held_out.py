@@ -1,4 +1,4 @@
-"""Training questions whose pictures are held out for evaluation: a build refuses them, or leaves them out."""
+"""Training questions whose images are held out for evaluation: a build refuses them, or leaves them out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ import pyarrow as pa
 from segzero_jax.data.leaks import Leak, find_leaks
 from segzero_jax.data.records import built_directory, index_path, read_index
 
-TRAIN = "train"  # The split that is learnt from, by its name in every set.
+TRAIN = "train"  # The name of the training split in every set.
 
 
 class LeakError(ValueError):
-    """Training pictures that are in an evaluation split; one line."""
+    """Training images are in an evaluation split; the message is one line."""
 
 
 def check_leaks(name: str, data_dir: Path, against: Sequence[str] = ()) -> None:
-    """Raises LeakError where training pictures of a built set are in an evaluation split of its own or ``against``."""
+    """Raises LeakError if training images of a built set are in one of its evaluation splits or in ``against``."""
     directory = built_directory(name, data_dir)
     splits = [path.stem.removeprefix("index-") for path in sorted(directory.glob(index_path(directory, "*").name))]
     indices = {split: read_index(directory, split) for split in splits}
@@ -31,7 +31,7 @@ def check_leaks(name: str, data_dir: Path, against: Sequence[str] = ()) -> None:
 def refuse_or_drop(
     indices: dict[str, pa.Table], data_dir: Path, name: str, against: Sequence[str], drop: bool
 ) -> list[Leak]:
-    """Leaves leaks out of ``indices`` where that is wanted, and returns them. Raises LeakError otherwise."""
+    """Finds leaks; if ``drop``, removes them from ``indices`` and returns them, else raises LeakError."""
     leaks: dict[int, Leak] = {}
     for other, found in _leaks(indices, data_dir, name, against):
         if not drop:
@@ -46,7 +46,7 @@ def refuse_or_drop(
 def _leaks(
     indices: Mapping[str, pa.Table], data_dir: Path, name: str, against: Sequence[str]
 ) -> Iterator[tuple[str, list[Leak]]]:
-    """The training questions about pictures of each split that is held out, where there are any."""
+    """Yields each held-out split with the training questions about its images, if there are any."""
     if TRAIN not in indices:
         return
     for split, index in indices.items():

@@ -1,8 +1,8 @@
-"""Pictures of the training split that are also in an evaluation split: by name, by content, and by what they look like.
+"""Finds images of the training split that are also in an evaluation split: by name, by content, and by fingerprint.
 
-Names and content find a picture among sets that keep it as it was. Seg-Zero's training sets do not: their pictures are
-squashed to 840 x 840 and their ids lead nowhere, so those are found by their fingerprint. Between splits of one set it
-is not asked: whoever cut them knew the pictures, and those of one camera look the same without being so.
+Name and content find an image in sets that keep it unchanged. Seg-Zero's training sets do not: their images are
+squashed to 840 x 840 and their ids are unrelated to the originals, so fingerprints are compared. Between splits of one
+set they are not: whoever made the splits knew the images, and different images of one camera look the same.
 """
 
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-# Bits of 256 that may differ between two versions of a picture (docs/data.md has what was measured).
+# Bits of 256 that may differ between two versions of an image (docs/data.md has the measurements).
 _NEAR = 20
-# A picture with fewer bits set, or fewer not set, is so flat that it looks like any other flat one.
+# An image with fewer bits set, or fewer not set, is so flat that it matches any other flat image.
 _INFORMATIVE = 24
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A question of the training split whose picture is held out elsewhere.
+    """A question of the training split whose image is held out elsewhere.
 
     Attributes:
-      row: of the training index.
-      id: of the question.
-      held_out: id of a question about that picture in the evaluation split.
-      how: the picture was recognised: by name, file or looks.
-      why: the same with what is this picture's own.
+      row: row in the training index.
+      id: id of the question.
+      held_out: id of a question about that image in the evaluation split.
+      how: how the image was recognised: by name, file or looks.
+      why: ``how``, with the details of this image.
     """
 
     row: int
@@ -37,10 +37,10 @@ class Leak:
 
 
 def find_leaks(train: pa.Table, held_out: pa.Table, one_set: bool) -> list[Leak]:
-    """Questions of the index ``train`` about a picture that is in the index ``held_out``.
+    """Questions of the index ``train`` about an image that is in the index ``held_out``.
 
     Args:
-      one_set: whether both are splits of one data set; then looks are not compared.
+      one_set: whether both are splits of one data set; then fingerprints are not compared.
     """
     leaks: dict[int, Leak] = {}
     ids, others = train["id"].to_pylist(), held_out["id"].to_pylist()
@@ -59,7 +59,7 @@ def find_leaks(train: pa.Table, held_out: pa.Table, one_set: bool) -> list[Leak]
 
 
 def _look_alikes(train: pa.Table, held_out: pa.Table) -> list[tuple[int, int, int]]:
-    """(row, row, bits that differ) of pictures that are near one another."""
+    """(training row, held-out row, differing bits) of images with similar fingerprints."""
     prints, of_row = _prints(train)
     others, of_other = _prints(held_out)
     first = {int(print_): row for row, print_ in reversed(list(enumerate(of_other)))}
@@ -81,7 +81,7 @@ def _look_alikes(train: pa.Table, held_out: pa.Table) -> list[tuple[int, int, in
 
 
 def _prints(index: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The different fingerprints, uint64 [N, 4], and which of them each row has."""
+    """The distinct fingerprints, uint64 [N, 4], and the index of each row's fingerprint."""
     raw = np.frombuffer(b"".join(index["fingerprint"].to_pylist()), np.uint64).reshape(-1, 4)
     prints, of_row = np.unique(raw, axis=0, return_inverse=True)
     return prints, of_row.reshape(-1)

@@ -1,4 +1,4 @@
-"""Masks that come as picture files."""
+"""Reads masks from image files."""
 
 import io
 
@@ -12,16 +12,16 @@ _LOSSY = ("JPEG", "MPO", "AVIF")
 
 
 class MaskError(Unusable):
-    """A mask that cannot be taken as one; one line."""
+    """The file is not a usable mask; the message is one line."""
 
 
 def read_mask(data: bytes, name: str) -> np.ndarray:
-    """A mask from a picture, bool [H, W]: True where any colour is above 0; what is transparent is not the object.
+    """Reads a mask from an image, bool [H, W]: True where any channel is above 0 and the pixel is not transparent.
 
     Args:
-      name: of the file, for messages.
+      name: name of the file, for messages.
 
-    Raises MaskError for what is no picture, and for a lossy one: around an object that is above 0 too.
+    Raises MaskError for data that is not an image, and for lossy formats, whose artefacts around an object are above 0.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -32,14 +32,14 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
             ):
                 kind = "a mask in a lossy format"
                 raise MaskError(kind, f"{kind}, expected PNG: {name} is {image.format}")
-            if image.mode == "CMYK":  # Ink is what colours are the absence of.
+            if image.mode == "CMYK":  # Ink is the inverse of colour.
                 raise MaskError("a mask in inks", f"a mask in inks, expected PNG: {name} is CMYK")
             if image.mode == "P":
                 return _numbered(image, name)
-            if is_deep_png(data) and not image.mode.startswith("I"):  # Pillow keeps the upper half: of ids, none.
+            if is_deep_png(data) and not image.mode.startswith("I"):  # Pillow keeps the upper byte only, without ids.
                 kind = "a mask of 16 bits a colour"
                 raise MaskError(kind, f"{kind}, expected 8 bits, or grey: {name}")
-            # A PNG may say that whatever has one colour is transparent.
+            # A PNG may declare one colour transparent.
             holed = "transparency" in image.info and image.mode in ("1", "L", "RGB")
             pixels = np.asarray(image.convert("RGBA") if "A" in image.getbands() or holed else image)
     except UNDECODABLE as error:
@@ -54,10 +54,10 @@ def read_mask(data: bytes, name: str) -> np.ndarray:
 
 
 def _numbered(image: Image.Image, name: str) -> np.ndarray:
-    """Of a palette's colours the number counts, not how they look: 0 is where the object is not.
+    """A mask from the palette indices, not the colours: index 0 is the background.
 
-    Raises MaskError where another number is black and 0 is not: programs that make a palette of black and white number
-    its colours in any order.
+    Raises MaskError if another index is black and 0 is not: programs that write a palette of black and white number its
+    colours in any order.
     """
     numbers = np.asarray(image)
     colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
@@ -69,13 +69,13 @@ def _numbered(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _is_lossy_webp(data: bytes) -> bool:
-    """Whether the picture, or the first of a film, is in a "VP8 " chunk; "VP8L" is without loss (RFC 9649)."""
+    """Whether the image, or the first frame of an animation, is in a "VP8 " chunk; "VP8L" is lossless (RFC 9649)."""
     chunk = 12
     while chunk + 8 <= len(data):
         kind = data[chunk : chunk + 4]
         if kind in (b"VP8 ", b"VP8L"):
             return kind == b"VP8 "
         size = int.from_bytes(data[chunk + 4 : chunk + 8], "little")
-        # A frame of a film has 16 bytes of its own before the chunks in it.
+        # An animation frame has a header of 16 bytes before its chunks.
         chunk += 8 + 16 if kind == b"ANMF" else 8 + size + size % 2
     return False

@@ -1,8 +1,8 @@
-"""Pictures as they are stored: what every reader decodes to the same pixels, and what tells one picture from another.
+"""The stored form of images, which every reader decodes to the same pixels, and fingerprints to recognise them.
 
-The policy and the segmenter decode a picture on different machines with different code. Stored are only pictures on
-which no decoder has a choice: PNG, JPEG or WebP, upright, 8 bits a channel, grey or RGB, no transparency. Such a file
-is stored as it is; any other is written again.
+The policy and the segmenter decode an image on different machines with different code. So only images that leave a
+decoder no choice are stored: PNG, JPEG or WebP, upright, 8 bits per channel, grey or RGB, no transparency. Such a file
+is stored unchanged; any other is re-encoded.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from segzero_jax.data.unusable import Unusable
 from segzero_jax.decoding import MAX_SIDE, UNDECODABLE, cause, is_deep_png, orientation, upright
 from segzero_jax.types import Frame
 
-# A reward server takes no larger ones; larger pictures are scaled down, with their masks.
+# Limits of the reward server; larger images are scaled down, with their masks.
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 16_000_000
-# Nor is anything decoded that would not fit into memory many times over.
+# Nothing larger is decoded: an image must fit into memory many times over.
 _MAX_DECODED = 200_000_000
 _STORED = ("PNG", "JPEG", "WEBP")
 _SIDEWAYS = (5, 6, 7, 8)  # Orientations that exchange width and height; 2, 3 and 4 keep them.
@@ -27,18 +27,18 @@ _SIDE = 16
 
 
 class PictureError(Unusable):
-    """A picture that cannot be stored; one line."""
+    """The image cannot be stored; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready to be stored.
+    """An image ready to be stored.
 
     Attributes:
-      data: its file.
-      frame: its size.
-      original: its size before it was scaled down; the same for most.
-      sha256: of the file in the source.
+      data: the encoded file.
+      frame: the image size.
+      original: the size before scaling down; usually the same.
+      sha256: SHA-256 of the file in the source.
       fingerprint: see ``fingerprint``.
     """
 
@@ -50,17 +50,18 @@ class Picture:
 
 
 def read_picture(data: bytes, annotated: Frame | None, as_in_file: bool = False) -> Picture:
-    """Checks a picture and brings it into the stored form.
+    """Checks an image and converts it to the stored form.
 
     Args:
       data: the file in the source.
-      annotated: the size that annotations speak of; None where they are in the pixels of the upright picture. A picture
-        with an EXIF rotation is turned upright, unless this size says that they were made on the unturned pixels.
-      as_in_file: annotations of the file's size were made on its unturned pixels, also where no size tells: EXIF
-        mirrors the picture or turns it over, or it is square.
+      annotated: the image size that annotations refer to; None if they are in pixels of the upright image. An image
+        with an EXIF rotation is turned upright, unless this size shows that they were made on the unrotated pixels.
+      as_in_file: annotations of the file's size were made on its unrotated pixels, even if the size cannot tell: EXIF
+        mirrors the image or rotates it by 180 degrees, or the image is square.
 
     Raises:
-      PictureError: damaged, of another size than annotated, or too large to decode.
+      PictureError: the image is damaged, differs from the annotated size, cannot be converted, or is too large to
+        decode.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -107,7 +108,7 @@ def _written_again(image: Image.Image, source_format: str | None) -> tuple[Image
 
 
 def written(pixels: Image.Image, lossy: bool) -> bytes:
-    """RGB pixels as a file: a PNG where that is small enough for a server; a JPEG otherwise, and where ``lossy``."""
+    """Encodes RGB pixels: as a JPEG if ``lossy`` or if a PNG is too large for a server, else as a PNG."""
     file = io.BytesIO()
     if not lossy:
         pixels.save(file, "PNG")
@@ -118,9 +119,9 @@ def written(pixels: Image.Image, lossy: bool) -> bytes:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16 bits keep the upper eight, what is transparent is white.
+    """Converts to 8-bit RGB: of 16 bits the upper eight are kept, transparency becomes white.
 
-    Raises PictureError for numbers that are not whole, of which nothing says how bright they are.
+    Raises PictureError for floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
         kind = "picture of floating-point numbers"
@@ -128,23 +129,23 @@ def _rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode.startswith("I"):
         grey = np.asarray(image)
-        # Of 16-bit files; wider ones have no white point to go by.
+        # For 16-bit files; wider ones have no known white point.
         return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered).convert("RGB")
     rgb = image.convert("RGB")
-    rgb.info.clear()  # Colour profiles and EXIF speak of other pixels.
+    rgb.info.clear()  # Colour profiles and EXIF no longer apply to these pixels.
     return rgb
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """What a picture looks like, 256 bits that survive scaling, squashing and recompression.
+    """A perceptual hash of 256 bits that survives scaling, squashing and recompression.
 
-    The picture is averaged to 17 x 16 grey cells; a bit says whether a cell is darker than the one on its right.
+    The image is averaged to 17 x 16 grey cells; a bit is set if a cell is darker than the one on its right.
     """
     if image.format == "JPEG":
-        # Decodes an eighth of the size, and still all of the file.
+        # Decodes at an eighth of the size, but still reads the whole file.
         image.draft("L", (8 * _SIDE, 8 * _SIDE))
     small = image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX)
     grey = np.asarray(small, np.int16)
@@ -152,14 +153,14 @@ def fingerprint(image: Image.Image) -> bytes:
 
 
 def fit_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:
-    """A bool [H, W] mask in the size of its stored picture; another only where that was scaled down."""
+    """A bool [H, W] mask at the size of its stored image; resized only if the image was scaled down."""
     if mask.shape == (frame.height, frame.width):
         return mask
     return np.asarray(Image.fromarray(mask).resize((frame.width, frame.height), Image.Resampling.NEAREST))
 
 
 def upright_size(data: bytes) -> Frame:
-    """The size of a picture after its EXIF rotation, without decoding it. Raises PictureError."""
+    """The size of an image after its EXIF rotation, without decoding it. Raises PictureError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             turned = orientation(image) in _SIDEWAYS

@@ -1,10 +1,10 @@
-"""The stored form of a question set: one record a picture, with all questions about it.
+"""The stored form of a question set: one record per image, with all questions about it.
 
-A data set asks several questions about one picture, and a picture is what takes space, so it is stored once. Beside
-the records of a split lies its *index*, a parquet file with one line a question: where the question stands, and what
-can be known of it and of its picture without reading the record.
+Data sets ask several questions about an image, and images take most of the space, so each is stored once. Beside the
+records of a split is its *index*, a parquet file with one row per question: its position, and metadata of the question
+and its image that can be read without the record.
 
-Coordinates are whole pixels of the stored picture, boxes inclusive.
+Coordinates are whole pixels of the stored image, boxes inclusive.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
-# Of TFDS: the folder of all built sets, and the version of this form.
+# For TFDS: the folder of all built sets, and the version of this form.
 BUILT = "question_set"
 VERSION = "1.0.0"
 _BLOCK = 4096
@@ -53,8 +53,8 @@ INDEX = pa.schema(
     [
         ("id", pa.string()),
         ("text", pa.string()),
-        ("record", pa.int32()),  # of the split
-        ("place", pa.int32()),  # in the record
+        ("record", pa.int32()),  # index in the split
+        ("place", pa.int32()),  # index in the record
         ("image_id", pa.string()),
         ("image_sha256", pa.string()),
         ("fingerprint", pa.binary(32)),  # see pictures.py
@@ -66,10 +66,10 @@ INDEX = pa.schema(
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture, ready to be stored.
+    """One question about an image, ready to be stored.
 
     Attributes:
-      mask, ignore: COCO compressed run lengths in the size of the picture; empty for none.
+      mask, ignore: COCO compressed run lengths at the size of the image; empty for none.
     """
 
     id: str
@@ -111,7 +111,7 @@ def to_record(
 
 
 def to_example(record: dict[str, Any], place: int) -> Example:
-    """Question ``place`` of a record; the picture stays encoded."""
+    """Question ``place`` of a record; the image stays encoded."""
     frame = Frame(int(record["img_width"]), int(record["img_height"]))
     asked = {name: values[place] for name, values in record["questions"].items()}
     start = int(sum(record["questions"]["objects"][:place]))
@@ -140,7 +140,7 @@ def _mask(counts: bytes, frame: Frame) -> RleMask | None:
 
 
 def build_time(directory: Path) -> int | None:
-    """When a set was built, in nanoseconds; None while it is not there."""
+    """The time at which a set was built, in nanoseconds; None if it does not exist."""
     try:
         return (directory / "build.json").stat().st_mtime_ns
     except FileNotFoundError:
@@ -153,23 +153,23 @@ def read_index(directory: Path, split: str) -> pa.Table:
 
 
 def index_path(directory: Path, split: str) -> Path:
-    """Where the index of a split lies in the directory of a built set."""
+    """Path of a split's index in the directory of a built set."""
     return directory / f"index-{split}.parquet"
 
 
 def checksum(directory: Path, index: pa.Table) -> str:
-    """Stands for what a split of a built set holds: the source, and which questions of it stand where.
+    """A checksum of a built split's content: of its source, and of the questions and their positions.
 
-    Builds of one source have the same, by whatever versions of libraries: a record's bytes differ from build to build,
-    and are not read. What they hold follows from the source.
+    It is the same for all builds of a source, with any library versions. Record bytes differ between builds and are not
+    read; their content follows from the source.
     """
     digest = hashlib.sha256(json.loads((directory / "build.json").read_text())["digest"].encode())
-    told = index.drop_columns(["fingerprint"])  # of the picture, which has its SHA-256
+    told = index.drop_columns(["fingerprint"])  # the image's SHA-256 is enough
     for start in range(0, len(told), _BLOCK):
         digest.update(json.dumps(told.slice(start, _BLOCK).to_pydict()).encode())
     return digest.hexdigest()
 
 
 def built_directory(name: str, data_dir: Path) -> Path:
-    """Where a built set lies."""
+    """Path of a built set."""
     return data_dir / BUILT / name / VERSION

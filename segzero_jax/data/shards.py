@@ -1,7 +1,7 @@
-"""Parts of a source become shards: ArrayRecord files of records, each with its piece of the index.
+"""Writes parts of a source as shards: ArrayRecord files of records, each with its piece of the index.
 
-A shard is whole or absent: its summary, ``NAME.json``, is written last. Shards are independent of one another, so any
-number of processes write them and an interrupted build goes on with those that are missing.
+A shard is complete or absent: its summary, ``NAME.json``, is written last. Shards are independent, so any number of
+processes can write them, and an interrupted build resumes with the missing ones.
 """
 
 import hashlib
@@ -33,11 +33,12 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Shard:
-    """What is to be written.
+    """A shard to be written.
 
     Attributes:
-      name: "train-00003".
-      parts: of the source, in order.
+      split: its split.
+      name: its name, such as "train-00003".
+      parts: the parts of the source in it, in order.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """Questions in the source."""
+        """The number of questions in the source."""
         return sum(len(part.ids) for part in self.parts)
 
 
 class LeftOut(NamedTuple):
-    """A question that could not be used, and why: see ``Unusable``."""
+    """A question that could not be used, and the reason: see ``Unusable``."""
 
     id: str
     kind: str
@@ -60,13 +61,13 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """The summary of a whole shard.
+    """The summary of a finished shard.
 
     Attributes:
-      records: pictures in it.
-      rows: questions in it.
-      size: of the file in bytes.
-      sha256: of the file.
+      records: number of images in it.
+      rows: number of questions in it.
+      size: size of the file in bytes.
+      sha256: SHA-256 of the file.
       left_out: the questions that could not be used.
     """
 
@@ -78,7 +79,7 @@ class Written:
 
 
 def cut(split: str, parts: Sequence[Part]) -> list[Shard]:
-    """The shards of a split."""
+    """Divides the parts of a split into shards."""
     shards: list[Shard] = []
     group: list[Part] = []
     for part in parts:
@@ -92,7 +93,7 @@ def cut(split: str, parts: Sequence[Part]) -> list[Shard]:
 
 
 def finished(directory: Path, name: str) -> Written | None:
-    """The summary of a shard that is there already; None also for one without kinds, by an older version."""
+    """The summary of a finished shard; None if there is none, or if an older version wrote it without ``kind``."""
     path = directory / f"{name}.json"
     if not path.is_file():
         return None
@@ -103,18 +104,18 @@ def finished(directory: Path, name: str) -> Written | None:
 
 
 def data_file(directory: Path, name: str) -> Path:
-    """The records of a shard."""
+    """Path of a shard's records."""
     return directory / f"{name}.array_record"
 
 
 def index_file(directory: Path, name: str) -> Path:
-    """The index of a shard; its ``record`` counts from the start of the shard."""
+    """Path of a shard's index, whose ``record`` counts from the start of the shard."""
     return directory / f"{name}.parquet"
 
 
 def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
     """Reads a shard's parts and writes its files."""
-    # Of this process alone: one that a killed build has left writes on for a moment.
+    # The file name is unique to this process: a worker left by a killed build may go on writing for a moment.
     partial = directory / f"{shard.name}.{os.getpid()}.partial"
     serializer = ExampleSerializer(FEATURES.get_serialized_info())
     index: list[tuple[object, ...]] = []
@@ -146,7 +147,7 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Raises OSError where ArrayRecord's writer cannot write, which it says in an error of its own."""
+    """Raises OSError if ArrayRecord's writer cannot write; the writer raises an error of its own for that."""
     try:
         yield
     except RuntimeError as error:
@@ -154,7 +155,7 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _store(shown: Shown | Unreadable, left_out: list[LeftOut]) -> tuple[dict, list[tuple]] | None:
-    """The record of a picture and the lines of its index but for their place; None where nothing of it is left."""
+    """An image's record and its index rows, without their position; None if none of its questions is usable."""
     if isinstance(shown, Unreadable):
         left_out += [LeftOut(name, shown.kind, shown.reason) for name in shown.ids]
         return None
@@ -179,7 +180,7 @@ def _store(shown: Shown | Unreadable, left_out: list[LeftOut]) -> tuple[dict, li
 
 
 def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPrompt, ...]]) -> Question:
-    """Raises Unusable for a question that cannot be asked or has no possible answer."""
+    """A question in stored form. Raises Unusable for one that cannot be asked or has no possible answer."""
     if not asked.text.strip(".?! \n\t"):
         raise Unusable("an empty question")
     frame = picture.frame
@@ -197,11 +198,11 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
     masks = [fit_mask(mask, frame) for mask in asked.masks]
     found: list[ObjectPrompt] = []
     for given, mask in zip(asked.masks, masks, strict=True):
-        # Expressions for the same thing share its mask, and what is computed from it.
+        # Expressions for the same object share its mask, and so its computed target.
         if id(given) not in targets:
             obj = target_object(mask)
             targets[id(given)] = () if obj is None else (obj,)
-        if not targets[id(given)]:  # One of several, too: without it the question would mean fewer objects.
+        if not targets[id(given)]:  # Even if only one of several is empty: the target would miss an object.
             raise Unusable("a target mask without pixels")
         found += targets[id(given)]
     target = union(masks, frame.height, frame.width)
@@ -211,7 +212,7 @@ def _question(asked: Asked, picture: Picture, targets: dict[int, tuple[ObjectPro
 
 
 def _inside(obj: ObjectPrompt, frame: Frame) -> ObjectPrompt:
-    """A target in whole pixels. Raises Unusable where it is no area within the picture."""
+    """A target in whole pixels. Raises Unusable if it has no area within the image."""
     x1, y1, x2, y2 = (round(v) for v in obj.box)
     if x1 >= x2 or y1 >= y2:
         raise Unusable("a target box without area", f"a target box without area, {[x1, y1, x2, y2]}")

@@ -1,4 +1,4 @@
-"""Target boxes and points from masks, as Seg-Zero's data has them: the centres of the two largest inscribed circles."""
+"""Target boxes and points from masks, as in Seg-Zero's data: the points are the centres of two inscribed circles."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from scipy.ndimage import distance_transform_edt
 
 from segzero_jax.types import ObjectPrompt
 
-# A circle this much smaller than the first says that there was no room beside it.
+# If the second radius is below this share of the first, there was no room for a second circle.
 _ROOM = 0.25
 
 
 def target_object(mask: np.ndarray) -> ObjectPrompt | None:
     """The box and the two points of a bool [H, W] mask, or None for one without pixels.
 
-    The box is the inclusive bounds (x1, y1, x2, y2), one pixel wider where they would enclose no area.
+    The box is the inclusive bounds (x1, y1, x2, y2), widened by one pixel where they would enclose no area.
     """
     bounds = _bounds(mask)
     if bounds is None:
@@ -57,12 +57,12 @@ def _with_area(low: int, high: int, size: int) -> tuple[int, int]:
 def _circle_centres(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
     """Centres (x, y) of the largest inscribed circle and of the largest that does not overlap it.
 
-    Where the second has no room, as in a round object, it is the deepest pixel half a radius or more from the first
-    centre; in a mask of one pixel, both are that pixel. What lies outside ``mask`` is not the object.
+    If there is no room for the second, as in a round object, its centre is the deepest pixel half a radius or more from
+    the first centre; in a mask of one pixel, both are that pixel. Pixels outside ``mask`` count as background.
     """
     depth = _depth(mask)
     y, x = np.unravel_index(np.argmax(depth), depth.shape)
-    # Squared distances between pixels are whole numbers: the square of a rounded root would miss ties.
+    # Squared distances between pixels are integers: without rounding, the square of the root would miss ties.
     squared_radius = round(depth[y, x] ** 2)
     rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
     apart = (rows - y) ** 2 + (columns - x) ** 2

@@ -27,7 +27,7 @@ SIZES = {split: 2048 if split == "train" else 256 for split in SPLITS}
 class ToyShapes(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes with referring and reasoning questions, generated from a seed.
 
-    The version stands for the pictures and questions: it changes when ``scenes.py`` draws others.
+    The version identifies the images and questions: it changes when ``scenes.py`` draws different ones.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -85,24 +85,24 @@ def toy_row(split: str, index: int) -> dict[str, Any]:
 def prepared_builder(data_dir: str | Path) -> ToyShapes:
     """The builder with its files in place, built now if they are missing.
 
-    The files appear by one rename when all of them are whole. Processes that ask at the same moment take turns, so one
-    builds and the others find the result.
+    One rename moves the files into place once all are complete. Concurrent processes take turns, so that one builds and
+    the others find the result.
 
     Raises:
       ConfigError: ``data_dir`` is a URL.
-      OSError: it cannot be written.
+      OSError: ``data_dir`` cannot be written.
     """
     directory = local_path(data_dir, "data.dir", "the toy set is made on each machine")
     directory.mkdir(parents=True, exist_ok=True)
     with turn(directory / ".toy_shapes.lock"):
         builder = ToyShapes(data_dir=directory, file_format="array_record")
         if not builder.data_path.exists():
-            for leftover in builder.data_path.parent.glob("incomplete.*"):  # Of a build that was killed.
+            for leftover in builder.data_path.parent.glob("incomplete.*"):  # Left by a killed build.
                 shutil.rmtree(leftover)
             count = sum(SIZES.values())
             print(f"building the toy data set: {count} examples, about 20 s, into {builder.data_path}", file=sys.stderr)
             tfds.disable_progress_bar()
-            # It would announce a download of unknown size.
+            # TFDS would announce a download of unknown size.
             with redirect_stdout(io.StringIO()):
                 builder.download_and_prepare()
     return builder

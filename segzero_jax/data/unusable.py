@@ -1,12 +1,12 @@
-"""What makes a question unusable: its kind, by which such questions are counted, and the whole reason, its own."""
+"""The error for unusable questions: a kind, by which they are counted, and the full reason."""
 
 
 class Unusable(ValueError):
-    """A question, or what it is about, that cannot be used; one line.
+    """A question, or its image or target, cannot be used; the message is one line.
 
     Attributes:
-      kind: what is wrong, without what only this one has: "a target box outside its picture".
-      reason: what is wrong, with numbers, names and what was expected; the kind where that says all.
+      kind: the problem without details, such as "a target box outside its picture".
+      reason: the problem with numbers, names and the expected value; equals ``kind`` if there are no details.
     """
 
     def __init__(self, kind: str, reason: str = ""):
@@ -19,5 +19,5 @@ class Unusable(ValueError):
 
 
 def kind_of(error: BaseException, otherwise: str | None = None) -> str:
-    """The kind of an error; of one that names none ``otherwise``, or all that it says."""
+    """The kind of an error; if it has none, ``otherwise`` or the whole message."""
     return error.kind if isinstance(error, Unusable) else otherwise or str(error)

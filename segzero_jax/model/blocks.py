@@ -1,4 +1,4 @@
-"""Blocks stacked on a leading axis, one after another: as a loop, or written out."""
+"""Runs blocks stacked on a leading axis, as a loop or unrolled."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 def run_blocks(body: Callable[[jax.Array, T], jax.Array], x: jax.Array, blocks: T, written_out: bool) -> jax.Array:
-    """``x`` through all blocks, each the input of the next.
+    """Runs ``x`` through all blocks in turn.
 
     Args:
-      body: of one block, ``(x, block) -> x``.
-      blocks: every array with the blocks on its leading axis.
-      written_out: the program holds every block by itself. A loop is quicker to compile, but what its turns keep for
-        the backward pass goes into arrays for all turns: they are filled with zeros first, and where a compiler cannot
-        have matrix products write there, as on GPUs, everything is copied once on its way in and once on its way out.
+      body: one block, ``(x, block) -> x``.
+      blocks: arrays with the blocks on their leading axis.
+      written_out: unroll the blocks. A loop compiles faster, but its residuals for the backward pass go into arrays
+        over all iterations. These are zeroed first, and where the compiler cannot let matrix products write into them,
+        as on GPUs, every residual is copied once on the way in and once on the way out.
     """
     if not written_out:
         return jax.lax.scan(lambda x, block: (body(x, block), None), x, blocks)[0]
@@ -32,5 +32,5 @@ def _unstack(stack: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(stack[index] for index in range(stack.shape[0]))
 
 
-# Plain differentiation of an index would add up as many arrays of all blocks as there are blocks.
+# Plain differentiation of indexing would sum one array of the full stack's size per block.
 _unstack.defvjp(lambda stack: (_unstack(stack), None), lambda _, gradients: (jnp.stack(gradients),))

@@ -1,9 +1,9 @@
 """Attention over long streams in plain XLA, in chunks of queries: scores exist for one chunk at a time.
 
-Forward keeps the output and the logarithm of the softmax's denominator; backward computes the scores once more, as in
-FlashAttention (Dao et al., arXiv 2205.14135, algorithms 1 and 4), but for all keys of a chunk at once. What a chunk
-needs stays in the caches of a CPU, where scores of a whole image of 4,096 patches (400 MB for six heads) are written
-to memory and read again five times.
+The forward pass keeps the output and the logarithm of the softmax's denominator; the backward pass recomputes the
+scores, as in FlashAttention (Dao et al., arXiv 2205.14135, algorithms 1 and 4), but for all keys of a chunk at once. A
+chunk's working set stays in a CPU's caches, while the scores of a whole image of 4,096 patches (400 MB for six heads)
+would be written to memory and read again five times.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 _MASKED = -1e30
-# Scores of a chunk on each device: 16 MB in float32.
+# Number of scores of a chunk on each device: 16 MB in float32.
 _CHUNK_SCORES = 4 * 2**20
 _LEAST_QUERIES = 16
 
@@ -24,7 +24,7 @@ class Keys(NamedTuple):
 
     Attributes:
       k, v: keys and values, in the layout above.
-      mask_bs: bool ``[b, s]`` or ``[b, p]``, which of them are real; None where all are.
+      mask_bs: bool ``[b, s]`` or ``[b, p]``, which of them are real; None if all are.
     """
 
     k: jax.Array
@@ -36,10 +36,10 @@ def chunked_attention(q_bkgqth: jax.Array, own: Keys, shared: Keys | None, first
     """One softmax over own and shared keys, ``[b, k, g, q, t, h]`` in the dtype of ``q``; softmax in float32.
 
     Args:
-      q_bkgqth: queries, scaled: of key head ``k``, group ``g`` and query head ``q`` among those that read ``k``.
-      own: what the queries of a group see.
-      shared: what all of them see besides.
-      first: query ``t`` sees its own keys up to ``first + t`` only; None: all of them.
+      q_bkgqth: scaled queries of key head ``k``, group ``g`` and query head ``q`` among those that read ``k``.
+      own: keys that the queries of one group see.
+      shared: further keys, which the queries of all groups see.
+      first: query ``t`` sees own keys up to ``first + t`` only; if None, all of them.
     """
     b, k, g, q, t, _ = q_bkgqth.shape
     seen = own.k.shape[3] + (shared.k.shape[2] if shared is not None else 0)
@@ -56,32 +56,32 @@ def _attend(q: jax.Array, own: Keys, shared: Keys | None, first: int | None, chu
 
 
 def _fold(x: jax.Array, *shape: int) -> jax.Array:
-    """A reshape of all axes but the first two, which are the ones that a mesh divides."""
+    """Reshapes all axes but the first two; only the first two are sharded."""
     spec = PartitionSpec(*jax.typeof(x).sharding.spec[:2], *(None,) * len(shape))
     return jnp.reshape(x, (*x.shape[:2], *shape), out_sharding=spec)
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:
-    """``[b, k, g, q, t, h]`` to ``[chunks, b, k, g, m, h]``: rows ``m`` of a chunk are its queries, head by head."""
+    """``[b, k, g, q, t, h]`` to ``[chunks, b, k, g, m, h]``; rows ``m`` of a chunk are its queries, head by head."""
     g, q, t, h = x.shape[2:]
     x = _fold(x, g, q, chunks, t // chunks, h).swapaxes(3, 4)
     return jnp.moveaxis(_fold(x, g, chunks, q * (t // chunks), h), 3, 0)
 
 
 def _join(x: jax.Array, heads: int) -> jax.Array:
-    """``_split`` undone."""
+    """The inverse of ``_split``."""
     chunks, _, _, g, m, h = x.shape
     x = _fold(jnp.moveaxis(x, 0, 3), g, chunks, heads, m // heads, h).swapaxes(3, 4)
     return _fold(x, g, heads, chunks * (m // heads), h)
 
 
 def _all_groups(x: jax.Array) -> jax.Array:
-    """``[b, k, g, m, h]`` as one matrix a head, for what all groups share: products of plain matrices copy nothing."""
+    """``[b, k, g, m, h]`` as one matrix per head, for the shared keys: products of plain matrices need no copies."""
     return _fold(x, x.shape[2] * x.shape[3], x.shape[4])
 
 
 def _by_group(x: jax.Array, groups: int) -> jax.Array:
-    """``_all_groups`` undone."""
+    """The inverse of ``_all_groups``."""
     return _fold(x, groups, x.shape[2] // groups, x.shape[3])
 
 
@@ -100,7 +100,7 @@ def _own_scores(q: jax.Array, last: jax.Array | None, own: Keys) -> jax.Array:
 
 
 def _shared_scores(q: jax.Array, shared: Keys) -> jax.Array:
-    """Those over keys of all groups, ``[b, k, g * m, p]``."""
+    """Masked float32 scores ``[b, k, g * m, p]`` over the shared keys."""
     scores = jnp.einsum("bkmh,bkph->bkmp", _all_groups(q), shared.k, preferred_element_type=jnp.float32)
     return _masked(scores, shared.mask_bs)
 
@@ -142,7 +142,7 @@ def _forward(
 
 
 def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Weights or slopes, which are float32, are brought to the dtype of what they are multiplied with."""
+    """An einsum with float32 result, after casting the float32 operand to the dtype of the other one."""
     narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
     return jnp.einsum(subscripts, left.astype(narrow), right.astype(narrow), preferred_element_type=jnp.float32)
 
@@ -161,7 +161,7 @@ def _backward(
         part: tuple[jax.Array | None, jax.Array, jax.Array, jax.Array, jax.Array],
     ) -> tuple[tuple[_Sums, _Sums | None], jax.Array]:
         last, q, gradient, out, log_total = part
-        # The derivative of a softmax: its weights times what each score alone would change, less their mean.
+        # The derivative of softmax: ds = p * (dp - mean), with mean = sum(p * dp) = sum(out * d_out).
         mean = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1, keepdims=True)
         own_sums, shared_sums = sums
         weights = jnp.exp(_own_scores(q, last, own) - log_total)
@@ -183,7 +183,7 @@ def _backward(
             )
         return (own_sums, shared_sums), dq.astype(q.dtype)
 
-    # Summed with the head width in front: XLA's CPU backend multiplies a narrow left matrix three times as fast.
+    # Summed with the head width as leading axis: XLA's CPU backend is three times as fast with a narrow left matrix.
     nothing = lambda keys: tuple(jnp.zeros_like(x.mT, jnp.float32) for x in (keys.k, keys.v))  # noqa: E731
     zeros = (nothing(own), None if shared is None else nothing(shared))
     last = _last_seen(first, heads, q.shape[4], chunks)

@@ -7,7 +7,7 @@ _ROPE_THETA = 1e6
 
 
 class ModelConfigError(ValueError):
-    """A config.json that is not a Qwen2.5-VL's, or lacks a field; one line."""
+    """The config.json is not a Qwen2.5-VL's, or a field is missing or invalid; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class VisionDims:
 
     @property
     def patch_width(self) -> int:
-        """Numbers in one patch: channels x temporal patch x height x width."""
+        """Values in one patch: channels x temporal patch x height x width."""
         return self.channels * self.temporal_patch * self.patch**2
 
     @property
     def window_side(self) -> int:
-        """Patches along the side of an attention window."""
+        """Patches along one side of an attention window."""
         return self.window // self.patch
 
     @property
     def window_slots(self) -> int:
-        """Patches in a whole attention window."""
+        """Patches in a full attention window."""
         return self.window_side**2
 
     @property
@@ -71,7 +71,7 @@ def from_hf(config: dict[str, Any]) -> Dims:
     """Reads a parsed config.json: the flat form of the hub or the nested one that transformers 5 writes.
 
     Raises:
-      ModelConfigError: another architecture, a field is missing or no number, or the sizes do not go together.
+      ModelConfigError: another architecture, a field is missing or not a number, or the sizes are inconsistent.
     """
     if config.get("model_type") != "qwen2_5_vl":
         raise ModelConfigError(f"config.json: model_type {config.get('model_type')!r}: expected 'qwen2_5_vl'")
@@ -80,7 +80,7 @@ def from_hf(config: dict[str, Any]) -> Dims:
         text = _section(config, "text_config")
     rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
     _check_kind(config, text, vision, rope)
-    # transformers ties where the root or, in its older nested files, text_config says so.
+    # transformers ties weights if the root or, in its older nested files, text_config sets it.
     tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
     dims = Dims(
         vocab=_whole(text, "vocab_size"),
@@ -95,7 +95,7 @@ def from_hf(config: dict[str, Any]) -> Dims:
         norm_eps=_real(text, "rms_norm_eps", None),
         vision=VisionDims(
             hidden=_whole(vision, "hidden_size"),
-            # transformers 4.49 writes what differs from its class's defaults alone; those have never changed.
+            # transformers 4.49 writes only values that differ from its class's defaults, which have never changed.
             depth=_whole(vision, "depth", 32),
             heads=_whole(vision, "num_heads", 16),
             mlp=_whole(vision, "intermediate_size", 3420),
@@ -113,7 +113,7 @@ def from_hf(config: dict[str, Any]) -> Dims:
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A parsed config.json that says the weights are of this dtype, in whichever of the two forms it has."""
+    """A parsed config.json with this dtype of the weights, in either of the two forms."""
     if "text_config" not in config:
         return config | {"torch_dtype": dtype}
     parts = {key: config[key] | {"dtype": dtype} for key in ("text_config", "vision_config") if key in config}
@@ -156,7 +156,7 @@ def _real(section: dict[str, Any], key: str, default: float | None) -> float:
 
 
 def _check_kind(config: dict[str, Any], text: dict[str, Any], vision: dict[str, Any], rope: dict[str, Any]) -> None:
-    """Refuses what would be computed otherwise than here, or is stored otherwise."""
+    """Refuses configurations that are computed or stored differently from this implementation."""
     kind = rope.get("rope_type", rope.get("type", "mrope"))
     if kind not in ("mrope", "default"):
         raise ModelConfigError(f"config.json: rope scaling {kind!r}: expected plain M-RoPE ('mrope' or 'default')")
@@ -199,7 +199,7 @@ def _check(dims: Dims) -> None:
 
 
 _RELEASED_VISION = VisionDims(hidden=1280, depth=32, heads=16, mlp=3420, out=2048)
-# The models that the presets name, by hub id: what their config.json says, for planning without their files.
+# Dimensions of the presets' models by hub id, from their config.json, for planning without their files.
 RELEASED = {
     "Qwen/Qwen2.5-VL-3B-Instruct": Dims(
         vocab=151936,

@@ -1,8 +1,8 @@
 """cuDNN's flash attention (``jax.nn.dot_product_attention``) over prefix groups and over images, on NVIDIA GPUs.
 
-For narrow types only: cuDNN has it for bfloat16 and float16. Its masks are arrays of scores to add, so that they cost
-memory and time; a plain causal mask costs none. A query that sees nothing has gradients that are not numbers, and its
-zeros in other sums do not save them: such queries, all of padding, see everything instead.
+For bfloat16 and float16 only, as in cuDNN. Its masks are arrays added to the scores, so they cost memory and time; a
+plain causal mask costs none. A query that sees no key gets NaN gradients, which spread to sums even with zero weight.
+Such queries are all padding; they are made to see every key instead.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,17 @@ def flash_group(
 ) -> jax.Array:
     """Attention of the stream ``[prompt | r1 | ... | rG]`` to itself, each device on its own rows and heads.
 
-    The prompt sees itself causally. Every response is a sequence of its own that sees the prompt, whose keys are
-    repeated for it: of key heads there are few.
+    The prompt attends to itself causally. Every response is a separate sequence that also sees the prompt; the prompt's
+    keys are repeated for it, which is cheap since there are few key heads.
 
     Args:
-      q_btnh, k_btkh, v_btkh: partitioned by ``spec``; ``n`` is a multiple of ``k`` on every device.
-      prompt_mask_bp: bool, which prompt tokens are real. Partitioned as the batch.
+      q_btnh, k_btkh, v_btkh: queries, keys and values, partitioned by ``spec``; ``n`` is a multiple of ``k`` on every
+        device.
+      prompt_mask_bp: bool, which prompt tokens are real. Partitioned like the batch.
       length: tokens of a response.
 
     Returns:
-      ``[b, t, n, h]`` in the dtype of ``q``. Rows of padding hold numbers that nothing reads.
+      ``[b, t, n, h]`` in the dtype of ``q``. Rows of padding are meaningless.
     """
     p = prompt_mask_bp.shape[1]
 
@@ -56,7 +57,7 @@ def flash_image(
 ) -> jax.Array:
     """Attention among all valid patches of an image, ``[b, s, n, h]``; arguments as in ``flash_group``.
 
-    Instead of a mask, heads are wider: what a key has there says how much less it scores with every query.
+    Instead of a mask, heads get extra width, where invalid keys hold a value that lowers their score for all queries.
     """
     width = q_bsnh.shape[-1]
 
@@ -74,7 +75,7 @@ def flash_image(
 def flash_windows(
     q_bsnh: jax.Array, k_bsnh: jax.Array, v_bsnh: jax.Array, seen_bwss: jax.Array, spec: PartitionSpec
 ) -> jax.Array:
-    """Attention within runs of slots, ``[b, s, n, h]``: ``seen_bwss`` says which of its run a patch sees."""
+    """Attention within runs of slots, ``[b, s, n, h]``; ``seen_bwss`` masks what a patch sees of its run."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, seen_bwss: jax.Array) -> jax.Array:
         b, w, s = seen_bwss.shape[:3]
@@ -89,7 +90,7 @@ def _on_each(
 ) -> jax.Array:
     rows = PartitionSpec(spec[0], *(None,) * (mask.ndim - 1))
     mask = jax.sharding.reshard(mask, rows)
-    # check_vma: cuDNN's calls do not say over which axes their results vary.
+    # check_vma=False: cuDNN's calls do not declare over which axes their results vary.
     return jax.shard_map(local, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(q, k, v, mask)
 
 
@@ -103,7 +104,7 @@ def _attend(
 ) -> jax.Array:
     tokens = q_btnh.shape[1]
     if mask_bts is not None:
-        # cuDNN wants even lengths beside a mask.
+        # With a mask, cuDNN needs even lengths.
         fill = [(0, size % 2) for size in mask_bts.shape[1:]]
         q_btnh = jnp.pad(q_btnh, ((0, 0), fill[0], (0, 0), (0, 0)))
         k_bskh, v_bskh = (jnp.pad(a, ((0, 0), fill[1], (0, 0), (0, 0))) for a in (k_bskh, v_bskh))

@@ -1,4 +1,4 @@
-"""The forward pass of a run: what its configuration and the mesh make of dtype, kernel and layout."""
+"""The forward pass of a run: dtype, kernel and layout from its configuration and the mesh."""
 
 import jax
 
@@ -11,7 +11,7 @@ from segzero_jax.model.precision import use_compute_dtype
 
 
 def forward_config(dims: Dims, layout: Layout, config: ModelConfig) -> ForwardConfig:
-    """The pass in one layout under the ambient mesh; blocks are recomputed where gradients are taken, in ``TRAIN``."""
+    """The pass in one layout under the ambient mesh; blocks are rematerialised only in ``TRAIN``, for gradients."""
     dtype = use_compute_dtype(config.compute_dtype)
     kernel = choose_kernel(jax.sharding.get_mesh(), dtype)
     remat = config.remat and layout is TRAIN

@@ -1,4 +1,4 @@
-"""Where every parameter of the policy's tree lies in Hugging Face files: key, order of axes, how they are factored."""
+"""The place of every parameter of the policy's tree in Hugging Face files: key, axis order, and factoring of axes."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from segzero_jax.model.dims import Dims
 
 @dataclass(frozen=True)
 class Entry:
-    """How one parameter of the tree lies in the file.
+    """The layout of one parameter in the file.
 
     Attributes:
-      hf: hub key, with ``{}`` for the layer where the parameter is stacked.
-      factors: for each axis in the file, in how many axes the tree holds it.
-      transposed: a torch Linear: ``[out, in]`` in the file, ``[in, out]`` in the tree.
+      hf: hub key, with ``{}`` for the layer if the parameter is stacked.
+      factors: for each axis in the file, the number of axes that hold it in the tree.
+      transposed: whether it is a torch Linear: ``[out, in]`` in the file, ``[in, out]`` in the tree.
     """
 
     hf: str
@@ -25,21 +25,21 @@ class Entry:
         return "{}" in self.hf
 
     def keys(self, shape: tuple[int, ...]) -> list[str]:
-        """The hub keys of what has ``shape`` in the tree: one, or one for each layer."""
+        """The hub keys of a parameter with ``shape`` in the tree: one, or one for each layer."""
         return [self.hf.format(layer) for layer in range(shape[0])] if self.stacked else [self.hf]
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The permutation from the file's axes, factored, to the tree's."""
+        """The permutation from the file's axes, after factoring, to the tree's."""
         axes, first = tuple(range(sum(self.factors))), self.factors[0]
         return axes[first:] + axes[:first] if self.transposed else axes
 
     def factored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tree's shape in the order of the file."""
+        """The tree's shape in the axis order of the file."""
         return tuple(shape[self.order.index(axis)] for axis in range(len(shape)))
 
     def file_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-        """The shape in the file of what has ``shape`` in the tree."""
+        """The shape in the file of a parameter with ``shape`` in the tree."""
         vision = dims.vision
         if self.hf.endswith("patch_embed.proj.weight"):  # a convolution
             return (vision.hidden, vision.channels, vision.temporal_patch, vision.patch, vision.patch)
@@ -93,7 +93,7 @@ ENTRIES: dict[tuple[str, ...], Entry] = {
 
 
 def hub_key(key: str) -> str:
-    """A key as the hub has it: transformers 5 keeps another form in memory."""
+    """Converts a key to the hub's form; transformers 5 uses another form in memory."""
     for prefix, hub in (("model.language_model.", "model."), ("model.visual.", "visual.")):
         if key.startswith(prefix):
             return hub + key.removeprefix(prefix)

@@ -80,7 +80,7 @@ def _linear_forward(
 def _in_one_sum(
     x_letters: str, x: jax.Array, out: str, gradient: jax.Array
 ) -> tuple[tuple[str, jax.Array], tuple[str, jax.Array]]:
-    """Merges the leading axes that both arrays share, the axes a weight's gradient sums over, if each has one other axis.
+    """Merges the leading axes shared by both arrays, over which a weight's gradient sums, if each has one other axis.
 
     XLA's CPU backend multiplies such matrices as they are; to sum over several axes it transposes one of them first.
     """
@@ -155,8 +155,8 @@ def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
 def mrope_angles(positions_b3t: Array, sections: tuple[int, int, int], theta: float) -> jax.Array:
     """Rotation angles of multimodal RoPE (Qwen2-VL, arXiv 2409.12191, section 2.1): [b, t, sum(sections)], float32.
 
-    The frequencies are split into three runs: the first ``sections[0]`` rotate with the temporal position, the next with
-    the row, the last with the column.
+    The frequencies are split into three runs: the first ``sections[0]`` rotate with the temporal position, the next
+    with the row, the last with the column.
     """
     half = sum(sections)
     frequencies = theta ** -(np.arange(half, dtype=np.float32) / np.float32(half))

@@ -1,7 +1,7 @@
 """The policy's distribution over tokens: one definition for sampling, reference and update.
 
-Logits are divided by the sampling temperature, and the visual special tokens are impossible: a sampled
-``<|image_pad|>`` is not an image. Full logits of a batch never exist: the vocabulary is walked in chunks of tokens.
+Logits are divided by the sampling temperature, and the visual special tokens are masked: a sampled ``<|image_pad|>`` is
+not an image. Full logits of a batch never exist: they are computed in chunks of tokens.
 """
 
 from functools import partial
@@ -15,15 +15,15 @@ from segzero_jax.model.policy import ForwardConfig, Policy, head_weights
 from segzero_jax.types import Array
 
 _IMPOSSIBLE = -1e30
-# A chunk has at most this many tokens on each device, or as many as the responses have in so many positions: its logits
-# are what a device has to hold.
+# A chunk has at most _TOKENS tokens on each device, or the tokens of all responses at _POSITIONS positions if those are
+# more. A device holds the logits of one chunk.
 _TOKENS, _POSITIONS = 1024, 32
 
 
 def sampling_logits(
     raw: jax.Array, temperature: float, banned_ids: tuple[int, ...], first_id: int | jax.Array = 0
 ) -> jax.Array:
-    """Logits of the distribution that is sampled from, float32 ``[..., v]``, of ``v`` tokens from ``first_id`` on."""
+    """Logits of the sampling distribution, float32 ``[..., v]``, for the ``v`` tokens from ``first_id`` on."""
     vocabulary = first_id + jax.lax.broadcasted_iota(jnp.int32, (raw.shape[-1],), 0)
     banned = jnp.isin(vocabulary, jnp.asarray(banned_ids, jnp.int32))
     banned = jax.sharding.reshard(banned, PartitionSpec(jax.typeof(raw).sharding.spec[-1]))
@@ -31,16 +31,16 @@ def sampling_logits(
 
 
 def pick(values_v: jax.Array, tokens: jax.Array) -> jax.Array:
-    """``values[..., token]`` by comparison and sum, which leaves a sharded vocabulary where it is."""
+    """``values[..., token]`` by comparison and sum, which does not gather a sharded vocabulary."""
     iota = jax.lax.broadcasted_iota(jnp.int32, values_v.shape, values_v.ndim - 1)
     iota = jax.sharding.reshard(iota, jax.typeof(values_v).sharding.spec)
     return jnp.where(iota == tokens[..., None], values_v, 0).sum(-1)
 
 
 def log_probability(scaled_v: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Of one token each, from logits of the whole vocabulary, in nats.
+    """Log-probability of one token each, from logits of the whole vocabulary, in nats.
 
-    Counted from the most probable token, as in ``response_logps``: both are rounded alike.
+    Computed relative to the top logit, as in ``response_logps``, so that both are rounded the same.
     """
     below = scaled_v - scaled_v.max(-1, keepdims=True)
     return pick(below, tokens) - jnp.log(jnp.exp(below).sum(-1))
@@ -54,17 +54,17 @@ def response_logps(
     temperature: float,
     banned_ids: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every response token and the entropy where it was chosen.
+    """Log-probability of every response token, and entropy of the distribution it was sampled from.
 
-    Each device has its rows and its part of the vocabulary. The head is brought there once, before the chunks, and its
-    gradient leaves once, after them.
+    Each device has its rows and its part of the vocabulary. The head is resharded once, before the chunks, and its
+    gradient is reduced once, after them.
 
     Args:
       hidden_bgrd: states that predict the tokens (``group_hidden``).
       tokens_bgr: int32.
 
     Returns:
-      float32 ``[b, g, r]`` each, in nats. The backward pass computes the logits of a chunk again: memory is one chunk.
+      float32 ``[b, g, r]`` each, in nats. The backward pass recomputes the logits, so that memory holds one chunk.
     """
     layout = fwd.layout
     rows, parts = layout.over("batch"), layout.over("vocab")
@@ -72,7 +72,7 @@ def response_logps(
     row_spec = layout.spec("batch", None, None)
 
     def local(head_vd: jax.Array, hidden_bgrd: jax.Array, tokens_bgr: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Where differentiation sums over devices: the head's gradient over rows, the states' over the vocabulary.
+        # Differentiation sums over devices here: the head's gradient over rows, the states' over the vocabulary.
         head_vd = jax.lax.pcast(head_vd, rows, to="varying")
         hidden_bgrd = jax.lax.pcast(hidden_bgrd, parts, to="varying")
         b, g, r = tokens_bgr.shape
@@ -95,7 +95,7 @@ def response_logps(
 
 
 class _Distribution(NamedTuple):
-    """What makes logits a distribution, mesh axes that divide the vocabulary, and the head's dtype (static)."""
+    """Settings of the sampling distribution, the mesh axes that shard the vocabulary, and the head's dtype (static)."""
 
     temperature: float
     banned_ids: tuple[int, ...]
@@ -107,10 +107,10 @@ class _Distribution(NamedTuple):
 def _logps(
     how: _Distribution, hidden_zmd: jax.Array, head_vd: jax.Array, tokens_zm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies ``[n, m]``, of ``n`` chunks of tokens one after another, on one device.
+    """Log-probabilities and entropies ``[n, m]`` of ``n`` chunks of tokens, one after another, on one device.
 
-    Plain differentiation would keep, or compute once more, what a softmax is made of, and read the logits of a chunk
-    a dozen times. Here they are read twice forward and once backward.
+    Plain differentiation would store or recompute the intermediates of the softmax and read the logits of a chunk a
+    dozen times. Here they are read twice in the forward and once in the backward pass.
     """
     return _logps_forward(how, hidden_zmd, head_vd, tokens_zm)[0]
 
@@ -131,7 +131,7 @@ def _logps_forward(
         sums = (weights.sum(-1), (weights * below).sum(-1), pick(below, own))
         total, spread, picked = jax.lax.psum(sums, how.parts)
         log_total = jnp.log(total)
-        # Counted from the top: where one token is nearly certain, both terms of the entropy are small.
+        # Relative to the top logit: if one token is nearly certain, both terms of the entropy are small.
         return None, (picked - log_total, log_total - spread / total, top + log_total)
 
     _, (logp, entropy, normalizer) = jax.lax.scan(one, None, (hidden_zmd, tokens_zm))
@@ -141,7 +141,7 @@ def _logps_forward(
 def _own_logits(
     how: _Distribution, hidden_md: jax.Array, tokens_m: jax.Array, narrow_vd: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Float32 logits ``[m, v]`` of a device's part of the vocabulary, and tokens as places in it, if they are there."""
+    """Float32 logits ``[m, v]`` of a device's part of the vocabulary, and the tokens relative to its first id."""
     first_id = jax.lax.axis_index(how.parts) * narrow_vd.shape[0]
     raw = jnp.einsum("md,vd->mv", hidden_md, narrow_vd, preferred_element_type=jnp.float32)
     return sampling_logits(raw, how.temperature, how.banned_ids, first_id), tokens_m - first_id

@@ -1,9 +1,9 @@
-"""Low-rank adapters, LoRA (Hu et al., arXiv 2106.09685): what learns in the place of the decoder's matrices.
+"""Low-rank adapters, LoRA (Hu et al., arXiv 2106.09685), which are trained instead of the decoder's matrices.
 
-A matrix ``W`` of a block becomes ``W + alpha / rank · down · up``, ``down`` with ``rank`` columns and ``up`` with as
-many rows. The policy that a run starts from stays as it is, in the dtype of activations, and is the reference policy
-too: neither master weights nor moments of it exist. All seven matrices of every decoder block are adapted; embeddings,
-head, norms, biases and the vision tower are not.
+A matrix ``W`` of a block becomes ``W + alpha / rank · down · up``, where ``down`` has ``rank`` columns and ``up``
+``rank`` rows. The initial policy is frozen, in the dtype of activations, and also serves as the reference policy; it
+has no master weights or optimizer moments. All seven matrices of every decoder block are adapted; embeddings, head,
+norms, biases and the vision tower are not.
 """
 
 import math
@@ -20,7 +20,7 @@ from segzero_jax.model.layers import constant_param
 from segzero_jax.model.policy import Policy
 from segzero_jax.model.weights import abstract_policy
 
-# The adapted matrices: letters of their input axes, and of their output axes.
+# The adapted matrices: letters of their input and output axes.
 MATRICES = {
     "q_dnh": ("d", "nh"),
     "k_dkh": ("d", "kh"),
@@ -33,10 +33,10 @@ MATRICES = {
 
 
 class Adapter(nnx.Module):
-    """Of one matrix in all layers: ``down`` is ``[layer, *inputs, rank]``, ``up`` ``[layer, rank, *outputs]``."""
+    """Adapter of one matrix in all layers: ``down`` ``[layer, *inputs, rank]``, ``up`` ``[layer, rank, *outputs]``."""
 
     def __init__(self, weight: jax.ShapeDtypeStruct, inputs: int, rank: int, key: jax.Array):
-        """Changes nothing yet: ``up`` is 0. ``down`` is drawn as PEFT draws it, uniformly within 1 / sqrt(inputs)."""
+        """Starts without effect: ``up`` is 0. ``down`` is drawn as in PEFT, uniformly within ±1 / sqrt(inputs)."""
         layers, *shape = weight.shape
         assert weight.sharding is not None
         _, *spec = weight.sharding.spec
@@ -50,7 +50,7 @@ class Adapter(nnx.Module):
 
 
 class Adapters(nnx.Module):
-    """Float32 adapters of all decoder blocks, each under the name of its matrix. Used strictly as a pytree."""
+    """Float32 adapters of all decoder blocks, each under the name of its matrix; used strictly as a pytree."""
 
     def __init__(self, dims: Dims, layout: Layout, rank: int, key: jax.Array):
         blocks = abstract_policy(dims, layout).blocks
@@ -61,28 +61,28 @@ class Adapters(nnx.Module):
 
 
 def abstract_adapters(dims: Dims, rank: int, layout: Layout = TRAIN) -> Adapters:
-    """Shapes and shardings of adapters under the ambient mesh, without their numbers."""
+    """Shapes and shardings of adapters under the ambient mesh, without values."""
     return jax.eval_shape(lambda: Adapters(dims, layout, rank, jax.random.key(0)))
 
 
 def abstract_params(dims: Dims, rank: int) -> Policy | Adapters:
-    """What learns, in abstract values: adapters where there is a rank, else all weights."""
+    """The trainable parameters as abstract values: adapters if ``rank`` is not 0, else all weights."""
     return abstract_adapters(dims, rank) if rank else abstract_policy(dims)
 
 
 def abstract_adapted(dims: Dims, rank: int, layout: Layout = TRAIN) -> Policy:
-    """As ``abstract_policy``, with adapters where there is a rank."""
+    """``abstract_policy``, with adapters if ``rank`` is not 0."""
     policy = abstract_policy(dims, layout)
     return adapt(policy, abstract_adapters(dims, rank, layout)) if rank else policy
 
 
 def adapt(policy: Policy, adapters: Adapters, scale: float | None = None) -> Policy:
-    """The policy with adapters on its matrices; both stay as they are.
+    """The policy with adapters on its matrices; modifies neither.
 
     Args:
-      policy: without any.
-      adapters: in the same layout.
-      scale: ``alpha / rank``; None where ``up`` has it in it.
+      policy: a policy without adapters.
+      adapters: adapters in the same layout.
+      scale: ``alpha / rank``; None if it is already folded into ``up``.
     """
     adapted = jax.tree.map(lambda x: x, policy)
     own = jax.tree.map(lambda x: x, adapters)
@@ -95,9 +95,9 @@ def adapt(policy: Policy, adapters: Adapters, scale: float | None = None) -> Pol
 
 
 def merge(policy: Policy) -> Policy:
-    """The same policy without adapters: they are added to its matrices, in float32, then rounded to their dtype.
+    """Merges the adapters into the matrices, in float32, then rounds to the matrices' dtype.
 
-    All else, without adapters everything, is shared with ``policy``: a copy of a 7B in float32 is 33 GB.
+    Everything else (everything if there are no adapters) is shared with ``policy``: a float32 copy of a 7B is 33 GB.
     """
     merged = jax.tree.map(lambda x: x, policy)
     adapters, merged.blocks.adapters = merged.blocks.adapters, None
@@ -109,9 +109,9 @@ def merge(policy: Policy) -> Policy:
 
 
 def lost_to_rounding(policy: Policy, dtype: jnp.dtype) -> float:
-    """How far rounding the merged matrices to ``dtype`` moves them, over how far the adapters do (norms, all matrices).
+    """The change from rounding the merged matrices to ``dtype`` over the adapters' change (norms over all matrices).
 
-    About 1 means that nothing is left of what was learnt. 0 where nothing was.
+    About 1 means that rounding undoes the training. 0 if the adapters change nothing.
     """
     rounding = change = 0.0
     for name in MATRICES:
@@ -132,7 +132,7 @@ def _squares(
 ) -> tuple[jax.Array, jax.Array]:
     change = _change(weight, down, up, subscripts)
     merged = weight.astype(jnp.float32) + change
-    # The compiler would leave out a rounding whose result is widened again.
+    # The compiler would drop a cast whose result is cast back.
     rounded = jax.lax.reduce_precision(merged, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
     return jnp.sum((rounded - merged) ** 2), jnp.sum(change**2)
 

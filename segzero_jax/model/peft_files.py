@@ -1,4 +1,4 @@
-"""Adapters as PEFT keeps them: a safetensors file and ``adapter_config.json`` (github.com/huggingface/peft)."""
+"""Adapters in PEFT's format: a safetensors file and ``adapter_config.json`` (github.com/huggingface/peft)."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from segzero_jax.model.lora import MATRICES, Adapters
 from segzero_jax.model.tensor_files import save_tensors
 from segzero_jax.model.weights import ADAPTER_CONFIG
 
-# Of PEFT's wrappers, and of the decoder in transformers 5.
+# The key prefix from PEFT's wrappers and the decoder in transformers 5.
 _PREFIX = "base_model.model.model.language_model."
 # The vision tower's blocks have projections of the same names, which are not adapted.
 _TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -21,14 +21,14 @@ _TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate
 def save_peft(
     adapters: Adapters, directory: Path, *, rank: int, alpha: float, base: str, dtype: Any = jnp.float32
 ) -> list[Path]:
-    """Writes what ``peft.PeftModel.from_pretrained(base_model, directory)`` loads.
+    """Writes adapters that ``peft.PeftModel.from_pretrained(base_model, directory)`` loads.
 
     Args:
-      adapters: as a run learns them, without ``alpha / rank`` in them.
-      directory: there already.
+      adapters: adapters as a run trains them, without the factor ``alpha / rank``.
+      directory: an existing directory.
       rank, alpha: ``model.lora_rank`` and ``model.lora_alpha``.
-      base: what the adapters are for, a directory or a hub id; PEFT's ``Auto`` classes look there.
-      dtype: what the adapters are rounded to.
+      base: the base model, a directory or a hub id, where PEFT's ``Auto`` classes look for it.
+      dtype: the dtype that the adapters are rounded to.
 
     Returns:
       The files written.

@@ -1,14 +1,14 @@
-"""The dtype that a policy computes in, and the precision of matrix products that goes with it."""
+"""The compute dtype of a policy, and the matching precision of matrix products."""
 
 import jax
 import jax.numpy as jnp
 
 
 def use_compute_dtype(name: str) -> jnp.dtype:
-    """``model.compute_dtype`` as a dtype; where that is float32, products of this process are exact from here on.
+    """``model.compute_dtype`` as a dtype; if it is float32, enables full-precision matrix products in this process.
 
-    By default JAX rounds both sides of a float32 product to bfloat16 on TPUs, and to TF32 on GPUs. Programs that were
-    traced before the call keep the precision of then.
+    By default JAX rounds both operands of a float32 product to bfloat16 on TPUs, and to TF32 on GPUs. Programs traced
+    before the call keep their precision.
     """
     dtype = jnp.dtype(name)
     if dtype == jnp.float32:

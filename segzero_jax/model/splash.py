@@ -1,7 +1,7 @@
 """Pallas splash attention (``jax.experimental.pallas.ops.tpu.splash_attention``) over prefix groups and over images.
 
-The kernel works through blocks of the score matrix and skips those that the mask leaves empty: of a stream with prompt
-1024 and 8 responses of 512, 27 of 100 blocks of 512 are computed, where a causal mask leaves 55.
+The kernel processes blocks of the score matrix and skips those that the mask leaves empty: for a stream with a prompt
+of 1024 and 8 responses of 512, it computes 27 of 100 blocks of size 512; with a causal mask it would compute 55.
 """
 
 import jax
@@ -22,11 +22,11 @@ _MAX_TOKENS, _MAX_RESPONSE = 1 << _POSITION_BITS, 1 << (31 - _POSITION_BITS)
 class PrefixGroupMask(masks.Mask):
     """``[prompt | r1 | ... | rG | padding]``: causal, and a response does not see the others.
 
-    ``q_sequence`` and ``mask_function`` make the kernel compute the mask from a query's code and a key's position;
-    nothing is stored. The code spares the kernel a division per score.
+    ``q_sequence`` and ``mask_function`` make the kernel compute the mask from a query's code and a key's position, so
+    that no mask is stored. The code saves the kernel a division per score.
 
     Raises:
-      ValueError: more tokens than the code has room for.
+      ValueError: more tokens than the code can hold.
     """
 
     def __init__(self, prompt: int, length: int, tokens: int) -> None:
@@ -79,12 +79,13 @@ def splash_attention(
     spec: PartitionSpec,
     interpret: bool,
 ) -> jax.Array:
-    """Attention of one sequence to itself, each device on its own rows and heads.
+    """Self-attention of one sequence, each device on its own rows and heads.
 
     Args:
-      q_btnh, k_btkh, v_btkh: partitioned by ``spec``; ``n`` is a multiple of ``k`` on every device.
-      real_bt: bool; real tokens see real tokens only. Partitioned as the batch.
-      mask: for ``padded_length(t)`` tokens.
+      q_btnh, k_btkh, v_btkh: queries, keys and values, partitioned by ``spec``; ``n`` is a multiple of ``k`` on every
+        device.
+      real_bt: bool; real tokens see real tokens only. Partitioned like the batch.
+      mask: the mask, for ``padded_length(t)`` tokens.
       interpret: run the kernel as plain XLA operations, on any platform.
 
     Returns:
@@ -107,7 +108,7 @@ def splash_attention(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
         heads = masks.MultiHeadMask([mask] * q.shape[2])
         kernel = splash.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-        # Whole blocks of tokens, and heads in front. A narrow head is widened with zeros, which change no score.
+        # Whole blocks of tokens, with heads as leading axis. A narrow head is padded with zeros, which change no score.
         widen = -width % _LANES
         pad = lambda a: jnp.pad(a, ((0, 0), (0, padded - tokens), (0, 0), (0, widen)))  # noqa: E731
         q, k, v = (jnp.swapaxes(pad(a), 1, 2) for a in (q * jnp.asarray(width**-0.5, q.dtype), k, v))
@@ -117,12 +118,12 @@ def splash_attention(
         return jnp.swapaxes(out, 1, 2)[:, :tokens, :, :width]
 
     specs = (spec, spec, spec, PartitionSpec(spec[0], None))
-    # check_vma: the kernel's own calls do not say over which axes their results vary.
+    # check_vma=False: the kernel's own calls do not declare over which axes their results vary.
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(q_btnh, k_btkh, v_btkh, real_bt)
 
 
 def live_scores(prompt: int, length: int, tokens: int) -> int:
-    """Scores that the kernel computes for one head of a stream: those in blocks that the mask does not leave empty."""
+    """The number of scores that the kernel computes for one head of a stream: those in non-empty blocks of the mask."""
     mask = PrefixGroupMask(prompt, length, padded_length(tokens))
     block = min(_BLOCK, padded_length(tokens))
     edges = [slice(first, first + block) for first in range(0, padded_length(tokens), block)]

@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint directory: read by parts of tensors, written file by file.
+"""Safetensors files of a checkpoint directory: reads parts of tensors, writes file by file.
 
 The format (github.com/huggingface/safetensors): a little-endian header length of 8 bytes, a JSON header, the tensors.
 """
@@ -24,21 +24,21 @@ _INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not hold the policy: names the file or tensor, what was found and what was expected."""
+    """The checkpoint does not hold the policy; names the file or tensor, the value found and the one expected."""
 
 
 class StorageError(CheckpointError):
-    """Where checkpoints lie does not do its work, and may later: a full disk, a bucket or hub out of reach."""
+    """The checkpoint storage fails, perhaps temporarily: a full disk, an unreachable bucket or hub."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, of which nothing is read yet.
+    """A tensor in a file, whose data is not read yet.
 
     Attributes:
       key: its name in the file.
-      stream: the open file; what takes the file's place later is not seen.
-      offset: of its first byte in the file.
+      stream: the open file, so that a file that replaces it later has no effect.
+      offset: offset of the tensor's first byte in the file.
     """
 
     key: str
@@ -49,7 +49,7 @@ class StoredTensor:
     offset: int
 
     def view(self) -> np.ndarray:
-        """The tensor mapped into memory: what is read of it is read from the disk. Its pages leave with the view."""
+        """The tensor, memory-mapped: only the parts used are read from disk. Its pages are freed with the view."""
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         count = math.prod(self.shape)
         length = self.offset - start + count * self.dtype.itemsize
@@ -58,7 +58,7 @@ class StoredTensor:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError when the file holds none."""
+    """Reads a JSON object. Raises CheckpointError if the file does not hold one."""
     try:
         value = json.loads(file.read_text())
     except ValueError as error:
@@ -71,12 +71,12 @@ def read_json(file: Path) -> dict[str, Any]:
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a directory by the keys in its files; only the files' headers are read.
 
-    Where there is an index, the files it lists count and no others; but not beside ``model.safetensors``, which
-    transformers takes first: index and shards are then left from an earlier writing.
+    If there is an index, only the files it lists count. If there is also ``model.safetensors``, which transformers
+    prefers, index and shards are ignored: they are left over from an earlier save.
 
     Raises:
-      CheckpointError: no file, one that the index lists is not there, one is cut short or has an unknown dtype.
-      StorageError: one cannot be read now.
+      CheckpointError: there is no file, a file in the index is missing, or one is truncated or has an unknown dtype.
+      StorageError: a file cannot be read now.
     """
     files = sorted(directory.glob("*.safetensors"))
     if (directory / _INDEX).is_file() and (directory / _WHOLE).is_file():
@@ -136,12 +136,12 @@ def _read_header(file: Path) -> Iterator[StoredTensor]:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """One safetensors file, for whoever may read other files of this process: the library's are its owner's alone."""
+    """Writes one safetensors file with the process's default permissions: the library's files are owner-only."""
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(tensors, str(path), metadata={"format": "pt"})
-    except SafetensorError as error:  # The library's own, for a full disk as well.
+    except SafetensorError as error:  # The library raises this for a full disk, too.
         path.unlink()
         raise OSError(f"{path}: cannot be written: {error}") from None
     path.chmod(mode)
@@ -150,15 +150,15 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 def write_tensors(
     sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], directory: Path, max_file_bytes: int
 ) -> list[Path]:
-    """Writes ``model*.safetensors`` and, for more than one, their index; what an earlier writing left is deleted.
+    """Writes ``model*.safetensors`` and, if there are several, their index; deletes files left by an earlier save.
 
-    Tensors are taken one by one, and no more of them are held than go into one file. Files take their places once all
-    are written; a process that reads the old ones keeps them.
+    Tensors are taken one by one, and no more are held than go into one file. Files are renamed into place once all are
+    written; a process that has the old ones open keeps reading those.
 
     Args:
-      sizes: bytes of each tensor, in the order of ``tensors``: how many files there are is in their names.
-      tensors: key and values.
-      max_file_bytes: a new file begins before one grows past this.
+      sizes: bytes of each tensor, in the order of ``tensors``; needed since the file names contain the number of files.
+      tensors: pairs of key and values.
+      max_file_bytes: the size at which a new file is begun.
 
     Returns:
       The files written.

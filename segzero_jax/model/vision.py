@@ -1,6 +1,6 @@
 """The vision tower of Qwen2.5-VL: window and full attention, 2-D rotary embeddings, SwiGLU, 2x2 merger.
 
-Patches arrive in window order, in runs as large as a whole window (``patches.window_order`` lays them out), so window
+Patches arrive in window order, in runs as large as a full window (laid out by ``patches.window_order``), so window
 attention is a batch of small squares.
 Reference: transformers, ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``.
 """
@@ -20,13 +20,13 @@ from segzero_jax.model.layers import axial_angles, constant_param, linear, norma
 from segzero_jax.types import Array
 
 _EPS = 1e-6
-# cuBLAS wants rows of 16 bytes, on each of up to four devices that a matrix is divided over. The MLP of the released
-# towers has 3,420 units: XLA would pad activations, at every product.
+# cuBLAS needs rows that are multiples of 16 bytes, on each of up to four devices that shard a matrix. The MLP of the
+# released towers has 3,420 units, for which XLA would pad activations at every product.
 _UNITS = 32
 
 
 class VisionBlocks(nnx.Module):
-    """All blocks of the tower, stacked on a leading layer axis; ``jax.lax.scan`` hands them out one by one."""
+    """All blocks of the tower, stacked on a leading layer axis."""
 
     def __init__(self, dims: VisionDims, layout: Layout, key: jax.Array):
         depth, d, n, h, f = dims.depth, dims.hidden, dims.heads, dims.head_width, dims.mlp
@@ -71,12 +71,12 @@ def _block(
     layout: Layout,
     kernel: Kernel,
 ) -> jax.Array:
-    """One block; attention within runs of slots as ``seen_bwss`` says, or among all valid ones where it is None."""
+    """One block, with attention within runs of slots, masked by ``seen_bwss``, or if None, among all valid slots."""
     spec = layout.spec
     rows, hidden = spec("batch", None, None), spec("batch", None, "vision_mlp")
     heads = spec("batch", None, "heads", None)
-    more = (0, -block.down_fd.shape[0] % _UNITS if kernel == "cudnn" else 0)  # Units of zeros, whose results are zeros.
-    # Queries, keys and values ("c"): cuBLAS leaves a token's beside one another, and would have them parted by a copy.
+    more = (0, -block.down_fd.shape[0] % _UNITS if kernel == "cudnn" else 0)  # Padding units, whose results are zeros.
+    # Axis "c" is query, key, value: cuBLAS writes those of a token side by side; splitting them first would be a copy.
     axis, letters = (2, "bscnh") if kernel == "cudnn" else (0, "cbsnh")
 
     @recomputed
@@ -111,7 +111,7 @@ def _block(
 
 
 def _same_window(patch_hw_bs2: jax.Array, valid_bs: jax.Array, dims: VisionDims) -> jax.Array:
-    """Bool ``[b, w, s, s]``: which patches of its run a patch sees: those of its own window."""
+    """The mask of the valid patches of its run that share a patch's window, bool ``[b, w, s, s]``."""
     b = patch_hw_bs2.shape[0]
     split = lambda a: a.reshape(b, -1, dims.window_slots, *a.shape[2:])  # noqa: E731
     window = split(patch_hw_bs2) // dims.window_side
@@ -132,17 +132,17 @@ def encode_images(
     one_loop: bool,
     written_out: bool,
 ) -> jax.Array:
-    """Images to embeddings of merged units, in window order.
+    """Encodes images to embeddings of merged units, in window order.
 
     Args:
       patches_bsc: float32 normalised pixels, ``s`` a multiple of ``dims.window_slots``.
       patch_hw_bs2: int32 row and column of each patch.
       valid_bs: bool, False in empty slots.
-      one_loop: strides of blocks are turns of one loop, with the loop over windowed blocks inside: a smaller program.
-        Where blocks keep what they compute for a backward pass, the outer loop would copy what the inner one keeps.
+      one_loop: loop over strides of blocks, with the loop over windowed blocks inside: a smaller program. If blocks
+        save residuals for a backward pass, the outer loop would copy those of the inner one.
 
     Returns:
-      ``[b, s / merge**2, out]`` in ``dtype``; empty units hold numbers that nothing reads.
+      ``[b, s / merge**2, out]`` in ``dtype``; empty units are meaningless.
     """
     spec = layout.spec
     rows = spec("batch", None, None)
@@ -150,7 +150,7 @@ def encode_images(
     angles = axial_angles(patch_hw_bs2, dims.head_width)
     valid_bs = jnp.asarray(valid_bs)
     seen_bwss = _same_window(jnp.asarray(patch_hw_bs2), valid_bs, dims)
-    # Every stride-th block sees the whole image.
+    # Every stride-th block attends over the whole image.
     stride = dims.full_attention[0] + 1
 
     def step(seen: jax.Array | None) -> Callable[[jax.Array, VisionBlocks], jax.Array]:
@@ -170,7 +170,7 @@ def encode_images(
 
     y = rms_norm(x_bsd, tower.merger_norm_d[...], _EPS)
     b, s, d = y.shape
-    # In two steps: a reshape that splits and merges at once has no sharding of its own.
+    # In two steps: a reshape that both splits and merges axes has no unambiguous sharding.
     y = y.reshape(b, s // dims.merge**2, dims.merge**2, d).reshape(b, s // dims.merge**2, dims.merge**2 * d)
     hidden = spec("batch", None, "vision_mlp")
     up = linear("bsd,df->bsf", y, tower.merger_up_df[...], tower.merger_up_bias_f[...], hidden)

@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run: ``python -m segzero_jax.report RUN`` writes ``RUN/report.html``.
 
-It reads what the run wrote and nothing else, needs no JAX, and works while the run goes on.
+It reads only the run's files, needs no JAX, and works while the run is in progress.
 """
 
 import os
@@ -17,10 +17,10 @@ def write_report(run_dir: str | Path) -> Path:
     """Writes ``report.html`` into a run directory and returns its path.
 
     Raises:
-      RunError: the folder is no run, or one of its files is damaged.
+      RunError: the folder is not a run, or one of its files is damaged.
     """
     run = read_run(run_dir)
     path = run.path / "report.html"
-    # The trainer writes its last page while somebody may ask for one.
+    # The trainer may write its final page at the same time.
     jsonl.replace(path, build(run).encode("utf-8", "replace"), f".{os.getpid()}.tmp")
     return path

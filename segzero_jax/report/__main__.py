@@ -10,7 +10,7 @@ from segzero_jax.terminal import write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the page, says where it is; 2 and one line for a folder that is no run."""
+    """Writes the page and prints its path; returns 2, after a one-line message, for a folder that is not a run."""
     parser = OneLineParser(prog="python -m segzero_jax.report", description=__doc__)
     parser.description = "Writes RUN/report.html: one self-contained page with curves, evaluations and rollouts."
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""One answer for a person to look at: the picture and what was pointed out, rewards, reasoning and answer."""
+"""One answer as a card: the image with the predicted objects, rewards, reasoning and answer."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from segzero_jax import overlay
 from segzero_jax.report.markup import bound, label, places, text
 from segzero_jax.report.run import marks
 
-_WIDTH = 440  # pixels of a picture, twice what a laptop shows
-_THINNEST = 6  # long sides to a short one; a thinner picture is drawn stretched
-_LONG = 420  # characters of text that are shown at once
+_WIDTH = 440  # pixels of an image, twice its width on a laptop's page
+_THINNEST = 6  # largest aspect ratio; a thinner image is stretched
+_LONG = 420  # characters of text shown before it is folded
 
 Row = Mapping[str, Any]
 
@@ -33,17 +33,17 @@ _POINT_AND_TARGET = (
 
 
 def legend(masks: bool) -> str:
-    """What the marks in pictures are; ``masks`` says whether answers have masks beside their boxes."""
+    """The legend of the marks in images; ``masks``: whether answers have masks beside their boxes."""
     return f'<div class="legend"><span>{_MASK_AND_BOX if masks else _BOX}</span>{_POINT_AND_TARGET}</div>'
 
 
 def picture(image: Image.Image | None, row: Row, asked: Row, what: str) -> str:
-    """The picture of a question with the marks of an answer, or a note where it cannot be shown.
+    """The image of a question with the marks of an answer, or a note if it cannot be shown.
 
     Args:
-      row: the answer's ``objects`` and ``mask``.
-      asked: the question's ``image``, ``target_objects`` and ``target_mask``; often the same row.
-      what: is read aloud in place of the picture.
+      row: has the answer's ``objects`` and ``mask``.
+      asked: has the question's ``image``, ``target_objects`` and ``target_mask``; often the same row.
+      what: text for screen readers.
     """
     if image is None:
         return f'<div class="missing">picture missing: {text(asked.get("image") or asked.get("id"))}</div>'
@@ -60,7 +60,7 @@ def picture(image: Image.Image | None, row: Row, asked: Row, what: str) -> str:
 
 
 def _stretch(image: Image.Image) -> tuple[int, int]:
-    """Whole factors across and down with which a picture is no thinner than _THINNEST."""
+    """Integer horizontal and vertical factors that bring an image's aspect ratio to at most _THINNEST."""
     longest = _THINNEST * min(image.size)
     return math.ceil(image.height / longest), math.ceil(image.width / longest)
 
@@ -75,13 +75,13 @@ def _stretched(side: overlay.Marks, by: tuple[int, int]) -> overlay.Marks:
 
 
 def _fitting(side: overlay.Marks, picture: Any) -> overlay.Marks:
-    """Without its mask when that is of another size than the picture."""
+    """The marks, without the mask if its size differs from the image's."""
     fits = side.mask is None or side.mask.shape == (picture.height, picture.width)
     return side if fits else overlay.Marks(side.boxes, side.points)
 
 
 def components(row: Row, maxima: Mapping[str, float]) -> str:
-    """The reward components of an answer, each with the most it can be where that is known."""
+    """The reward components of an answer, each with its maximum if that is known."""
     found = row.get("components")
     if not isinstance(found, dict) or not found:
         return ""
@@ -96,7 +96,7 @@ def _of(maximum: float | None) -> str:
 
 
 def words(row: Row, thinks: bool) -> str:
-    """Reasoning, where ``thinks`` says that it was asked for, and answer of a response; another form as it is."""
+    """Reasoning (if ``thinks``) and answer of a response; a response in another form is shown as it is."""
     response = str(row.get("text", ""))
     before, opened, rest = response.partition("<think>" if thinks else "<answer>")
     thought, closed, answer = rest.partition("</think>") if thinks else ("", opened, rest)

@@ -1,4 +1,4 @@
-"""Single questions: chosen before-and-after cases, and one group of training rollouts, as pictures and text."""
+"""Single questions: selected before-and-after cases, and one group of training rollouts, as images and text."""
 
 import math
 import statistics
@@ -10,16 +10,16 @@ from segzero_jax.report.cards import components, legend, picture, words
 from segzero_jax.report.markup import NOTHING, fixed, show, signed, text
 from segzero_jax.report.run import Run, masked, number, reward_maxima, thinks
 
-_EACH = 3  # cases of a kind
+_EACH = 3  # cases per kind
 _MOST_RESPONSES = 16
-_CHANGE = 0.02  # less is no change
+_CHANGE = 0.02  # a smaller difference does not count as a change
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question at the first and at the last evaluation (``before`` is None when there is one only)."""
+    """A question at the first and at the last evaluation (``before`` is None if there is only one)."""
 
     kind: str
     split: str
@@ -46,11 +46,11 @@ def gallery(run: Run) -> str:
 
 
 def choose(found: Sequence[Case]) -> list[Case]:
-    """Three each of the most improved, the typical and the worst cases; no case twice, fewer when there are few.
+    """Three each of the most improved, the typical and the worst cases; no case twice, fewer if there are few.
 
-    Improved is by more than _CHANGE. Typical is nearest to the median after training; worst is lowest after training,
-    and none is better than one that is shown as improved. With one evaluation only, the best take the place of the
-    most improved.
+    Improved means by more than _CHANGE. Typical means nearest to the median after training. Worst means lowest after
+    training, and never better than a case shown as improved. With only one evaluation, the best cases replace the most
+    improved.
     """
     _, quality = _quality(found)
     each = max(1, min(_EACH, len(found) // 3))
@@ -110,7 +110,7 @@ def _pairs(run: Run, first: int, last: int) -> list[Case]:
 
 
 def _quality(found: Sequence[Case]) -> tuple[str, Any]:
-    """What cases are ranked by: IoU, or the reward where some answer has no IoU."""
+    """The name and key that cases are ranked by: IoU, or the reward if some answer has no IoU."""
     rows = [row for case in found for row in (case.before, case.after) if row is not None]
     key = "iou" if all(number(row.get("iou")) is not None for row in rows) else "reward"
     return ("IoU" if key == "iou" else "reward"), lambda row: number(row.get(key)) or 0.0
@@ -187,7 +187,7 @@ def _components(run: Run, row: Row) -> str:
 
 
 def _late_group(run: Run) -> list[dict[str, Any]]:
-    """The pictured group of the last step, or of the latest of five whose responses differ in reward."""
+    """A group with an image: of the latest of the last five steps where rewards differ, else of the last step."""
     groups = []
     for step in reversed(run.rollout_steps[-5:]):
         rows = run.rollouts(step)
@@ -199,9 +199,9 @@ def _late_group(run: Run) -> list[dict[str, Any]]:
 
 
 def _group_at(rows: Sequence[dict[str, Any]], start: int) -> list[dict[str, Any]]:
-    """The responses from ``start`` on to the same question, asked once.
+    """The responses of one group, from ``start`` on.
 
-    A step with more questions than the set has asks one of them again, and counts its samples anew.
+    A step with more questions than the set has asks a question again, with sample numbers starting over.
     """
     group: list[dict[str, Any]] = []
     for row in rows[start:]:

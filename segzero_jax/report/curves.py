@@ -8,7 +8,7 @@ from segzero_jax.report.markup import bound, label, show, text
 from segzero_jax.report.run import Run, own_rewards, reward_maxima
 
 _MASK_IOU = "mask_iou/mean"
-# Metric, title, caption; every one is drawn from zero when it cannot be negative.
+# Metric, title, caption; metrics that cannot be negative are drawn from zero.
 _SIGNALS = (
     ("kl", "KL to the reference", "How far the policy has moved from where it started, per token, in nats."),
     ("entropy", "Entropy", "How undecided the policy is per token, in nats."),
@@ -30,7 +30,7 @@ _SIGNALS = (
     ("sampler_gap", "Sampler gap", "Between the sampler's and the trainer's log-probabilities of the same tokens."),
 )
 _SHARES = (_MASK_IOU, "finished", "empty_thinking", "reward/zero_std_groups", "clip_fraction")
-# A level line would tell nothing.
+# Not drawn while constant.
 _DRAWN_WHEN_THEY_CHANGE = ("clip_fraction", "lr")
 _COMPONENTS = {
     "thinking_format": "Reasoning and answer stand in their tags.",
@@ -43,7 +43,7 @@ _COMPONENTS = {
     "point_l1": "The points are in the box and near the target's.",
     "mask_iou": "SAM 2's mask for the answer against the target mask.",
 }
-# What components of the same name are under another recipe.
+# Captions of components of the same name in other recipes.
 _OF_RECIPE = {
     "seg_zero_soft_accuracy": {
         "box_iou": "IoU of the box with the target's.",
@@ -52,12 +52,12 @@ _OF_RECIPE = {
     }
 }
 _LENGTHS = ("response_length/mean", "response_length/max", "response_length/min")
-# Shown where they tell of something: on the time line of events, and where the time went.
+# Shown in other sections: the timeline of events, and the breakdown of time.
 _ELSEWHERE = ("alarm/", "time/", "reward/", "data/", "update/skipped", "missing_scores", "checkpoint/failed")
 
 
 def reward_section(run: Run) -> str:
-    """Mean reward, and every component."""
+    """Charts of the mean reward and of every component."""
     steps = _steps(run)
     mean, std = run.column("reward/mean"), run.column("reward/std")
     maxima = reward_maxima(run)
@@ -89,7 +89,7 @@ def reward_section(run: Run) -> str:
 
 
 def signal_section(run: Run) -> str:
-    """What the optimizer and the sampler did, and every further metric that the run wrote."""
+    """Charts of optimizer and sampling metrics, and of all other metrics of the run."""
     figures = [
         figure(run, key, title, caption, maximum=1.0 if key in _SHARES else None)
         for key, title, caption in _SIGNALS
@@ -106,7 +106,7 @@ def signal_section(run: Run) -> str:
 
 
 def _tells(run: Run, key: str) -> bool:
-    """Whether a signal's chart says something: that it changes, or what the reward's charts do not say already."""
+    """Whether a signal's chart adds information: the metric changes, and the reward charts do not show the same."""
     values = run.column(key)
     if key == _MASK_IOU:
         return values != run.column("reward/mask_iou")
@@ -143,7 +143,7 @@ def _lengths(run: Run) -> str:
 
 
 def figure(run: Run, key: str, title: str, caption: str, size: Size | None = None, maximum: float | None = None) -> str:
-    """A metric over steps, smoothed where there are many, under its title."""
+    """A chart of a metric over steps, smoothed if there are many, with its title."""
     steps, values = _steps(run), run.column(key)
     window = charts.smoothing_window(len(steps))
     series = Series(title, charts.smooth(values, window), values if window > 1 else ())

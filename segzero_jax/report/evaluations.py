@@ -1,4 +1,4 @@
-"""Held-out results: before and after by split, over the steps, and as a table."""
+"""Held-out results: before and after per split, curves over steps, and a table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ Row = Mapping[str, Any]
 
 
 def measure(evaluations: Sequence[Row]) -> tuple[str, str]:
-    """Key and name of the number that stands for an evaluation: gIoU, or box accuracy in a run without masks."""
+    """Key and name of an evaluation's headline metric: gIoU, or box accuracy in a run without masks."""
     if any(number(row.get("giou")) is not None for row in evaluations):
         return "giou", "gIoU"
     return "box_accuracy", "box accuracy"
 
 
 def pairs(run: Run) -> list[tuple[Row, Row]]:
-    """First and last evaluation of every split and mode; the same row twice where there is one only."""
+    """First and last evaluation of every split and mode; the same row twice if there is only one."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in run.evaluations:
         found.setdefault((str(row.get("split")), str(row.get("mode"))), []).append(row)
@@ -36,7 +36,7 @@ def pairs(run: Run) -> list[tuple[Row, Row]]:
 
 
 def gains(run: Run) -> str:
-    """Every split and mode on one scale: where it was, where it is, how sure that is."""
+    """Every split and mode on one scale: first value, last value, and intervals."""
     key, name = measure(run.evaluations)
     rows = [(a, b) for a, b in pairs(run) if number(a.get(key)) is not None and number(b.get(key)) is not None]
     if not rows:
@@ -44,7 +44,7 @@ def gains(run: Run) -> str:
     everything = [number(row.get(k)) for pair in rows for row in pair for k in (key, f"{key}_low", f"{key}_high")]
     known = [value for value in everything if value is not None]
     margin = (max(known) - min(known)) * 0.06 or 0.05
-    low, high = max(0.0, min(known) - margin), max(known) + margin  # neither number can be negative
+    low, high = max(0.0, min(known) - margin), max(known) + margin  # neither metric can be negative
 
     def place(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.2f}%"
@@ -57,7 +57,7 @@ def gains(run: Run) -> str:
     for before, after in rows:
         old, new = float(before[key]), float(after[key])
         marks = [] if before is after else [_mark(before, key, "old", place, width)]
-        # While an evaluation goes on, some splits have their last number from the one before.
+        # During an evaluation, some splits have their last value from the previous one.
         at = "" if after["step"] == last else f' <span class="mode">(step {after["step"]})</span>'
         marks.append(_mark(after, key, "old" if at and before is after else "new", place, width))
         change = "" if before is after else f"{fixed(old)} → "
@@ -79,7 +79,7 @@ def gains(run: Run) -> str:
 
 
 def _uncertainty(row: Row, key: str) -> float:
-    """Half the width of a number's interval; infinite where it has none."""
+    """Half the width of a metric's interval; infinite if it has none."""
     interval = _interval(row, key)
     return math.inf if interval is None else (interval[1] - interval[0]) / 2
 
@@ -96,7 +96,7 @@ def _mark(row: Row, key: str, kind: str, place: Any, width: Any) -> str:
 
 
 def section(run: Run) -> str:
-    """Curves where there are more than two evaluations, and the table."""
+    """The table and, with more than two evaluations, the curves."""
     if not run.evaluations:
         return ""
     steps = sorted({row["step"] for row in run.evaluations})

@@ -1,4 +1,4 @@
-"""The section of the page that says what went wrong, and when."""
+"""The section of the page that shows problems and when they occurred."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ _UNSAVED = "A checkpoint could not be written."
 
 
 def event_section(run: Run) -> str:
-    """Alarms, skipped updates, missing scores and failed saves on one time line; empty when nothing of it happened."""
+    """Alarms, skipped updates, missing scores and failed saves on one timeline; empty if there were none."""
     found = [(name, why, spans) for name, why, happened in _events(run) if (spans := _spans(run, happened))]
     if not found:
         return ""
@@ -53,14 +53,14 @@ def _events(run: Run) -> list[tuple[str, str, Sequence[bool]]]:
     for key, title, why in (("update/skipped", "update skipped", _SKIPPED), ("missing_scores", "no score", _MISSING)):
         events.append((title, why, [bool(value) for value in run.column(key)]))
     failed = [value or 0.0 for value in run.column("checkpoint/failed")]
-    # A count since the process began.
+    # The metric counts since the process began.
     before = [0.0, *failed]
     events.append(("save failed", _UNSAVED, [now > then for now, then in zip(failed, before, strict=False)]))
     return events
 
 
 def _spans(run: Run, happened: Sequence[bool]) -> list[tuple[int, int]]:
-    """First and last step of every unbroken stretch."""
+    """First and last step of every contiguous span."""
     spans: list[tuple[int, int]] = []
     going = False
     for row, now in zip(run.metrics, happened, strict=True):

@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers with their intervals, whose error it is, failures, and cases to look at."""
+"""The page of an evaluation: metrics with their intervals, policy and segmenter errors, failures, and example cases."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from segzero_jax.report.markup import NOTHING, fixed, label, show, text
 from segzero_jax.report.run import number
 from segzero_jax.report.style import CSS
 
-_EACH = 4  # cases of a kind
+_EACH = 4  # cases per kind
 _MOST_FAILURES = 40
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MORE_CSS = """
@@ -54,10 +54,10 @@ class Shown:
 
     Attributes:
       result: its entry in ``results.json``.
-      rows: of ``samples.jsonl``; the first answer to each question is shown.
-      ceiling: rows of the oracle on the same questions, where it was asked for.
-      picture: the picture of a question, by its ``index`` in the rows.
-      recipe: of the rewards, for the most that a component can be and whether reasoning was asked for.
+      rows: rows of ``samples.jsonl``; the first answer to each question is shown.
+      ceiling: the oracle's rows on the same questions, if requested.
+      picture: returns the image of a question, by its ``index`` in the rows.
+      recipe: the reward recipe, which gives the components' maxima and whether reasoning was asked for.
     """
 
     result: Mapping[str, Any]
@@ -71,7 +71,7 @@ def build_gallery(title: str, shown: Sequence[Shown], results: Mapping[str, Any]
     """The page as HTML text.
 
     Args:
-      title: names it.
+      title: title of the page.
       shown: evaluations with cases, one section each.
       results: all of ``results.json``.
     """
@@ -93,7 +93,7 @@ def build_gallery(title: str, shown: Sequence[Shown], results: Mapping[str, Any]
 
 
 def choose_cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """First answers by kind: best and worst by IoU (box accuracy without masks), and as many at random; none twice."""
+    """First answers by kind: best and worst by IoU (box accuracy without masks), and as many random ones; no repeats."""
     first = [row for row in rows if row["sample"] == 0]
     each = min(_EACH, max(1, len(first) // 3))
     ranked = sorted(first, key=_quality)
@@ -180,14 +180,14 @@ def _histogram(values: Sequence[float], what: str) -> str:
 
 
 def _blame(one: Shown) -> str:
-    """Policy error and segmenter error told apart by the oracle."""
+    """Separates policy errors from segmenter errors by the oracle's IoU."""
     if not one.ceiling:
         return ""
     ceiling = {row["id"]: _quality(row) for row in one.ceiling}
     answers: dict[str, list[float]] = {}
     for row in one.rows:
         answers.setdefault(row["id"], []).append(_quality(row))
-    # Of several drawn answers the mean, as in the table. A question without a mask has no ceiling.
+    # The mean over several sampled answers, as in the table. A question without a mask has no ceiling.
     pairs = [(sum(got) / len(got), ceiling[name]) for name, got in answers.items() if name in ceiling]
     of = "" if len(pairs) == len(answers) else f" of the {len(pairs)} questions that have a mask"
     ours, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))

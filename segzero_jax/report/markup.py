@@ -1,4 +1,4 @@
-"""How text and numbers appear on the page. Everything from a run passes through ``text``."""
+"""Formatting of text and numbers on the page. Every text from a run passes through ``text``."""
 
 import math
 import re
@@ -15,12 +15,12 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def text(value: Any) -> str:
-    """Any value of a run as text that cannot become markup; a dash for None."""
+    """Any value of a run as escaped text; a dash for None."""
     return NOTHING if value is None else escape(str(value))
 
 
 def show(value: Any, digits: int = 3) -> str:
-    """A number to about three significant digits, with powers of ten where needed; a dash for what is no number."""
+    """A number to about three significant digits, with powers of ten if needed; a dash for anything else."""
     known = number(value)
     if known is None:
         return NOTHING
@@ -35,7 +35,7 @@ def show(value: Any, digits: int = 3) -> str:
 
 
 def bound(value: float) -> str:
-    """A limit, without places that say nothing: 8, 2.5."""
+    """A limit without trailing zeros: 8, 2.5."""
     return f"{value:g}"
 
 
@@ -46,12 +46,12 @@ def label(name: Any) -> str:
 
 
 def fixed(value: Any) -> str:
-    """An IoU or a rate to three places; a dash for what is no number."""
+    """An IoU or a rate to three places; a dash for anything that is not a number."""
     return places(value, 3)
 
 
 def places(value: Any, count: int = 2) -> str:
-    """A number to a fixed count of places, for columns; a dash for what is no number."""
+    """A number to a fixed count of places, for columns; a dash for anything else."""
     known = number(value)
     return NOTHING if known is None else f"{known:.{count}f}".replace("-", MINUS)
 
@@ -62,5 +62,5 @@ def signed(value: float, places: int = 3) -> str:
 
 
 def direction(change: float, least: float = 0.0) -> str:
-    """The class that colours a change of more than ``least``."""
+    """The CSS class for the colour of a change of more than ``least``."""
     return "up" if change > least else "down" if change < -least else ""

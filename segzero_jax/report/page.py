@@ -1,4 +1,4 @@
-"""The page as a whole: its head, the headline, the configuration, and the sections in order."""
+"""The whole page: its head, the headline, the configuration, and the sections in order."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from segzero_jax.report.markup import NOTHING, bound, direction, fixed, show, si
 from segzero_jax.report.run import Run, ends, masked, number, reward_maxima
 from segzero_jax.report.style import CSS
 
-# No script and nothing from elsewhere, whatever a response may hold.
+# Allows no scripts or external content, whatever a response may contain.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _SUMMARY = (
     ("policy", "model.path"),
@@ -108,7 +108,7 @@ def _reward_tile(run: Run) -> str:
 
 
 def _evaluation_tiles(run: Run) -> list[str]:
-    """Greedy and sampled on the first split, which is the in-domain one."""
+    """Greedy and sampled results on the first split, which is the in-domain one."""
     key, name = evaluations.measure(run.evaluations)
     rows = evaluations.pairs(run)
     tiles = []
@@ -139,7 +139,7 @@ def _tile(what: str, value: str, more: str) -> str:
 
 def _config(run: Run) -> str:
     untold = set() if masked(run) else {"reward.mask_iou_weight"}
-    # Rank 0 is no adapters.
+    # Rank 0 means no adapters.
     untold |= set() if run.setting("model.lora_rank") else {"model.lora_rank"}
     items = []
     for label, key in _SUMMARY:

@@ -1,4 +1,4 @@
-"""The section of the page that says where the time went."""
+"""The section of the page that breaks down the time."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from segzero_jax.report.markup import label, show, text
 from segzero_jax.report.run import Run
 from segzero_jax.step_phases import BESIDE, PRODUCTIVE
 
-# What a step waits for, in the order of the bar, where it stands between PRODUCTIVE and BESIDE.
+# Phases in which a step waits, in the order of the bar, between PRODUCTIVE and BESIDE.
 _WAITING = ("reward_wait", "data", "other")
 _SUMS = ("step", "total", "goodput", "data_share")
 _NAMES = {
@@ -22,11 +22,11 @@ _NAMES = {
     "compile": "compilation",
     "lost": "lost to restarts",
 }
-_NAMED_SHARE = 0.1  # of the bar: less has no room for a name
+_NAMED_SHARE = 0.1  # smallest share of the bar with room for a name
 
 
 def time_section(run: Run) -> str:
-    """Where the run's wall time went, over all its restarts, and how long steps took."""
+    """The run's wall time by phase, over all its restarts, and the duration of steps."""
     spent = _spent(run)
     total = sum(spent.values())
     if not total:
@@ -60,7 +60,7 @@ def time_section(run: Run) -> str:
 
 
 def _spent(run: Run) -> dict[str, float]:
-    """Seconds by phase over the whole run, what came after its last line included; phases that were none are not."""
+    """Seconds by phase over the whole run, including those after its last metrics line; without phases of zero."""
     found: dict[str, float] = {}
     for row in run.metrics:
         for key, value in row.items():

@@ -1,4 +1,4 @@
-"""COCO's annotations: polygons and run lengths, and data sets in one JSON file a split."""
+"""COCO annotations: polygons and run-length encodings, and data sets with one JSON file per split."""
 
 import mmap
 import re
@@ -33,18 +33,18 @@ from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.run_lengths import decode_counts
 from segzero_jax.types import Frame, ObjectPrompt
 
-# Beside instances_train2017.json in COCO's archive: other tasks on the same pictures.
+# Files of other tasks on the same images, beside instances_train2017.json in COCO's archive.
 OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
-# What is said of any of them, however it is malformed.
+# The kind of every malformed segmentation.
 NO_SEGMENTATION = "a segmentation that is none of COCO's"
 _LISTS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
 _SPLIT = re.compile(r"(?:\w+_)?(train|val|test)\d{4}")
 
 
 def annotation_mask(segmentation: Any, frame: Frame) -> np.ndarray:
-    """The bool [H, W] mask of an annotation: polygons or a single one, run lengths as a list, or compressed ones.
+    """The bool [H, W] mask of an annotation: one or several polygons, or run lengths as a list or compressed.
 
-    Raises Unusable for another form, or run lengths of another size.
+    Raises Unusable for another form, or for run lengths of another size.
     """
     if isinstance(segmentation, Mapping):
         return coco.decode(_run_lengths(segmentation, frame)).astype(bool)
@@ -59,7 +59,7 @@ def annotation_mask(segmentation: Any, frame: Frame) -> np.ndarray:
 
 
 def _corners(polygon: Any) -> list[float]:
-    """A polygon whose numbers are such that drawing it ends."""
+    """A validated polygon, with coordinates small enough to rasterise. Raises Unusable."""
     fine = isinstance(polygon, list) and all(isinstance(v, int | float) and abs(v) < FAR for v in polygon)
     if not fine or len(polygon) % 2:
         raise Unusable(NO_SEGMENTATION, f"polygon {str(polygon)[:80]}: expected [x, y, x, y, ...]")
@@ -67,7 +67,7 @@ def _corners(polygon: Any) -> list[float]:
 
 
 def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
-    """Compressed run lengths as the library takes them, for every pixel: others it would make up."""
+    """Run lengths for pycocotools, checked to cover every pixel: it would make up missing ones. Raises Unusable."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [frame.height, frame.width]:
         kind = "run lengths of another size than the picture"
@@ -96,18 +96,18 @@ def _run_lengths(segmentation: Mapping[str, Any], frame: Frame) -> Any:
 
 
 class _Boxed(NamedTuple):
-    """In the place of a segmentation, where an annotation has none."""
+    """A box that stands in for a missing segmentation."""
 
     bbox: Any
 
 
 @dataclass(frozen=True)
 class CocoJson:
-    """``SPLIT.json`` files with ``images``, ``annotations`` and ``questions``, beside the pictures.
+    """``SPLIT.json`` files with ``images``, ``annotations`` and ``questions``, beside the images.
 
-    A question is ``{"image_id": …, "text": …, "annotation_ids": […]}``; no annotations mean that nothing in the picture
-    answers it. A file without ``questions``, such as COCO's own, asks for every category that is in a picture, with all
-    its instances as targets; crowds are pixels that do not count. An annotation without a segmentation is its ``bbox``.
+    A question is ``{"image_id": …, "text": …, "annotation_ids": […]}``; no annotations mean that nothing in the image
+    answers it. A file without ``questions``, such as COCO's own, asks for every category in an image, with all its
+    instances as targets; crowds are ignored pixels. For an annotation without a segmentation, its ``bbox`` is used.
     """
 
     name: str
@@ -116,7 +116,7 @@ class CocoJson:
 
     @staticmethod
     def find(name: str, source: Path, images: Path | None) -> "CocoJson | None":
-        """The JSON files in ``source`` and in its folder ``annotations``; None where there are none."""
+        """The JSON files in ``source`` and in its folder ``annotations``; None if there are none."""
         found = annotation_files(source)
         found = [path for path in found if is_cocos(path)] or found
         return CocoJson(name, images or source, tuple(found)) if found else None
@@ -154,7 +154,7 @@ class CocoJson:
                     text(question, "text", where),
                     [_outline(*one) for one in _named(question, "annotation_ids", annotations, path)],
                     [row.get("segmentation") or [] for row, _ in _named(question, "ignored_ids", annotations, path)],
-                    # Nothing is no thing that two questions could both be about.
+                    # Questions without a target do not share an instance.
                     str(question["annotation_ids"]) if question.get("annotation_ids") else None,
                 )
                 for question in questions
@@ -167,11 +167,11 @@ class CocoJson:
         return parts
 
     def _name(self, image: Mapping[str, Any], file: str) -> str:
-        # COCO's own files say where each picture is on its site. Ids are another picture's in another file.
+        # COCO's own files have a coco_url for each image. Ids are not unique across files.
         return coco_id(image["file_name"], from_coco=bool(image.get("coco_url"))) or f"{self.name}:{file}"
 
     def _picture(self, file_name: str, path: Path) -> str:
-        """Relative to ``root``; where it is nowhere, the first place that was looked at."""
+        """The image's path relative to ``root``; if it is not found, the first path tried."""
         places = [f"{folder}{file_name}" for folder in ("images/", "", f"{path.stem}/", f"{path.stem.split('_')[-1]}/")]
         return next((place for place in places if (self.root / place).is_file()), places[0])
 
@@ -192,14 +192,14 @@ class CocoJson:
             except ValueError as error:
                 yield Unreadable((own,), kind_of(error, NO_SEGMENTATION), str(error))
         data = (self.root / part.pictures[0]).read_bytes()
-        # Two records: a mask has two points, a box one, and in a record all objects have as many.
+        # Two records, since all objects of a record have the same number of points: two from a mask, one from a box.
         for asked in (masked, boxed):
             if asked:
                 yield Shown(data, name, part.pictures[0], frame, tuple(asked), as_in_file=True)
 
 
 def annotation_files(source: Path) -> list[Path]:
-    """The JSON files in a folder and in its folder ``annotations``; of COCO's archive those with instances."""
+    """The JSON files in a folder and in its folder ``annotations``; of COCO's archive, only those with instances."""
     found = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
     if any(path.name.startswith("instances_") for path in found):
         found = [path for path in found if not path.name.startswith(OTHER_TASKS)]
@@ -207,28 +207,28 @@ def annotation_files(source: Path) -> list[Path]:
 
 
 def is_cocos(path: Path) -> bool:
-    """Whether a JSON file has lists as COCO's do; one that is cut off counts too, lest it be passed over."""
+    """Whether a JSON file has COCO's lists; truncated files count too, so that they are reported."""
     if path.name.startswith(OTHER_TASKS) or not path.stat().st_size:  # An empty file cannot be mapped.
         return False
-    # COCO's own file has half a gigabyte, and its lists stand near the start.
+    # COCO's own file has half a gigabyte, with its lists near the start.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _LISTS.search(content) is not None
 
 
 def by_id(content: Any, name: str, path: Path) -> dict[Any, Any]:
-    """The rows of a list in COCO's JSON by their ids. Raises SourceError."""
+    """The rows of a list in COCO's JSON, by id. Raises SourceError."""
     where = f"{path}: {name}"
     found: dict[Any, Any] = {}
     for row in rows(content, name, str(path)):
         number = key(row, "id", where)
-        # Files that were joined without numbering them anew: one would have what belongs to the other.
+        # Happens in files that were merged without renumbering; rows would be mixed up.
         if found.setdefault(number, row) != row:
             raise SourceError(f"{where}: two with id {number!r}, expected one")
     return found
 
 
 def annotated_size(image: Any, where: str) -> Frame:
-    """The size that annotations speak of. Raises SourceError."""
+    """The image size that annotations refer to. Raises SourceError."""
     width, height = (field(image, side, where) for side in ("width", "height"))
     if not all(isinstance(side, int | float) and side >= 1 and side % 1 == 0 for side in (width, height)):
         raise SourceError(f"{where}: size {width} x {height}, expected whole numbers from 1")
@@ -238,9 +238,9 @@ def annotated_size(image: Any, where: str) -> Frame:
 def _named(
     question: Mapping[str, Any], name: str, annotations: Mapping[Any, Any], path: Path
 ) -> list[tuple[Mapping[str, Any], str]]:
-    """The annotations that a question names, each with what it is called in an error."""
+    """The annotations that a question names, each with its name for error messages."""
     found = []
-    # What is not said to be ignored is not; what is meant, everybody says.
+    # ``ignored_ids`` is optional, ``annotation_ids`` is required.
     asked = question if name == "annotation_ids" else {name: [], **question}
     for wanted in rows(asked, name, f"{path}: questions"):
         if not isinstance(wanted, int | str) or wanted not in annotations:
@@ -256,14 +256,14 @@ def _named(
 
 
 def _outline(annotation: Mapping[str, Any], where: str) -> Any:
-    """The segmentation of an annotation or, where it has none, its box. Raises SourceError where it has neither."""
+    """The segmentation of an annotation or, if it has none, its box. Raises SourceError if it has neither."""
     if annotation.get("segmentation") in (None, [], [[]]) and "bbox" in annotation:
         return _Boxed(annotation["bbox"])
     return field(annotation, "segmentation", where)
 
 
 def _objects(meant: list[Any], frame: Frame) -> tuple[ObjectPrompt, ...]:
-    """Targets of which one at least has no mask: a point each, from the mask or in the middle of the box."""
+    """Targets, at least one of which has no mask: each with one point, from its mask or at the centre of its box."""
     found = []
     for one in meant:
         if isinstance(one, _Boxed):
@@ -278,7 +278,7 @@ def _objects(meant: list[Any], frame: Frame) -> tuple[ObjectPrompt, ...]:
 
 
 def _by_category(content: Any, path: Path) -> list[dict[str, Any]]:
-    """One question for every category in a picture."""
+    """One question for every category in an image."""
     categories = by_id({"categories": [], **content}, "categories", path)
     names = {number: field(category, "name", f"{path}: categories") for number, category in categories.items()}
     grouped: dict[tuple[Any, Any], dict[str, list[Any]]] = {}

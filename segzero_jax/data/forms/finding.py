@@ -1,4 +1,4 @@
-"""Which form a source is in, seen from its files; a folder that could be meant in two ways is refused."""
+"""Detects the form of a source from its files; refuses an ambiguous folder."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +22,17 @@ def find_form(
     splits: Mapping[Path, str] = MappingProxyType({}),
     downloaded: Collection[Path] = (),
 ) -> Form:
-    """The form that a source is in.
+    """The form of a source.
 
     Args:
-      sources: folders; more than one only of parquet files.
-      images: where the pictures lie, when not below the source.
-      splits: of folders whose parquet files are one split, whatever it is in their names.
-      downloaded: folders of which the parquet files are the source, whatever else lies there.
+      sources: folders; more than one only for parquet files.
+      images: the folder of the images, if it is not below the source.
+      splits: the split of each folder whose parquet files are a single split, which overrides the file names.
+      downloaded: folders whose parquet files are the source, regardless of other files in them.
 
     Raises:
-      SourceError: no such folder, nothing in it that is known, more than one form, or ``images`` for a form that has
-        its own.
+      SourceError: a folder does not exist, has no known form or more than one, or ``images`` is given for a form that
+        contains its images.
     """
     for source in sources:
         if not source.is_dir():
@@ -60,10 +60,10 @@ def find_form(
 
 
 def _kind(name: str, source: Path) -> str | None:
-    """The form that a folder is meant to be read in; None where there is none. Raises SourceError for two of them."""
+    """The form of a folder; None if it has none. Raises SourceError if it has two."""
     references = refer.find_references(name, source)
     if references is not None and references.parent != source:
-        # The data set has a folder of its name, whatever lies beside that.
+        # The data set has a folder of its name, so files beside that do not matter.
         return _only(source, {_REFER: references, _PARQUET: hub_parquet.first(references.parent)})
     found = {
         _REFER: references,
@@ -75,18 +75,18 @@ def _kind(name: str, source: Path) -> str | None:
     if found[_PARQUET] is None and (own := hub_parquet.first_below(source / name)) is not None:
         return _only(source, {_REFER: references, _LINES: found[_LINES], _PARQUET: own})
     if found[_PARQUET] is None and not sure and (below := hub_parquet.first_below(source)) is not None:
-        # Beside the references of another set it may be anything's.
+        # Ambiguous beside the references of another set, so both are reported.
         found |= {_PARQUET: below, _REFER: refer.first_below(source)}
     if references is None:  # REFER has COCO's instances.json beside its references.
         files = coco.annotation_files(source)
         found[_COCO] = next((path for path in files if coco.is_cocos(path)), None)
-        if not any(found.values()):  # Whoever reads what is there says what is wrong with it.
+        if not any(found.values()):  # The form's reader will report the error in these files.
             return _REASON_SEG if ReasonSeg.find(name, source) is not None else _COCO if files else None
     return _only(source, found)
 
 
 def _only(source: Path, found: Mapping[str, Path | None]) -> str | None:
-    """The one form of which there is a file. Raises SourceError for more, with a file of each."""
+    """The only form with a file. Raises SourceError for several, with a file of each."""
     there = {kind: path for kind, path in found.items() if path is not None}
     if len(there) > 1:
         files = " and ".join(str(path.relative_to(source)) for path in there.values())
@@ -97,7 +97,7 @@ def _only(source: Path, found: Mapping[str, Path | None]) -> str | None:
 
 
 def _asked_of_shapes(source: Path) -> Path | None:
-    """A JSON file of ReasonSeg's: other programs write such with shapes, but without a question."""
+    """A ReasonSeg JSON file; other programs' JSON files have shapes, too, but no question."""
     try:
         example = ReasonSeg.example(source)
     except SourceError:

@@ -1,10 +1,10 @@
-"""The parquet files of the Hugging Face hub, in the two schemas of Seg-Zero's authors.
+"""Parquet files of the Hugging Face hub, in the two schemas of Seg-Zero's authors.
 
 Training sets (refCOCOg_9k_840, VisionReasoner_multi_object_7k_840) have ``id``, ``problem``, ``solution``, ``image``,
-``img_height``, ``img_width``; the picture is squashed to 840 x 840 already, the solution is in its pixels, and the
-height and width are those it had before. Evaluation sets (ReasonSeg_val, refcoco_testA) have ``text``, ``image``,
-``image_id``, ``ann_id`` and a ``mask`` of nested lists of bool in the size of the picture. Masks may also be encoded
-pictures, as the pictures are.
+``img_height``, ``img_width``; the image is already squashed to 840 x 840, the solution is in its pixels, and height and
+width are the original ones. Evaluation sets (ReasonSeg_val, refcoco_testA) have ``text``, ``image``, ``image_id``,
+``ann_id`` and a ``mask`` of nested lists of bool at the size of the image. Masks may also be encoded images, like
+``image``.
 """
 
 import re
@@ -26,7 +26,7 @@ from segzero_jax.prompt import parse_solution
 from segzero_jax.types import Frame
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
-# Rows that are in memory at once.
+# Rows held in memory at once.
 _ROWS = 16
 _SOLUTION = ("id", "problem", "solution", "image")
 _MASK = ("text", "mask", "image")
@@ -34,11 +34,11 @@ _MASK = ("text", "mask", "image")
 
 @dataclass(frozen=True)
 class HubParquet:
-    """Parquet files; each row is a picture with one question.
+    """Parquet files; each row is an image with one question.
 
     Attributes:
-      root: the folder of the first ones.
-      tables: the split and the path of each file.
+      root: the folder of the first source.
+      tables: split and path of each file.
     """
 
     name: str
@@ -94,7 +94,7 @@ class HubParquet:
         return Shown(data, picture, at, Frame(mask.shape[1], mask.shape[0]), (asked,))
 
     def _picture(self, split: str, batch: pa.RecordBatch, row: int, image: Any, name: str) -> str:
-        """The picture's name; in sets made of RefCOCO a plain number is COCO's."""
+        """The image's id; in sets made from RefCOCO a plain number is a COCO id."""
         given = _value(batch, "image_id", row)
         path = image.get("path") if isinstance(image, dict) else None
         from_coco = self.name.lower().startswith("refcoco")
@@ -107,18 +107,18 @@ class HubParquet:
 
 
 def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParquet | None:
-    """The parquet files under the sources; None where there are none.
+    """The parquet files under the sources; None if there are none.
 
     Args:
-      splits: of sources that are one split, whatever it is in the names of their files.
+      splits: the split of each source that is a single split, which overrides the names of its files.
 
     Raises:
-      SourceError: another schema, or one evaluation split in two sources.
+      SourceError: a file has another schema, or two sources have the same evaluation split.
     """
     tables: dict[Path, str] = {}
     held: dict[str, Path] = {}
     for source in sources:
-        # A folder data that is a link is none to rglob.
+        # rglob does not follow a folder ``data`` that is a symbolic link.
         found = {path: _split(path) for path in (*source.rglob("*.parquet"), *source.glob("data/*.parquet"))}
         if source in splits and len(set(found.values())) == 1:
             found = dict.fromkeys(found, splits[source])
@@ -133,12 +133,12 @@ def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParqu
 
 
 def first(folder: Path) -> Path | None:
-    """The first parquet file where the hub has them: in the folder itself, or in its folder ``data``."""
+    """The first parquet file in the hub's usual places: the folder itself or its subfolder ``data``."""
     return min((*folder.glob("*.parquet"), *folder.glob("data/*.parquet")), default=None)
 
 
 def first_below(folder: Path) -> Path | None:
-    """The first parquet file in a folder or anywhere below it; None also where there is no such folder."""
+    """The first parquet file in or below a folder; None if there is none or the folder does not exist."""
     return min(folder.rglob("*.parquet"), default=None)
 
 
@@ -149,14 +149,14 @@ def _split(path: Path) -> str:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        # Without read-ahead, a column of pictures never lies in memory as a whole.
+        # Without read-ahead, so that a column of images is never in memory as a whole.
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except pa.ArrowException as error:
         raise SourceError(f"{path}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
 
 
 def _columns(path: Path, schema: pa.Schema) -> list[str]:
-    """Those that name a row. Raises SourceError where one that is needed is not there, or of another type."""
+    """The columns that identify a row. Raises SourceError if a required column is missing or of another type."""
     names = schema.names
     if not (_has_solutions(schema) or set(names) >= set(_MASK)):
         raise SourceError(
@@ -192,7 +192,7 @@ def _is_question(kind: pa.DataType) -> bool:
 def _is_encoded(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
-        # Of a column that has paths alone, what is written says that there are bytes, none of them there.
+        # A column with paths only is written with a ``bytes`` field of type null.
         return at >= 0 and (pa.types.is_null(kind.field(at).type) or _is_encoded(kind.field(at).type))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
@@ -203,7 +203,7 @@ def _is_mask(kind: pa.DataType) -> bool:
     return _is_encoded(kind) or (pixels is not None and (pa.types.is_boolean(pixels) or pa.types.is_integer(pixels)))
 
 
-# What is expected of a column, and whether a type is it.
+# The expected content of each column, and a check of its type.
 _TYPES: Mapping[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "problem": ("text", _is_question),
     "text": ("text", _is_question),
@@ -227,14 +227,14 @@ def _value(batch: pa.RecordBatch, column: str, row: int) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A question; where there are several for the same thing, the first."""
+    """A question; the first if there are several for the same target."""
     if isinstance(value, list):
         value = value[0] if value else ""
     return value if isinstance(value, str) else ""
 
 
 def _encoded(value: Any, what: str) -> bytes:
-    """The bytes of a picture. Raises Unusable where there are none."""
+    """The bytes of an encoded image. Raises Unusable if there are none."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if data:
         return data
@@ -245,9 +245,9 @@ def _encoded(value: Any, what: str) -> bytes:
 
 
 def _mask(scalar: Any) -> np.ndarray:
-    """A mask as bool [H, W]: an encoded picture, or a list of rows, each a list of bool or of whole numbers.
+    """A mask as bool [H, W], from an encoded image or a list of rows, each a list of bool or of whole numbers.
 
-    Raises Unusable for rows of different lengths, pixels that are null, or no rows.
+    Raises Unusable for rows of different lengths, null pixels, or no rows.
     """
     if not _is_list(scalar.type):
         value = scalar.as_py()

@@ -1,6 +1,6 @@
-"""One's own data: a folder with pictures, masks, and a ``SPLIT.jsonl`` for each split.
+"""The user's own data: a folder with images, masks, and a ``SPLIT.jsonl`` for each split.
 
-A line is one question, its paths relative to the folder:
+A line is one question, with paths relative to the folder:
 
     {"image": "images/a.jpg", "question": "the red mug", "mask": "masks/a.png"}
     {"image": "images/a.jpg", "question": "both mugs", "masks": ["masks/a-1.png", "masks/a-2.png"]}
@@ -8,9 +8,9 @@ A line is one question, its paths relative to the folder:
     {"image": "images/b.jpg", "question": "the chair", "objects": [{"bbox_2d": [10, 20, 90, 80]}]}
     {"image": "images/b.jpg", "question": "the mug", "masks": []}
 
-A mask is a picture of the same size, in a format without loss, 0 where the object is not. No masks mean that nothing
-answers the question. Objects are in pixels of the upright picture, both corners of a box inclusive; of a box without a
-point the centre is taken.
+A mask is an image of the same size, in a lossless format, 0 outside the object. No masks mean that nothing answers the
+question. Objects are in pixels of the upright image, both corners of a box inclusive; for a box without a point, the
+centre is used.
 Optional: ``id``, ``instance`` (the same for several questions about the same thing), ``ignore`` (a mask of pixels that
 do not count).
 """
@@ -50,10 +50,10 @@ _TARGETS = ("mask", "masks", "objects")
 
 @dataclass(frozen=True)
 class Lines:
-    """A folder with ``SPLIT.jsonl`` files, from which masks have their paths.
+    """A folder with ``SPLIT.jsonl`` files, to which mask paths are relative.
 
     Attributes:
-      images: the folder that pictures have theirs from, where that is another one.
+      images: the folder that image paths are relative to, if it differs.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Lines:
         return self.images or self.folder
 
     def files(self) -> list[Path]:
-        """The lines, and the masks that they name, as far as those are there."""
+        """The JSONL files, and those of the mask files in them that exist."""
         tables = self._tables()
         named = {file for path in tables for row in _rows(path) for file in _mask_files(row)}
         return [*tables, *(path for file in sorted(named) if (path := self.folder / file).is_file())]
@@ -81,7 +81,7 @@ class Lines:
         given = [row.get("id") for row in rows]
         ids = iter(unique([f"{path.stem}-{n:06d}" if one is None else str(one) for n, one in enumerate(given)]))
         parts = []
-        # Lines about the same picture that follow one another share it.
+        # Consecutive lines about the same image share it.
         for image, group in itertools.groupby(rows, key=lambda row: row["image"]):
             asked = list(group)
             centred = sum(_has_no_point(obj) for row in asked for obj in row.get("objects", ()))
@@ -101,7 +101,7 @@ class Lines:
                 continue
             (boxed if question.masks is None else masked).append(question)
         data = (self.root / file).read_bytes()
-        # Two records: a mask has two points, a box one, and in a record all objects have as many.
+        # Two records, since all objects of a record have the same number of points: two from a mask, one from a box.
         if masked:
             yield Shown(data, name, file, _annotated(data, masked), tuple(masked))
         if boxed:
@@ -122,9 +122,9 @@ class Lines:
 
 
 def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:
-    """The size of the unturned picture where masks have that one and none has the upright picture's; else None.
+    """The size of the unrotated image if masks have that size and none has the upright image's; else None.
 
-    A mask of neither size is a mistake of its own question, and says nothing about the others.
+    A mask of neither size is an error in its own question only.
     """
     sizes = {mask.shape for one in asked for mask in (*(one.masks or ()), one.ignore) if mask is not None}
     try:
@@ -132,13 +132,13 @@ def _annotated(data: bytes, asked: Sequence[Asked]) -> Frame | None:
         with Image.open(io.BytesIO(data)) as image:
             unturned = Frame(image.width, image.height)
     except UNDECODABLE:
-        return None  # Whoever decodes it says why.
+        return None  # The error is reported when the image is decoded.
     found = (unturned.height, unturned.width) in sizes and (upright.height, upright.width) not in sizes
     return unturned if found else None
 
 
 def _object(given: Any, where: str) -> ObjectPrompt:
-    """Raises Unusable, which names what is missing or malformed."""
+    """An object's box and point. Raises Unusable, which names the missing or malformed value."""
     if not isinstance(given, dict) or "bbox_2d" not in given:
         found = ", ".join(given)[:80] if isinstance(given, dict) else _shown(given)
         raise Unusable("bbox_2d is missing", f"{where}: bbox_2d is missing, found {found or 'nothing'}")
@@ -155,7 +155,7 @@ def _has_no_point(given: Any) -> bool:
 
 
 def _check(row: Any, where: str) -> None:
-    """Raises SourceError, which names the place, for a line that is not as it should be."""
+    """Raises SourceError, which names the line, if a line is invalid."""
     for name in ("image", "question"):
         if not is_text(field(row, name, where)):
             raise SourceError(f"{where}: {name} {_shown(row[name])}, expected text")
@@ -182,7 +182,7 @@ def _mask_files(row: dict[str, Any]) -> list[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """What the lines say; empty ones are none. Raises SourceError for one that is not as it should be."""
+    """The parsed lines, without empty ones. Raises SourceError for an invalid line."""
     located = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path}:{number}"

@@ -1,9 +1,9 @@
-"""ReasonSeg as LISA's authors publish it: in ``train``, ``val`` and ``test`` a JSON file beside each picture.
+"""ReasonSeg as LISA's authors publish it: in ``train``, ``val`` and ``test`` a JSON file beside each image.
 
 Source: dvlab-research/LISA, ``utils/data_processing.py``. Polygons are painted from the largest to the smallest, so
-that a small one labelled "ignore" cuts a hole into a large target; edges belong to the polygon; those labelled "flag"
-mean nothing. They are in pixels of the upright picture, as OpenCV reads it for LISA. Where a picture has several
-sentences, LISA's evaluation asks the first; for training there is each.
+that a small one labelled "ignore" cuts a hole into a large target. Edges belong to the polygon; polygons labelled
+"flag" are skipped. Coordinates are pixels of the upright image, as OpenCV reads it for LISA. If an image has several
+sentences, LISA's evaluation asks the first; for training each one is a question.
 """
 
 import json
@@ -32,26 +32,26 @@ from segzero_jax.data.unusable import Unusable
 from segzero_jax.types import Frame
 
 _SPLITS = ("train", "val", "test")
-# Of pictures; LISA's are the first.
+# Image suffixes; LISA's is the first.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", ".WEBP")
 
 
 @dataclass(frozen=True)
 class ReasonSeg:
-    """The folder that holds ``train``, ``val`` and ``test``; one of them is enough."""
+    """A folder with ``train``, ``val`` and ``test``; one of them is enough."""
 
     name: str
     root: Path
 
     @staticmethod
     def find(name: str, source: Path) -> "ReasonSeg | None":
-        """The source, when it holds a split with a JSON file that has shapes."""
+        """The source, if it has a split with a JSON file that has shapes; else None."""
         example = ReasonSeg.example(source)
         return ReasonSeg(name, source) if example is not None and "shapes" in example[1] else None
 
     @staticmethod
     def example(source: Path) -> "tuple[Path, dict[str, Any]] | None":
-        """A JSON file of the first split that has any, and the object in it. Raises SourceError."""
+        """A JSON file of the first split that has any, and its object; else None. Raises SourceError."""
         first = next((path for split in _SPLITS for path in (source / split).glob("*.json")), None)
         content = None if first is None else read_json(first)
         return (first, content) if first is not None and isinstance(content, dict) else None
@@ -91,7 +91,7 @@ class ReasonSeg:
             yield Unreadable(part.ids, error.kind, error.reason)
             return
         target, ignore = paint(shapes, frame)
-        # Nothing but "ignore" or "flag" is a question without a target.
+        # With only "ignore" and "flag" shapes, it is a question without a target.
         masks = (target,) if any(_kind(label) == "target" for label, _ in shapes) else ()
         asked = [
             Asked(own, question, name, masks, ignore=ignore if ignore.any() else None)
@@ -101,7 +101,7 @@ class ReasonSeg:
 
 
 def _texts(content: Any, path: Path) -> list[str]:
-    """The sentences, of which each is a question. Raises SourceError."""
+    """The sentences, each of which is a question. Raises SourceError."""
     found = field(content, "text", str(path))
     sentences = found if isinstance(found, list) else [found]
     if not sentences:
@@ -110,18 +110,18 @@ def _texts(content: Any, path: Path) -> list[str]:
 
 
 def _shape(shape: Any, where: str) -> tuple[str, str, Any]:
-    """Label, kind and points, the latter as they stand there. Raises SourceError."""
+    """Label, kind and points of a shape; the points are not checked. Raises SourceError."""
     return text(shape, "label", where), str(shape.get("shape_type") or "polygon"), field(shape, "points", where)
 
 
 def _picture(path: Path) -> Path:
-    """The picture beside a JSON file; where there is none, what LISA would call it."""
+    """The image beside a JSON file; if there is none, the path that LISA would expect."""
     places = [path.with_suffix(suffix) for suffix in _SUFFIXES]
     return next((place for place in places if place.is_file()), places[0])
 
 
 def _corners(points: Any, where: str) -> list[tuple[float, ...]]:
-    """Raises Unusable, which shows what is there instead of corners."""
+    """A shape's corners. Raises Unusable, which shows the invalid value."""
     if not isinstance(points, list):
         form = "[[x, y], [x, y], ...]"
         raise Unusable(f"points not like {form}", f"{where}points {json.dumps(points)[:80]}, expected {form}")
@@ -129,7 +129,7 @@ def _corners(points: Any, where: str) -> list[tuple[float, ...]]:
 
 
 def _outline(kind: str, corners: list[tuple[float, ...]], where: str) -> list[tuple[float, ...]]:
-    """The corners of a shape of LabelMe's, which draws more than polygons. Raises Unusable for what has none."""
+    """The corners of a LabelMe shape, which need not be a polygon. Raises Unusable for a shape without corners."""
     if kind == "rectangle" and len(corners) == 2:
         (x1, y1), (x2, y2) = corners
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
@@ -139,7 +139,7 @@ def _outline(kind: str, corners: list[tuple[float, ...]], where: str) -> list[tu
 
 
 def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """Polygons as the bool [H, W] masks of what is meant and of what does not count."""
+    """Paints polygons as two bool [H, W] masks: of the target and of the ignored pixels."""
     layers = []
     for label, points in shapes:
         corners = [(int(x), int(y)) for x, y in points]
@@ -149,7 +149,7 @@ def paint(shapes: list[tuple[str, Any]], frame: Frame) -> tuple[np.ndarray, np.n
         draw = ImageDraw.Draw(layer)
         if len(corners) > 2:
             draw.polygon(corners, fill=1)
-            # Pillow draws no outline in the colour that it fills with.
+            # Pillow does not draw an outline in the fill colour.
             draw.line([*corners, corners[0]], fill=1)
         else:
             draw.line(corners, fill=1) if len(corners) == 2 else draw.point(corners, fill=1)

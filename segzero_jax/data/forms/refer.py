@@ -1,6 +1,6 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as the REFER toolkit has them: ``refs(unc).p`` or ``refs(umd).p``, ``instances.json``.
+"""RefCOCO, RefCOCO+ and RefCOCOg in the REFER toolkit's form: ``refs(unc).p`` or ``refs(umd).p``, ``instances.json``.
 
-Source: lichengunc/refer, ``refer.py``. The pictures are COCO's train2014. A reference is one annotated object with
+Source: lichengunc/refer, ``refer.py``. The images are COCO's train2014. A reference is one annotated object with
 several sentences, each of which is a question.
 """
 
@@ -26,13 +26,13 @@ from segzero_jax.data.forms.form import (
 )
 from segzero_jax.data.unusable import kind_of
 
-# The splits that papers report, before those by Google.
+# The splits that papers report come before those by Google.
 _PREFERRED = ("refs(unc).p", "refs(umd).p", "refs(google).p")
 _PICTURES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images")
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, numbers and text; a pickle could otherwise run any code."""
+    """Reads only lists, dicts, numbers and text; any other pickle could run arbitrary code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
@@ -43,7 +43,7 @@ class Refer:
     """A folder with references, one for each of "refcoco", "refcoco+" and "refcocog".
 
     Attributes:
-      root: where the pictures lie.
+      root: the folder of the images.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Refer:
 
     @staticmethod
     def find(name: str, source: Path, images: Path | None) -> "Refer | None":
-        """The references in ``source`` or in its folder ``name``; None where there are none.
+        """The references in ``source`` or in its folder ``name``; None if there are none.
 
-        Raises SourceError where there are references without pictures.
+        Raises SourceError for references without images.
         """
         references = find_references(name, source)
         if references is None:
@@ -86,7 +86,7 @@ class Refer:
             with self.references.open("rb") as file:
                 # Written by Python 2.
                 references = _PlainUnpickler(file, encoding="latin1").load()
-        # What the unpickler raises on a file that is none.
+        # Errors that the unpickler raises on a file that is not a pickle.
         except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
             raise SourceError(f"{self.references}: not a pickle of plain values: {error}") from None
         if not isinstance(references, list):
@@ -134,13 +134,13 @@ class Refer:
 
 
 def find_references(name: str, source: Path) -> Path | None:
-    """The references in a folder or in its folder ``name``; None where there are none."""
+    """The references file in a folder or in its subfolder ``name``; None if there is none."""
     places = (folder / file for folder in (source, source / name) for file in _PREFERRED)
     return next((path for path in places if path.is_file()), None)
 
 
 def first_below(source: Path) -> Path | None:
-    """The first references of any data set in the folders of a folder."""
+    """The first references file of any data set in the subfolders of a folder."""
     return min((path for file in _PREFERRED for path in source.glob(f"*/{file}")), default=None)
 
 
