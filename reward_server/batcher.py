@@ -49,7 +49,7 @@ class Ticket(Generic[Item, Result]):
     """An item in the queue.
 
     Attributes:
-      deadline: the time after which nobody needs the result, by ``time.monotonic()``.
+      deadline: the time after which the result is not needed, by ``time.monotonic()``.
       future: the result. Cancelling it removes the item from the queue, unless a device has it already.
       enqueued, taken: times by ``time.monotonic()``.
       batch: size of the batch in which it was taken.
@@ -108,7 +108,7 @@ class Batcher(Generic[Item, Result]):
         """Queues an item.
 
         Args:
-          deadline: the time after which nobody needs the result, by ``time.monotonic()``.
+          deadline: the time after which the result is not needed, by ``time.monotonic()``.
           reserved: whether this caller holds a place by ``reserve``.
 
         Raises:
@@ -148,7 +148,7 @@ class Batcher(Generic[Item, Result]):
         self._seconds_per_item += 0.2 * (seconds / len(batch) - self._seconds_per_item)
 
     def close(self, reason: str, drop: bool = False) -> None:
-        """Closes the queue to new items; those that wait are still handed out, or dropped with ClosedError."""
+        """Closes the queue to new items; waiting items are still handed out, or dropped with ClosedError."""
         with self._changed:
             self._closed = self._closed or reason
             dropped = list(self._waiting) if drop else []
@@ -185,7 +185,7 @@ class Batcher(Generic[Item, Result]):
 
     @staticmethod
     def _drop(ticket: Ticket[Item, Result]) -> bool:
-        """Whether nobody waits for the ticket any more; an overdue one gets TooLateError."""
+        """Whether the ticket is cancelled or overdue; an overdue one gets TooLateError."""
         if ticket.deadline <= time.monotonic() and ticket.future.set_running_or_notify_cancel():
             ticket.future.set_exception(TooLateError())
         return ticket.future.done()

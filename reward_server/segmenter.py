@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Embedding:
-    """An encoded image: SAM 2's features, finest first, and the picture's height and width."""
+    """An encoded image: SAM 2's features, finest first, and the image's height and width."""
 
     levels: tuple[torch.Tensor, ...]
     height: int
@@ -123,7 +123,7 @@ class Segmenter:
         Args:
           model: "toy" for the one inside this package, a directory with ``config.yaml`` and ``model.safetensors``,
             a checkpoint file (.pt as published, or .safetensors), or a hub id such as "facebook/sam2.1-hiera-large".
-          device: "cpu", "cuda", "cuda:1" or "auto": a GPU where there is one.
+          device: "cpu", "cuda", "cuda:1" or "auto" (a GPU if there is one).
           config: a checkpoint file's configuration: a YAML file, or the name of one inside the sam2 package. Published
             file names are known and need none.
           compiled: compile the image encoder.

@@ -73,7 +73,7 @@ class Metrics:
 def expose(
     metrics: Metrics, host: str, port: int, tls: tuple[Path, Path] | None, client_ca: Path | None = None
 ) -> tuple[int, Callable[[], None]]:
-    """Serves ``/metrics`` over HTTP, or over HTTPS if ``tls`` is given, and with ``client_ca`` only to its clients.
+    """Serves ``/metrics`` over HTTP, or over HTTPS if ``tls`` is given; ``client_ca`` then restricts the clients.
 
     Returns the port (a free one for 0) and a function that stops the server. Raises OSError if it cannot listen there.
     """

@@ -2,7 +2,7 @@
 
 Name and content find an image in sets that keep it unchanged. Seg-Zero's training sets do not: their images are
 squashed to 840 x 840 and their ids are unrelated to the originals, so fingerprints are compared. Between splits of one
-set they are not: whoever made the splits knew the images, and different images of one camera look the same.
+set they are not: the authors of the splits knew the images, and different images of one camera look the same.
 """
 
 from dataclasses import dataclass

@@ -237,7 +237,7 @@ def _superlatives(spots: list[_Spot], seen: list[str]) -> list[Question]:
 
 
 def _degree(word: str, spot: _Spot) -> float:
-    """How much a superlative fits: log area for size, pixels for place."""
+    """The degree to which a superlative fits: log area for size, pixels for place."""
     return {
         "largest": float(np.log(spot.area)),
         "smallest": float(-np.log(spot.area)),

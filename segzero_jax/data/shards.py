@@ -36,7 +36,6 @@ class Shard:
     """A shard to be written.
 
     Attributes:
-      split: its split.
       name: its name, such as "train-00003".
       parts: the parts of the source in it, in order.
     """

@@ -1,4 +1,4 @@
-"""Target boxes and points from masks, as in Seg-Zero's data: the points are the centres of two inscribed circles."""
+"""Target boxes and points from masks, as in Seg-Zero's data: the centres of the two largest inscribed circles."""
 
 from collections.abc import Sequence
 

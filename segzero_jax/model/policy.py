@@ -40,7 +40,7 @@ class DecoderBlocks(nnx.Module):
         layers, d, n, k, h, f = dims.layers, dims.hidden, dims.heads, dims.kv_heads, dims.head_width, dims.mlp
         keys = jax.random.split(key, 7)
         spec = layout.spec
-        # If the tensor axis does not divide the key-value heads, they are replicated, and repeated after projection.
+        # Key-value heads that the tensor axis does not divide are replicated, and repeated up to it after projection.
         kv = "heads" if kv_copies(k) == 1 else None
         self.norm1_d = constant_param(1.0, (layers, d), spec(None, None))
         self.norm2_d = constant_param(1.0, (layers, d), spec(None, None))
@@ -216,7 +216,7 @@ def embed_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.
 
 
 def _run_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> tuple[jax.Array, KeyValue]:
-    """Runs the prompts: hidden states before the final norm, ``[b, p, d]``, and keys and values of all layers."""
+    """Runs the prompts: states before the final norm, ``[b, p, d]``, and keys and values, ``[layer, b, p, k, h]``."""
     x = embed_prompt(policy, batch, fwd)
     angles = mrope_angles(batch.positions_b3p, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     prompt_mask = _prompt_mask(batch)

@@ -135,7 +135,7 @@ def span_chart(
 
 
 def _run_together(spans: Sequence[tuple[int, int]], near: float) -> list[list[tuple[int, int]]]:
-    """Groups neighbouring spans into runs of at most ``near`` steps; a longer span is a run of its own."""
+    """Groups neighbouring spans into runs of at most ``near`` steps; longer spans, or all if near is 1, stay alone."""
     runs: list[list[tuple[int, int]]] = []
     for span in spans:
         if near > 1 and runs and span[1] - runs[-1][0][0] < near:
@@ -222,7 +222,7 @@ class _Plot:
         known = [value for value in everything if value is not None] or [0.0]
         low = min(known) if floor is None else min(floor, *known)
         high = max(known) if maximum is None else max(maximum, *known)
-        if high - low <= 1e-6 * max(abs(low), abs(high)):  # constant but for rounding
+        if high - low <= 1e-6 * max(abs(low), abs(high)):  # constant except for rounding
             margin = abs(low) * 0.1 or 1.0
             low, high = (low, high + margin) if floor is not None else (low - margin, high + margin)
         elif maximum is None:

@@ -93,7 +93,7 @@ def build_gallery(title: str, shown: Sequence[Shown], results: Mapping[str, Any]
 
 
 def choose_cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """First answers by kind: best and worst by IoU (box accuracy without masks), and as many random ones; no repeats."""
+    """First answers by kind: best and worst by IoU (box accuracy without masks), and as many at random; none twice."""
     first = [row for row in rows if row["sample"] == 0]
     each = min(_EACH, max(1, len(first) // 3))
     ranked = sorted(first, key=_quality)

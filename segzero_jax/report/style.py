@@ -1,4 +1,4 @@
-"""The style sheet of the page, without external files or fonts; for light, dark, narrow and print."""
+"""The style sheet of the page, without external files, fonts or colours; for light, dark, narrow and print."""
 
 CSS = """
 :root {
