@@ -205,7 +205,7 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300,
         metavar="S",
-        help="a batch of which nobody is answered for so long: its device hangs, health says NOT_SERVING [%(default)s]",
+        help="if no request of a batch is answered for this long, its device counts as hanging [%(default)s]",
     )
     batching.add_argument(
         "--cache-mib", type=int, default=256, metavar="MIB", help="of embeddings, per device [%(default)s]"

@@ -108,7 +108,7 @@ class TokenCheck(grpc.ServerInterceptor):
 
         def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> None:
             self._note(details.method, context.peer())
-            reason = "expected the metadata authorization: Bearer TOKEN, with this server's"
+            reason = "expected the metadata 'authorization: Bearer TOKEN' with this server's token"
             context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
 
         # Handled as a stream, whatever the method: for a unary request, gRPC would hold a thread of the shared pool

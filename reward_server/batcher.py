@@ -29,7 +29,7 @@ class QueueFullError(NotServedError):
     """The queue is full; retry after ``retry_after_s`` seconds."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} requests are waiting, which is as many as may")
+        super().__init__(f"{waiting} requests are waiting, the queue is full")
         self.retry_after_s = retry_after_s
 
 

@@ -310,7 +310,9 @@ def _download(model: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id=model, filename=HF_MODEL_ID_TO_FILENAMES[model][1]))
     except (HTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"model {model!r}: neither cached here nor had from the hub: {one_line(error)}") from None
+        raise ModelError(
+            f"model {model!r}: not cached here, and cannot be downloaded from the hub: {one_line(error)}"
+        ) from None
 
 
 def one_line(error: Exception) -> str:

@@ -213,7 +213,7 @@ def _check_alike(segmenters: Sequence[Segmenter]) -> None:
 
 def _cannot_bind(problems: Sequence[OSError]) -> str:
     """The reason that the address cannot be bound, which gRPC does not report; an address in use takes precedence."""
-    reason = problems[0].strerror or str(problems[0]) if problems else "gRPC's own line says why"
+    reason = problems[0].strerror or str(problems[0]) if problems else "gRPC's log line above says why"
     return _taken(problems) or reason
 
 

@@ -69,7 +69,7 @@ def test_a_set_that_is_built_anew_beneath_a_run_is_not_read_on(tmp_path: Path) -
     split = open_split("mugs", "train", tmp_path)
     assert split[0].id
     assert build.main([*command, f"--source={source}"]) == 0
-    with pytest.raises(DataError, match="mugs/train: was built anew, or deleted, beneath this command"):
+    with pytest.raises(DataError, match="mugs/train: was rebuilt or deleted while this command ran"):
         split[0]
 
 

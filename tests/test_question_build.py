@@ -570,7 +570,7 @@ def test_a_build_that_is_killed_leaves_no_worker() -> None:
 
 
 def test_a_worker_that_is_killed_is_one_line() -> None:
-    with pytest.raises(builder.SourceError, match="was killed, as for want of memory"), builder._pool(1) as pool:
+    with pytest.raises(builder.SourceError, match="was killed, perhaps out of memory"), builder._pool(1) as pool:
         pool.submit(os._exit, 1).result()
 
 
@@ -611,7 +611,7 @@ def test_of_two_builds_at_once_the_second_takes_what_the_first_has_made(
     monkeypatch.setattr(builder, "turn", busy)
     assert run(tmp_path, "mine", source) == 0
     out, error = capsys.readouterr()
-    assert "another build has made it meanwhile" in error
+    assert "another build has finished it meanwhile" in error
     first, second = (out[: len(out) // 2], out[len(out) // 2 :])
     assert first == second
     assert "mine/train: " in first

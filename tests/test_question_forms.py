@@ -848,7 +848,7 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
         sources.coco_json,
         write("annotations/a.json", '{"images": [{"id": 1, "file_name": "f"}], "annotations": [], "questions": '
               '[{"image_id": 1, "text": "t", "annotation_ids": [5]}]}'),
-        "a.json: a question means annotation 5",
+        "a.json: a question refers to annotation 5",
     ),
     "one id for two annotations": (
         *instances(lambda content: content["annotations"].append(content["annotations"][0] | {"image_id": 601})),
@@ -939,7 +939,7 @@ BAD_SOURCES: dict[str, tuple[Any, Any, str]] = {
     ),
     "an annotation id that is a list": (
         *instances(lambda content: content["questions"][0].update(annotation_ids=[[1]])),
-        "a question means annotation [1], which is not there",
+        "a question refers to annotation [1], which does not exist",
     ),
     "a file that is a list": (
         sources.coco_json,

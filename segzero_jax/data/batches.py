@@ -111,7 +111,7 @@ class Batches(Iterator[T]):
             if process.exitcode:
                 how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
                 raise WorkerLost(
-                    f"a process that makes batches has ended ({how}), as for want of memory or of /dev/shm; the same "
+                    f"a process that makes batches has ended ({how}), perhaps out of memory or of /dev/shm; the same "
                     "command goes on, with fewer data.workers"
                 )
 

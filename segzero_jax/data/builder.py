@@ -197,7 +197,7 @@ def build(
     before = built_from(name, data_dir)
     with turn(place / f".{name}.lock"):
         if before != plan.digest and built_from(name, data_dir) == plan.digest:
-            say("another build has made it meanwhile")
+            say("another build has finished it meanwhile")
             check_leaks(name, data_dir, against)
             return _outcome(directory, plan)
         work = _work_directory(place / f".{name}.building", plan, say)
@@ -279,7 +279,7 @@ def _work_directory(work: Path, plan: Plan, say: Callable[[str], None]) -> Path:
     jsonl.replace(mark, plan.digest.encode())
     done = sum(shards.finished(work, shard.name) is not None for shard in plan.shards)
     if done:
-        say(f"going on: {done} of {len(plan.shards)} shards are there already")
+        say(f"going on: {done} of {len(plan.shards)} shards are written already")
     return work
 
 
@@ -312,7 +312,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BrokenProcessPool:
         raise SourceError(
-            "a process of the build was killed, as for want of memory; the same command goes on, with fewer --workers"
+            "a process of the build was killed, perhaps out of memory; the same command goes on, with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

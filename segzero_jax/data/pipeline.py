@@ -63,7 +63,7 @@ class Source(Sequence[Example]):
         # Checked after the read, since files are opened only when they are first read.
         if self._stamp() != self._opened:
             raise DataError(
-                f"{self.name}: was built anew, or deleted, beneath this command; expected one set from beginning to end"
+                f"{self.name}: was rebuilt or deleted while this command ran; expected one set from beginning to end"
             )
         return replace(example, data_set=self.data_set)
 

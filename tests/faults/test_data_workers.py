@@ -65,7 +65,7 @@ def test_one_that_is_killed_ends_the_run_with_its_last_step_saved(tmp_path: Path
         child.kill()
     said = (tmp_path / "log").read_text()
     assert said.splitlines()[-1] == (
-        "segzero_jax.train: a process that makes batches has ended (signal 9), as for want of memory or of /dev/shm; "
+        "segzero_jax.train: a process that makes batches has ended (signal 9), perhaps out of memory or of /dev/shm; "
         "the same command goes on, with fewer data.workers"
     )
     assert "Traceback" not in said

@@ -71,7 +71,7 @@ def test_a_full_queue_pushes_back_and_health_still_answers(held: tuple) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             stub.Score(group_request(4), timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert refused.value.details() == "3 requests are waiting, which is as many as may"
+    assert refused.value.details() == "3 requests are waiting, the queue is full"
     trailing = dict(refused.value.trailing_metadata())
     pushback_ms = int(trailing["grpc-retry-pushback-ms"])
     assert 50 <= pushback_ms <= 5000
@@ -96,7 +96,7 @@ def test_each_that_may_wait_has_its_place(held: tuple) -> None:
     until(lambda: depth(server) == 40, "all wait")
     with pytest.raises(grpc.RpcError) as refused:
         stub.Score(asked, timeout=WAIT_S)
-    assert refused.value.details() == "40 requests are waiting, which is as many as may"
+    assert refused.value.details() == "40 requests are waiting, the queue is full"
     for call in calls:
         call.cancel()
 

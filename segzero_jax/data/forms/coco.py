@@ -244,7 +244,7 @@ def _named(
     asked = question if name == "annotation_ids" else {name: [], **question}
     for wanted in rows(asked, name, f"{path}: questions"):
         if not isinstance(wanted, int | str) or wanted not in annotations:
-            raise SourceError(f"{path}: a question means annotation {wanted!r}, which is not there")
+            raise SourceError(f"{path}: a question refers to annotation {wanted!r}, which does not exist")
         image = annotations[wanted].get("image_id", question["image_id"])
         if image != question["image_id"]:
             raise SourceError(
