@@ -76,7 +76,7 @@ def test_an_interrupted_build_goes_on_and_is_the_same(
     monkeypatch.setattr(shards, "write_shard", lambda *given: written.append(given[1].name) or real(*given))
     assert run(tmp_path, "refcoco", source, "--rebuild") == 0
     assert written == ["val-00001", "testA-00000", "testA-00001", "testB-00000", "testB-00001"]
-    assert "going on: 3 of 8 shards are there already" in capsys.readouterr().err
+    assert "going on: 3 of 8 shards are written already" in capsys.readouterr().err
     assert files(tmp_path, "refcoco") == whole
     assert not work(tmp_path, "refcoco").exists()
 
@@ -153,7 +153,7 @@ def test_a_shard_of_a_version_that_knew_no_kinds_is_written_again(
     capsys.readouterr()
     assert run(tmp_path, "mine", source) == 0
     said = capsys.readouterr()
-    assert "going on: 9 of 11 shards are there already" in said.err
+    assert "going on: 9 of 11 shards are written already" in said.err
     assert "left out: 1 (an empty question)" in said.out
     assert len(open_split("mine", "train", tmp_path / "built")) == 19
 
