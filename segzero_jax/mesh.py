@@ -57,7 +57,7 @@ class Layout:
         return PartitionSpec(*(getattr(self, axis) if axis else None for axis in axes))
 
     def over(self, axis: str) -> tuple[str, ...]:
-        """The mesh axes that a logical axis is divided over."""
+        """The mesh axes that a logical axis is sharded over."""
         axes = getattr(self, axis)
         return (axes,) if isinstance(axes, str) else axes or ()
 
@@ -96,40 +96,40 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
 
 
 def prepare_cpu(mesh: str, hosts: int = 1) -> None:
-    """Lets a CPU-only host show its part of the mesh as virtual devices; no effect on TPU and GPU.
+    """Makes a CPU-only host provide its part of the mesh as virtual devices; no effect on TPU and GPU.
 
     Call it before JAX starts.
 
     Args:
       mesh: the whole mesh.
-      hosts: processes that it is spread over.
+      hosts: processes that the mesh is spread over.
 
     Raises:
-      MeshError: the text is no mesh, or it does not divide among the processes.
+      MeshError: the text is not a mesh, or it does not divide among the processes.
     """
     count = math.prod(parse_mesh(mesh))
     if count % hosts:
         raise MeshError(f"--mesh={mesh}: {count} devices do not divide among {hosts} processes")
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets it where it sees no TPU.
         answer_libtpu()
-    # The CPU client can lock up behind a queue of dependent programs: one at a time.
+    # The CPU client can lock up behind a queue of dependent programs, so they run one at a time.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", count // hosts)
 
 
 def answer_libtpu() -> None:
-    """Tells libtpu, on a machine without a TPU, what it would ask the machine; else it complains in lines of errors."""
+    """Tells libtpu, on a machine without a TPU, what it would ask the machine; else it prints lines of errors."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
-    """Builds the mesh over the devices of this job; a single process on CPU may leave some of its own out.
+    """Builds the mesh over the devices of this job; a single process on CPU may leave some of its own unused.
 
     Raises:
-      MeshError: the text is no mesh, the job has fewer devices or more, or its slices do not divide the data axis.
+      MeshError: the text is not a mesh, the job has fewer devices or more, or its slices do not divide the data axis.
     """
     shape = parse_mesh(text)
     devices = jax.devices()
@@ -144,9 +144,9 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 
 def arrange(text: str, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """The mesh over exactly these devices; of several slices, only the data axis goes from one to another.
+    """The mesh over exactly these devices; with several slices, only the data axis crosses from one to another.
 
-    Only gradients, once a step, are exchanged along data: what the slow network between slices can bear.
+    Along data, only gradients are exchanged, once a step: little enough for the slow network between slices.
 
     Raises:
       MeshError: the slices do not divide the data axis.
@@ -173,8 +173,8 @@ class Rows(NamedTuple):
     """The rows of a batch that concern a process, in ascending order.
 
     Attributes:
-      held: on its devices: it must know them.
-      own: of those, what it alone deals with: every row of the batch is one process's own.
+      held: the rows on its devices, whose data it must have.
+      own: the held rows that it alone handles: every row of the batch is owned by exactly one process.
     """
 
     held: list[int]
@@ -182,7 +182,7 @@ class Rows(NamedTuple):
 
 
 def batch_rows(mesh: jax.sharding.Mesh, size: int, process: int) -> Rows:
-    """Which of ``size`` rows, laid out as a batch is, are a process's. Several may hold a row if tensor spans them."""
+    """A process's share of ``size`` rows sharded as a batch. Several processes may hold a row if tensor spans them."""
     holders: dict[int, set[int]] = {}
     places = jax.sharding.NamedSharding(mesh, TRAIN.spec("batch")).devices_indices_map((size,))
     for device in mesh.devices.flat:

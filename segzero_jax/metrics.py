@@ -1,7 +1,7 @@
-"""What a run writes while it trains: metrics, evaluations, rollouts and pictures, and a progress display.
+"""The output of a run while it trains: metrics, evaluations, rollouts, images, and a progress display.
 
-Everything goes into the run directory (README, "A run directory") so that a run that was cut off at any moment can be
-read and resumed: metrics reach the disk line by line, other files appear whole or not at all.
+Everything goes into the run directory (README, "A run directory") so that a run interrupted at any moment can be read
+and resumed: metrics are written line by line, other files atomically.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from segzero_jax.progress import Display, display
 from segzero_jax.tensorboard import EventFile
 from segzero_jax.terminal import lasting
 
-# Lines that a checkpoint carries along: more than a run writes between two copies of its directory to a bucket.
+# Lines stored in each checkpoint: more than a run writes between two copies of its directory to a bucket.
 _RECENT = 200
 
 
@@ -34,10 +34,10 @@ class MetricsWriter:
     """Writes a run directory. Use it as a context manager, or call ``close``.
 
     Args:
-      run_dir: the run directory; made when missing.
-      total_steps: of the whole run, for the progress display.
+      run_dir: the run directory; created if missing.
+      total_steps: steps of the whole run, for the progress display.
       show_progress: whether to report progress at all; false on all hosts but one.
-      stream: where progress goes, standard error by default. A terminal gets a bar, a file one line now and then.
+      stream: where progress goes, standard error by default. A terminal gets a bar, a file an occasional line.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MetricsWriter:
         return self._last_step
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Adds the line of a step; it is on the disk when this returns.
+        """Appends the line of a step; it is on disk when this returns.
 
         Args:
           step: from 1 upwards, above every step written so far.
@@ -90,13 +90,12 @@ class MetricsWriter:
     ) -> None:
         """Writes the evaluation of a split: its numbers by mode, and its greedy answers one by one.
 
-        The same evaluation written again takes the place of the first, since a run that was cut off during an
-        evaluation repeats it.
+        Writing the same evaluation again replaces it, since a run interrupted during an evaluation repeats it.
 
         Args:
           step: steps done before it; 0 before training.
           split: name of the held-out split.
-          summaries: "greedy" and "sampled" to their ``giou``, ``giou_low``, ``giou_high``, ``ciou``, ...
+          summaries: maps "greedy" and "sampled" to their ``giou``, ``giou_low``, ``giou_high``, ``ciou``, ...
           samples: rows of ``evaluations/STEP_SPLIT.jsonl``.
 
         Raises:
@@ -126,14 +125,14 @@ class MetricsWriter:
         jsonl.write(folder / f"{step}.jsonl", rows)
 
     def write_image(self, example_id: str, image: bytes) -> str:
-        """Stores a picture once as JPEG and returns its path in the run directory, ``images/NAME-DIGEST.jpg``.
+        """Stores an image once as JPEG and returns its path in the run directory, ``images/NAME-DIGEST.jpg``.
 
         Args:
-          example_id: any text; it names the file as far as file names allow. Another split may have the same one.
-          image: an encoded picture of any kind that Pillow reads; the digest is of it.
+          example_id: any text; it names the file as far as file names allow. Another split may have the same id.
+          image: an encoded image in any format that Pillow reads; the digest is computed from it.
 
         Raises:
-          OSError: it is no such picture.
+          OSError: it is not such an image.
         """
         relative = f"images/{safe_name(example_id)}-{hashlib.sha256(image).hexdigest()[:8]}.jpg"
         path = self.run_dir / relative
@@ -147,10 +146,10 @@ class MetricsWriter:
         return jsonl.read(self._metrics) if self._metrics.exists() else []
 
     def recent(self, kept: Collection[int] = ()) -> dict[str, list[dict[str, Any]]]:
-        """The newest lines, for a checkpoint: what a machine that vanishes has not yet copied elsewhere.
+        """The newest lines, to store in a checkpoint: a machine that vanishes may not have copied them elsewhere.
 
         Args:
-          kept: steps whose lines belong to them, however old: by them the best of the checkpoints is known.
+          kept: steps whose lines are included, however old: they tell which checkpoint is best.
         """
         metrics = list(self._recent)
         if metrics and min(kept, default=metrics[0]["step"]) < metrics[0]["step"]:
@@ -160,7 +159,7 @@ class MetricsWriter:
         return {"metrics": metrics, "evaluations": old + evaluations[-_RECENT:]}
 
     def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:
-        """Adds what ``recent`` gave and these files, a copy that is older, do not hold. Returns whether that is any."""
+        """Adds lines from ``recent`` that these files, an older copy, lack. Returns whether there were any."""
         last = self._last_step or 0
         lines = [jsonl.dump(row) for row in recent.get("metrics", ()) if row["step"] > last]
         jsonl.append_lines(self._metrics, lines)
@@ -174,10 +173,10 @@ class MetricsWriter:
         return bool(lines or missing)
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
-        """Forgets everything past ``step``, the step a run resumes from, so that no step appears twice.
+        """Deletes everything past ``step``, the step a run resumes from, so that no step appears twice.
 
         Returns:
-          The rows of ``metrics.jsonl`` that are no more.
+          The deleted rows of ``metrics.jsonl``.
         """
         forgotten = [row for row in self.steps() if row["step"] > step]
         for path in (self._metrics, self._evaluations):
@@ -194,7 +193,7 @@ class MetricsWriter:
         return forgotten
 
     def message(self, text: str) -> None:
-        """Says one thing beside the progress display, without disturbing it."""
+        """Prints a message without disturbing the progress display."""
         if self._display:
             self._display.message(text)
 
@@ -227,14 +226,14 @@ class MetricsWriter:
         return max((row["step"] for row in rows), default=None)
 
     def _rewrite_events(self) -> None:
-        """TensorBoard's files hold nothing of their own: they are made anew from what is left of the others."""
+        """Rebuilds TensorBoard's files, which hold nothing of their own, from what is left of the others."""
         for path in self.run_dir.glob("tensorboard/events.out.tfevents.*"):
             path.unlink()
-        # Elsewhere, copies of the files from before may lie beside the new one: it takes the place of all.
+        # Elsewhere, copies of the old files may be next to the new one, which replaces them all.
         if self._metrics.exists() or self._evaluations.exists():
             self._events = EventFile(self.run_dir / "tensorboard", first_step=0)
         rows = jsonl.read(self._metrics) if self._metrics.exists() else []
-        # No line has the time of day. Counted back from now, TensorBoard's time axis keeps the steps' distances.
+        # Lines have no wall-clock time. Counting back from now keeps the steps' spacing on TensorBoard's time axis.
         wall, walls = time.time(), {}
         for row in reversed(rows):
             walls[row["step"]] = wall
@@ -259,7 +258,7 @@ class MetricsWriter:
 
 
 class SilentWriter(MetricsWriter):
-    """Stands in for the writer on every host but the first, which writes for all."""
+    """Stands in for the writer on every host but host 0, which writes for all."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -306,7 +305,7 @@ class SilentWriter(MetricsWriter):
 
 
 def safe_name(text: str) -> str:
-    """A file name for any text: short plain lower-case text as it is, other text cleaned and told apart by a digest."""
+    """A file name for any text: short plain lower-case text as it is, other text cleaned and with a digest added."""
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", text):
         return text
     cleaned = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]

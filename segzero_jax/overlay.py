@@ -1,7 +1,7 @@
-"""Boxes, points and masks drawn on a picture, so that prediction and target are told apart without colour too.
+"""Draws boxes, points and masks on an image, so that prediction and target can be told apart even without colour.
 
 The prediction is filled and hatched with solid lines, the target is a dashed outline. All coordinates are pixels of
-the picture given; the drawing is enlarged or reduced with it.
+the given image; the drawing scales with it.
 """
 
 import base64
@@ -20,17 +20,17 @@ PREDICTION = (38, 120, 220)
 TARGET = (255, 150, 30)
 _CASING = (255, 255, 255)
 _DARK = (16, 18, 22)
-_MAX_PIXELS = 4_000_000  # drawn at twice the size and reduced while that stays below this
+_MAX_PIXELS = 4_000_000  # drawn at twice the size and downscaled while that stays below this
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What is drawn for one side.
+    """The marks of one side, prediction or target.
 
     Attributes:
-      boxes: (x1, y1, x2, y2) each, any corner order, inside the picture or not.
+      boxes: (x1, y1, x2, y2) each, any corner order, inside the image or not.
       points: (x, y) each.
-      mask: bool ``[height, width]`` of the picture, or None.
+      mask: bool ``[height, width]`` of the image, or None.
     """
 
     boxes: Sequence[Sequence[float]] = ()
@@ -41,19 +41,19 @@ class Marks:
 def draw(
     picture: Image.Image, prediction: Marks | None = None, target: Marks | None = None, width: int | None = None
 ) -> Image.Image:
-    """Draws both sides on a copy of a picture.
+    """Draws both sides on a copy of an image.
 
     Args:
-      picture: any mode.
+      picture: an image of any mode.
       prediction: mask filled, hatched and outlined; boxes as solid lines; points as dots.
       target: mask as a dashed outline; without a mask, boxes as dashed lines. Points are not drawn.
-      width: pixels of the result; its height follows. Default: as the picture.
+      width: width of the result in pixels; its height follows. Default: that of ``picture``.
 
     Returns:
-      An RGB picture.
+      An RGB image.
 
     Raises:
-      ValueError: a mask's shape is not the picture's.
+      ValueError: a mask's shape is not the image's.
     """
     out_width = width or picture.width
     out_height = max(1, round(picture.height * out_width / picture.width))
@@ -76,12 +76,12 @@ def draw(
 
 
 def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
-    """A mask from COCO's compressed run lengths, as ``pycocotools.mask.decode`` gives it, but checked.
+    """A mask from COCO's compressed run-length encoding, as ``pycocotools.mask.decode`` gives it, but checked.
 
-    ``pycocotools`` fills what too short a string leaves open with whatever was in memory; here that is an error.
+    If the string is too short, ``pycocotools`` leaves the rest as uninitialised memory; here that is an error.
 
     Args:
-      rle: ``height``, ``width`` and ``counts`` (text), as run files hold them.
+      rle: ``height``, ``width`` and ``counts`` (text), as in run files.
 
     Returns:
       bool ``[height, width]``.
@@ -104,8 +104,8 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
       mask: bool ``[height, width]``.
 
     Returns:
-      Closed paths, each float ``[n, 2]`` of (x, y) pixel corners without the repeated first one; the inside lies on
-      the right hand of the direction of travel as it appears on screen (y downwards), also around holes.
+      Closed paths, each float ``[n, 2]`` of (x, y) pixel corners without the repeated first one; the inside is to the
+      right of the direction of travel as seen on screen (y downwards), also around holes.
     """
     inside = np.pad(mask.astype(bool), 1)
     following: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -127,13 +127,13 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def data_uri(picture: Image.Image, quality: int = 82) -> str:
-    """The picture as a JPEG ``data:`` address for an HTML page."""
+    """The image as a JPEG ``data:`` URI for an HTML page."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-# Neighbour (dy, dx) outside the mask, where the shared edge starts seen from the pixel's corner, and its direction.
+# Neighbour (dy, dx) outside the mask, start of the shared edge relative to the pixel's corner, and its direction.
 _EDGES = (
     (-1, 0, (0, 0), (1, 0)),
     (0, 1, (1, 0), (0, 1)),
@@ -145,7 +145,7 @@ _EDGES = (
 def _advance(
     following: dict[tuple[int, int], list[tuple[int, int]]], corner: tuple[int, int], heading: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Takes the next edge; where two pixels meet at a corner only, the one that turns towards the inside."""
+    """Takes the next edge; where two pixels touch only at a corner, the one that turns towards the inside."""
     ends = following[corner]
     right = _right_of(corner, heading)
     end = right if right in ends else ends[0]
@@ -160,7 +160,7 @@ def _right_of(corner: tuple[int, int], heading: tuple[int, int]) -> tuple[int, i
 
 
 class _Canvas:
-    """A picture at the size it is drawn in, and marks in coordinates of the original."""
+    """An image at the size it is drawn in, with marks in coordinates of the original."""
 
     def __init__(self, picture: Image.Image, size: tuple[int, int]) -> None:
         self._original = picture.size
@@ -187,7 +187,7 @@ class _Canvas:
             self._line([tuple(corner) for corner in path], colour, dashed)
 
     def box(self, box: Sequence[float], colour: tuple[int, int, int], dashed: bool) -> None:
-        """A rectangle; sides outside the picture are not seen, as the box is drawn where it is."""
+        """A rectangle; sides outside the image are not visible, since the box is drawn where it is."""
         (x1, y1), (x2, y2) = self._place(box[:2]), self._place(box[2:4])
         self._line([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], colour, dashed)
 
@@ -200,7 +200,7 @@ class _Canvas:
             pen.ellipse([x - reach, y - reach, x + reach, y + reach], fill=colour)
 
     def _place(self, point: Sequence[float]) -> tuple[float, float]:
-        """Scales a point; far outside the picture it is brought near, since drawing slows down with distance."""
+        """Scales a point; one far outside the image is moved closer, since drawing slows down with distance."""
         near = [
             min(max(float(value) * scale, -0.5 * size), 1.5 * size)
             for value, scale, size in zip(point, self._scale, self._size, strict=True)
@@ -218,7 +218,7 @@ class _Canvas:
         return smooth.point(lambda value: 255 if value > 127 else 0)
 
     def _line(self, corners: Sequence[tuple[float, float]], colour: tuple[int, int, int], dashed: bool) -> None:
-        """A closed line with a casing, light around dark or dark around light, that shows on any ground."""
+        """A closed line with a casing, light around dark or dark around light, visible on any background."""
         pieces = _dashes(corners, 9 * self._unit, 5 * self._unit) if dashed else [[*corners, *corners[:2]]]
         pen = ImageDraw.Draw(self.image)
         casing = _DARK if dashed else _CASING
@@ -229,7 +229,7 @@ class _Canvas:
 
 
 def _dashes(corners: Sequence[tuple[float, float]], dash: float, gap: float) -> list[list[tuple[float, float]]]:
-    """Pieces of a closed path, ``dash`` long and about ``gap`` apart, equal all the way round."""
+    """Equal dashes of a closed path, about ``dash`` long and about ``gap`` apart."""
     path = np.array([*corners, corners[0]], float)
     lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
     total = float(lengths[-1])

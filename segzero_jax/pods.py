@@ -1,8 +1,8 @@
 """One run on several hosts: joining, agreeing on what to do next, and ending together.
 
-Hosts talk through JAX's coordination service, which the first one runs: short texts and barriers beside the devices'
-own network. So they can agree while no program runs, every wait has a name and a deadline, and a host that dies is
-told from one that is slow. A collective of the devices has neither: on TPU it waits for a dead host for ever.
+Hosts talk through JAX's coordination service, which host 0 runs: short texts and barriers, outside the device network.
+So they can agree while no program runs, every wait has a name and a deadline, and a dead host can be told from a slow
+one. A device collective offers neither: on TPU it waits for a dead host forever.
 """
 
 import json
@@ -23,37 +23,37 @@ _HEARTBEAT_S = 30
 _DEADLINE_S = 900.0
 _LOOK_S = 1.0
 _FAREWELL_S = 15.0
-# Where a host says its exit code and why.
+# Key prefix under which a host leaves its exit code and the reason.
 _LEFT = "segzero/left/"
 T = TypeVar("T")
-# A deadline for what may rightly take hours on one host; should that one die, the others end all the same.
+# A deadline for work that may legitimately take hours on one host; if that host dies, the others still end.
 WHATEVER_IT_TAKES_S = 30 * 86400.0
-# Exit code of a process that another host of its run was lost to.
+# Exit code of a process whose run lost another host.
 HOST_LOST = 4
 
 
 class PodError(ValueError):
-    """An environment that names no proper pod; one line."""
+    """An environment that does not describe a valid pod; one line."""
 
 
 class HostLost(RuntimeError):
-    """A host has not come where the others wait for it; one line names the host and the place."""
+    """A host did not arrive where the others wait for it; one line names the host and the place."""
 
 
 class Pod:
-    """The hosts of a run, as one of them sees it. All of them must make the same calls in the same order.
+    """The hosts of a run, as seen by one of them. All must make the same calls in the same order.
 
     Attributes:
-      index: this process among them.
-      count: of processes, one a host.
-      names: of the hosts.
+      index: index of this process.
+      count: number of processes, one per host.
+      names: host names.
     """
 
     def __init__(self, index: int = 0, count: int = 1, prog: str = "", advice: str = "") -> None:
         """Use ``join``, or ``ALONE``.
 
         Args:
-          prog: begins every line on standard error.
+          prog: prefix of every line on standard error.
           advice: what to do when a host is lost.
         """
         self.index, self.count = index, count
@@ -70,23 +70,23 @@ class Pod:
 
     @property
     def first(self) -> bool:
-        """Whether this host writes files and speaks for all."""
+        """Whether this host writes files and prints for all."""
         return self.index == 0
 
     def host(self, index: int) -> str:
-        """A host as messages call it."""
+        """A host's name in messages."""
         return f"host {index} ({self.names[index]})"
 
     def exchange(self, what: str, said: str, deadline_s: float = _DEADLINE_S) -> list[str]:
-        """What every host says, in order of hosts; returns once all have said it.
+        """Gathers a text from every host, in order of hosts; returns once all have contributed.
 
         Args:
           what: names the place in the program for messages.
-          said: this host's part; a few megabytes at most.
-          deadline_s: patience for hosts that are alive; one that has died ends the process much sooner.
+          said: this host's text; a few megabytes at most.
+          deadline_s: how long to wait for live hosts; a dead one ends the process much sooner.
 
         Raises:
-          HostLost: some have not come.
+          HostLost: some hosts did not arrive.
         """
         if self.count == 1:
             return [said]
@@ -103,19 +103,19 @@ class Pod:
             who = ", ".join(missing) or "another host"
             raise HostLost(f"{who} did not come to {what!r} within {deadline_s:.0f} s; {self._advice}") from None
         parts = {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get(place)}
-        # Whoever has come here has read what was said the last time.
+        # Every host that has come here has read the texts of the last round.
         self._client.key_value_delete(f"segzero/round/{self._rounds - 1}/{self.index}")
         return [parts[str(i)] for i in range(self.count)]
 
     def difference(self, what: str, found: Mapping[str, str]) -> tuple[str, int, str, str] | None:
-        """Of things with names, the first that is another one on a host than on the first host.
+        """The first named value that differs between a host and host 0.
 
         Args:
           what: names the place in the program for messages.
-          found: what this host has, by name; what one of two does not have is not compared.
+          found: this host's values by name; names that either host lacks are not compared.
 
         Returns:
-          Its name, that host, what the first host has and what that one has; None where all have the same.
+          The name, the other host, host 0's value and the other host's value; None if all agree.
         """
         said: list[dict[str, str]] = [json.loads(text) for text in self.exchange(what, json.dumps(dict(found)))]
         for host, theirs in enumerate(said):
@@ -125,11 +125,11 @@ class Pod:
         return None
 
     def from_first(self, what: str, ask: Callable[[], T], deadline_s: float = _DEADLINE_S) -> T:
-        """The first host's answer (fit for JSON), for what only that one can see, such as its files."""
+        """Host 0's answer (JSON-serialisable), for what only it can see, such as its files."""
         return json.loads(self.exchange(what, json.dumps(ask() if self.first else None), deadline_s)[0])
 
     def leave(self, code: int, line: str = "") -> int:
-        """Ends this host's part of the run and gives ``code`` back: with 0 once all are here, else the others stop too.
+        """Ends this host's part of the run and returns ``code``: 0 waits for all hosts, else the others stop too.
 
         Args:
           code: the exit code.
@@ -145,13 +145,13 @@ class Pod:
             self._leaving.set()
             if code or self.first:
                 self._say(line)
-        # Of the first host it ends when the others have left: without the coordination service they are aborted.
+        # On host 0 the watcher ends when the others have left: without the coordination service they are aborted.
         self._watcher.join(_FAREWELL_S)
         jax.distributed.shutdown()
         return code
 
     def await_blame(self, error: BaseException) -> None:
-        """Waits a while if ``error`` looks like another host's end; should that come out, this process ends with it."""
+        """Waits a while if ``error`` looks like the end of another host; if that is confirmed, this process ends too."""
         if self.count > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
             self._await_verdict()
 
@@ -159,15 +159,15 @@ class Pod:
         self._watcher.join(_HEARTBEAT_S + _FAREWELL_S)
 
     def _watch(self) -> None:
-        """Looks for hosts that have died or stopped, and ends this process when there is one."""
+        """Watches for hosts that have died or stopped, and ends this process when one has."""
         everyone = list(range(self.count))
         while True:
             try:
-                # Returns when every host that lives has asked; one that is silent for too long is not waited for.
+                # Returns when every live host has asked; one that is silent for too long is not waited for.
                 live = self._client.get_live_nodes(everyone)
                 left = self._client.key_value_dir_get(_LEFT)
             except jax.errors.JaxRuntimeError:
-                # This host has left, or the first one has: JAX ends a process whose coordination service is gone.
+                # This host has left, or host 0 has: JAX ends a process whose coordination service is gone.
                 return
             notices = {int(key.rpartition("/")[2]): json.loads(value) for key, value in left}
             stopped = sorted((host, code, line) for host, (code, line) in notices.items() if code)
@@ -188,7 +188,7 @@ class Pod:
             time.sleep(_LOOK_S / 10)
 
     def _end(self, code: int, line: str) -> None:
-        """Ends the process whatever its other threads wait for, unless it is leaving by itself."""
+        """Ends the process, whatever its other threads wait for, unless it is already leaving."""
         with self._ending:
             if self._leaving.is_set():
                 return
@@ -214,20 +214,20 @@ ALONE = Pod()
 def join(prog: str, advice: str) -> Pod:
     """Joins this process to the others of its run, if there are any; call it before JAX starts.
 
-    Cloud TPU VMs, GKE (several slices included) and Slurm are recognised by JAX. Elsewhere, JAX_COORDINATOR_ADDRESS
-    (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+    JAX recognises Cloud TPU VMs, GKE (several slices included) and Slurm. Elsewhere, set JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
-      prog: begins every line on standard error.
+      prog: prefix of every line on standard error.
       advice: what to do when a host is lost.
 
     Raises:
-      PodError: the variables make no sense.
+      PodError: the variables are invalid.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address is None and os.environ.get("JAX_PLATFORMS") == "cpu":
         return Pod(prog=prog)
-    # A host's death is for ``Pod`` to tell: JAX would abort the others with a stack trace.
+    # ``Pod`` reports a host's death; JAX would abort the others with a stack trace.
     jax.config.update("jax_enable_recoverability", True)
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:

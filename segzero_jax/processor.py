@@ -1,4 +1,4 @@
-"""Pictures and questions in, tensors for the policy out; and token ids back to text.
+"""Turns images and questions into tensors for the policy, and token ids back into text.
 
 Same ids and positions as Hugging Face's Qwen2.5-VL processor and model (transformers 5.23: ``get_rope_index``), without
 transformers: numpy and ``tokenizers`` only.
@@ -22,7 +22,7 @@ from segzero_jax.patches import PatchedImage, VisionSpec, decode_image, patch_im
 from segzero_jax.prompt import question_text
 from segzero_jax.types import Example, PromptBatch
 
-# The chat layout of Qwen2.5-VL with its default system turn; an image stands before the text of the user turn.
+# The chat layout of Qwen2.5-VL with its default system turn; images come before the text of the user turn.
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 _VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -37,11 +37,11 @@ class EncodedPrompt:
     """One prompt, not yet padded.
 
     Attributes:
-      id: of the example.
-      tokens_p: int32.
+      id: the example's id.
+      tokens_p: int32 token ids.
       positions_3p: int32 M-RoPE positions.
-      next_position: of the first response token, on all three axes.
-      images: in prompt order.
+      next_position: position of the first response token, on all three axes.
+      images: the images in prompt order.
     """
 
     id: str
@@ -55,7 +55,7 @@ def mrope_positions(tokens: np.ndarray, image_id: int, grids: Sequence[tuple[int
     """M-RoPE positions, int32 [3, P], and the next position; transformers' ``get_rope_index`` for still images.
 
     Text counts up on all axes. An image of ``grids`` (rows and columns of merged units) stays at one time and spreads
-    over rows and columns; text goes on after the larger of the two.
+    over rows and columns; text continues after the larger of the two.
     """
     positions = np.zeros((3, len(tokens)), np.int32)
     at, position = 0, 0
@@ -74,17 +74,17 @@ def mrope_positions(tokens: np.ndarray, image_id: int, grids: Sequence[tuple[int
 
 
 class Processor:
-    """A checkpoint's tokenizer and picture settings, applied to examples.
+    """A checkpoint's tokenizer and image settings, applied to examples.
 
     Attributes:
-      image_size: pictures are squashed to this many pixels squared.
-      resampling: Pillow's filter that does it.
-      max_prompt_tokens: longer prompts are refused.
-      vision: how pictures are cut.
-      pad_id: fills what is right of a prompt or a response.
+      image_size: images are squashed to a square of this many pixels a side.
+      resampling: Pillow's filter for that.
+      max_prompt_tokens: longer prompts are rejected.
+      vision: how images are cut into patches.
+      pad_id: right padding of prompts and responses.
       end_ids: tokens that end a response.
-      image_id: stands for one merged unit of a picture.
-      visual_ids: tokens that only ever stand in prompts.
+      image_id: the token for one merged unit of an image.
+      visual_ids: tokens that only occur in prompts.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Processor:
         self._literal = Tokenizer.from_buffer(tokenizer)
         self._literal.encode_special_tokens = True
         for each in (self._tokenizer, self._literal):
-            # A file may bring those of the last call before it was saved; transformers sets both anew for each.
+            # A file may hold the settings of the last call before it was saved; transformers resets both on every call.
             each.no_truncation()
             each.no_padding()
         self._wording = wording
@@ -120,11 +120,11 @@ class Processor:
     ) -> "Processor":
         """Reads a checkpoint's tokenizer.json, config.json and preprocessor_config.json (or processor_config.json).
 
-        What ``path`` may be is in ``hub.model_directory``.
+        ``hub.model_directory`` documents ``path``.
 
         Raises:
           FileNotFoundError: the directory or one of the files is missing.
-          ValueError: they do not fit together, or ``image_size`` is not a whole number of merged units.
+          ValueError: the files are inconsistent, or ``image_size`` is not a whole number of merged units.
         """
         directory = settings_directory(path)
         vision = _read_vision(directory)
@@ -136,20 +136,20 @@ class Processor:
         return cls(tokenizer, vision, image_size, wording, max_prompt_tokens, how)
 
     def encode(self, example: Example) -> EncodedPrompt:
-        """One example: its picture squashed to ``image_size`` squared, its question in the configured wording.
+        """One example: its image squashed to ``image_size`` squared, its question in the configured wording.
 
         Raises:
-          ImageError: the picture cannot be read.
-          PromptTooLong: the prompt, image tokens included, is over ``max_prompt_tokens``. Nothing is ever cut.
+          ImageError: the image cannot be read.
+          PromptTooLong: the prompt, image tokens included, is over ``max_prompt_tokens``. Nothing is ever truncated.
         """
         image = decode_image(example.image, example.id)
         patched = patch_image(image, (self.image_size, self.image_size), self.vision, self.resampling)
         return self.encode_parts(example.id, question_text(self._wording, example.question), [patched])
 
     def count_tokens(self, questions: Sequence[str]) -> np.ndarray:
-        """The prompt tokens, int32 [N], that ``encode`` would give for questions about one picture each.
+        """Prompt token counts, int32 [N], that ``encode`` would give for questions about one image each.
 
-        No picture is needed: all are squashed to the same size.
+        No image is needed: all are squashed to the same size.
         """
         units = (self.image_size // (self.vision.patch * self.vision.merge)) ** 2
         around = (
@@ -162,13 +162,13 @@ class Processor:
 
     @property
     def text_identity(self) -> str:
-        """Stands for all that ``count_tokens`` depends on."""
+        """A digest of everything that ``count_tokens`` depends on."""
         around = f"{_BEFORE} {question_text(self._wording, QUESTION)} {_AFTER}"
         told = f"{self._tokenizer.to_str()} {around} {self.image_size} {self.vision.patch} {self.vision.merge}"
         return hashlib.sha256(told.encode()).hexdigest()
 
     def encode_parts(self, name: str, text: str, images: Sequence[PatchedImage]) -> EncodedPrompt:
-        """A user turn of any pictures, in order, and then a text to the letter. Raises PromptTooLong."""
+        """A user turn of any images, in order, and then a literal text. Raises PromptTooLong."""
         grids = [(image.grid[0] // self.vision.merge, image.grid[1] // self.vision.merge) for image in images]
         pads = "".join(f"<|vision_start|>{'<|image_pad|>' * (rows * cols)}<|vision_end|>" for rows, cols in grids)
         ids = (
@@ -186,10 +186,10 @@ class Processor:
         return EncodedPrompt(name, tokens, positions, following, tuple(images))
 
     def batch(self, prompts: Sequence[EncodedPrompt], multiple: int | None = None) -> PromptBatch:
-        """Stacks prompts, padded on the right to a multiple (of ``max_prompt_tokens``, unless given).
+        """Stacks prompts, right-padded to a multiple of ``multiple``, by default ``max_prompt_tokens``.
 
-        Every picture gets as many slots as the largest one, every prompt as many pictures as the one with most;
-        what is absent is invalid.
+        Every image gets as many slots as the largest one, every prompt as many images as the one with most; absent
+        slots and images are marked invalid.
         """
         multiple = multiple or self.max_prompt_tokens
         b, merge2 = len(prompts), self.vision.merge**2
@@ -221,7 +221,7 @@ class Processor:
         return batch
 
     def widen(self, batch: PromptBatch, length: int) -> PromptBatch:
-        """A batch on the host with prompts padded to ``length``, that of a longer one elsewhere."""
+        """A batch on the host with prompts padded to ``length``, that of a longer batch elsewhere."""
         more = length - batch.tokens_bp.shape[1]
         if not more:
             return batch
@@ -232,7 +232,7 @@ class Processor:
         )
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text to the letter; special tokens in it are recognised."""
+        """Token ids of a text as it is; special tokens in it are recognised."""
         return self._tokenizer.encode(text).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -247,7 +247,7 @@ class Processor:
 
 
 def settings_directory(path: str | Path) -> Path:
-    """The directory that a ``model.path`` means, its weights apart. Raises FileNotFoundError, HubError."""
+    """The directory of a ``model.path``, not necessarily with weights. Raises FileNotFoundError, HubError."""
     directory = model_directory(path, weights=False)
     if not directory.is_dir():
         raise FileNotFoundError(f'{path}: no such directory, expected "toy" or a Hugging Face checkpoint directory')
@@ -264,7 +264,7 @@ def _read(directory: Path, name: str) -> bytes:
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(_read(directory, name))
-    except ValueError as error:  # Bytes that are no text, too.
+    except ValueError as error:  # Also bytes that are not text.
         raise ValueError(f"{directory / name}: not JSON: {error}") from None
     return _object(value, directory / name)
 
@@ -285,9 +285,9 @@ def _by_channel(settings: dict[str, Any], key: str, directory: Path, above: floa
 
 
 def _read_vision(directory: Path) -> VisionSpec:
-    """From config.json, whose flat hub form and nested transformers 5 form agree here, and the picture settings.
+    """Reads config.json, whose flat hub form and nested transformers 5 form agree here, and the image settings.
 
-    Those are preprocessor_config.json on the hub; transformers 5 writes them into processor_config.json instead.
+    The latter are in preprocessor_config.json on the hub; transformers 5 writes processor_config.json instead.
     """
     model = _read_json(directory, "config.json").get("vision_config", {})
     newer = directory / "processor_config.json"

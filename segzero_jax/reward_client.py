@@ -1,7 +1,7 @@
-"""The client of the SAM 2 reward service: calls leave at once, answers are collected later.
+"""The client of the SAM 2 reward service: calls are sent at once, answers are collected later.
 
 One call carries one image and all its candidates, or as many as a server takes at once. gRPC itself spreads calls over
-the servers that serve, retries what they could not take and gives up at the deadline; a caller with patience then asks
+the servers that serve, retries what they could not take and gives up at the deadline; a patient caller then sends it
 again.
 """
 
@@ -18,7 +18,7 @@ from segzero_jax.reward_probe import check_same_model, probe
 from segzero_jax.types import Frame, ObjectPrompt
 
 _POLL_S = 0.2
-# For the question how a server is: long enough for a busy one, short enough to ask several.
+# Timeout of a health probe: long enough for a busy server, short enough to probe several.
 _PROBE_S = 5.0
 _INFO_S = 15.0
 _PLAIN = Access()
@@ -28,8 +28,8 @@ class RewardClient:
     """A connection to one or several reward servers, made when first needed. Thread-safe; use as a context manager.
 
     Attributes:
-      timeout_s: how long one call may take.
-      servers: what those say of themselves that ``wait_until_serving`` found.
+      timeout_s: timeout of one call.
+      servers: the infos of the servers that ``wait_until_serving`` found.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class RewardClient:
 
         Args:
           targets: "host:port", or several separated by commas: calls go in turn to those that serve.
-          timeout_s: how long one call may take, with all its retries.
-          wait_for_ready: an unreachable server is waited for until the deadline (it may be restarting); without it,
-            calls fail after a few seconds of retries, which is right for a child process that cannot come back.
+          timeout_s: timeout of one call, including all its retries.
+          wait_for_ready: wait for an unreachable server until the deadline (it may be restarting); without it, calls
+            fail after a few seconds of retries, which is right for a child process that cannot come back.
           access: certificates and token.
           if_late: what the user can do about a server that takes longer than ``timeout_s``.
         """
@@ -66,38 +66,38 @@ class RewardClient:
 
     @property
     def checkpoint_sha256(self) -> str:
-        """Whose scores this client takes: SHA-256 of the SAM 2 weights, hexadecimal; empty until one has answered.
+        """SHA-256, hexadecimal, of the SAM 2 weights whose scores this client accepts; empty until a server answers.
 
-        It is known after ``wait_until_serving`` or the first answer, and never changes.
+        Set by ``wait_until_serving`` or the first answer, and never changes.
         """
         return self._connection.model[0] if self._connection.model else ""
 
     @property
     def dtype(self) -> str:
-        """What those scores are computed in, by its name; known when ``checkpoint_sha256`` is."""
+        """Name of the dtype that scores are computed in; known when ``checkpoint_sha256`` is."""
         return self._connection.model[1] if self._connection.model else ""
 
     def close(self) -> None:
-        """Ends the connection; calls on their way are cancelled."""
+        """Closes the connection; pending calls are cancelled."""
         self._connection.close()
 
     def wait_until_serving(
         self, timeout_s: float, say: Callable[[str], None] | None = None, everyone_s: float = math.inf
     ) -> list[ServerInfo]:
-        """Waits until every server has loaded its model; after a while one that serves is enough.
+        """Waits until every server has loaded its model; after a while one serving server is enough.
 
         Args:
-          timeout_s: patience.
-          say: is told whom this waits for, and who is missing in the end.
-          everyone_s: after so long one that serves is enough.
+          timeout_s: how long to wait at most.
+          say: is told which servers this waits for, and which are missing in the end.
+          everyone_s: after this long, one serving server is enough.
 
         Returns:
-          What those that serve say of themselves.
+          The infos of the serving servers.
 
         Raises:
-          RewardServiceAway: none serves after ``timeout_s``.
-          RewardServerError: one speaks another version, refuses the token or has an unknown certificate; or they serve
-            different models, or another one than before.
+          RewardServiceAway: no server serves after ``timeout_s``.
+          RewardServerError: a server speaks another version, refuses the token or has an unknown certificate; or the
+            servers serve different models, or another one than before.
         """
         start, told = time.monotonic(), False
         infos: dict[str, ServerInfo] = {}
@@ -128,7 +128,7 @@ class RewardClient:
         return served
 
     def info(self, loaded: bool = False) -> ServerInfo:
-        """What a server that is there says of itself; with ``loaded``, one that serves. Raises RewardServerError."""
+        """The info of a reachable server; with ``loaded``, of a serving one. Raises RewardServerError."""
         for address in sorted(self._addresses, key=lambda one: one != self._met):  # the last one to answer first
             try:
                 info = probe(address, self._connection.access, min(self.timeout_s, _INFO_S), loaded)
@@ -140,10 +140,10 @@ class RewardClient:
         raise last
 
     def state(self, failures: Iterable[str] = ()) -> str:
-        """How each server is, in one line; takes up to ten seconds for each that is away.
+        """The state of each server, in one line; takes up to ten seconds per unreachable server.
 
         Args:
-          failures: how calls ended. One of each kind is told where a server serves: its health is then not the reason.
+          failures: how calls ended. One of each kind is reported if a server serves: then health is not the reason.
         """
         states, serves = [], False
         for address in self._addresses:
@@ -162,11 +162,11 @@ class RewardClient:
     def score(self, groups: Sequence[ScoreRequest], masks: int = 0) -> PendingScores:
         """Sends every group to be scored and returns at once.
 
-        Each is one call, or several where it is more than the servers take that ``wait_until_serving`` found.
+        A group is one call, or several if it exceeds what the servers found by ``wait_until_serving`` accept.
 
         Args:
-          groups: see ScoreRequest. One that is larger than a message may be is not sent; its scores say so.
-          masks: so many of the first groups bring their candidates' masks back too.
+          groups: see ScoreRequest. A group over the message size limit is not sent; its scores report that.
+          masks: for this many of the first groups, also return the candidates' masks.
         """
         self._connection.look_up()
         return PendingScores(self._connection, self.servers, self.state, groups, masks)
@@ -177,7 +177,7 @@ class RewardClient:
         """Masks for inference: one per candidate. Waits for the answer.
 
         Raises:
-          RewardServerError: the service went away, took too long, or refuses the image.
+          RewardServerError: the service went away, took too long, or rejects the image.
         """
         request = segment_request(id, image, frame, candidates)
         problem = too_large(request)

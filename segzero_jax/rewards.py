@@ -1,7 +1,7 @@
 """Rewards: pure functions of a response's text, the target, and SAM 2's mask IoU. ``docs/rewards.md`` is the manual.
 
-A response never raises, whatever it holds: what the published rewards give for it after their own ``except`` is
-what it gets. A solution or a mask score that cannot be used is the caller's fault and raises ValueError.
+No response text raises: it gets what the published rewards give it after their own ``except``. An unusable solution or
+mask score is the caller's error and raises ValueError.
 
 Sources: Seg-Zero, arXiv 2503.06520 (upstream ``verl/utils/reward_score/seg.py``, ``seg_strict.py``); VisionReasoner,
 arXiv 2505.12081 (``vision_reasoner.py``); SAM-R1, arXiv 2505.22596.
@@ -22,7 +22,7 @@ from segzero_jax.answers import MAX_OBJECTS, Located
 _JOINT = re.compile(r"</think>\s*<answer>")
 _TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))
 _MASK_MAXIMA = {"raw": 1.0, "threshold": 1.0, "tiered": 4.0}
-# The "max{image size}" of Seg-Zero's soft rewards, pixels: its frame's side. Like the thresholds it is not scaled.
+# The "max{image size}" of Seg-Zero's soft rewards: its frame's side in pixels. Like the thresholds, it is not scaled.
 _SIDE = 840
 
 
@@ -44,10 +44,10 @@ class Recipe:
     """One published reward.
 
     Attributes:
-      maxima: the components in order, and the most each gives.
-      measure: the components of a text against target objects.
-      tiers: SAM-R1's tiered mask IoU is one of its components.
-      single: it compares with exactly one object.
+      maxima: the components in order, and the maximum of each.
+      measure: computes a text's components against target objects.
+      tiers: whether SAM-R1's tiered mask IoU is one of its components.
+      single: whether it compares with exactly one object.
     """
 
     maxima: Mapping[str, float]
@@ -69,12 +69,12 @@ def score(
     Args:
       recipe: a key of ``RECIPES``.
       text: the response, without special tokens.
-      solution: the target in either published form, in the frame of the picture the policy saw.
+      solution: the target in either published form, in the frame of the image the policy saw.
       mask_iou: IoU of SAM 2's mask for the response with the target mask, in [0, 1]; None is a missing score.
       mask_iou_weight: weight of the mask IoU as a further component; 0 leaves it out.
       mask_iou_mode: its form: "raw", "threshold" (1 above 0.5) or "tiered" (see ``mask_component``).
 
-    ``sam_r1`` brings its own mask IoU, tiered and with weight 1: weight and mode do not change it.
+    ``sam_r1`` has its own mask IoU, tiered and with weight 1, which weight and mode do not change.
 
     Raises:
       ValueError: the recipe or mode is unknown, the weight is negative or not finite, the solution is malformed or
@@ -93,7 +93,7 @@ def score(
 
 
 def maximum(recipe: str, mask_iou_weight: float = 0.0, mask_iou_mode: str = "raw") -> float:
-    """The most ``score`` gives with these arguments. Raises ValueError as it does."""
+    """The highest total ``score`` gives with these arguments. Raises ValueError if they are invalid."""
     spec, weight, mode = _lookup(recipe, mask_iou_weight, mask_iou_mode)
     return sum(spec.maxima.values()) + weight * _MASK_MAXIMA[mode]
 
@@ -109,17 +109,17 @@ def component_names(recipe: str, with_mask_iou: bool = False) -> tuple[str, ...]
 
 
 def can_compare(recipe: str, objects: int) -> bool:
-    """Whether ``score`` can compare with a solution of so many objects. Raises ValueError for an unknown recipe."""
+    """Whether ``score`` can compare with a solution of this many objects. Raises ValueError for an unknown recipe."""
     return not _lookup(recipe, 0.0, "raw")[0].single or objects == 1
 
 
 def thinks(recipe: str) -> bool:
-    """Whether the recipe asks for reasoning in front of the answer. Raises ValueError for an unknown recipe."""
+    """Whether the recipe asks for reasoning before the answer. Raises ValueError for an unknown recipe."""
     return "thinking_format" in component_names(recipe)
 
 
 def in_tags(recipe: str, text: str) -> bool:
-    """Whether all that the recipe asks for stands in its tags. Raises ValueError for an unknown recipe."""
+    """Whether the text has the tags that the recipe asks for. Raises ValueError for an unknown recipe."""
     return (thinking_format if thinks(recipe) else answer_format)(text) > 0
 
 
@@ -146,7 +146,7 @@ def thinking_format(text: str) -> float:
     Equal to a full match of ``<think>.*?</think>\\s*<answer>.*?</answer>`` (dot matches newline), without its
     backtracking.
     """
-    # No two of the four tags can share a character, so a joint anywhere lies between the outer two.
+    # No two of the four tags can share a character, so a match anywhere is between the outer two.
     return float(text.startswith("<think>") and text.endswith("</answer>") and _JOINT.search(text) is not None)
 
 
@@ -157,15 +157,15 @@ def answer_format(text: str) -> float:
 
 
 def non_repeat(text: str) -> float:
-    """1, or 0 when sentences already seen come up twice or more. A sentence is what stands between full stops."""
+    """0 when two or more sentences repeat earlier ones, else 1. Sentences are split at full stops."""
     sentences = [stripped for part in text.split(".") if (stripped := part.strip())]
     return float(len(sentences) - len(set(sentences)) < 2)
 
 
 def soft_segmentation_format(answer: dict[str, Any]) -> float:
-    """1 when a key with "bbox" holds four things and the first two of at least two others with "point" hold two.
+    """1 when a key with "bbox" holds four items and the first two of at least two others with "point" hold two each.
 
-    Things, because upstream asks for no more than a length: a text of four characters is a box to it.
+    Upstream only checks lengths: it takes a string of four characters for a box.
     """
     box_key, point_keys = answers.seg_zero_keys(answer)
     if box_key is None or len(point_keys) < 2:
@@ -202,8 +202,8 @@ def seg_zero_box_l1(box: Any, target: Sequence[float]) -> float:
 def seg_zero_point_l1(points: Sequence[Any], box: Any, targets: Sequence[Sequence[float]]) -> float:
     """Mean Euclidean distance of two points to the targets in the better pairing, in pixels.
 
-    Infinite unless both points, cast to int, lie in ``box``, the predicted one, edges included. Upstream's cast also
-    reads text ("30" is 30) and ignores what follows the first two entries.
+    Infinite unless both points, cast to int, are inside the predicted ``box``, edges included. Upstream's cast also
+    reads text ("30" is 30) and ignores entries after the first two.
     """
     first, second = (_whole(point) for point in points)
     if first is None or second is None or not _is_numbers(box, 4):
@@ -216,9 +216,9 @@ def seg_zero_point_l1(points: Sequence[Any], box: Any, targets: Sequence[Sequenc
 
 
 def list_segmentation_format(answer: Any) -> float:
-    """VisionReasoner's: mean over items of [bbox_2d is a list of 4] + [point_2d is a list of 2], up to 2.
+    """VisionReasoner's format: mean over items of [bbox_2d is a list of 4] + [point_2d is a list of 2], up to 2.
 
-    Upstream gives up at the first item that raises; the items before it keep their share of the whole.
+    Upstream stops at the first item that raises; the items before it still count towards the mean over all.
     """
     if not isinstance(answer, list) or not answer:
         return 0.0
@@ -233,11 +233,11 @@ def list_segmentation_format(answer: Any) -> float:
 
 
 def accuracy(answer: Any, targets: Sequence[Located]) -> float:
-    """VisionReasoner's: 3 points a matched object, under the best matching, over the larger number of objects.
+    """VisionReasoner's accuracy: up to 3 points per object under the best matching, over the larger number of objects.
 
     A pair earns [IoU > 0.5] + [mean absolute box difference < 10 px] + [point distance < 30 px, the predicted point
-    inside its own predicted box]. Each side is cut to 120 objects. 0 when either side has none (also when both have:
-    upstream's arrays of nothing raise), and when any item lacks a box or a point of numbers.
+    inside its own predicted box]. Each side is truncated to 120 objects. 0 when either side has none (also when both
+    have none: upstream's empty arrays raise), and when any item lacks a box or a point of numbers.
     """
     predicted = _arrays(answer)
     if predicted is None or not targets:
@@ -251,7 +251,7 @@ def accuracy(answer: Any, targets: Sequence[Located]) -> float:
         inside_m2 = (points_m2 >= boxes_m4[:, :2]) & (points_m2 <= boxes_m4[:, 2:])
         point_mn = (distance_mn < 30) & inside_m2.all(axis=1, keepdims=True)
         earned_mn = (_iou(boxes_m4, boxes_n4) > 0.5).astype(float) + near_mn + point_mn
-    # Here: it takes a second to import, which pages and all that only read answers need not wait for.
+    # Imported here: it takes a second, which pages and code that only reads answers need not wait for.
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(earned_mn, maximize=True)
@@ -307,7 +307,7 @@ def _whole(point: Any) -> tuple[int, int] | None:
 
 
 def _distance(point: tuple[int, int], target: Sequence[float]) -> float:
-    # Far beyond any picture, and some such integers are beyond any float.
+    # Far outside any image, and some such integers overflow a float.
     if not all(-1e9 < v < 1e9 for v in point):
         return math.inf
     dx, dy = point[0] - target[0], point[1] - target[1]
@@ -317,7 +317,7 @@ def _distance(point: tuple[int, int], target: Sequence[float]) -> float:
 def _measure_seg_zero(
     text: str, targets: Sequence[Located], *, strict: bool = False, graded: bool = False, thinking: bool = True
 ) -> dict[str, float]:
-    """``graded`` is the paper's soft accuracy, of which there is no released code: values in place of thresholds."""
+    """``graded`` is the paper's soft accuracy, which has no released code: values instead of thresholds."""
     target_box, target_points = _single(targets)
     answer = answers.first_braces(text) or {}
     if strict:
@@ -327,7 +327,7 @@ def _measure_seg_zero(
         found = soft_segmentation_format(answer)
         box_key, _ = answers.seg_zero_keys(answer)
         box = None if box_key is None else answer[box_key]
-        # Not the format's keys: here the name must hold "points", and the box's own key may be one.
+        # Unlike in the format check, the key must contain "points" here, and it may be the box's own key.
         points = [value for key, value in answer.items() if "points" in key.lower()][:2]
     iou, box_l1 = seg_zero_box_iou(box, target_box), seg_zero_box_l1(box, target_box)
     point_l1 = seg_zero_point_l1(points, box, target_points) if len(points) == 2 else math.inf
@@ -340,7 +340,7 @@ def _measure_seg_zero(
 
 
 def _share(value: float) -> float:
-    """The value cut to [0, 1]; 0 for NaN, which boxes of NaN and of infinite sides give."""
+    """The value clipped to [0, 1]; 0 for NaN, which boxes with NaN or infinite sides give."""
     return 0.0 if math.isnan(value) else min(max(0.0, value), 1.0)
 
 
@@ -362,7 +362,7 @@ def _measure_sam_r1(text: str, targets: Sequence[Located]) -> dict[str, float]:
 
 
 def _single(targets: Sequence[Located]) -> Located:
-    """The one target of Seg-Zero's rewards; a single target point stands for both."""
+    """The one target of Seg-Zero's rewards; a single target point is used twice."""
     if len(targets) != 1:
         raise ValueError(f"solution: Seg-Zero's recipes compare with exactly one object, got {len(targets)}")
     box, points = targets[0]

@@ -1,4 +1,4 @@
-"""A run's directory: opened for one run only, what of it is done, and which of its steps was best."""
+"""A run's directory: opening it for one run only, finding what is already done, and which step was best."""
 
 import difflib
 import sys
@@ -28,9 +28,9 @@ class Beginning(NamedTuple):
     """How a run begins.
 
     Attributes:
-      step: steps done before it; the checkpoint of that step is restored, None is a run from the start.
-      done: no step and no evaluation is left.
-      saved: steps that had checkpoints by then.
+      step: steps already done; the checkpoint of that step is restored. None starts from scratch.
+      done: whether no step and no evaluation is left.
+      saved: steps that had checkpoints at that time.
     """
 
     step: int | None
@@ -39,19 +39,19 @@ class Beginning(NamedTuple):
 
 
 def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
-    """Whether there is something to go on with in the run's directories; changes nothing.
+    """How the run would begin, given what is in its directories; changes nothing.
 
-    A run that was cut off goes on from its newest intact checkpoint, or from the start where it had none yet.
+    An interrupted run resumes from its newest intact checkpoint, or starts over if it had none yet.
 
     Args:
-      resume: there has to be a checkpoint.
+      resume: whether a checkpoint is required.
 
     Returns:
-      How the run begins, and a line for each damaged checkpoint that is passed over.
+      How the run begins, and a line for each damaged checkpoint that is skipped.
 
     Raises:
-      ConfigError: the directory is none of this machine's, holds another run, or no checkpoint to resume from.
-      CheckpointError: its checkpoints are all damaged, or another run's.
+      ConfigError: the directory is not on this machine, holds another run, or has no checkpoint to resume from.
+      CheckpointError: its checkpoints are all damaged, or belong to another run.
     """
     run_dir = run_directory(config)
     directory = checkpoint_directory(config)
@@ -69,21 +69,21 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
 
 
 def run_directory(config: Config) -> Path:
-    """Where a run's files are, on this machine's disk. Raises ConfigError for a URL."""
+    """The directory of a run's files, on this machine's disk. Raises ConfigError for a URL."""
     return local_path(config.run.dir, "run.dir", "run.checkpoint_dir is what may lie in a bucket")
 
 
 def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
-    """How a run begins on all its hosts, which share what they go on from and have one place for checkpoints.
+    """How a run begins on all its hosts, which must resume from the same checkpoint and share checkpoint storage.
 
     Raises:
-      ConfigError: hosts see different checkpoints, or not what the first one writes there; or as ``check_keep_best``
-        and ``look`` do.
-      CheckpointError: as ``look`` does.
-      StorageError: a host cannot write where checkpoints go.
+      ConfigError: hosts see different checkpoints, or not what host 0 writes there; or as in ``check_keep_best`` and
+        ``look``.
+      CheckpointError: as in ``look``.
+      StorageError: a host cannot write to the checkpoint directory.
     """
     check_keep_best(config)
-    run_directory(config)  # Before checkpoints are looked for in it.
+    run_directory(config)  # Refuses a URL before checkpoints are looked for in it.
     saved = tuple(complete_steps(checkpoint_directory(config)))
     beginning, passed_over = look(config, resume)
     seen = pod.exchange("the newest checkpoint", str(beginning.step))
@@ -98,13 +98,13 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
             write_line(sys.stderr, line)
     done = pod.from_first("what is left to do", lambda: beginning.done)
     if not done:
-        # At a first start none has a checkpoint, whatever they share.
+        # On a first start no host sees a checkpoint, whether or not they share storage.
         check_shared(checkpoint_directory(config), pod)
     return Beginning(beginning.step, done, saved)
 
 
 def _check_nothing_there(config: Config, run_dir: Path, directory: epath.Path) -> None:
-    """Where there is no checkpoint: whether that is how it should be, so that the run may begin."""
+    """Checks, where there is no checkpoint, that none should be there, so that the run may begin."""
     refuse_unfinished(directory)
     _refuse_another_run(config, run_dir)
     _refuse_lost_checkpoints(run_dir, directory)
@@ -112,13 +112,13 @@ def _check_nothing_there(config: Config, run_dir: Path, directory: epath.Path) -
 
 
 def _check_run_dir(config: Config, run_dir: Path) -> None:
-    """Where there are checkpoints: whether the run's other files are its own, as far as they are there."""
+    """Checks, where there are checkpoints, that the run's other files, if present, belong to it."""
     if (run_dir / "config.yaml").exists():
         _refuse_another_run(config, run_dir)
 
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:
-    """A directory with metrics but no checkpoint is begun anew only by the run that left it."""
+    """Refuses a directory whose metrics are from a different configuration or lack their config.yaml."""
     if not (run_dir / "metrics.jsonl").exists():
         return
     earlier = run_dir / "config.yaml"
@@ -132,7 +132,7 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
 
 
 def _refuse_lost_checkpoints(run_dir: Path, directory: epath.Path) -> None:
-    """A run whose checkpoints are not where they should be is not begun anew over what it has written."""
+    """Refuses to start a run over its own metrics when its checkpoints are not where they should be."""
     if not (run_dir / "metrics.jsonl").exists():
         return
     earlier = configs.load(run_dir / "config.yaml")
@@ -143,7 +143,7 @@ def _refuse_lost_checkpoints(run_dir: Path, directory: epath.Path) -> None:
             f"step {steps[-1]}; go on with that place, bring them here, or choose another run.dir"
         )
     rows = jsonl.read(run_dir / "metrics.jsonl")
-    # A save has begun behind its step's line, and the one before it is whole by then.
+    # A save begins after its step's line is written, and the save before it is complete by then.
     begun = [row["step"] for row in rows[:-1] if checkpoint_due(earlier, row["step"])]
     if len(begun) > 1 and not any(row.get("checkpoint/failed") for row in rows):
         raise ConfigError(
@@ -153,12 +153,12 @@ def _refuse_lost_checkpoints(run_dir: Path, directory: epath.Path) -> None:
 
 
 def check_same_run(config: Config) -> None:
-    """Raises where the run's directories hold another run, as ``look`` does, but reads no arrays.
+    """Checks, like ``look``, that the run's directories do not hold another run, but reads no arrays.
 
     Raises:
-      ConfigError: ``run.dir`` holds another run, or one whose checkpoints are gone; or as ``look`` does.
-      JsonLinesError: what the run has written is damaged.
-      CheckpointError: the checkpoints are another run's, or a part of one.
+      ConfigError: ``run.dir`` holds another run, or one whose checkpoints are gone; or as in ``look``.
+      JsonLinesError: a file of the run is damaged.
+      CheckpointError: the checkpoints belong to another run, or are incomplete.
     """
     directory = checkpoint_directory(config)
     run_dir = run_directory(config)
@@ -166,7 +166,7 @@ def check_same_run(config: Config) -> None:
         _check_nothing_there(config, run_dir, directory)
         return
     with Checkpoints(directory, read_only=True) as checkpoints:
-        # Of a damaged one a start says so, and goes on from the one before.
+        # A start reports a damaged checkpoint and resumes from the one before.
         whole = [step for step in checkpoints.steps if not checkpoints.damage(step, ["run"])]
         if whole:
             checkpoints.check_config(whole[-1], config)
@@ -174,7 +174,7 @@ def check_same_run(config: Config) -> None:
 
 
 def missing_splits(config: Config, run_dir: Path, step: int) -> list[str]:
-    """The held-out splits that are still to be evaluated after ``step`` steps, if any are."""
+    """The held-out splits still to be evaluated after ``step`` steps."""
     if not evaluation_due(config, step):
         return []
     file = run_dir / "evaluations.jsonl"
@@ -183,7 +183,7 @@ def missing_splits(config: Config, run_dir: Path, step: int) -> list[str]:
 
 
 def split_label(name: str) -> str:
-    """A held-out split as metrics and files name it: "ReasonSeg/val" would be a folder."""
+    """The name of a held-out split in metrics and file names, where "ReasonSeg/val" would be a folder."""
     return name.replace("/", "-")
 
 
@@ -215,14 +215,14 @@ def score(config: Config, run_dir: Path, step: int) -> float | None:
 
 
 def _best_evaluation(config: Config) -> tuple[str, str, str] | None:
-    """Split, mode and number, where ``train.keep_best`` names those of an evaluation."""
+    """The split, mode and number in ``train.keep_best``; None if it does not name an evaluation."""
     parts = config.train.keep_best.rsplit("/", 2)
     label = split_label(parts[0])
     return (label, parts[1], parts[2]) if len(parts) == 3 and label in _labels(config) else None
 
 
 def check_keep_best(config: Config) -> None:
-    """Raises ConfigError where ``train.keep_best`` names nothing that the run will measure: nothing would be kept."""
+    """Raises ConfigError if the run will not measure ``train.keep_best``: no best checkpoint would be kept."""
     name, known = config.train.keep_best, _scores(config)
     if not name or name in known:
         return
@@ -240,7 +240,7 @@ def check_keep_best(config: Config) -> None:
 
 
 def _check_best_is_chosen(config: Config) -> None:
-    """Raises ConfigError where a run that begins would measure its last step alone, which is kept anyway."""
+    """Raises ConfigError if a new run would only measure its last step, which is kept anyway."""
     if _best_evaluation(config) and not 0 < config.eval.every < config.train.steps:
         raise ConfigError(
             f"train.keep_best={config.train.keep_best}: is measured after the last step alone with eval.every="
@@ -249,7 +249,7 @@ def _check_best_is_chosen(config: Config) -> None:
 
 
 def _scores(config: Config) -> list[str]:
-    """All that ``train.keep_best`` can name; splits as ``data.eval_splits`` writes them and as files do."""
+    """Everything that ``train.keep_best`` can name, with splits as in ``data.eval_splits`` and as in file names."""
     splits = dict.fromkeys([*config.data.eval_splits, *_labels(config)])
     numbers = summary_names(scored=config.reward.server != "none")
     evaluated = [f"{split}/{mode}/{number}" for split in splits for mode in MODES for number in numbers]
@@ -258,12 +258,12 @@ def _scores(config: Config) -> list[str]:
 
 @contextmanager
 def held(config: Config, beginning: Beginning) -> Iterator[None]:
-    """Keeps the run directory for this process alone, as long as it trains.
+    """Locks the run directory for this process while it trains.
 
     Raises:
-      ConfigError: it cannot be made, or written to.
-      FolderHeld: another process of this machine, or of one that shares the disk, trains there.
-      StorageError: one has, between this process's ``begin`` and now; the same command begins with what it left.
+      ConfigError: it cannot be created or written to.
+      FolderHeld: another process, on this machine or one that shares the disk, trains there.
+      StorageError: another process trained there between ``begin`` and now; the same command resumes from its work.
     """
     run_dir = run_directory(config)
     with ExitStack() as stack:
@@ -286,7 +286,7 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
 def open_run(config: Config) -> Path:
     """Makes the run directory and writes ``config.yaml``.
 
-    Over an earlier start's only once its lines that go are gone: what they say of saves goes by that configuration.
+    Overwrite an earlier start's only after truncating its lines: that configuration tells which of them had a save.
     """
     run_dir = run_directory(config)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -295,10 +295,10 @@ def open_run(config: Config) -> Path:
 
 
 def complete(config: Config, beginning: Beginning, pod: Pod, say: Callable[[str], None]) -> None:
-    """Of a run that is done: says so, and adds what its directory here lacks and the last checkpoint has.
+    """Reports that a run is done, and adds what its directory here lacks and the last checkpoint has.
 
-    On a machine that did not make the run, that is the configuration and the last lines. Raises FolderHeld where
-    another process trains there, for more steps.
+    On a machine that did not make the run, that is the configuration and the last lines. Raises FolderHeld if another
+    process trains there, for more steps.
     """
     step, directory = beginning.step, checkpoint_directory(config)
     assert step is not None, "a run that is done has a checkpoint"
@@ -314,13 +314,13 @@ def complete(config: Config, beginning: Beginning, pod: Pod, say: Callable[[str]
             open_run(config)
         with MetricsWriter(run_dir, steps, show_progress=False) as writer:
             if writer.add_missing(lines):
-                # For TensorBoard's files, which are made anew; there is nothing to forget.
+                # Only rebuilds TensorBoard's files; there is nothing to truncate.
                 writer.truncate_after(max(step, writer.last_step or 0))
             say_missing(writer, step, say)
 
 
 def say_missing(writer: MetricsWriter, step: int, say: Callable[[str], None]) -> None:
-    """Says how many steps up to ``step`` have no line in ``metrics.jsonl``, if any: those that a lost disk had."""
+    """Reports how many steps up to ``step`` have no line in ``metrics.jsonl``, if any: a lost disk had them."""
     missing = len(set(range(1, step + 1)) - {row["step"] for row in writer.steps()})
     if missing:
         say(f"metrics.jsonl lacks the lines of {missing} steps up to {step}")

@@ -1,4 +1,4 @@
-"""SAM 2 for whoever asks a policy outside of training: which server, what it is shown, what it makes of an answer."""
+"""SAM 2 for using a policy outside of training: choosing a server, encoding images for it, and requesting masks."""
 
 import contextlib
 import io
@@ -24,21 +24,21 @@ from segzero_jax.types import Frame, ObjectPrompt, RleMask
 STARTUP_S = 600.0
 _ANSWER_S = 300.0
 _HELLO_S = 15.0
-# MPO: a JPEG with further pictures behind it, such as a depth or a brightness map; so telephones store photographs.
+# MPO: a JPEG followed by further images, such as a depth or a brightness map; phones store photographs this way.
 _PHOTOGRAPHS = ("JPEG", "MPO")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What SAM 2 made of an answer.
+    """SAM 2's result for an answer.
 
     Attributes:
-      mask: of the picture's size; empty for an answer without objects, None where nobody made one.
+      mask: mask of the image's size; empty for an answer without objects, None if none was made.
       model_score: SAM 2's own estimate of the IoU; 0 without objects or mask.
-      model: who made it; empty without.
+      model: the SAM 2 that was asked; empty if none was.
       error: why an answer with objects has no mask.
-      seen: the size at which SAM 2 saw the picture: its own, or less where its server takes no larger ones. None where
-        it was not asked.
+      seen: the size at which SAM 2 saw the image: its own, or smaller if its server accepts no larger ones. None if it
+        was not asked.
     """
 
     mask: RleMask | None
@@ -49,7 +49,7 @@ class Found:
 
 
 def greet(server: str, access: Access) -> None:
-    """Raises RewardServerError unless a server that runs elsewhere is there: before anybody waits for a policy."""
+    """Raises RewardServerError if a server that runs elsewhere is not reachable; call it before loading a policy."""
     if server not in ("local", "none"):
         with RewardClient(server, _HELLO_S, access=access) as hello:
             hello.info()
@@ -63,14 +63,14 @@ def connected(
     say: Callable[[str], None],
     advice: str = "try again, a smaller --sam, or --server=none for an answer without a mask",
 ) -> Iterator[RewardClient]:
-    """A client of the server that ``--server`` means, "local" or addresses, once it, or one of several, serves.
+    """A client of the server given by ``--server``, "local" or addresses, once it, or one of several, serves.
 
-    A local one is started and stopped; its log is kept if it fails.
+    A local server is started and stopped; its log is kept if it fails.
 
     Args:
-      sam: what a local server loads.
-      say: is told whom this waits for.
-      advice: what the user can do if a local one dies.
+      sam: the SAM 2 that a local server loads.
+      say: is told which servers this waits for.
+      advice: what the user can do if a local server dies.
     """
     local = server == "local"
     with contextlib.ExitStack() as stack:
@@ -88,13 +88,13 @@ def connected(
 
 
 class Segmenter:
-    """Asks the server that ``--server`` means, which is connected to, or started, when it is first needed.
+    """Asks the server given by ``--server``, which is connected to, or started, when it is first needed.
 
-    A local one that has died is started again for the next answer. Use it as a context manager.
+    A local server that has died is restarted for the next answer. Use it as a context manager.
     """
 
     def __init__(self, server: str, access: Access, sam: Callable[[], str], say: Callable[[str], None]) -> None:
-        """Nothing is started yet; ``sam`` says what a local server loads, ``say`` whom this waits for."""
+        """Starts nothing yet; ``sam`` returns what a local server loads, ``say`` is told which servers this waits for."""
         self._server, self._access, self._sam, self._say = server, access, sam, say
         self._stack = contextlib.ExitStack()
         self._client: RewardClient | None = None
@@ -108,11 +108,11 @@ class Segmenter:
 
     @property
     def makes_masks(self) -> bool:
-        """Whether anybody is asked for masks at all."""
+        """Whether masks are requested at all."""
         return self._server != "none"
 
     def __call__(self, name: str, stored: bytes, upright: Image.Image, objects: tuple[ObjectPrompt, ...]) -> Found:
-        """The mask for an answer's objects, in pixels of the upright picture; ``segment`` has the errors."""
+        """The mask for an answer's objects, in pixels of the upright image. Raises as ``segment`` does."""
         if not self.makes_masks:
             return Found(None)
         if self._client is None:
@@ -127,18 +127,18 @@ class Segmenter:
 
 
 def as_seen(data: bytes, upright: Image.Image, most_bytes: int, most_pixels: int) -> tuple[bytes, Frame] | None:
-    """The picture for the server, which takes pictures as stored and drops transparency, and its size there.
+    """The image for the server, which reads images as stored and drops transparency, and its size there.
 
-    Where that is not what the policy sees (a rotation in the EXIF data, transparent or 16-bit pixels), or is too large
-    for the server, the picture is encoded anew as it is seen: a JPEG as JPEG, as is what is too large as PNG, scaled
-    down where it has to be.
+    If that is not what the policy sees (a rotation in the EXIF data, transparent or 16-bit pixels), or is too large for
+    the server, the image is re-encoded as the policy sees it: as PNG, or as JPEG if it was one or is too large as PNG,
+    and scaled down if necessary.
 
     Returns:
-      None where the server's limits leave no room for any picture.
+      The encoded image and its size, or None if the server's limits leave no room for any image.
     """
     stored, frame = Image.open(io.BytesIO(data)), Frame(*upright.size)
     if len(data) <= most_bytes and frame.width * frame.height <= most_pixels:
-        # Where the server's way of reading it fails, it is not as seen.
+        # If reading it as the server does fails, the policy does not see it as stored.
         with contextlib.suppress(*UNDECODABLE):
             pixels = stored.convert("RGB")
             if pixels.size == upright.size and pixels.tobytes() == upright.tobytes():
@@ -152,13 +152,13 @@ def as_seen(data: bytes, upright: Image.Image, most_bytes: int, most_pixels: int
         image = written(upright if size == upright.size else upright.resize(size, Image.Resampling.LANCZOS), lossy)
         if len(image) <= most_bytes:
             return image, frame
-        if lossy:  # a file's size goes about with its pixels; a tenth less makes up for the "about"
+        if lossy:  # file size is roughly proportional to pixels; a tenth less makes up for the "roughly"
             room = 0.9 * frame.width * frame.height * most_bytes / len(image)
         lossy = True
 
 
 def _within(frame: Frame, most: float) -> Frame:
-    """The size brought down to at most so many pixels, or to a single one; its shape stays as far as that goes."""
+    """The size scaled down to at most ``most`` pixels, but at least one; keeps the aspect ratio as far as possible."""
     while 1 < (pixels := frame.width * frame.height) > most:
         shrink = math.sqrt(most / pixels)
         frame = Frame(max(1, int(frame.width * shrink)), max(1, int(frame.height * shrink)))
@@ -166,24 +166,24 @@ def _within(frame: Frame, most: float) -> Frame:
 
 
 def encode_mask(mask: np.ndarray) -> RleMask:
-    """A bool ``[height, width]`` mask as run lengths."""
+    """The run-length encoding of a bool ``[height, width]`` mask."""
     return RleMask(mask.shape[0], mask.shape[1], encode_counts(mask))
 
 
 def segment(
     client: RewardClient, name: str, stored: bytes, upright: Image.Image, objects: tuple[ObjectPrompt, ...]
 ) -> Found:
-    """SAM 2's mask for an answer's objects, in pixels of the upright picture, however large that is.
+    """SAM 2's mask for an answer's objects, in pixels of the upright image, however large that is.
 
     Args:
-      client: of a server that serves, or of several.
-      name: of the picture, for messages.
-      stored: its file; ``upright`` is what the policy sees of it.
-      objects: in pixels of ``upright``.
+      client: client of one or several serving servers.
+      name: name of the image, for messages.
+      stored: the image file; ``upright`` is what the policy sees of it.
+      objects: the objects, in pixels of ``upright``.
 
     Raises:
       RewardServiceAway: no server serves now, or it took too long.
-      RewardServerError: it speaks another version, answers nonsense, or takes no picture of any size.
+      RewardServerError: the server speaks another version, answers nonsense, or accepts no image of any size.
     """
     info, frame = client.info(loaded=True), Frame(*upright.size)
     fitting = as_seen(stored, upright, info.max_image_bytes, info.max_image_pixels)
@@ -193,7 +193,7 @@ def segment(
             f"{info.max_image_bytes} bytes, expected room for a picture"
         )
     image, seen = fitting
-    # The server itself brings coordinates from the frame that they are in to the pixels of what it is shown.
+    # The server itself converts coordinates from their frame to pixels of the image it is sent.
     (answer,) = client.segment(image, frame, [objects], id="infer")
     if answer.error:
         return Found(None, model=info.model, error=answer.error, seen=seen)

@@ -1,4 +1,4 @@
-"""What flows through a training step, field by field: name, dtype, shape.
+"""The data that flows through a training step: name, dtype and shape of each field.
 
 Shape letters, used in names and einsums everywhere:
 
@@ -8,7 +8,7 @@ Shape letters, used in names and einsums everywhere:
  p    prompt tokens, right-padded
  r    response tokens, right-padded
  i    images per prompt
- s    patch slots per image, in window order, in runs as large as a whole window
+ s    patch slots per image, in window order, in runs the size of a full window
  d    model width
  n, k query heads, key-value heads; q: the query heads of one key-value head
  h    head width; a: rotation angles, half as many
@@ -17,7 +17,7 @@ Shape letters, used in names and einsums everywhere:
  l    layers
  t    tokens or patches of a stream, prompt then responses
  u    merged units of an image, in window order; w: windows
- c    numbers of a patch
+ c    values of a patch
  z    chunks of a stream
  m    several leading axes as one: images of all prompts, tokens of a chunk
 ====  =====================================================================
@@ -36,7 +36,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Frame:
-    """A pixel coordinate system: the width and height of the picture that coordinates refer to."""
+    """A pixel coordinate system: the width and height of the image that coordinates refer to."""
 
     width: int
     height: int
@@ -44,7 +44,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class ObjectPrompt:
-    """One object as SAM 2 is asked for it: a box (x1, y1, x2, y2) and points inside it, in pixels of some Frame."""
+    """One object as a SAM 2 prompt: a box (x1, y1, x2, y2) and points inside it, in pixels of some Frame."""
 
     box: Box
     points: tuple[Point, ...]
@@ -65,16 +65,15 @@ class Example:
 
     Attributes:
       id: stable and unique within the split; every log and error names it.
-      image: the encoded picture (PNG, JPEG or WebP), as stored: it travels to the reward server unchanged.
-      frame: width and height of the stored picture.
-      question: what to look for, as the data set has it.
+      image: the encoded image (PNG, JPEG or WebP), as stored: it is sent to the reward server unchanged.
+      frame: width and height of the stored image.
+      question: what to look for, as worded in the data set.
       objects: the target boxes and points; empty for a question without a target.
       mask: the target mask, all zero for a question without a target; None where the data set has no masks.
-      ignore: pixels that count in no mask, of a reward or an evaluation; None for none.
-      image_id: the picture in the names of its source, such as "coco:391895": the same picture has the same one in
-        every data set that knows it by name.
-      instance_id: what is asked for: questions with the same one are different expressions for the same thing.
-      data_set: the name of the one that it is from.
+      ignore: pixels excluded from every mask, in rewards and evaluations; None if there are none.
+      image_id: the image's name in its source, such as "coco:391895": the same in every data set that knows its name.
+      instance_id: the target of the question: questions that share it are different expressions for the same thing.
+      data_set: name of the data set it is from.
     """
 
     id: str
@@ -93,7 +92,7 @@ class Lengths(NamedTuple):
     """Token counts and stop reasons of sampled responses.
 
     Attributes:
-      length_bg: int, how many tokens each has, the one that ends it included.
+      length_bg: int, tokens of each response, including the one that ends it.
       finished_bg: bool, whether it ended by itself rather than at ``rollout.max_response_tokens``.
     """
 
@@ -113,9 +112,9 @@ class PromptBatch(NamedTuple):
         ``I * S / merge**2`` merged embeddings (window order, images one after another); -1 for text.
       patches_bisc: float32 normalised pixels, ``c = channels * temporal_patch * patch**2``.
       patch_hw_bis2: int32 row and column of each patch in its image.
-      patch_valid_bis: bool, False for the slots that fill up runs of partial windows and absent images.
-      embedded_bud: the images' merged embeddings where they are computed already, ``u = I * S / merge**2``; there
-        are no patches then, ``I`` is 0 in their arrays.
+      patch_valid_bis: bool, False for empty slots in runs of partial windows and for absent images.
+      embedded_bud: the images' merged embeddings if they are computed already, ``u = I * S / merge**2``; the patch
+        arrays are then empty, with ``I`` = 0.
     """
 
     tokens_bp: Array
@@ -133,7 +132,7 @@ class Rollout(NamedTuple):
     """Sampled responses.
 
     Attributes:
-      tokens_bgr: int32 ids; past ``length_bg`` the pad id.
+      tokens_bgr: int32 ids; the pad id beyond ``length_bg``.
       length_bg: int32, tokens up to and including the end of turn.
       logps_bgr: float32 log-probabilities under the distribution at temperature, before top-p and top-k; 0 in padding.
       finished_bg: bool, True when the response ended by itself rather than at the length limit.

@@ -23,46 +23,46 @@ from segzero_jax.step_phases import BESIDE
 from segzero_jax.terminal import write_line
 from segzero_jax.time_account import CompileClock, PhaseTimer, TimeAccount
 
-# Exit codes: no update of too many steps in a row was finite; a phase took longer than watch.kill_after_s.
+# Exit codes: too many steps in a row without a finite update; a phase that took longer than watch.kill_after_s.
 DIVERGED, HUNG = 5, 6
 _TIMES_USUAL = 10
 _ENOUGH_STEPS = 3
 _LEAST_S = 5.0
 _LOOK_S = 1.0
 _NOTE_S = 10.0
-# Has its own messages and its own end, see Patience.
+# The phase with its own messages and time limit, see Patience.
 _PATIENT = "reward_wait"
 
 Row = Mapping[str, Any]
 
 
 class Diverged(RuntimeError):
-    """No update of too many steps in a row was finite; the message names the last good checkpoint."""
+    """Too many steps in a row had no finite update; the message names the last good checkpoint."""
 
 
 class FiniteWatch:
     """Counts steps whose updates were all skipped because loss or gradient was not finite."""
 
     def __init__(self, most: int) -> None:
-        """``most`` in a row end the run. The count starts anew with every process."""
+        """``most`` such steps in a row end the run. Every process counts from zero."""
         self._most = most
         self._first = 0
         self._count = 0
 
     def look(self, step: int, row: Row, checkpoints: Iterable[int], directory: str) -> str:
-        """One line when updates of the step were skipped, else empty.
+        """A line to print if updates of the step were skipped, else empty.
 
         Args:
-          row: its metrics; it counts as skipped when no update was finite, so that ``loss`` is None.
-          checkpoints: steps of the saved ones.
-          directory: where they are.
+          row: the step's metrics; the step counts as skipped when no update was finite, so that ``loss`` is None.
+          checkpoints: steps of the saved checkpoints.
+          directory: where the checkpoints are.
 
         Raises:
-          Diverged: it was one too many.
+          Diverged: it was one skipped step too many.
         """
         skipped = row.get("update/skipped")
         if skipped is None:
-            # A step without an update says nothing.
+            # A step without an update does not count either way.
             return ""
         if row["loss"] is not None:
             self._count = 0
@@ -71,7 +71,7 @@ class FiniteWatch:
         self._count += 1
         if self._count >= self._most:
             saved = sorted(checkpoints)
-            # Those of skipped steps hold the same weights.
+            # Checkpoints of skipped steps hold the same weights.
             good = [number for number in saved if number < self._first] or saved
             where = f"last good checkpoint: {directory}/{good[-1]}" if good else "there is no checkpoint yet"
             raise Diverged(
@@ -95,9 +95,9 @@ class CollapseWatch:
     def look(self, row: Row) -> dict[str, int]:
         """``alarm/<state>``: 1 where the state has held for ``watch.alarm_after`` steps, this one included, else 0.
 
-        Feed it every step in order, those before a restart too.
+        Call it for every step in order, including those before a restart.
         """
-        # What a step could not measure neither prolongs a state nor ends it.
+        # A metric that a step could not measure neither prolongs a state nor ends it.
         scored = row.get("reward/mean") is not None
         self._measured = {name for name, (key, *_) in _COLLAPSES.items() if scored and row.get(key) is not None}
         for name in self._measured:
@@ -114,7 +114,7 @@ class CollapseWatch:
         ]
 
 
-# Name: the metric it needs, whether it holds, how it is told.
+# State: the metric it needs, whether it holds, its message.
 _COLLAPSES: Mapping[str, tuple[str, Callable[[Row, WatchConfig], bool], str]] = {
     "empty_thinking": (
         "empty_thinking",
@@ -142,21 +142,21 @@ ALARMS = tuple(f"alarm/{name}" for name in _COLLAPSES)
 
 
 class HangWatch:
-    """A thread that says which phase hangs, while it hangs, and writes down where every thread is.
+    """A thread that reports a hanging phase, while it hangs, and dumps the stacks of all threads.
 
-    A phase hangs that takes ten times as long as a whole step usually does; an evaluation or a checkpoint, ten times
-    as long as those usually do. Usual is the median of this process; compilation counts for nothing, and a wait for
-    rewards has ``Patience``.
+    A phase hangs if it takes ten times as long as a whole step usually does; an evaluation or a checkpoint, ten times
+    as long as those usually do. The usual time is the median of this process; compilation does not count, and
+    ``Patience`` handles the wait for rewards.
 
     Args:
-      timer: knows the phase in progress.
+      timer: tracks the phase in progress.
       compiling: whether a program is being compiled now.
       stacks: a file that Python stacks are appended to.
-      say: says one line; called from the thread.
+      say: prints a line; called from the thread.
       kill_after_s: a phase that takes longer ends the process with exit code 6; 0 never does.
       note: called every ten seconds.
       end: ends the process.
-      step: the last one that is done.
+      step: the last finished step.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class HangWatch:
         self._thread.join()
 
     def finished(self, step: int, times: Mapping[str, float]) -> None:
-        """Learns from a step's ``time/*`` what is usual."""
+        """Updates the usual times with a step's ``time/*``."""
         self._step = step
         for name in ("step", "checkpoint", "evaluation"):
             if f"time/{name}" in times:
@@ -196,7 +196,7 @@ class HangWatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Says nothing, and ends nothing, meanwhile."""
+        """Reports nothing and ends nothing inside this context."""
         self._paused = True
         try:
             yield
@@ -204,7 +204,7 @@ class HangWatch:
             self._paused = False
 
     def look(self) -> None:
-        """Speaks, or acts, when the phase in progress has taken too long; again whenever that time has doubled."""
+        """Reports, or ends, a phase that has taken too long; reports again whenever that time has doubled."""
         phase, seconds = self._timer.running()
         if phase == _PATIENT or self._paused or self._compiling():
             return
@@ -233,7 +233,7 @@ class HangWatch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             where = f"where each thread is stands in {self._stacks}"
-        except OSError as error:  # A full disk: what hangs is told all the same.
+        except OSError as error:  # A full disk: the hang is reported all the same.
             where = f"where each thread is could not be written: {error}"
         self._say(f"{head}; {where}")
 
@@ -247,20 +247,20 @@ class HangWatch:
                     since_note = 0.0
                     self._note()
             except OSError as error:
-                # A full disk is the run's own trouble, told where it writes what matters.
+                # A full disk is reported where the run writes what matters.
                 write_line(sys.stderr, f"hang watch: {error}")
 
 
 class Watch:
-    """All of it for one run, as the train loop meets it. Use it as a context manager.
+    """All watches over one run, as the train loop uses them. Use it as a context manager.
 
     Args:
-      config: of the watches.
-      run_dir: gets ``clock.json`` from the first process, ``stacks-PROCESS.txt`` from each that hangs.
-      timer: started with the run; all that it has counted so far is start-up.
-      writer: has the steps that the run goes on from, and says what there is to say.
-      removed: rows of ``metrics.jsonl`` past them.
-      checkpoints: of the run; the last good one is named when updates fail.
+      config: thresholds of the watches.
+      run_dir: gets ``clock.json`` from process 0, ``stacks-PROCESS.txt`` from each process that hangs.
+      timer: started with the run; all time that it has counted so far is start-up.
+      writer: has the steps that the run resumes from, and prints messages.
+      removed: rows of ``metrics.jsonl`` past those steps.
+      checkpoints: the run's; the last good one is named when updates fail.
       profiler: traces some steps.
     """
 
@@ -305,44 +305,45 @@ class Watch:
         self._profiler.close()
         self._hang.__exit__()
         self._listening.__exit__(None, None, None)
-        # On a full disk, the error that ends the run is the one to be told.
+        # On a full disk, the error that ends the run is the one to report.
         with suppress(OSError):
             self._account.note(ended=self._done)
 
     def _say_here(self, line: str) -> None:
-        """A process tells what concerns it alone: where one of a job hangs, all wait, and only it knows where."""
+        """Prints a line about this process alone: when one of a job hangs, all wait, and only it knows where."""
         if jax.process_count() == 1:
             self._say(line)
         else:
             write_line(sys.stderr, f"process {jax.process_index()}: {line}")
 
     def begin(self, step: int) -> None:
-        """A step begins."""
+        """Marks the beginning of a step."""
         self._profiler.begin(step)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """A phase of a step, or of what is beside the steps."""
+        """Times a phase of a step, or one outside the steps."""
         return self._timer.phase(name)
 
     @contextmanager
     def last_save(self) -> Iterator[None]:
-        """The phase of the save that a run ends with. It waits for the disk, which no save before it has done.
+        """The phase of a run's last save, which waits for the disk, as no save before it does.
 
-        How long that takes nobody knows, and whoever ended it would lose what it saves: the next start would meet it.
+        The hang watch pauses: how long this takes is unknown, and ending it would lose the save; the next start would
+        only wait again.
         """
         with self._hang.paused(), self.phase("checkpoint"):
             yield
 
     def done(self) -> None:
-        """The run has made all its steps, and saved and evaluated what it should."""
+        """Marks that the run has finished all its steps, saves and evaluations."""
         self._done = True
 
     def line(self, step: int, row: Row, tokens: int) -> dict[str, float]:
-        """What a step's line also holds: ``alarm/*``, ``time/*`` and ``tokens_per_second``. Says what alarms are new.
+        """The rest of a step's line: ``alarm/*``, ``time/*`` and ``tokens_per_second``. Prints new alarms.
 
         Args:
           row: the step's other metrics.
-          tokens: how many the step worked on.
+          tokens: tokens that the step processed.
         """
         alarms = self._collapse.look(row)
         for line in self._collapse.onsets(step):
@@ -352,7 +353,7 @@ class Watch:
         return {**alarms, **times, "tokens_per_second": tokens / times["time/step"]}
 
     def check(self, step: int, row: Row) -> None:
-        """Says so when the update was skipped. Raises Diverged when it was one too many."""
+        """Reports a skipped update. Raises Diverged if it was one too many."""
         line = self._finite.look(step, row, self._checkpoints.steps, str(self._checkpoints.directory))
         if line:
             self._say(line)
