@@ -1,8 +1,8 @@
-"""A picture in, the patches that the vision tower reads out.
+"""Turns an image into the patches that the vision tower reads.
 
 Same pixels and windows as Hugging Face's (transformers 5.23: ``Qwen2VLImageProcessorPil`` and
-``get_vision_window_index``). What differs is the layout. Patches are stored in window order, in runs as large as a
-whole window, so that window attention is a reshape.
+``get_vision_window_index``). Only the layout differs: patches are stored in window order, in runs the size of a full
+window, so that window attention is a reshape.
 """
 
 import io
@@ -20,18 +20,18 @@ _MAX_PIXELS = 64_000_000
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read; the message is one line and names whose it is."""
+    """An image that cannot be read; the message is one line and names the example."""
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """How a checkpoint wants its pictures.
+    """The image format that a checkpoint expects.
 
     Attributes:
-      patch, temporal_patch: pixels along a patch's side, and how often a still picture's patch is repeated in time.
+      patch, temporal_patch: pixels along a patch's side, and how often a still image's patch is repeated in time.
       merge: patches along the side of a merged unit, which becomes one token.
       window_side: patches along the side of an attention window.
-      mean, std: per channel, of pixels in [0, 1].
+      mean, std: mean and standard deviation per channel, for pixels in [0, 1].
     """
 
     patch: int
@@ -43,18 +43,18 @@ class VisionSpec:
 
     @property
     def patch_width(self) -> int:
-        """Numbers in one patch: channels x temporal patch x height x width."""
+        """Values in one patch: channels x temporal patch x height x width."""
         return 3 * self.temporal_patch * self.patch**2
 
 
 @dataclass(frozen=True)
 class PatchedImage:
-    """One picture in window order: ``s`` slots, of which runs of partial windows leave some empty.
+    """One image in window order: ``s`` slots, some of them empty in runs of partial windows.
 
     Attributes:
       patches_sc: float32 normalised pixels, 0 in empty slots; ``c`` runs over channel, time, row, column.
       patch_hw_s2: int32 row and column of each patch, 0 in empty slots.
-      valid_s: bool.
+      valid_s: bool, False for empty slots.
       unit_k: int32, for the k-th merged unit in raster order, which is the k-th image token, its index among the
         ``s / merge**2`` merged slots.
       grid: rows and columns of patches.
@@ -71,7 +71,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """Decodes PNG, JPEG or WebP bytes to RGB, upright, transparency on white.
 
     Raises:
-      ImageError: no bytes, another format, too many pixels or broken data; it says whose picture by ``name``.
+      ImageError: no bytes, another format, too many pixels or broken data; the message starts with ``name``.
     """
     if not data:
         raise ImageError(f"{name}: no image, expected the bytes of a PNG, JPEG or WebP")
@@ -132,12 +132,12 @@ def _pixel_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray
 
 @lru_cache
 def window_order(rows: int, columns: int, merge: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each patch of a grid goes, all in patches: ``window`` a side, ``merge`` a side within.
+    """The slot of each patch of a grid. Sizes are in patches: ``window`` and ``merge`` are side lengths.
 
-    Slots come in runs, each as large as a whole window. Whole windows have one each; partial windows, at the right and
-    lower edges, share runs, the largest first, each in the first run with room. So runs attend by themselves, and a
-    patch sees those of its run that are of its window. Within a window, merged units are in raster order, and patches
-    within their unit, as in transformers' ``get_vision_window_index``.
+    Slots come in runs, each the size of a full window. Full windows have a run each; partial windows, at the right and
+    lower edges, share runs, the largest first, each in the first run with room. So attention stays within a run, and a
+    patch attends to those in its run that are in its window. Within a window, merged units are in raster order, and
+    patches within their unit, as in transformers' ``get_vision_window_index``.
 
     Returns:
       int32 [S], the raster index of the patch in each slot, -1 in empty ones; and int32 [K], the merged slot of each
@@ -165,5 +165,5 @@ def window_order(rows: int, columns: int, merge: int, window: int) -> tuple[np.n
     patches = np.arange(rows * columns, dtype=np.int32).reshape(down, merge, across, merge).transpose(0, 2, 1, 3)
     raster = np.where(unit_of_slot[:, None] < 0, -1, patches.reshape(grid.size, -1)[unit_of_slot]).reshape(-1)
     for array in (raster, slot_of_unit):
-        array.setflags(write=False)  # Cached: shared by every picture of this size.
+        array.setflags(write=False)  # Cached: shared by every image of this size.
     return raster, slot_of_unit

@@ -1,7 +1,7 @@
-"""What a run does while its reward service is away: says so, saves a checkpoint, and in the end gives up.
+"""Waiting while the reward service is away: the run reports that, saves a checkpoint, and finally gives up.
 
-Several hosts wait together. Each waits for its own scores, but every second or so they tell each other how it stands:
-a checkpoint is saved by all or none, and when one gives up all do.
+Several hosts wait together. Each waits for its own scores, but every second or so they exchange their state: a
+checkpoint is saved by all or none, and when one gives up all do.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ _NEXT_WORD_S = 60.0
 
 @dataclass(frozen=True)
 class _Word:
-    """How one host's wait stands.
+    """The state of one host's wait.
 
     Attributes:
-      line: for whoever watches.
-      save: it is time for a checkpoint.
-      gave_up: why the wait has failed; empty while it has not.
-      away: it failed because the service stayed away.
-      found: what the host waited for, None as long as it waits.
+      line: a line to print.
+      save: whether it is time for a checkpoint.
+      gave_up: why the wait failed; empty while it has not.
+      away: whether it failed because the service was unreachable.
+      found: what the host waited for; None while it waits.
     """
 
     line: str = ""
@@ -45,7 +45,7 @@ _WORD = TypeAdapter(_Word)
 
 
 class Patience:
-    """Goes with waits for scores, one after another. A context manager: what ends one in failure saves a checkpoint.
+    """Supervises successive waits for scores. A context manager: a failure that ends a wait saves a checkpoint.
 
     Silence is the time since the wait began or the last answer came: a service that is merely slow is never given up.
     """
@@ -61,17 +61,17 @@ class Patience:
         count: Callable[[float], None] = lambda seconds: None,
         advice: str = "--resume repeats this step once it is back",
     ) -> None:
-        """Nothing is waited for yet.
+        """Does not wait for anything yet.
 
         Args:
-          reward: ``checkpoint_after_s`` and ``patience_s`` count.
-          say: says a line to whoever watches.
-          save: writes what a resumed run needs to repeat this wait; returns whether it is on the disk.
-          check: is called every second, of several hosts by all alike, and raises to end the wait for another reason.
+          reward: provides ``checkpoint_after_s`` and ``patience_s``.
+          say: prints a line.
+          save: writes what a resumed run needs to repeat this wait; returns whether it is on disk.
+          check: called every second, by all of several hosts together; raises to end the wait for another reason.
           pod: the hosts that wait together.
-          clock: seconds.
-          count: is told of all seconds that passed in silence, here or on another host, as they pass.
-          advice: what the user can do after the end of all patience.
+          clock: returns seconds.
+          count: is told of all seconds that pass in silence, here or on another host, as they pass.
+          advice: what the user can do after the run has given up.
         """
         self._reward = reward
         self._say = say
@@ -99,11 +99,11 @@ class Patience:
                 self._agree(_Word(save=True, gave_up=str(error), away=isinstance(error, RewardServiceAway)))
 
     def begin(self) -> None:
-        """Another wait begins: what came before it was no silence."""
+        """Begins another wait: the time before it does not count as silence."""
         self._since = self._spoke_s = None
 
     def heard(self) -> None:
-        """An answer came."""
+        """Records that an answer came."""
         if self._pod.count == 1:
             self._check()
         if self._since is not None and self._spoke_s is not None:
@@ -111,13 +111,13 @@ class Patience:
         self._since = self._spoke_s = None
 
     def silent(self, why: Callable[[], str]) -> None:
-        """No answer; to be called every second or so.
+        """Records that no answer came; to be called every second or so.
 
         Args:
-          why: finds out, which may take seconds, how the servers are.
+          why: returns the state of the servers, which may take seconds to find out.
 
         Raises:
-          RewardServiceAway: it has been too long.
+          RewardServiceAway: the silence has lasted too long.
         """
         if self._pod.count == 1:
             self._check()
@@ -138,11 +138,11 @@ class Patience:
         self._agree(_Word(line=line, save=save, gave_up=gave_up))
 
     def finish(self, found: str) -> list[str]:
-        """What every host has found, once all have; to be called by a host that has all its scores.
+        """Every host's result, once all have one; to be called by a host that has all its scores.
 
         Raises:
           RewardServerError: another host cannot get its scores.
-          RewardServiceAway: it has waited for too long.
+          RewardServiceAway: another host has waited for too long.
         """
         while True:
             began = self._clock()
@@ -153,7 +153,7 @@ class Patience:
             self._count(self._clock() - began)
 
     def _agree(self, word: _Word) -> list[_Word]:
-        """Tells the other hosts and does what any of them asks for. Raises what the first to give up raises."""
+        """Tells the other hosts and does what any of them asks for. Raises the error of the first that gave up."""
         said = self._pod.exchange("scores", _WORD.dump_json(word).decode())
         words = [_WORD.validate_json(text) for text in said]
         if self._pod.count > 1:

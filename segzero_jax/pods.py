@@ -151,7 +151,7 @@ class Pod:
         return code
 
     def await_blame(self, error: BaseException) -> None:
-        """Waits a while if ``error`` looks like the end of another host; if that is confirmed, this process ends too."""
+        """Waits a while if ``error`` looks like the end of another host; if confirmed, this process ends with it."""
         if self.count > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
             self._await_verdict()
 

@@ -1,4 +1,4 @@
-"""The connection to reward servers: addresses, encryption, what gRPC does by itself, its failures in plain words."""
+"""The connection to reward servers: addresses, encryption, gRPC's own behaviour, and its failures in plain words."""
 
 import json
 import re
@@ -15,38 +15,38 @@ from reward_server import reward_pb2
 from segzero_jax.config import RewardConfig
 
 SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
-# The largest message either way; the server has the same limit.
+# The largest message in either direction; the server has the same limit.
 MESSAGE_BYTES = 32 * 2**20
 
 # A name, an IPv4 address or an IPv6 address in brackets, and a port.
 _ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})")
 _PREAMBLE = re.compile(r"^.*last error: (?:[A-Z_]+: )?(?:ipv[46]:\S+ )?")
-# gRPC's words for two sides that do not agree. A connection cut in the middle is a "Handshake read failed": a server
-# that starts or dies, or a balancer without one.
+# gRPC's message if the two sides do not agree. A connection cut in the middle gives "Handshake read failed": a server
+# that is starting or dying, or a load balancer without one.
 _REFUSED = "handshake failed"
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 _FAMILIES = ((socket.AF_INET, "ipv4:", "{}:{}"), (socket.AF_INET6, "ipv6:", "[{}]:{}"))
 _OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    # gRPC does not retry a call larger than this buffer, by default 256 KiB: less than one picture. Headers count too.
+    # gRPC does not retry a call larger than this buffer, by default 256 KiB: less than one image. Headers count too.
     ("grpc.per_rpc_retry_buffer_size", 2 * MESSAGE_BYTES),
-    # A host that vanished without a word is noticed within 50 s, in the middle of a long call and between calls. The
-    # server allows a ping every 20 s and would close the connection of a client that sends more.
+    # A host that vanished silently is detected within 50 s, in the middle of a long call and between calls. The server
+    # allows a ping every 20 s and would close the connection of a client that sends more.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # gRPC lets a ping wait for its answer this long whatever the line before says, by default a minute.
+    # gRPC waits this long for the answer to a ping, whatever the line above sets; by default a minute.
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # By default up to two minutes pass before a server that is back is tried again.
+    # By default it can take two minutes until a server that is back is tried again.
     ("grpc.max_reconnect_backoff_ms", 10_000),
-    # The servers are neighbours; a proxy meant for the outside would swallow even calls to localhost.
+    # The servers are nearby; a proxy meant for outside traffic would swallow even calls to localhost.
     ("grpc.enable_http_proxy", 0),
 )
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
-    # A server that is draining, loading or broken says NOT_SERVING and gets no call until it serves again.
+    # A server that is draining, loading or broken reports NOT_SERVING and gets no calls until it serves again.
     "healthCheckConfig": {"serviceName": SERVICE},
     "methodConfig": [
         {
@@ -62,9 +62,9 @@ _SERVICE_CONFIG = {
     ],
 }
 _SPREAD = (("grpc.service_config", json.dumps(_SERVICE_CONFIG)),)
-# A connection of its own: sharing one that waits to be tried again would answer with its old failure.
+# Its own connection: a shared one that is waiting to reconnect would return its old failure.
 _ONE_TRY = (("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1))
-# Asking again cannot help: the two sides do not agree.
+# Retrying cannot help: the two sides do not agree.
 _FINAL = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.OUT_OF_RANGE,
@@ -76,22 +76,22 @@ _FINAL = {
 
 
 class RewardServerError(RuntimeError):
-    """The reward service did not answer as agreed; the message is one line that names it and what to do."""
+    """The reward service did not answer as expected; the message is one line that names it and what to do."""
 
 
 class RewardServiceAway(RewardServerError):
-    """The reward service did not answer, and may yet: it is restarting, overloaded, or out of reach."""
+    """The reward service did not answer but may do so later: it is restarting, overloaded, or unreachable."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """What a server asks of its clients; ``Access()`` is plain text without a password.
+    """What a server requires of its clients; ``Access()`` is plain text without a token.
 
     Attributes:
       ca: PEM certificates of the authorities that a server's certificate is checked against; empty for plain text.
       cert, key: the client's own certificate and private key in PEM, for mutual TLS.
       token: sent with each call as ``authorization: Bearer TOKEN``.
-      tls_name: the name that a server's certificate must hold; empty for the host of its address.
+      tls_name: the name that a server's certificate must contain; empty for the host of its address.
     """
 
     ca: bytes = b""
@@ -105,7 +105,7 @@ def read_access(reward: RewardConfig) -> Access:
     """Reads the files that the configuration names.
 
     Raises:
-      RewardServerError: a file cannot be read, is empty or no use for TLS, or the keys do not go together.
+      RewardServerError: a file cannot be read, is empty or unusable for TLS, or the settings are inconsistent.
     """
     if reward.ca_file and reward.server in ("local", "none"):
         raise RewardServerError(f"reward.ca_file={reward.ca_file}: expected reward.server=host:port beside it")
@@ -138,45 +138,45 @@ def read_access(reward: RewardConfig) -> Access:
 
 
 def addresses(targets: str) -> list[str]:
-    """The addresses in "host:port[,host:port]". Raises RewardServerError where one is something else."""
+    """The addresses in "host:port[,host:port]". Raises RewardServerError if one has another form."""
     return [f"{host}:{port}" for host, port in _parsed(targets)]
 
 
 class SpreadChannel:
-    """A channel that spreads calls over the servers that say SERVING, and retries what they could not take.
+    """A channel that spreads calls over the servers that report SERVING, and retries what they could not take.
 
-    gRPC takes several addresses as numbers alone. Who has none yet is left out until ``look_up`` finds one.
+    gRPC takes several addresses only in numeric form. A name without one yet is left out until ``look_up`` finds one.
     """
 
     def __init__(self, targets: str, access: Access) -> None:
         """Does not connect yet.
 
         Raises:
-          RewardServerError: a target is not host:port, or they have no family of addresses in common.
+          RewardServerError: a target is not host:port, or the targets have no address family in common.
         """
         self._targets, self._access = targets, access
-        # Where no name stands for anything, gRPC goes on looking for the first.
+        # If no name resolves, gRPC keeps trying to resolve the first.
         self._target = _spread_target(targets) or targets.partition(",")[0]
         self._opened = [_channel(self._target, access, _SPREAD)]
 
     @property
     def now(self) -> grpc.Channel:
-        """What calls go over."""
+        """The channel for new calls."""
         return self._opened[-1]
 
     def look_up(self) -> bool:
-        """Looks whether a name stands for another address by now; then ``now`` is another channel.
+        """Resolves the names again; returns whether there is a new address, in which case ``now`` is a new channel.
 
-        Calls on their way stay where they are. A name that stands for nothing keeps the address that it had.
+        Pending calls stay on their channel. Without a new address, the old ones are kept.
         """
         try:
             target = _spread_target(self._targets)
-        except RewardServerError:  # For now: they had a family in common.
+        except RewardServerError:  # Temporary: they had a family in common before.
             return False
         if not target or _numbers(target) <= _numbers(self._target):
             return False
         self._target = target
-        # What went over the one before the last has been answered, or given up.
+        # Calls on the channel before the last have been answered, or given up.
         *past, last = self._opened
         self._opened = [last, _channel(target, self._access, _SPREAD)]
         for channel in past:
@@ -184,30 +184,30 @@ class SpreadChannel:
         return True
 
     def close(self) -> None:
-        """Ends the connections; calls on their way are cancelled."""
+        """Closes the connections; pending calls are cancelled."""
         for channel in self._opened:
             channel.close()
 
 
 def open_probe(address: str, access: Access) -> grpc.Channel:
-    """A channel to one server whose calls fail at once where it cannot be reached."""
+    """A channel to one server whose calls fail at once if it cannot be reached."""
     return _channel(address, access, _ONE_TRY)
 
 
 def explained(targets: str, error: grpc.RpcError, late: str, access: Access) -> RewardServerError:
-    """A failed call in one line, ``late`` for one that took too long: RewardServiceAway where asking again may help."""
+    """A failed call as a one-line error, ``late`` if it timed out: RewardServiceAway if retrying may help."""
     code = error.code()
     line = f"reward server {targets}: {_reason(code, _details(error), late, access)}"
     return RewardServerError(line) if code in _FINAL else RewardServiceAway(line)
 
 
 def no_answer(timeout_s: float, advice: str) -> str:
-    """What is said of a call that took too long, with what the caller's user can do."""
+    """The message for a call that timed out, with advice for the user."""
     return f"no answer within {timeout_s:g} s: is `python -m reward_server` running there? else {advice}"
 
 
 def misconfigured(error: grpc.RpcError) -> bool:
-    """Whether a server is there, but certificates or tokens do not match: nothing that passes by waiting."""
+    """Whether a server is there but certificates or tokens do not match, so that waiting does not help."""
     return error.code() in _FINAL or _REFUSED in _details(error) or "Verification" in _details(error)
 
 
@@ -233,7 +233,7 @@ def _advice(details: str, access: Access) -> str:
         return "its certificate holds another name: set reward.tls_name"
     if _REFUSED in details:
         return "expected a certificate that reward.ca_file vouches for"
-    # How a server ends a connection whose beginning it cannot read, or that lacks a client's certificate.
+    # A server closes a connection this way if it cannot read its beginning, or if a client certificate is missing.
     if "Socket closed" in details or "reset" in details:
         if not access.ca:
             return "is it restarting? if it is served with TLS, set reward.ca_file"
@@ -242,7 +242,7 @@ def _advice(details: str, access: Access) -> str:
 
 
 def _details(error: grpc.RpcError) -> str:
-    """gRPC's words without their preamble."""
+    """gRPC's error message without its preamble."""
     return _PREAMBLE.sub("", " ".join((error.details() or "no reason given").split()))
 
 
@@ -253,7 +253,7 @@ def _channel(target: str, access: Access, more: Sequence[tuple[str, Any]]) -> gr
     if access.ca:
         credentials = grpc.ssl_channel_credentials(access.ca, access.key or None, access.cert or None)
     elif access.token:
-        # Plain text that gRPC itself keeps on this machine.
+        # Plain text that gRPC itself restricts to this machine.
         credentials = grpc.local_channel_credentials()
     else:
         return grpc.insecure_channel(target, options)
@@ -275,10 +275,10 @@ def _parsed(targets: str) -> list[tuple[str, int]]:
 
 
 def _spread_target(targets: str) -> str:
-    """gRPC's name for one or several addresses, of those that stand for a number now; empty where none does.
+    """gRPC's target for one or several addresses, with those that resolve now; empty if none does.
 
-    A single name stays one: gRPC looks it up itself, spreads over all that it stands for, and looks again when they
-    are gone.
+    A single name is kept: gRPC resolves it itself, spreads calls over all its addresses, and resolves it again when
+    they are gone.
     """
     found = _parsed(targets)
     if len(found) == 1:
@@ -300,7 +300,7 @@ def _numbers(target: str) -> set[str]:
 def _resolved(
     found: Sequence[tuple[str, int]], family: socket.AddressFamily, form: str
 ) -> dict[tuple[str, int], list[str]]:
-    """The numeric addresses of a family, by what they were found for."""
+    """The numeric addresses of a family, by host and port."""
     numeric = {}
     for host, port in found:
         try:
@@ -324,7 +324,7 @@ def _read(key: str, path: str) -> bytes:
 
 
 def _check_tls(reward: RewardConfig) -> None:
-    """Raises RewardServerError for what gRPC could not use, which it takes for a server that is away."""
+    """Raises RewardServerError for files that gRPC cannot use, since it would report an unreachable server instead."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ca, cert, key = (str(Path(path).expanduser()) for path in (reward.ca_file, reward.cert_file, reward.key_file))
     try:
@@ -343,13 +343,13 @@ def _check_tls(reward: RewardConfig) -> None:
 
 
 def _no_passphrase() -> str:
-    """Is asked for one where the key is encrypted; gRPC, which loads it again, could not be given any."""
+    """Called if the key is encrypted; gRPC, which loads it again, could not be given a passphrase."""
     raise OSError("the key is encrypted; expected one without a passphrase")
 
 
 def _token(path: str) -> str:
     token = _read("token_file", path).decode("ascii", "replace").strip()
-    # What a header can hold; gRPC would fail each call without naming the file.
+    # The characters that a header can hold; gRPC would fail each call without naming the file.
     if not all("!" <= character <= "~" for character in token):
         raise RewardServerError(f"reward.token_file={path}: expected one word of printable ASCII")
     return token

@@ -22,16 +22,16 @@ class Sampling(NamedTuple):
 
     Attributes:
       group: responses per prompt.
-      max_tokens: a response ends here at the latest.
-      end_ids: tokens that end a response; the token itself belongs to it.
+      max_tokens: responses are truncated to this length.
+      end_ids: tokens that end a response; the end token is part of it.
       pad_id: fills the rest.
-      banned_ids: never sampled.
+      banned_ids: tokens that are never sampled.
       temperature: > 0.
-      top_p: smallest set of tokens with this much probability; 1 leaves it out.
-      top_k: this many tokens; 0 leaves it out.
-      greedy: the most probable token instead of a draw.
-      repetition_penalty: the logit of a token that stands in the prompt or the response already is divided by it, or
-        multiplied where it is negative (CTRL, arXiv 1909.05858, and transformers' ``generate``); 1 leaves it out.
+      top_p: sample from the smallest set of tokens with this much probability; 1 disables it.
+      top_k: sample from this many tokens; 0 disables it.
+      greedy: take the most probable token instead of sampling.
+      repetition_penalty: divides the logit of a token that is already in the prompt or the response, or multiplies it
+        if it is negative (CTRL, arXiv 1909.05858, and transformers' ``generate``); 1 disables it.
     """
 
     group: int
@@ -46,7 +46,7 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
 
 
-# Most responses end within so many tokens.
+# Most responses end within this many tokens.
 _FIRST_ROOM = 256
 
 
@@ -56,15 +56,15 @@ def padding_multiple(limit: int) -> int:
 
 
 def cache_lengths(limit: int) -> tuple[int, ...]:
-    """How many tokens of a response the cache has room for, one length after the other, up to ``limit``.
+    """The successive lengths of the response KV cache, up to ``limit``.
 
-    A decode step reads all the room there is: while responses are short, it should be little.
+    A decode step reads the whole cache: while responses are short, it should be small.
     """
     return (*(room for room in (_FIRST_ROOM << n for n in range(limit.bit_length())) if 3 * room <= 2 * limit), limit)
 
 
 def rollout_layout(dims: Dims, dtype: jnp.dtype, lora_rank: int = 0) -> jax.stages.Wrapped:
-    """A jitted ``Policy -> Policy`` that lays weights out for rollout under the ambient mesh: cast, put where used."""
+    """A jitted ``Policy -> Policy`` that casts weights and reshards them for rollout under the ambient mesh."""
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_adapted(dims, lora_rank, ROLLOUT))
     return jax.jit(
         lambda policy: jax.tree.map(lambda x, spec: jax.sharding.reshard(x.astype(dtype), spec), policy, specs)
@@ -72,9 +72,9 @@ def rollout_layout(dims: Dims, dtype: jnp.dtype, lora_rank: int = 0) -> jax.stag
 
 
 class _Progress(NamedTuple):
-    """The state of sampling: tokens made so far, and the hidden states ``[b, g, d]`` that predict the next ones.
+    """The state of sampling: tokens sampled so far, and the hidden states ``[b, g, d]`` that predict the next ones.
 
-    ``seen_bgv`` says which tokens a repetition penalty is for; None without one.
+    ``seen_bgv`` marks the tokens that a repetition penalty applies to; None without one.
     """
 
     step: jax.Array
@@ -88,10 +88,10 @@ class _Progress(NamedTuple):
 
 
 def truncate(logits_bgv: jax.Array, top_p: float, top_k: int) -> jax.Array:
-    """Keeps the ``top_k`` largest logits and, of what is left, the smallest set with probability ``top_p``.
+    """Keeps the ``top_k`` largest logits and, of those, the smallest set with probability ``top_p``.
 
     Ties with the last kept logit are kept. As in nucleus sampling (Holtzman et al., arXiv 1904.09751), the token that
-    crosses ``top_p`` stays.
+    crosses ``top_p`` is kept.
     """
     ordered = jnp.sort(logits_bgv, axis=-1, descending=True)
     smallest = ordered[..., -1:]
@@ -108,7 +108,7 @@ def truncate(logits_bgv: jax.Array, top_p: float, top_k: int) -> jax.Array:
 def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, fwd: ForwardConfig) -> jax.Array:
     if sampling.greedy:
         return scaled_bgv.argmax(-1).astype(jnp.int32)
-    # The noise of row b depends on the key, b, g and v alone: not on the mesh, nor on how many rows follow.
+    # The noise of row b depends only on the key, b, g and v, not on the mesh or on how many rows follow.
     spec = fwd.layout.spec("mlp_batch", None, "vocab")
     noise = jax.random.gumbel(key, scaled_bgv.shape, jnp.float32, out_sharding=spec)
     if sampling.top_p < 1 or sampling.top_k:
@@ -119,9 +119,9 @@ def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, fwd: Forw
 
 
 def _seen(batch: PromptBatch, sampling: Sampling, fwd: ForwardConfig) -> jax.Array:
-    """Which tokens stand in a prompt, bool ``[b, g, v]``, sharded as logits are."""
+    """Which tokens occur in a prompt, bool ``[b, g, v]``, sharded like logits."""
     (b, p), v = batch.tokens_bp.shape, fwd.dims.vocab
-    # Padding counts for none, as it does not stand there: it goes past the last token.
+    # Padding is not in the prompt: it is mapped to an id past the vocabulary and dropped.
     tokens_bp = jnp.where(jnp.arange(p) < batch.length_b[:, None], batch.tokens_bp, v)
     row_bp = jax.lax.broadcasted_iota(jnp.int32, (b, p), 0)
     whole = jax.sharding.PartitionSpec(None, None)
@@ -139,7 +139,7 @@ def _penalised(logits_bgv: jax.Array, seen_bgv: jax.Array, penalty: float) -> ja
 def _start(
     hidden_bd: jax.Array, prompt: KeyValue, batch: PromptBatch, fwd: ForwardConfig, sampling: Sampling
 ) -> _Progress:
-    """Nothing sampled yet, behind prefilled prompts."""
+    """The state after prefill, before any token is sampled."""
     b, g, length = hidden_bd.shape[0], sampling.group, sampling.max_tokens
     rows, tokens = fwd.layout.spec("batch", None), fwd.layout.spec("batch", None, None)
     return _Progress(
@@ -155,7 +155,7 @@ def _start(
 
 
 def _with_room(progress: _Progress, length: int) -> _Progress:
-    """The same state, with room for ``length`` tokens of each response in its cache."""
+    """The same state, with a cache for ``length`` tokens of each response."""
     own = progress.cache.response
     more = [(0, 0)] * 3 + [(0, length - own.k.shape[3])] + [(0, 0)] * 2
     return progress._replace(cache=progress.cache._replace(response=KeyValue(*(jnp.pad(x, more) for x in own))))
@@ -165,7 +165,7 @@ def _with_room(progress: _Progress, length: int) -> _Progress:
 def _decode_step(
     policy: Policy, batch: PromptBatch, key: jax.Array, progress: _Progress, fwd: ForwardConfig, sampling: Sampling
 ) -> _Progress:
-    """Samples one more token of every response that has not ended, and runs the policy on it."""
+    """Samples one more token of every unfinished response, and runs the policy on it."""
     step, done = progress.step, progress.done_bg
     rows = fwd.layout.spec("batch", None)
     raw, seen = logits(policy, progress.hidden_bgd, fwd), progress.seen_bgv
@@ -199,8 +199,8 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, fwd: ForwardCo
 
     Args:
       policy: weights in the layout of ``fwd``.
-      batch: prompts; their number divides over the layout's batch axes.
-      key: from the seed and the step; row ``b`` of a batch draws the same tokens on every mesh.
+      batch: prompts; their number must be divisible over the layout's batch axes.
+      key: random key from the seed and the step; row ``b`` of a batch draws the same tokens on every mesh.
 
     Returns:
       Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
@@ -215,9 +215,9 @@ def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, fwd: ForwardCo
 def sample_in_parts(
     policy: Policy, batch: PromptBatch, key: jax.Array, *, fwd: ForwardConfig, sampling: Sampling, tokens: int
 ) -> Iterator[Rollout]:
-    """What ``sample`` returns, seen while it grows: after every ``tokens`` tokens, and at the end.
+    """Yields the result of ``sample`` as it grows: after every ``tokens`` tokens, and at the end.
 
-    The loop stops and starts again between two programs: nothing calls back to the host from inside one.
+    The loop stops and restarts between two programs: nothing calls back to the host from inside one.
     """
     progress = _begin_alone(policy, batch, fwd=fwd, sampling=sampling)
     limit, ended = 0, False
@@ -225,7 +225,7 @@ def sample_in_parts(
         limit = min(limit + tokens, sampling.max_tokens)
         progress = _grow_alone(progress, next(room for room in cache_lengths(sampling.max_tokens) if room >= limit))
         progress = _run_alone(policy, batch, key, progress, fwd=fwd, sampling=sampling, limit=limit)
-        # Copied: the next part takes the buffers over.
+        # Copied, because the buffers are donated to the next part.
         seen = jax.tree.map(np.array, jax.device_get(_rollout(progress)))
         ended = bool(seen.finished_bg.all())
         yield seen

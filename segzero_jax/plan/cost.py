@@ -1,9 +1,9 @@
-"""What a compiled XLA program costs one chip: FLOPs, bytes of main memory, bytes over the links.
+"""The cost of a compiled XLA program on one chip: FLOPs, bytes of main memory, bytes over the links.
 
-XLA's own ``cost_analysis`` counts the body of a loop once. Here the text of the optimized program is walked and every
-body is counted as often as its loop runs. Only matrix products count as FLOPs (on TPU they are convolutions), one
+XLA's own ``cost_analysis`` counts the body of a loop once. This module walks the text of the optimized program and
+counts every body as often as its loop runs. Only matrix products count as FLOPs (on TPU they are convolutions), one
 multiplication and one addition each. Memory traffic is what each instruction reads and writes outside on-chip memory;
-a fusion that uses a slice of an array reads that slice.
+a fusion that uses a slice of an array reads only that slice.
 """
 
 import math
@@ -17,19 +17,19 @@ from segzero_jax.plan.groups import first_group
 from segzero_jax.plan.hlo import HloError, Instruction, read_computations
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that move nothing by themselves.
+# Instructions that move no data by themselves.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "conditional", "call", "optimization-barrier", "add-dependency"),
 }
 
 
-# What tells a collective from others: its channel, and its results as shapes and bytes, wherever in memory they lie.
+# Identifies a collective: its channel, and the shapes and bytes of its results, wherever in memory they are.
 _Key = tuple[str | None, tuple[tuple[tuple[int, ...], float], ...]]
 
 
 class Kernel(NamedTuple):
-    """A Pallas kernel's calls: of which ``jax.named_scope``, how many, and the shapes of its array operands."""
+    """A Pallas kernel's calls: their ``jax.named_scope``, their number, and the shapes of the array operands."""
 
     name: str
     scope: str
@@ -42,11 +42,11 @@ class Cost:
     """One chip's share of a program.
 
     Attributes:
-      flops: of matrix products, kernels excepted.
-      bytes: read and written in main memory.
+      flops: FLOPs of matrix products, except in kernels.
+      bytes: bytes read and written in main memory.
       collectives: bytes that the chip sends, by kind of collective.
-      sent: the same, by the chips that it exchanges them with (``first_group``).
-      kernels: Pallas calls, which the walk cannot price.
+      sent: the same bytes, by the chips that it exchanges them with (``first_group``).
+      kernels: Pallas calls, whose cost the walk cannot count.
     """
 
     flops: float = 0.0
@@ -69,22 +69,22 @@ class Program:
     """The text of an optimized program (``compiled.as_text()``), parsed."""
 
     def __init__(self, text: str) -> None:
-        """Raises HloError when the text is no program's."""
+        """Raises HloError if the text is not a program."""
         self.computations, self.entry = read_computations(text)
 
     @cached_property
     def cost(self) -> Cost:
-        """The whole program's, every loop as often as it runs."""
+        """The cost of the whole program, every loop counted as often as it runs."""
         return self._of(self.entry)
 
     def split(self, scope: str) -> tuple[Cost, Cost, int]:
-        """The program around the loops whose bodies are a ``jax.named_scope``, each going on where the one before ends.
+        """Separates the loops whose bodies are a ``jax.named_scope``, each continuing where the previous one ends.
 
         Returns:
-          What is around them costs, what a turn costs on average, and how many turns there are.
+          The cost of the program around them, the average cost of an iteration, and the number of iterations.
 
         Raises:
-          HloError: there is no such loop at the top of the program.
+          HloError: there is no such loop at the top level of the program.
         """
         loops = [
             loop
@@ -101,17 +101,17 @@ class Program:
         return self._of(self.entry, without=loops), turn, ends[-1]
 
     def _is_of(self, name: str, scope: str) -> bool:
-        """Whether most of a computation is of a scope: what two loops have in common may bear the name of either."""
+        """Whether most of a computation is in a scope: what two loops have in common may have the name of either."""
         names = [n for i in self.computations[name].values() if (n := i.attribute(r'op_name="([^"]*)"'))]
         return sum(scope in n for n in names) > len(names) / 2
 
     def collectives(self) -> Iterator[tuple[str, Instruction]]:
-        """Every collective with its kind, once, wherever it is in the program."""
+        """Every collective in the program, with its kind, once."""
         seen: set[_Key] = set()
         for name, body in self.computations.items():
             for instruction in body.values():
                 kind = _kind(instruction, name)
-                # A collective that runs beside other work is repeated in each computation it runs beside.
+                # A collective that overlaps with other work is repeated in each computation it overlaps with.
                 key = _key(instruction)
                 if kind and key not in seen:
                     seen.add(key)
@@ -124,7 +124,7 @@ class Program:
         return cost
 
     def parts(self, name: str, without: Sequence[Instruction] = ()) -> Iterator[tuple[Instruction, Cost, int]]:
-        """The instructions of a computation and of those that it runs: what each costs once, and how often it runs."""
+        """The instructions of a computation and of those it calls, each with its cost per run and its number of runs."""
         beside: set[_Key] = set()
         for instruction in self.computations[name].values():
             if instruction in without:
@@ -177,12 +177,12 @@ class Program:
                 yield name, instruction
 
     def _root(self, name: str) -> Instruction:
-        """What a computation gives."""
+        """The root instruction of a computation."""
         (root,) = (part for part in self.computations[name].values() if part.is_root)
         return root
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a loop runs: its counter starts at 0 and goes up by a constant to the constant that bounds it.
+        """The number of iterations of a loop whose counter goes from 0 up to a constant bound in constant steps.
 
         Raises:
           HloError: the loop is not of this form.
@@ -200,10 +200,10 @@ class Program:
         return -(-limit // self._increment(body, self._root(body).operands[index], index))
 
     def _bounded(self, condition: str, place: str, compare: Instruction) -> Iterator[tuple[int, int]]:
-        """Place in the loop's tuple and bound of a counter that a comparison holds below a constant."""
+        """Index in the loop's tuple, and bound, of a counter that a comparison keeps below a constant."""
         left, right = (self.computations[place][operand] for operand in compare.operands)
         if place != condition:
-            # Inside a fusion: its parameters are the operands it has in the condition.
+            # Inside a fusion: its parameters are the fusion's operands in the condition.
             (fusion,) = (part for part in self.computations[condition].values() if place in part.called())
             outer = [self.computations[condition][operand] for operand in fusion.operands]
             given = lambda part: outer[part.number()] if part.opcode == "parameter" else part  # noqa: E731
@@ -212,11 +212,11 @@ class Program:
             yield int(left.attribute(r"index=(\d+)") or 0), right.number()
 
     def _increment(self, name: str, operand: str, index: int, caller: tuple[str, Instruction] | None = None) -> int:
-        """What a loop's body adds to the counter that stands at ``index`` of its tuple.
+        """The constant that a loop's body adds to the counter at ``index`` of its tuple.
 
         Args:
-          name, operand: a computation and what becomes the counter in it.
-          caller: where the computation is a fusion's: the one with the fusion, and the fusion.
+          name, operand: a computation, and the value in it that becomes the counter.
+          caller: if the computation is a fusion's: the computation with the fusion, and the fusion.
         """
         body = self.computations[name]
         part = body[operand]
@@ -255,7 +255,7 @@ class Program:
         return total + min(fusion.traffic, self._written(called, self._root(called), fusion.traffic))
 
     def _read(self, name: str, parameter: str) -> float:
-        """Bytes of a fused computation's parameter that are read: all, or the slices that are taken of it."""
+        """Bytes of a fused computation's parameter that are read: all, or the slices taken from it."""
         body = self.computations[name]
         total = 0.0
         for user in body.values():
@@ -279,7 +279,7 @@ class Program:
         return total
 
     def _written(self, name: str, root: Instruction, whole: float) -> float:
-        """Bytes that a fused computation writes: its results, or the slices that it puts into an array."""
+        """Bytes that a fused computation writes: its results, or the slices that it updates in an array."""
         body = self.computations[name]
         if root.opcode == "dynamic-update-slice":
             return sum(array.bytes for array in body[root.operands[1]].arrays)
@@ -332,7 +332,7 @@ def _bytes(instruction: Instruction, body: dict[str, Instruction]) -> float:
     if opcode == "dynamic-update-slice":
         return 2 * min(instruction.traffic, body[instruction.operands[1]].arrays[0].bytes)
     if opcode.endswith("-start"):
-        # Beside what it makes, the result names the operands again: after it for a copy, before it otherwise.
+        # Besides its output, the result lists the operands again: after it for a copy, before it otherwise.
         made = instruction.arrays[0 if opcode == "copy-start" else len(instruction.operands)]
         reads = any(body[operand].traffic for operand in instruction.operands)
         return made.traffic + (made.bytes if reads else 0.0)
@@ -342,7 +342,7 @@ def _bytes(instruction: Instruction, body: dict[str, Instruction]) -> float:
 def _convolution_flops(
     left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], instruction: Instruction
 ) -> float:
-    """Multiplications by real numbers only: those by padding and by the zeros of a dilation are not made."""
+    """FLOPs without multiplications by padding or by the zeros of a dilation, which are not made."""
     labels = instruction.attribute(r"dim_labels=([\w\->]+)")
     assert labels
     left_labels, right_labels, out_labels = re.split(r"_|->", labels)
