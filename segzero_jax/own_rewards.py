@@ -1,4 +1,4 @@
-"""Rewards of one's own: functions that ``reward.functions`` names, called with every answer beside the recipe."""
+"""Custom rewards: functions named in ``reward.functions``, called with every answer in addition to the recipe."""
 
 import functools
 import hashlib
@@ -23,11 +23,11 @@ class Answer:
 
     Attributes:
       text: the response, without special tokens.
-      example: what was asked: ``question``, target ``objects`` and ``mask``, the encoded ``image``.
-      objects: the boxes and points that the response names, in pixels of the stored picture as the target's are; none
-        where it cannot be read.
-      mask_iou: of SAM 2's mask for them with the target mask; None without a reward server.
-      tokens: how many the response has, the one that ends it included.
+      example: the question's ``question``, target ``objects`` and ``mask``, and the encoded ``image``.
+      objects: the boxes and points in the response, in pixels of the stored image as the target's are; empty if it
+        cannot be read.
+      mask_iou: IoU of SAM 2's mask for them with the target mask; None without a reward server.
+      tokens: tokens of the response, including the one that ends it.
       finished: whether it ended by itself rather than at ``rollout.max_response_tokens``.
     """
 
@@ -39,9 +39,9 @@ class Answer:
     finished: bool
 
 
-# What the answer earns, its weight included. Deterministic, or a run that goes on is not the run that it was.
+# Returns the answer's reward, weight included. Must be deterministic, or a resumed run is not the same run.
 RewardFunction = Callable[[Answer], float]
-# What ``metrics.jsonl`` says of rewards besides their components.
+# Reward metrics in ``metrics.jsonl`` besides the components.
 _MEASURED = ("mean", "std", "zero_std_groups")
 
 
@@ -49,11 +49,11 @@ def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[st
     """Imports functions, each by its own name.
 
     Args:
-      names: ``module:function``; modules are looked for as Python does, in the folder of the command first.
+      names: ``module:function``; modules are looked up as Python does, in the folder of the command first.
       taken: names of the recipe's components, which no function may have.
 
     Raises:
-      ConfigError: one line on what cannot be imported or called. What a module raises by itself is let through.
+      ConfigError: one line on what cannot be imported or called. Errors that a module itself raises propagate.
     """
     functions: dict[str, RewardFunction] = {}
     for name in names:
@@ -82,7 +82,7 @@ def load_functions(names: Sequence[str], taken: Collection[str] = ()) -> dict[st
 
 
 def sources(functions: Mapping[str, RewardFunction]) -> dict[str, str]:
-    """SHA-256 of the file that each function is written in; of those that are written in one."""
+    """SHA-256 of each function's source file, for functions that have one."""
     files = {name: _file(function) for name, function in functions.items()}
     return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
 
@@ -98,10 +98,10 @@ def _file(function: Callable[..., Any]) -> str | None:
 
 
 def check_same_files(found: Mapping[str, str], pod: Pod) -> None:
-    """Raises ConfigError on all hosts where one has another file of a function than the first: each scores some rows.
+    """Raises ConfigError on all hosts if a function's file differs from host 0's: each host scores some rows.
 
     Args:
-      found: ``sources``; nothing where this host has none, which it is to say itself.
+      found: ``sources``; empty if this host has none, which it must report itself.
     """
     if other := pod.difference("reward functions", found):
         name, host, _, _ = other
@@ -111,7 +111,7 @@ def check_same_files(found: Mapping[str, str], pod: Pod) -> None:
 
 
 def measure(functions: Mapping[str, RewardFunction], answer: Answer) -> dict[str, float]:
-    """What each function gives. Raises what a function raises, with a note, and ValueError for what is no number."""
+    """The value of each function. Raises a function's errors, with a note, and ValueError if it is not a number."""
     values = {}
     for name, function in functions.items():
         where = f"reward function {name}, question {answer.example.id}"

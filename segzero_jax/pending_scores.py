@@ -1,4 +1,4 @@
-"""Scores that are on their way: calls that were sent, sent again where they failed, and collected in order."""
+"""Pending scores: calls that are sent, sent again if they fail, and collected in order."""
 
 import queue
 import time
@@ -12,16 +12,16 @@ from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.reward_connection import RewardConnection, too_large
 from segzero_jax.reward_messages import CandidateScore, ScoreRequest, ServerInfo, refusal, score_request, split
 
-# How often a wait without answers looks around, and the least pause before a call is sent again.
+# How often a wait without answers polls, and the minimum pause before a call is sent again.
 _TICK_S = 1.0
-# A server that failed at one group so often, while the service answered others, will fail at it again.
+# A server that failed at one group this often, while the service answered others, will fail at it again.
 _STRIKES = 5
-# How a server says that a device has too little memory for a call.
+# A server's message if a device has too little memory for a call.
 _NO_MEMORY = "out of memory"
 
 
 class Listener(Protocol):
-    """Is told how a patient wait goes, see ``patience.Patience``."""
+    """Is told of the progress of a patient wait, see ``patience.Patience``."""
 
     def begin(self) -> None:
         """A wait begins."""
@@ -30,11 +30,11 @@ class Listener(Protocol):
         """An answer came."""
 
     def silent(self, why: Callable[[], str]) -> None:
-        """No answer came for another second; ``why`` asks the servers how they are. Raises to end the wait."""
+        """No answer came for another second; ``why`` asks for the servers' state. Raises to end the wait."""
 
 
 class PendingScores:
-    """Calls on their way. Dropping it does not cancel them; ``cancel`` does."""
+    """Pending calls. Dropping the object does not cancel them; ``cancel`` does."""
 
     def __init__(
         self,
@@ -47,19 +47,19 @@ class PendingScores:
         """Sends all groups; see ``RewardClient.score``.
 
         Args:
-          servers: a group is split into as many calls as the least of them needs.
-          state: says how the servers are, given how calls have failed.
+          servers: a group is split into as many calls as the most limited of them needs.
+          state: returns the state of the servers, given how calls have failed.
         """
         self._connection, self._state = connection, state
         parts = [split(group, i < masks, servers) for i, group in enumerate(groups)]
         self._counts = [len(group) for group in parts]
-        # From here on by number, one a request.
+        # From here on indexed by request.
         self._requests = [score_request(part, i < masks) for i, group in enumerate(parts) for part in group]
         self._calls: dict[int, Any] = {}
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._answers: dict[int, list[CandidateScore]] = {}
         self._failed: set[int] = set()  # Sent again at the next tick.
-        self._reasons: dict[int, str] = {}  # How the last call of each failed that has no answer yet.
+        self._reasons: dict[int, str] = {}  # Why the last call of each unanswered request failed.
         self._strikes: Counter[int] = Counter()
         self._heard = False  # Whether any answer has come: before that, the service is to blame, not a group.
         self._start = time.monotonic()
@@ -71,31 +71,30 @@ class PendingScores:
                 self._send(i)
 
     def done(self) -> bool:
-        """Whether no call is on its way any more."""
+        """Whether no call is pending any more."""
         return all(call.done() for call in self._calls.values())
 
     def cancel(self) -> None:
-        """Gives up what has not been answered."""
+        """Cancels all calls that have not been answered."""
         for call in self._calls.values():
             call.cancel()
 
     def result(self, patience: Listener | None = None, drop: bool = False) -> list[list[CandidateScore]]:
         """Waits for all answers: per group, in order, one score per candidate.
 
-        A group that the server refuses (a damaged image, a mask of another size) has its reason in every score; so has,
-        with patience, one at which it fails time and again while it answers others, or for which its device still has
+        A group that the server refuses (a damaged image, a mask of another size) has the reason in every score; with
+        patience, so does one at which it fails repeatedly while it answers others, or for which its device still has
         too little memory after the client's timeout.
 
         Args:
-          patience: what the service did not answer is asked again, for as long as this does not raise; without it a
-            call that has failed is the end.
+          patience: unanswered calls are sent again until this raises; without it, a failed call ends the wait.
           drop: with patience, a group that is still not answered after the client's timeout is given up, with the
             reason in every score, provided that another group was answered: a service that is away is waited for.
 
         Raises:
           RewardServiceAway: the service went away or took too long.
           RewardServerError: it does not agree with this client: version, token, an answer to something else, or one
-            by another SAM 2 checkpoint, or in another dtype, than before.
+            from another SAM 2 checkpoint, or in another dtype, than before.
         """
         if patience is not None:
             patience.begin()
@@ -124,7 +123,7 @@ class PendingScores:
 
     def _send_again(self) -> None:
         if self._failed and not self._heard:
-            self._start = time.monotonic()  # The service was away: the time of each group begins anew.
+            self._start = time.monotonic()  # The service was away: every group's timeout restarts.
             self._connection.look_up()
         for i in self._failed:
             self._send(i)
@@ -141,7 +140,7 @@ class PendingScores:
             self._reasons[i] = str(error)
             self._failed.add(i)
             self._strikes[i] += self._heard and call.code() == grpc.StatusCode.INTERNAL
-            # Somebody else may hold the memory, but not for ever.
+            # Another process may hold the memory, but not forever.
             no_memory = self._heard and late and _NO_MEMORY in (call.details() or "")
             if self._strikes[i] >= _STRIKES or no_memory:
                 self._give_up([i])
@@ -152,7 +151,7 @@ class PendingScores:
                 patience.heard()
 
     def _give_up(self, numbers: Iterable[int]) -> None:
-        """What failed there is the answer."""
+        """Makes the reason of the failure the answer."""
         for i in tuple(numbers):
             self._answers[i] = refusal(self._requests[i], self._reasons.pop(i))
             self._failed.discard(i)

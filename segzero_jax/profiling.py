@@ -8,22 +8,22 @@ import jax
 from segzero_jax.config import ConfigError
 from segzero_jax.time_account import PhaseTimer
 
-# The first two compile what they need and settle.
+# The first two steps compile their programs and settle.
 _SETTLED, _STEPS = 2, 2
 
 
 def parse_steps(text: str, first: int, last: int) -> range:
-    """The steps that ``--profile`` means, of those that this process makes.
+    """The steps that ``--profile`` selects, among those that this process runs.
 
-    A command that is started again, as after a preemption, makes only what is left: steps that an earlier process has
-    made are left out, be it all of them.
+    A restarted command, for example after a preemption, only runs the remaining steps: steps that an earlier process
+    ran are left out, even if that is all of them.
 
     Args:
-      text: "FIRST-LAST", one step, or empty for the third and fourth that this process makes, or the last of fewer.
-      first, last: the steps that it makes.
+      text: "FIRST-LAST", one step, or empty for the third and fourth that this process runs, or the last of fewer.
+      first, last: the steps that this process runs.
 
     Raises:
-      ConfigError: no such form, or the run has no such steps.
+      ConfigError: another form, or the run has no such steps.
     """
     if not text:
         begin = min(first + _SETTLED, last)
@@ -38,14 +38,14 @@ def parse_steps(text: str, first: int, last: int) -> range:
 
 
 class Profiler:
-    """Traces the steps it is told to; every step carries its number, every phase its name (``PhaseTimer``).
+    """Traces the given steps; every step has its number, every phase its name (``PhaseTimer``).
 
     Args:
       directory: gets ``plugins/profile/TIME/`` with ``*.xplane.pb`` for XProf and TensorBoard, and
         ``perfetto_trace.json.gz`` for Perfetto.
-      steps: which; empty for none.
-      timer: counts what tracing itself costs as the phase ``profile``.
-      say: says one line.
+      steps: the steps to trace; empty for none.
+      timer: counts the time of tracing itself as the phase ``profile``.
+      say: prints a line.
     """
 
     def __init__(self, directory: Path, steps: range, timer: PhaseTimer, say: Callable[[str], None]) -> None:
@@ -69,7 +69,7 @@ class Profiler:
         self._step.__enter__()
 
     def close(self) -> None:
-        """Ends the trace if one is going on."""
+        """Ends the trace if one is running."""
         self._end_step()
         if self._tracing:
             self._tracing = False

@@ -1,7 +1,7 @@
-"""Text in, answers out: the question as a policy is asked it, target objects as text, and its answer as objects.
+"""The text of questions for a policy, target objects as text, and a policy's answers as objects.
 
-The wordings of Seg-Zero and VisionReasoner are those their released checkpoints were trained with, to the letter
-(upstream: ``verl/utils/rl_dataset.py`` and ``inference_scripts/``); their sentences follow each other without a space.
+The wordings of Seg-Zero and VisionReasoner are verbatim those their released checkpoints were trained with
+(upstream: ``verl/utils/rl_dataset.py`` and ``inference_scripts/``); there is no space between their sentences.
 """
 
 import json
@@ -34,12 +34,12 @@ WORDINGS = {"toy": 'Find "{question}".', "seg_zero": _SEG_ZERO, "vision_reasoner
 
 @dataclass(frozen=True)
 class Answer:
-    """What a response says, in the frame of the picture the policy saw.
+    """The content of a response, in the frame of the image the policy saw.
 
     Attributes:
       thinking: the reasoning, or None without a closed ``<think>`` block.
-      objects: what the segmenter is asked for; empty both for a well formed "nothing here" and for no answer at all.
-      readable: tells those two apart: the answer was understood whole.
+      objects: the objects to segment; empty both for a well formed "nothing here" and for no answer at all.
+      readable: whether the whole answer was parsed, which tells those two apart.
     """
 
     thinking: str | None
@@ -51,18 +51,18 @@ def question_text(wording: str, question: str) -> str:
     """The text of the user turn that follows the image.
 
     Args:
-      wording: "toy", "seg_zero", "vision_reasoner", or a text of one's own with "{question}" where that goes.
-      question: as the data set has it; it is lower-cased and stripped of "." at both ends.
+      wording: "toy", "seg_zero", "vision_reasoner", or a custom text with "{question}" where that goes.
+      question: as in the data set; it is lower-cased and stripped of "." at both ends.
 
     Raises:
-      ConfigError: the wording is none of these.
+      ConfigError: the wording is not one of these.
     """
     check_wording(wording)
     return WORDINGS.get(wording, wording).replace(QUESTION, question.lower().strip("."))
 
 
 def solution_text(objects: Sequence[ObjectPrompt]) -> str:
-    """Objects as VisionReasoner's JSON, spaced as in its prompt, each with its first point, numbers as whole pixels.
+    """Objects as VisionReasoner's JSON, spaced as in its prompt, each with its first point, in whole pixels.
 
     Raises:
       ValueError: an object has no point, or a coordinate is not a finite number.
@@ -79,7 +79,7 @@ def seg_zero_solution_text(obj: ObjectPrompt) -> str:
     """One object with two points in Seg-Zero's form, ``<box>(x1,y1),(x2,y2)</box><points>(x,y),(x,y)</points>``.
 
     Raises:
-      ValueError: the object has not two points, or a coordinate is negative (the form has no sign) or not finite.
+      ValueError: the object does not have two points, or a coordinate is negative (the form has no sign) or not finite.
     """
     if len(obj.points) != 2:
         raise ValueError(f"Seg-Zero solution text: expected two points, got {obj}")
@@ -99,10 +99,10 @@ def parse_solution(solution: str) -> tuple[ObjectPrompt, ...]:
 
 
 def parse_answer(text: str) -> Answer:
-    """What the segmenter is asked for, from any text; never raises. ``answers.read_answer`` has the rules.
+    """The objects to segment, from any text; never raises. ``answers.read_answer`` has the rules.
 
-    Strict JSON: an answer that copies the single quotes of Seg-Zero's prompt is not well formed here either, as it
-    earns nothing from the rewards.
+    Strict JSON: an answer that copies the single quotes of Seg-Zero's prompt is malformed here too, as it is for the
+    rewards.
     """
     located = answers.read_answer(text)
     objects = tuple(ObjectPrompt(box=box, points=points) for box, points in located or ())

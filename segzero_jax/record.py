@@ -1,4 +1,4 @@
-"""What a step leaves: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and the summary of a run."""
+"""The output of a step: its line of ``metrics.jsonl``, its rows of ``rollouts/STEP.jsonl``; and a run's summary."""
 
 import math
 import sys
@@ -27,7 +27,7 @@ from segzero_jax.types import Example, Frame, Rollout
 from segzero_jax.watch import ALARMS
 
 _BATCHES, _GROUPS = "dynamic_sampling/batches", "dynamic_sampling/groups"
-# So many prompts of a step are kept with picture and masks.
+# Prompts per step that are stored with image and masks.
 PICTURED_PROMPTS = 1
 
 
@@ -40,7 +40,7 @@ class StepRecord(NamedTuple):
       texts: responses, ``[b][g]``.
       rollout: their tokens, as numpy arrays.
       scored: their rewards.
-      advantages_bg: what the update learnt from; 0 for what it did not.
+      advantages_bg: the advantages in the update; 0 for responses that were not used.
     """
 
     step: int
@@ -52,7 +52,7 @@ class StepRecord(NamedTuple):
 
 
 def record_step(step: int, sampled: Sequence[SampledBatch], selection: Selection) -> StepRecord:
-    """The batches that were sampled for a step, as one record."""
+    """The batches sampled for a step, as one record."""
     masks = [batch.scored.masks for batch in sampled]
     scored = Scored(
         np.concatenate([batch.scored.rewards_bg for batch in sampled]),
@@ -73,8 +73,8 @@ def record_step(step: int, sampled: Sequence[SampledBatch], selection: Selection
 def step_metrics(record: StepRecord, config: Config) -> dict[str, float | int | None]:
     """Rewards, lengths and mask IoU of a step; None where no response has a score.
 
-    Where the recipe asks for no reasoning, none is missing: ``empty_thinking`` is not measured. Of several data sets
-    each has its own mean reward.
+    ``empty_thinking`` is only measured if the recipe asks for reasoning. With several data sets, each has its own mean
+    reward.
     """
     totals = record.scored.rewards_bg
     present = totals[np.isfinite(totals)]
@@ -101,7 +101,7 @@ def step_metrics(record: StepRecord, config: Config) -> dict[str, float | int | 
 
 
 def _mixed(config: Config) -> list[str]:
-    """The data sets that a run learns from, where they are several."""
+    """The data sets that a run trains on, if there are several; else empty."""
     names = list(dict.fromkeys(config.data.names))
     return names if len(names) > 1 else []
 
@@ -111,19 +111,19 @@ def _reward_of(data_set: str) -> str:
 
 
 def _mean_of(data_set: str, record: StepRecord) -> float | None:
-    """The mean reward of the questions from a data set; None where none of them has a score."""
+    """The mean reward of the questions from a data set; None if none of them has a score."""
     rewards = record.scored.rewards_bg[[example.data_set == data_set for example in record.examples]]
     present = rewards[np.isfinite(rewards)]
     return float(present.mean()) if present.size else None
 
 
 def sampling_metrics(sampled: Sequence[SampledBatch], selection: Selection) -> dict[str, int]:
-    """What dynamic sampling did for a step."""
+    """The metrics of dynamic sampling in a step."""
     return {_BATCHES: len(sampled), _GROUPS: int(selection.used.sum())}
 
 
 def metric_keys(config: Config) -> list[str]:
-    """The keys that every line of ``metrics.jsonl`` has, the step's number and times beside the steps apart."""
+    """The keys of every line of ``metrics.jsonl``, except the step's number and times outside the steps."""
     scored = config.reward.server != "none"
     own = [name.rpartition(":")[2] for name in config.reward.functions]
     components = (*component_names(config.reward.recipe, scored and config.reward.mask_iou_weight > 0), *own)
@@ -142,9 +142,9 @@ def metric_keys(config: Config) -> list[str]:
 
 
 def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """What the updates of a step measured, on the host: means over those that were made, None where none was.
+    """The metrics of a step's updates, on the host: means over updates that were made, None if none was.
 
-    ``update/skipped`` counts those that were not: a loss can be finite where its gradient is not.
+    ``update/skipped`` counts the others: a loss can be finite when its gradient is not.
     """
     numbers: dict[str, float | None] = {}
     made = [update for update in updates if not update["update/skipped"]]
@@ -154,7 +154,7 @@ def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | No
 
 
 def unscored_groups(scored: Scored) -> str:
-    """One line on the groups of which no response has a score, which are left out of the loss; empty without any."""
+    """One line on groups without any score, which are left out of the loss; empty if there are none."""
     unscored = ~np.isfinite(scored.rewards_bg).any(axis=1)
     if not unscored.any() or scored.masks is None:
         return ""
@@ -165,7 +165,7 @@ def unscored_groups(scored: Scored) -> str:
 
 
 def why_no_update(sampled: Sequence[SampledBatch]) -> str:
-    """One line on why a step made no update; empty where that is for lack of scores."""
+    """One line on why a step made no update; empty if that is for lack of scores."""
     rewards_bg = np.concatenate([batch.scored.rewards_bg for batch in sampled])
     if not np.isfinite(rewards_bg).any():
         return ""
@@ -181,10 +181,10 @@ def why_no_update(sampled: Sequence[SampledBatch]) -> str:
 def rollout_rows(
     record: StepRecord, frame: Frame, recipe: str, store_image: Callable[[str, bytes], str]
 ) -> Iterator[dict[str, Any]]:
-    """A row per response; those of the first PICTURED_PROMPTS also hold what a picture of them needs.
+    """A row per response; those of the first PICTURED_PROMPTS also have what is needed to draw them.
 
     Args:
-      frame: that the policy answers in.
+      frame: the frame that the policy answers in.
       recipe: decides the form of ``solution``.
       store_image: ``(id, bytes) -> path`` in the run directory.
     """
@@ -222,7 +222,7 @@ def rollout_rows(
 
 
 def print_summary(run_dir: Path) -> None:
-    """Prints the reward at both ends of a run and the held-out numbers at both, by the steps that have lines."""
+    """Prints the reward and the held-out numbers at both ends of a run, as far as steps have lines."""
     console = Console(file=lasting(sys.stdout), highlight=False)
     metrics = jsonl.read(run_dir / "metrics.jsonl")
     scored = [row for row in metrics if row["reward/mean"] is not None]

@@ -1,4 +1,4 @@
-"""Calls to the reward service: how one is sent, what its failure means, and whether an answer may be believed."""
+"""Calls to the reward service: sending them, explaining their failures, and checking their answers."""
 
 import threading
 from typing import Any
@@ -14,12 +14,12 @@ from segzero_jax.reward_probe import check_version
 class RewardConnection:
     """A channel to one or several servers that has a deadline for each call. Thread-safe.
 
-    It takes answers of one SAM 2 checkpoint in one dtype alone: the first that it hears of.
+    It only accepts answers from one SAM 2 checkpoint in one dtype: the first that it hears of.
 
     Attributes:
       targets: "host:port", or several separated by commas.
       access: certificates and token.
-      timeout_s: how long one call may take, with all its retries.
+      timeout_s: timeout of one call, including all its retries.
       model: SHA-256 of the SAM 2 weights, hexadecimal, and the dtype they compute in; None until a server has answered.
     """
 
@@ -27,7 +27,7 @@ class RewardConnection:
         """Does not connect yet. Raises RewardServerError as ``SpreadChannel`` does.
 
         Args:
-          wait_for_ready: a call to servers that are away waits for them until its deadline.
+          wait_for_ready: whether a call to unreachable servers waits for them until its deadline.
           if_late: what the user can do about a server that takes longer than ``timeout_s``.
         """
         self.targets, self.access, self.timeout_s = targets, access, timeout_s
@@ -38,11 +38,11 @@ class RewardConnection:
         self._pinning = threading.Lock()
 
     def close(self) -> None:
-        """Ends the connection; calls on their way are cancelled."""
+        """Closes the connection; pending calls are cancelled."""
         self._channel.close()
 
     def look_up(self) -> None:
-        """Further calls go to what the names of several servers stand for now."""
+        """Sends further calls to the addresses that the names of several servers resolve to now."""
         if self._channel.look_up():
             self._stub = reward_pb2_grpc.RewardServiceStub(self._channel.now)
 
@@ -51,11 +51,11 @@ class RewardConnection:
         return self._stub.Score.future(request, timeout=self.timeout_s, wait_for_ready=self._wait_for_ready)
 
     def scores(self, request: reward_pb2.ScoreRequest, call: Any) -> list[CandidateScore]:
-        """What the call was answered, one score per candidate: what the server refuses has its reason in each.
+        """The answer to a call, one score per candidate: if the server refuses the request, each has the reason.
 
         Raises:
           RewardServiceAway: the call failed.
-          RewardServerError: the answer is not to the request, or not by the model of those before.
+          RewardServerError: the answer is not to the request, or not from the same model as earlier ones.
         """
         try:
             response = call.result()
@@ -63,13 +63,13 @@ class RewardConnection:
             if error.code() != grpc.StatusCode.INVALID_ARGUMENT:
                 raise self._explained(error) from None
             return refusal(request, error.details())
-        # The first version did not say.
+        # The first version did not report it.
         check_version(self.targets, response.api_version or 1)
         self._check_answer(request, response)
         return [score_from(entry, response.target_area) for entry in response.candidates]
 
     def segment(self, request: reward_pb2.SegmentRequest) -> reward_pb2.SegmentResponse:
-        """Waits for the answer. Raises RewardServerError as ``scores`` does, and where the image is refused."""
+        """Waits for the answer. Raises RewardServerError as ``scores`` does, and if the image is refused."""
         try:
             response = self._stub.Segment(request, timeout=self.timeout_s, wait_for_ready=self._wait_for_ready)
         except grpc.RpcError as error:
@@ -78,11 +78,11 @@ class RewardConnection:
         return response
 
     def is_lost(self, call: Any) -> bool:
-        """Whether a failed call says that the server cannot come back."""
+        """Whether a failed call means that the server cannot come back."""
         return not self._wait_for_ready and call.code() == grpc.StatusCode.UNAVAILABLE
 
     def check_model(self, checkpoint: str, dtype: str) -> None:
-        """Scores of different weights or dtypes must not meet in one run. Raises RewardServerError."""
+        """Raises RewardServerError for other weights or another dtype than before: a run must not mix their scores."""
         with self._pinning:
             if self.model is None:
                 self.model = checkpoint, dtype
@@ -109,7 +109,7 @@ class RewardConnection:
 
 
 def too_large(request: reward_pb2.ScoreRequest | reward_pb2.SegmentRequest) -> str:
-    """Why a request cannot be sent; empty where it can."""
+    """Why a request cannot be sent; empty if it can."""
     size = request.ByteSize()
     return f"{size} bytes, expected at most {MESSAGE_BYTES}: shrink its image" if size > MESSAGE_BYTES else ""
 

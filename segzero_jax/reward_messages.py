@@ -1,4 +1,4 @@
-"""What travels between trainer and reward server, as the trainer's own types and as the messages of reward.proto."""
+"""Data exchanged between trainer and reward server, as the trainer's own types and as the messages of reward.proto."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from segzero_jax.types import Frame, ObjectPrompt, RleMask
 
 # google.rpc.Code, as in reward.proto's Status.
 _OUT_OF_RANGE = 11
-# As in reward.proto: a request with a longer id is refused as a whole.
+# As in reward.proto: a request with a longer id is rejected.
 _MOST_ID_CHARACTERS = 256
 _KEPT_ID_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself: see GetInfoResponse in reward.proto."""
+    """A server's description of itself: see GetInfoResponse in reward.proto."""
 
     address: str
     api_version: int
@@ -33,7 +33,7 @@ class ServerInfo:
     max_mask_pixels: int
 
     def takes(self, candidates: int, objects: int, masks: int, pixels: int) -> bool:
-        """Whether one request may have so many candidates, objects and masks, each of so many pixels."""
+        """Whether one request may have this many candidates, objects and masks, each mask of this many pixels."""
         found = ((candidates, self.max_candidates), (objects, self.max_objects), (masks * pixels, self.max_mask_pixels))
         return all(count <= most or not most for count, most in found)
 
@@ -43,12 +43,12 @@ class ScoreRequest:
     """One image and the responses to one question about it.
 
     Attributes:
-      id: comes back with the answer and stands in the server's log; a long one is cut there.
-      image: the encoded picture, as stored.
-      frame: what all coordinates here refer to; usually the stored picture's size.
-      target: the mask to be compared with, of the stored picture's size, or objects whose mask SAM 2 makes.
-      candidates: per response its objects; the mask is the union of theirs.
-      ignore: pixels of the stored picture that count in no mask; None where all do.
+      id: returned with the answer and written to the server's log, where a long one is truncated.
+      image: the encoded image, as stored.
+      frame: the frame of all coordinates here; usually the stored image's size.
+      target: the mask to compare with, of the stored image's size, or objects whose mask SAM 2 makes.
+      candidates: the objects of each response; its mask is the union of theirs.
+      ignore: pixels of the stored image that count in no mask; None if all count.
     """
 
     id: str
@@ -61,16 +61,16 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """What one response's mask is worth.
+    """The score of one response's mask.
 
     Attributes:
-      iou: with the target; 1 when both are empty. None when the service refused to score, 0 when it refused a prompt
-        that lies outside the picture: see ``error``.
-      intersection, union: pixels of the stored picture, without those to ignore; of a refused answer the target's,
-        where SAM 2 got so far.
+      iou: IoU with the target; 1 when both are empty. None when the service refused to score, 0 when it refused a
+        prompt that is outside the image: see ``error``.
+      intersection, union: pixels of the stored image, without ignored ones; for a refused answer 0 and the target's,
+        if SAM 2 got that far.
       model_score: SAM 2's own estimate of the IoU, the mean over the objects; 0 without objects.
-      mask: where it was asked for, whole.
-      error: why SAM 2 was not asked, or did not answer; empty where it did.
+      mask: the whole mask, if requested.
+      error: why SAM 2 was not asked, or did not answer; empty if it did.
     """
 
     iou: float | None
@@ -91,7 +91,7 @@ class Segmentation:
 
 
 def info_from(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
-    """What the server at ``address`` said of itself."""
+    """The ServerInfo in the response of the server at ``address``."""
     return ServerInfo(
         address=address,
         api_version=response.api_version,
@@ -110,12 +110,12 @@ def info_from(address: str, response: reward_pb2.GetInfoResponse) -> ServerInfo:
 
 
 def split(group: ScoreRequest, masks: bool, servers: Sequence[ServerInfo]) -> list[ScoreRequest]:
-    """A group in as few requests as the servers take, its candidates in order: a long answer spoils no other.
+    """Splits a group into as few requests as the servers' limits allow, candidates in order.
 
-    A candidate that is too much by itself has a request of its own, which says so.
+    A candidate that exceeds a limit by itself gets its own request, whose refusal affects no other answer.
 
     Args:
-      masks: whether the candidates' masks are to come back.
+      masks: whether the candidates' masks are requested.
     """
     if isinstance(group.target, RleMask):
         own, pixels = 0, group.target.height * group.target.width
@@ -134,7 +134,7 @@ def split(group: ScoreRequest, masks: bool, servers: Sequence[ServerInfo]) -> li
 
 
 def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:
-    """The message that asks for a group's scores, and for its masks too."""
+    """The message that requests a group's scores and, if ``masks``, its masks."""
     if isinstance(group.target, RleMask):
         target = reward_pb2.Target(mask=_rle(group.target))
     else:
@@ -153,7 +153,7 @@ def score_request(group: ScoreRequest, masks: bool) -> reward_pb2.ScoreRequest:
 def segment_request(
     id: str, image: bytes, frame: Frame, candidates: Sequence[tuple[ObjectPrompt, ...]]
 ) -> reward_pb2.SegmentRequest:
-    """The message that asks for masks alone."""
+    """The message that requests only masks."""
     return reward_pb2.SegmentRequest(
         request_id=_request_id(id),
         image=_image(image),
@@ -163,7 +163,7 @@ def segment_request(
 
 
 def _request_id(id: str) -> str:
-    """An id as short as a server takes it. It is for logs and for matching answers: what is cut differs by its hash."""
+    """An id within the servers' limit, for logs and for matching answers: truncated ids differ by their hash."""
     if len(id) <= _MOST_ID_CHARACTERS:
         return id
     return f"{id[:_KEPT_ID_CHARACTERS]}-{hashlib.sha256(id.encode('utf-8', 'replace')).hexdigest()[:16]}"
@@ -187,10 +187,10 @@ def _candidate(objects: Sequence[ObjectPrompt]) -> reward_pb2.Candidate:
 
 
 def score_from(entry: reward_pb2.CandidateScore, target_area: int) -> CandidateScore:
-    """One candidate's answer. A prompt that lies outside the picture selects nothing: a score of zero, none missing.
+    """One candidate's score. A prompt outside the image selects nothing: its score is zero, not missing.
 
     Args:
-      target_area: of the response that ``entry`` is of.
+      target_area: the target area in the response that contains ``entry``.
     """
     if entry.status.code != 0:
         iou = 0.0 if entry.status.code == _OUT_OF_RANGE else None
@@ -199,7 +199,7 @@ def score_from(entry: reward_pb2.CandidateScore, target_area: int) -> CandidateS
 
 
 def refusal(request: reward_pb2.ScoreRequest, reason: str) -> list[CandidateScore]:
-    """The scores of a group that has none: a reason for every candidate."""
+    """The scores of a group that was not scored: the reason for every candidate."""
     return [CandidateScore(None, 0, 0, 0.0, None, reason)] * len(request.candidates)
 
 

@@ -1,4 +1,4 @@
-"""From responses to rewards: texts are parsed, their prompts sent to SAM 2 at once, and scores put together later."""
+"""From responses to rewards: parses texts, sends their prompts to SAM 2 at once, and combines the scores later."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Scored:
     Attributes:
       rewards_bg: float64 totals, NaN where a mask score is missing, or the recipe cannot compare with the target.
       components: raw components of each response, by name; empty where the reward is missing.
-      masks: what SAM 2 said, None without a server.
+      masks: SAM 2's scores; None without a server.
     """
 
     rewards_bg: np.ndarray
@@ -45,13 +45,13 @@ def solution(example: Example, frame: Frame, recipe: str) -> str:
 
 
 def answered_objects(text: str, example: Example, frame: Frame) -> tuple[ObjectPrompt, ...]:
-    """What a response asks the segmenter for, in pixels of the stored picture."""
+    """The objects that a response asks to segment, in pixels of the stored image."""
     return tuple(rescale_object(obj, frame, example.frame) for obj in parse_answer(text).objects)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one host of several has scored: some rows of ``Scored``, by number; None for a missing reward."""
+    """The share of one host of several: some rows of ``Scored``, by number; None for a missing reward."""
 
     rewards: dict[int, list[float | None]]
     components: dict[int, list[dict[str, float]]]
@@ -62,7 +62,7 @@ _PART = TypeAdapter(_Part)
 
 
 class Scorer:
-    """Scores responses by a recipe, with masks where there is a client. Of several hosts each scores its share."""
+    """Scores responses by a recipe, with masks if there is a client. With several hosts, each scores its share."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Scorer:
         pod: Pod = ALONE,
         functions: Mapping[str, RewardFunction] = MappingProxyType({}),
     ):
-        """``functions`` are called beside the recipe, see ``own_rewards.py``."""
+        """``functions`` are called in addition to the recipe, see ``own_rewards.py``."""
         self._functions = functions
         self._config = config
         self._frame = frame
@@ -90,11 +90,11 @@ class Scorer:
         """Sends one call per prompt and returns at once.
 
         Args:
-          examples: ``b`` of them, the same on all hosts.
-          texts: ``[b][g]``.
-          masks: so many of the first prompts bring their predicted masks back too.
-          rows: the prompts that this host scores, in ascending order; by default every n-th of n hosts.
-          lengths: of all texts; functions of one's own are told.
+          examples: ``b`` examples, the same on all hosts.
+          texts: responses, ``[b][g]``.
+          masks: for this many of the first prompts, also return the predicted masks.
+          rows: the prompts that this host scores, in ascending order; by default every n-th with n hosts.
+          lengths: lengths of all texts, for custom reward functions.
         """
         own = range(self._pod.index, len(examples), self._pod.count) if rows is None else rows
         masks = sum(row < masks for row in own)
@@ -130,7 +130,7 @@ class PendingRewards:
     """Rewards whose masks are being scored.
 
     Attributes:
-      rows: of the whole batch, what ``examples``, ``texts``, ``lengths``, ``solutions`` and ``pending`` are for.
+      rows: the rows of the whole batch that ``examples``, ``texts``, ``lengths``, ``solutions`` and ``pending`` are for.
       solutions: None for a target that the recipe cannot compare with.
     """
 
@@ -146,9 +146,9 @@ class PendingRewards:
     pod: Pod
 
     def result(self, patience: Patience | None = None, drop: bool = False) -> Scored:
-        """The scores of the whole batch, all hosts' shares of it put together.
+        """The scores of the whole batch, combined from all hosts' shares.
 
-        Waits for SAM 2, as ``PendingScores.result`` does; a score that is not there is missing, never a zero.
+        Waits for SAM 2, as ``PendingScores.result`` does; an absent score is missing, never a zero.
         """
         mine = self._score(patience, drop)
         if self.pod.count == 1:
@@ -186,7 +186,7 @@ class PendingRewards:
         return Scored(totals, components, masks)
 
     def _measure_own(self, b: int, g: int, mask_iou: float | None) -> dict[str, float]:
-        """The components that are not the recipe's."""
+        """The components from custom reward functions."""
         if not self.functions:
             return {}
         assert self.lengths is not None, "functions of one's own are told how long a response is"
@@ -199,8 +199,8 @@ class PendingRewards:
         if self.pending is None:
             return None
         answers = self.pending.result(patience, drop)
-        # An answer that cannot be read asks for nothing, and nothing is the right mask where there is no target:
-        # it must not earn what "nothing here" earns.
+        # An unreadable answer asks for no mask, and no mask is right if there is no target: it must not earn what
+        # "nothing here" earns.
         return [
             [
                 score if parse_answer(text).readable or score.iou is None else replace(score, iou=0.0, intersection=0)
@@ -211,7 +211,7 @@ class PendingRewards:
 
 
 def _whole(parts: Sequence[_Part]) -> Scored:
-    """The rows of all hosts in order."""
+    """The rows of all hosts, in order."""
     rewards = {row: group for part in parts for row, group in part.rewards.items()}
     components = {row: group for part in parts for row, group in part.components.items()}
     masks = {row: group for part in parts for row, group in (part.masks or {}).items()}

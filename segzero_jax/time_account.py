@@ -1,4 +1,4 @@
-"""Where wall time goes: seconds by phase, and the share in which the policy learnt, over all restarts of a run."""
+"""Wall-clock time by phase, and its productive share, over all restarts of a run."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ class PhaseTimer:
     """Wall-clock seconds of the phases of a step, for ``time/<phase>``; in a profile, phases appear by name.
 
     JAX returns before a computation is done: wait for its result inside the phase that it belongs to. One thread
-    times; any thread may look (``running``, ``peek``).
+    times; any thread may call ``running`` and ``peek``.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -32,7 +32,7 @@ class PhaseTimer:
         self._carried = 0.0
 
     def now(self) -> float:
-        """Seconds by the clock that it counts with."""
+        """Seconds on the timer's clock."""
         return self._clock()
 
     @contextmanager
@@ -61,7 +61,7 @@ class PhaseTimer:
         self._carried += seconds
 
     def name_rest(self, name: str) -> None:
-        """Counts all time so far that no phase has claimed as ``name``."""
+        """Counts all time so far that is in no phase as ``name``."""
         self._add(name, self._clock() - self._start + self._carried - sum(self._seconds.values()))
 
     def running(self) -> tuple[str, float]:
@@ -79,7 +79,7 @@ class PhaseTimer:
         return {**seconds, "other": max(0.0, total - sum(seconds.values()))}
 
     def take(self) -> dict[str, float]:
-        """What ``peek`` says; starts anew."""
+        """Returns what ``peek`` does, and resets the timer."""
         seconds = self.peek()
         now = self._clock()
         self._start = self._idle_since = now
@@ -101,12 +101,12 @@ class CompileClock:
 
     @property
     def compiling(self) -> bool:
-        """Whether that is going on now."""
+        """Whether a program is being compiled now."""
         return self._depth > 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Counts within."""
+        """Counts inside this context."""
         jax.monitoring.register_scalar_listener(self._begin)
         jax.monitoring.register_event_time_span_listener(self._end)
         try:
@@ -118,7 +118,7 @@ class CompileClock:
     def _begin(self, event: str, value: float | int, **kwargs: str | int) -> None:
         if event.startswith(_COMPILING) and threading.get_ident() == self._thread:
             self._depth += 1
-            # JAX tells when it began by the wall clock, which may be set meanwhile.
+            # JAX reports the start by the wall clock, which may be set meanwhile.
             if self._depth == 1:
                 self._since = self._timer.now()
 
@@ -131,17 +131,17 @@ class CompileClock:
 
 
 class TimeAccount:
-    """The ``time/*`` of every line of ``metrics.jsonl``, and ``clock.json`` for the seconds that no line holds yet.
+    """The ``time/*`` of every line of ``metrics.jsonl``, and ``clock.json`` for seconds that are in no line yet.
 
-    A line's seconds are those since the line before. After a restart the first line also has those of start-up, and
-    as ``lost`` what the run had done past the checkpoint it went on from. Between processes no time is counted.
+    A line's seconds are those since the previous line. After a restart, the first line also has those of start-up and,
+    as ``lost``, those spent past the checkpoint that the run resumed from. Time between processes is not counted.
 
     Args:
-      run_dir: its ``clock.json`` says what an earlier process did after its last line. None writes and reads nothing,
-        for all processes of a run but the first.
-      timer: of this process.
-      kept: rows of ``metrics.jsonl`` that this process goes on from.
-      removed: rows past them, whose steps are repeated.
+      run_dir: its ``clock.json`` has the seconds of an earlier process after its last line. None reads and writes
+        nothing, for all processes of a run but process 0.
+      timer: this process's timer.
+      kept: rows of ``metrics.jsonl`` that this process resumes from.
+      removed: rows past those, whose steps are repeated.
 
     Raises:
       JsonLinesError: ``clock.json`` is not JSON.
@@ -162,7 +162,7 @@ class TimeAccount:
         self._productive = sum(row.get(f"time/{name}") or 0.0 for row in kept for name in PRODUCTIVE)
         lost = sum(row.get("time/total") or 0.0 for row in removed)
         left = _read(self._file)
-        # A file from before the last line repeats what that line holds.
+        # A file from before the last line repeats what is in that line.
         if left["after_step"] >= (removed[-1]["step"] if removed else self._step):
             if left["ended"] and not removed:
                 for name, seconds in left["seconds"].items():
@@ -174,8 +174,8 @@ class TimeAccount:
         self.note()
 
     def line(self, step: int) -> dict[str, float]:
-        """``time/*`` of a step: seconds by phase, ``time/total``, ``time/step`` (without what is beside the steps),
-        ``time/data_share`` (of the step), and ``time/goodput``, the productive share of all the run's time so far."""
+        """``time/*`` of a step: seconds by phase, ``time/total``, ``time/step`` (without phases outside the steps),
+        ``time/data_share`` (of the step), and ``time/goodput``, the productive share of the run's total time so far."""
         with self._lock:
             seconds = self._timer.take()
             self._step = step
@@ -192,7 +192,7 @@ class TimeAccount:
         }
 
     def note(self, ended: bool = False) -> None:
-        """Writes ``clock.json``; any thread may. ``ended``: the run is done, nothing after its last line is lost."""
+        """Writes ``clock.json``, from any thread. ``ended``: the run is done, nothing after its last line is lost."""
         if self._file is None:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""A configuration read: a YAML preset, dotted overrides, a command line. A mistake is one line.
+"""Reads a configuration from a YAML preset, dotted overrides, a command line. A mistake is reported in one line.
 
 A YAML file holds what differs from the embedded toy run, and ``--section.key=value`` overrides both.
 """
@@ -30,7 +30,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as it is written to ``config.yaml``."""
+    """The resolved configuration as written to ``config.yaml``."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -42,7 +42,7 @@ def all_keys() -> Mapping[str, Any]:
 
 @functools.cache
 def meanings() -> Mapping[str, str]:
-    """What every dotted key means: its line among the Attributes of its section's docstring."""
+    """The meaning of every dotted key: its entry in the Attributes of its section's docstring."""
     config = Config()
     found = _attributes(type(config))
     for field in dataclasses.fields(config):
@@ -61,7 +61,7 @@ def _attributes(documented: type) -> dict[str, str]:
 
 
 def build(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first thing wrong."""
+    """Validates nested values into a Config. Raises ConfigError, naming ``source``, for the first mistake."""
     for key in tree:
         section, _, name = key.rpartition(".")
         if section and key in all_keys():
@@ -123,7 +123,7 @@ def parse_command_line(
 ) -> tuple[argparse.Namespace, Config]:
     """Reads ``argv`` with ``parser``'s options, ``--config`` and every dotted key; bad input is one line and exit 2.
 
-    It is the command line of a run: what cannot be trained, though it could be read, is bad input as well.
+    It is the command line of a run: a valid configuration that cannot be trained is bad input as well.
     """
     parser = OneLineParser(
         prog=parser.prog,
@@ -138,7 +138,7 @@ def parse_command_line(
     parser.add_argument(
         "--config",
         action=_Preset,
-        type=os.path.expanduser,  # no shell does, in --config=~/a.yaml
+        type=os.path.expanduser,  # shells do not expand --config=~/a.yaml
         metavar="FILE",
         help="a YAML preset, see configs/; without it the embedded toy run",
     )
@@ -168,7 +168,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _Preset(argparse.Action):
-    """Refuses a second preset, which would silently take the place of the first."""
+    """Refuses a second preset, which would silently replace the first."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
         first = getattr(namespace, self.dest)
@@ -181,7 +181,7 @@ class _Preset(argparse.Action):
 
 
 def count(text: str) -> int:
-    """How many, at least one, for argparse."""
+    """A count of at least one, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
     return int(text)
@@ -190,19 +190,19 @@ def count(text: str) -> int:
 class _PresetLoader(yaml.SafeLoader):
     """Refuses a key that is given twice: plain YAML would silently drop the first, with its whole section.
 
-    A date that is none and a number of thousands of digits are YAML's mistakes like any other, with their place.
+    An invalid date and a number of thousands of digits are reported like other YAML mistakes, with their position.
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, AttributeError) as error:  # the latter of what is tagged as a date and looks like none
+        except (ValueError, AttributeError) as error:  # the latter for a value that is tagged as a date but is not one
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # What "<<" brings may be given again: it is a default.
+            if key_node.tag == "tag:yaml.org,2002:merge":  # Keys from "<<" may be given again: they are defaults.
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
@@ -213,12 +213,12 @@ class _PresetLoader(yaml.SafeLoader):
 
 
 def _override_value(key: str, text: str) -> Any:
-    """What ``--key=text`` means: the text itself where text is expected ("2026" is a name), YAML elsewhere."""
+    """The value of ``--key=text``: the text itself if text is expected ("2026" is a name), else YAML."""
     if isinstance(all_keys()[key], str):
         return text
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the second of a date that is none, or a number of thousands of digits
+    except (yaml.YAMLError, ValueError):  # the latter for an invalid date, or a number of thousands of digits
         return text
 
 

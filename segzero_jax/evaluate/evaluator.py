@@ -26,14 +26,14 @@ from segzero_jax.scoring import Scorer
 from segzero_jax.segmenting import connected
 from segzero_jax.types import Example, Frame
 
-# SAM 2 may take minutes for a batch where it has no GPU; a silence of so long means that it does not come back.
+# SAM 2 may take minutes for a batch without a GPU; after this long a silence it will not come back.
 _PATIENCE_S = 1800.0
 _SHOWN_NUMBERS = (("giou", "gIoU"), ("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("n_acc", "N-acc."))
 
 
 @dataclass(frozen=True)
 class Questions(Sequence[Example]):
-    """A split, or some of its questions, at these places of it."""
+    """A split, or only the questions at ``places`` in it."""
 
     dataset: str
     split: str
@@ -48,11 +48,11 @@ class Questions(Sequence[Example]):
 
 
 def open_questions(name: str, data_dir: str | Path, limit: int | None = None) -> Questions:
-    """The questions of "NAME" or "NAME/SPLIT", by default of its split "val"; of them ``Source.first(limit)``.
+    """The questions of "NAME" or "NAME/SPLIT", by default split "val", limited to ``Source.first(limit)``.
 
     Raises:
       DataError: there is no such set or split.
-      EvaluateError: there is no question in it.
+      EvaluateError: it has no questions.
     """
     dataset, _, split = name.partition("/")
     source = open_split(dataset, split or "val", data_dir)
@@ -68,10 +68,10 @@ class How:
 
     Attributes:
       batch: questions at once.
-      samples: 0 for one greedy answer, else so many drawn ones; ``seed`` is of the draw.
+      samples: 0 for one greedy answer, else the number of drawn answers; ``seed`` is their random seed.
       mesh: as in training.
-      server: "local", "none" or addresses; ``sam`` is what a local one loads, the run's own without.
-      image_size, prompt: take the place of a run's own.
+      server: "local", "none" or addresses; ``sam`` is what a local server loads, by default the run's own.
+      image_size, prompt: override a run's own.
       repetition_penalty: see ``rollout.Sampling``.
     """
 
@@ -88,13 +88,13 @@ class How:
 
 
 class Evaluator:
-    """Evaluates policies one after another with one SAM 2, and keeps what it found. Use it as a context manager.
+    """Evaluates policies one after another with one SAM 2, and keeps the results. Use it as a context manager.
 
-    On several hosts all make the same calls and answer together; the first one asks SAM 2, writes, and has the results.
+    On several hosts all make the same calls and answer together; host 0 asks SAM 2, writes, and has the results.
     """
 
     def __init__(self, how: How, out: Path, pod: Pod = ALONE) -> None:
-        """Nothing is loaded or started yet; the ambient mesh is ``how.mesh``."""
+        """Loads and starts nothing yet; the ambient mesh is ``how.mesh``."""
         self._how, self._out, self._pod = how, out, pod
         self._stack = contextlib.ExitStack()
         self._sam: tuple[RewardClient, str] | None = None
@@ -140,9 +140,9 @@ class Evaluator:
             respondent.finished()
 
     def oracle(self, sets: Sequence[Questions]) -> None:
-        """Evaluates the targets' own boxes and points, for which the first host is enough.
+        """Evaluates the targets' own boxes and points, on host 0 only.
 
-        Questions whose target is no mask are left out: SAM 2's own mask for box and points takes its place.
+        Questions whose target is not a mask are left out: their target is SAM 2's own mask for box and points.
         """
         if not self._pod.first:
             return
@@ -158,7 +158,7 @@ class Evaluator:
 
     def _one(self, questions: Questions, checkpoint: str, samples: int, options: dict[str, Any], judge: Judge) -> None:
         dataset, split, count = questions.dataset, questions.split, len(questions)
-        # Once, the first ones were taken as they stand: where these are others, it is another evaluation.
+        # Earlier versions took the first questions in order: if these are others, it is another evaluation.
         order = {} if list(questions.places) == list(range(count)) else {"order": "of every picture one"}
         task = Task(dataset, split, questions.source.checksum, count, checkpoint, samples, options | order)
         say(f"evaluating {task.name}")
@@ -175,7 +175,7 @@ class Evaluator:
         return {"batch": self._how.batch, "mesh": self._how.mesh, "sam": sam}
 
     def _segmenter(self, config: Config) -> tuple[RewardClient | None, str]:
-        """The client, None without a server, and what serves: the same for all policies."""
+        """The client (None without a server) and a description of the server's model: the same for all policies."""
         how = self._how
         if how.server == "none":
             return None, "none"
@@ -189,7 +189,7 @@ class Evaluator:
 
 
 def _with_masks(questions: Questions) -> Questions:
-    """Those whose target is a mask, and those of which nothing in the picture is meant."""
+    """The questions whose target is a mask, and those without a target in the image."""
     examples = ((place, questions.source[place]) for place in questions.places)
     return replace(questions, places=[place for place, one in examples if one.mask is not None or not one.objects])
 
@@ -209,6 +209,7 @@ def _asked_how(loaded: Loaded, drawn: bool) -> dict[str, Any]:
         "recipe": config.reward.recipe,
         "mask_iou_weight": config.reward.mask_iou_weight,
         "mask_iou_mode": config.reward.mask_iou_mode,
-        # A path is no policy: a run may be trained anew there, a directory exported anew, a hub id updated.
+        # A path does not identify a policy: a run may be trained again there, a directory exported again, a hub id
+        # updated.
         "weights": fingerprint(loaded.policy, jnp.dtype(config.model.compute_dtype)),
     }

@@ -1,6 +1,6 @@
-"""A policy that answers questions in batches on the mesh, in the layout of rollout, with the prompt of training.
+"""A policy that answers questions in batches on the mesh, in the rollout layout, with the training prompt.
 
-On several hosts the first one decides what is asked next, and the others answer along.
+On several hosts, host 0 decides what is asked next, and the others answer along.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from segzero_jax.random_streams import EVALUATE_COMMAND, stream_key
 from segzero_jax.rollout import padding_multiple, rollout_layout, sample
 from segzero_jax.types import Example, PromptBatch
 
-# Evaluation draws from another stream than training.
+# Evaluation draws from a different random stream than training.
 
 
 class Reply(NamedTuple):
@@ -38,14 +38,14 @@ class Respondent:
         """Lays the weights out for rollout.
 
         Args:
-          loaded: on the ambient mesh.
-          batch: questions at once; a shorter batch is filled up, so that every batch has one shape.
+          loaded: the policy, on the ambient mesh.
+          batch: questions at once; a shorter batch is padded, so that every batch has one shape.
           samples: 0 for one greedy answer.
-          seed: of the draw.
-          pod: the hosts that the mesh is on; each reads and encodes all questions, which takes little beside answering.
+          seed: random seed of drawn answers.
+          pod: the hosts that the mesh is on; each encodes all questions, which is cheap compared with answering.
 
         Raises:
-          MeshError: the mesh divides neither the policy nor the batch.
+          MeshError: the policy or the batch does not divide over the mesh.
         """
         mesh = jax.sharding.get_mesh()
         check_fits(mesh, loaded.dims, batch, batch)
@@ -59,24 +59,24 @@ class Respondent:
         self._key = stream_key(seed, EVALUATE_COMMAND)
 
     def __call__(self, examples: Sequence[Example], start: int) -> list[Reply]:
-        """Answers at most ``batch`` questions; ``start`` is the place of the first one in its split.
+        """Answers at most ``batch`` questions; ``start`` is the index of the first one in its split.
 
-        The first host's call: the others ``follow``.
+        Called on host 0; the others ``follow``.
         """
         self._next(start)
         return self._answer(examples, start)
 
     def follow(self, questions: Sequence[Example]) -> None:
-        """Answers along with the first host, which has the same questions, until that one has ``finished``."""
+        """Answers along with host 0, which has the same questions, until it has ``finished``."""
         while (start := self._next(None)) is not None:
             self._answer([questions[i] for i in range(start, min(start + self._batch, len(questions)))], start)
 
     def finished(self) -> None:
-        """Tells the hosts that follow that there is no more to ask."""
+        """Tells the hosts that follow that there are no more questions."""
         self._next(None)
 
     def _next(self, start: int | None) -> int | None:
-        # Between batches the first host may wait for SAM 2, or find all answers there already.
+        # Between batches host 0 may wait for SAM 2, or find all answers there already.
         return self._pod.from_first("the next questions", lambda: start, WHATEVER_IT_TAKES_S)
 
     def _answer(self, examples: Sequence[Example], start: int) -> list[Reply]:

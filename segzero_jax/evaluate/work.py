@@ -1,4 +1,4 @@
-"""One policy on one split: batch after batch into ``samples.jsonl``, going on where an earlier run was cut off."""
+"""One policy on one split: writes ``samples.jsonl`` batch by batch, resuming where an earlier run was interrupted."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ class EvaluateError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What is evaluated. Two runs with equal tasks make equal results.
+    """The inputs of an evaluation. Two runs with equal tasks give equal results.
 
     Attributes:
-      dataset, split: the questions; ``checksum`` stands for their content.
-      count: so many of them.
-      checkpoint: who answers, or "oracle" for the targets themselves.
-      samples: 0 for greedy answers.
-      options: what else the answers depend on.
+      dataset, split: the questions; ``checksum`` identifies their content.
+      count: number of questions.
+      checkpoint: the policy, or "oracle" for the targets themselves.
+      samples: drawn answers per question; 0 for one greedy answer.
+      options: everything else the answers depend on.
     """
 
     dataset: str
@@ -41,27 +41,27 @@ class Task:
 
     @property
     def answers(self) -> int:
-        """For each question."""
+        """Answers per question."""
         return max(1, self.samples)
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A description for people."""
         drawn = f", {self.samples} drawn answers each" if self.samples else ""
         return f"{self.checkpoint} on {self.dataset}/{self.split}, {self.count} questions{drawn}"
 
     def folder(self, out: Path) -> Path:
-        """Where its files are."""
+        """The folder of its files."""
         return out / safe_name(f"{self.dataset}-{self.split}") / safe_name(self.checkpoint)
 
 
 def open_task(task: Task, out: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same task, whole batches only; forgets what comes after them.
+    """Rows of an earlier run of the same task, whole batches only; deletes what comes after them.
 
-    Rows count as far as each answer stands in its place: what two commands at once have written does not.
+    Rows count up to the first that is out of order, as when two commands have written at once.
 
     Raises:
-      EvaluateError: the folder holds another evaluation, or rows that are none.
+      EvaluateError: the folder holds another evaluation, or invalid rows.
     """
     folder = task.folder(out)
     settings, samples = folder / "task.json", folder / "samples.jsonl"
@@ -99,7 +99,7 @@ def open_task(task: Task, out: Path) -> list[dict[str, Any]]:
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, Any]:
-    """Which question a row is about, and which of its answers."""
+    """A row's question index and answer index."""
     return row.get("index"), row.get("sample")
 
 
@@ -111,12 +111,12 @@ def work(
     One batch is scored by SAM 2 while the policy answers the next one. A batch's rows are written together.
 
     Args:
-      task: whose ``open_task`` are taken as they are.
-      say: is told how far it is, now and then.
+      task: the task; its rows from ``open_task`` are kept as they are.
+      say: is told the progress now and then.
 
     Raises:
       EvaluateError: see ``open_task``.
-      FolderHeld: another process is at the same task.
+      FolderHeld: another process is working on the same task.
     """
     with hold(task.folder(out), "evaluation"):
         return _work(task, out, source, judge, say)
@@ -142,7 +142,7 @@ def _work(
 
 
 def _keep(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds a batch to the file; as JSON has it, so that a run that goes on computes with the same numbers."""
+    """Adds a batch to the file; returns it as read from JSON, so that a resumed run computes with the same numbers."""
     lines = [jsonl.dump(row) for row in rows]
     jsonl.append_lines(path, lines)
     return [json.loads(line) for line in lines]

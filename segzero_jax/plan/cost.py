@@ -124,7 +124,7 @@ class Program:
         return cost
 
     def parts(self, name: str, without: Sequence[Instruction] = ()) -> Iterator[tuple[Instruction, Cost, int]]:
-        """The instructions of a computation and of those it calls, each with its cost per run and its number of runs."""
+        """The instructions of a computation and of those it calls, each with its cost per run and number of runs."""
         beside: set[_Key] = set()
         for instruction in self.computations[name].values():
             if instruction in without:

@@ -1,4 +1,4 @@
-"""What each phase of a step needs and costs on one chip of a slice."""
+"""Memory and cost of each phase of a step on one chip of a slice."""
 
 import math
 import re
@@ -22,19 +22,19 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase on one chip. FLOPs, bytes and seconds are of one run of the phase.
+    """One phase on one chip. FLOPs, bytes and seconds are per run of the phase.
 
     Attributes:
       phase: its name. Prefill and decode are parts of one program and share its memory.
-      runs: how often it runs in a step: decode once a token, the update once a mini-batch and iteration.
-      arguments_gib, temporaries_gib: of its program; results in the place of arguments are counted once.
-      resident_gib: what else of the run lies in memory meanwhile.
+      runs: runs per step: decode runs once per token, the update once per mini-batch and iteration.
+      arguments_gib, temporaries_gib: memory of its program; results that replace arguments are counted once.
+      resident_gib: memory of the run's other data at that time.
       hbm_gib: the sum.
-      fits: whether that is within the chip's limit.
-      flops, bytes: of matrix products; of main memory. None where the program could not be compiled.
-      collective_bytes: sent over the links, by kind.
-      seconds: the longest of computing, memory and links, each axis of the mesh with a link of its own.
-      bound: which of them that is.
+      fits: whether the sum is within the chip's limit.
+      flops, bytes: FLOPs of matrix products; main-memory traffic. None if the program could not be compiled.
+      collective_bytes: bytes sent over the links, by kind of collective.
+      seconds: the longest of compute, memory and link time, with one link for each mesh axis.
+      bound: which of them is the longest.
     """
 
     phase: str
@@ -53,7 +53,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``--json`` prints."""
+    """The output of ``--json``."""
 
     config: str | None
     mesh: str
@@ -82,7 +82,7 @@ def analyse(
 
     Args:
       name, runs, lower, beside: see ``Step.programs``.
-      mesh: sizes of its axes.
+      mesh: sizes of the mesh axes.
       attention: see ``Step.attention_scores``.
     """
     names = ["prefill", "decode"] if name == "rollout" else [name]
@@ -131,7 +131,7 @@ def analyse(
 
 
 def axis_bytes(sent: Mapping[tuple[int, ...], float], mesh: Sequence[int]) -> list[float]:
-    """Bytes that a chip sends along each axis of the mesh, all axes at once; what crosses several is divided evenly.
+    """Bytes that a chip sends along each mesh axis, all axes at once; traffic across several is divided evenly.
 
     Args:
       sent: see ``Cost.sent``.
@@ -145,12 +145,12 @@ def axis_bytes(sent: Mapping[tuple[int, ...], float], mesh: Sequence[int]) -> li
 
 
 def total_flops(cost: Cost, attention: Mapping[tuple[bool, int], int]) -> float:
-    """FLOPs of matrix products, those of attention kernels too."""
+    """FLOPs of matrix products, including those in attention kernels."""
     return cost.flops + sum(kernel_flops(kernel, attention) for kernel in cost.kernels)
 
 
 def kernel_flops(kernel: Kernel, attention: Mapping[tuple[bool, int], int]) -> float:
-    """FLOPs of a splash attention call: its forward pass is 2 matrix products a block, its backward passes 3 and 4."""
+    """FLOPs of a splash attention call: 2 matrix products per block in its forward pass, 3 and 4 in its backward."""
     products = next((n for name, n in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name in kernel.name), None)
     image = IMAGE_SCOPE in kernel.scope
     known = (shape for shape in kernel.shapes if len(shape) >= 3 and (image, shape[-2]) in attention)
@@ -164,17 +164,17 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
     """Compiles all phases of a step of this run for a slice.
 
     Args:
-      config: its mesh has as many chips as the slice.
+      config: the run's; its mesh must have as many chips as the slice.
       config_path: named in the result.
-      topology: such as "v5e:4x4".
-      report: told which phase is being compiled; it takes minutes.
+      topology: the slice, such as "v5e:4x4".
+      report: is told which phase is being compiled, which takes minutes.
 
     Raises:
-      PlanError, MeshError, CheckpointError: the slice, the mesh or the model is not one, or they do not go together.
+      PlanError, MeshError, CheckpointError: the slice, the mesh or the model is invalid, or they do not fit together.
     """
     chip, _, _ = read_topology(topology)
     if config.model.compute_dtype == "float32":
-        # A product of float32 numbers is six of their bfloat16 parts.
+        # A float32 product takes six products of bfloat16 parts.
         chip = replace(chip, flops_per_s=chip.flops_per_s / 6)
     mesh = make_topology_mesh(config.mesh, topology)
     dims = find_dims(config.model.path)
@@ -206,7 +206,7 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
 
 
 def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
-    """What to change so that the phases that do not fit may."""
+    """Changes that may make the phases fit that do not."""
     advice = []
     data, fsdp, tensor = parse_mesh(config.mesh)
     for phase in over:
