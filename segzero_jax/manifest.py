@@ -1,6 +1,6 @@
 """A checkpoint's manifest: the size and SHA-256 of every file, so that damage is found before anything is restored.
 
-Orbax and its stores checksum parts of a checkpoint only; a bit that flips in an array's file can come back as another
+Orbax and its stores checksum only parts of a checkpoint; a flipped bit in an array's file can come back as another
 number. The manifest is one more item of the checkpoint: written when the others are complete, committed with them.
 """
 
@@ -24,16 +24,16 @@ _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class ManifestHandler(ocp.CheckpointHandler):
-    """Writes the manifest. To be the last of a checkpoint's handlers: Orbax completes its items in that order."""
+    """Writes the manifest. Must be the last of a checkpoint's handlers: Orbax completes its items in that order."""
 
     def save(self, directory: epath.Path, args: "ManifestSave") -> None:
-        """Nothing yet: the other items are still being written."""
+        """Does nothing yet: the other items are still being written."""
 
     def restore(self, directory: epath.Path, args: Any = None) -> None:
-        """Nothing: ``damage`` reads it, without Orbax, which might stumble over what is to be found."""
+        """Does nothing: ``damage`` reads it without Orbax, which might fail on the damage to be found."""
 
     def finalize(self, directory: epath.Path) -> None:
-        """Describes what the other items have become. Runs on one host, in the background."""
+        """Describes the finished files of the other items. Runs on one host, in the background."""
         root = directory.parent
         items = [item for item in root.iterdir() if item.is_dir() and item.name != directory.name]
         paths = [path for item in items for path in _files(item)]
@@ -46,18 +46,18 @@ class ManifestHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(ManifestHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class ManifestSave(ocp.args.CheckpointArgs):
-    """Asks for the manifest of a checkpoint's other items."""
+    """Requests the manifest of a checkpoint's other items."""
 
 
 def damage(checkpoint: epath.Path, items: Collection[str]) -> str:
-    """What is wrong with some items of a checkpoint, as one phrase; empty when they are as they were written.
+    """The damage to some items of a checkpoint, as one phrase; empty if they are as they were written.
 
     Args:
       checkpoint: the directory of a step.
       items: names of its items.
 
     Raises:
-      OSError: a file is there and may be whole, but cannot be read now: no access, no connection.
+      OSError: a file exists and may be intact, but cannot be read now: no access, no connection.
     """
     file = checkpoint / ITEM / _FILE
     try:
@@ -81,7 +81,7 @@ def _difference(path: epath.Path, expected: dict[str, Any]) -> str:
         length = path.stat().length
         if length != expected["bytes"]:
             return f"{length} bytes, expected {expected['bytes']}"
-        # Of what a bucket holds, or held when it was saved and has been copied from, the length alone is known.
+        # For files in a bucket, or copied from the bucket that they were saved to, only the length is known.
         found = expected["sha256"] and _digest(path)
         return "" if not found or found == expected["sha256"] else "its content has changed"
     except OSError as error:
@@ -89,7 +89,7 @@ def _difference(path: epath.Path, expected: dict[str, Any]) -> str:
 
 
 def _harm(error: OSError) -> str:
-    """What an error says of a file for good. Raises those that may pass, for a damaged checkpoint is deleted."""
+    """The permanent damage that an error reports. Raises errors that may pass, for a damaged checkpoint is deleted."""
     if isinstance(error, _GONE) or error.errno == errno.EIO:
         return error.strerror or type(error).__name__
     raise error
@@ -116,7 +116,7 @@ def _describe(path: epath.Path) -> dict[str, Any]:
 
 
 def _digest(path: epath.Path) -> str:
-    """Empty for a bucket, which checksums its objects itself: reading them back would double the traffic of a save."""
+    """SHA-256; empty in a bucket, which has its own checksums: reading files back would double a save's traffic."""
     if is_url(path):
         return ""
     with path.open("rb") as file:

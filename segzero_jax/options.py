@@ -1,4 +1,4 @@
-"""Command-line options that ``infer`` and ``evaluate`` share: which policy, how it is asked, who makes the masks."""
+"""Command-line options that ``infer`` and ``evaluate`` share: the policy, its prompt, and the mask server."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ _ACCESS = {
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """``--image-size`` and ``--prompt``, which take the place of a run's own, and ``--repetition-penalty``."""
+    """``--image-size`` and ``--prompt``, which override a run's own, and ``--repetition-penalty``."""
     add = parser.add_argument
     add(
         "--image-size",
@@ -44,7 +44,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """``--server``, ``--sam`` and what a server asks of its clients."""
+    """``--server``, ``--sam`` and the certificates and token that a server requires."""
     add = parser.add_argument
     add(
         *("--server", "--reward.server"),
@@ -63,7 +63,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def access_from(args: argparse.Namespace) -> Access:
-    """What ``add_server_options`` says of certificates and tokens. Raises RewardServerError."""
+    """The certificates and token given by ``add_server_options``. Raises RewardServerError."""
     return read_access(RewardConfig(server=args.server, **{key: getattr(args, key) for key in _ACCESS}))
 
 
@@ -83,23 +83,23 @@ def seed(text: str) -> int:
 
 
 def say(text: str) -> None:
-    """Prints a line that a model or a file name may have made up; nothing in it steers the terminal."""
+    """Prints a line that may come from a model or a file name; nothing in it can control the terminal."""
     write_line(sys.stdout, shown(text))
 
 
 def shown(text: str) -> str:
-    """Text with its control characters escaped, but for new lines."""
+    """Text with its control characters escaped, except for newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def complain(parser: OneLineParser, error: BaseException) -> int:
-    """Says on standard error what is wrong, in one line; returns the exit code, 2."""
+    """Prints the error to standard error in one line; returns the exit code, 2."""
     write_line(sys.stderr, f"{parser.prog}: {one_line(error)}")
     return 2
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, for standard error."""
+    """An error's message in one line, for standard error."""
     return " ".join(str(error).split())[:500]
 
 

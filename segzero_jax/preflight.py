@@ -1,8 +1,8 @@
-"""``python -m segzero_jax.preflight``: checks, before anything is trained, what a run would trip over.
+"""``python -m segzero_jax.preflight``: checks for everything that would break a run, before training starts.
 
-It takes the options of ``train`` and makes the checks on all hosts of the job at once: equal versions, devices and
-mesh, the model, all questions, where checkpoints go, room on the disks, the reward servers. What is left behind is what
-a start would find anyway: the toy set, what was counted beside a data set, a model's tokenizer in the hub's cache.
+It takes the options of ``train`` and runs the checks on all hosts of the job at once: equal versions, devices and mesh,
+the model, all questions, checkpoint storage, disk space, the reward servers. It leaves behind only what a start would
+create anyway: the toy set, counts stored beside a data set, a model's tokenizer in the hub's cache.
 """
 
 import argparse
@@ -60,18 +60,18 @@ from segzero_jax.types import Frame, ObjectPrompt
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "grpcio", "tokenizers")
 _GIB = 2**30
-# For the run's files and the data set's, each.
+# For the run's files, and the same for the data set's.
 _SPARE_BYTES = _GIB
-# Side of a patch in pixels, and its float32 values, twice in time.
+# Side of a patch in pixels, and bytes of its float32 values, twice in time.
 _PATCH = 14
 _PATCH_BYTES = 2 * 3 * _PATCH**2 * 4
 
 
 class CheckFailed(Exception):
-    """What is wrong, in one line."""
+    """A failed check; the message states the problem in one line."""
 
 
-# What a check found, in a few words. Raises CheckFailed.
+# Returns what it found, in a few words. Raises CheckFailed.
 Check = Callable[[Config, Pod], str]
 
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, pod: Pod) -> int:
-    """Makes all checks on all hosts; the first host says what was found. Returns how many failed."""
+    """Runs all checks on all hosts; host 0 prints what they found. Returns how many failed."""
     wrong = 0
     for name, check in CHECKS.items():
         try:
@@ -108,7 +108,7 @@ def run(config: Config, pod: Pod) -> int:
         except CheckFailed as error:
             found = ["FAILED", str(error)]
         said = [json.loads(line) for line in pod.exchange(f"preflight: {name}", json.dumps(found))]
-        # What hosts that are well report may differ, such as free bytes: the first one's words stand for all.
+        # Successful hosts may report different things, such as free bytes: host 0's report stands for all.
         bad = [f"{pod.host(i)}: {line}" for i, (verdict, line) in enumerate(said) if verdict != "ok"]
         if len(bad) == pod.count and len({line for _, line in said}) == 1:
             bad = [said[0][1]]
@@ -121,7 +121,7 @@ def run(config: Config, pod: Pod) -> int:
 
 
 def check_versions(config: Config, pod: Pod) -> str:
-    """Hosts that run different code or libraries make different programs, and their collectives hang."""
+    """Checks that hosts run the same code and libraries: otherwise programs differ, and their collectives hang."""
     own = _versions()
     everyone = [json.loads(said) for said in pod.exchange("versions", json.dumps(own))]
     for i, other in enumerate(everyone):
@@ -143,7 +143,7 @@ def _versions() -> dict[str, str]:
 
 
 def check_options(config: Config, pod: Pod) -> str:
-    """Hosts that learn by other options learn different things, without a word."""
+    """Checks that hosts have the same options: otherwise they silently train differently."""
     try:
         check_alike(config, pod)
     except ConfigError as error:
@@ -152,13 +152,13 @@ def check_options(config: Config, pod: Pod) -> str:
 
 
 def check_devices(config: Config, pod: Pod) -> str:
-    """The mesh is the devices that are there, and they reach each other."""
+    """Checks that the mesh matches the devices, and that they reach each other."""
     try:
         mesh = make_mesh(config.mesh)
     except MeshError as error:
         raise CheckFailed(str(error)) from None
     with jax.set_mesh(mesh):
-        # One number a device, made where it lies: its sum crosses every link that training uses.
+        # One number per device, created on it: the sum crosses every link that training uses.
         shape = tuple(mesh.shape[axis] for axis in AXES)
         sharding = NamedSharding(mesh, PartitionSpec(*AXES))
         ones = jax.make_array_from_callback(shape, sharding, lambda index: np.ones((1, 1, 1), np.float32))
@@ -169,7 +169,7 @@ def check_devices(config: Config, pod: Pod) -> str:
 
 
 def check_model(config: Config, pod: Pod) -> str:
-    """The model is there, or can be had, with its tokenizer, and divides over the mesh."""
+    """Checks that the model is here or can be downloaded, with its tokenizer, and divides over the mesh."""
     path = config.model.path
     missing = _missing_bytes(path)
     try:
@@ -190,7 +190,7 @@ def _fitting_mesh(config: Config, dims: Dims) -> jax.sharding.Mesh:
 
 
 def _missing_bytes(path: str) -> int:
-    """What the hub has of a model and its cache here has not: nothing of one that is here. Raises CheckFailed."""
+    """Bytes of a hub model that the local cache lacks; 0 for a local model. Raises CheckFailed."""
     match = as_hub_id(path)
     if match is None:
         return 0
@@ -199,7 +199,7 @@ def _missing_bytes(path: str) -> int:
         files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
     except (OSError, ValueError, HTTPError) as error:
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-        with contextlib.suppress(CheckpointError):  # Without weights it is there in part only.
+        with contextlib.suppress(CheckpointError):  # Without weights, only a part is cached.
             if isinstance(cached, str) and find_tensors(Path(cached).parent):
                 return 0
         reason = " ".join(str(error).split())[:200]
@@ -210,7 +210,7 @@ def _missing_bytes(path: str) -> int:
 
 
 def check_data(config: Config, pod: Pod) -> str:
-    """The data set's splits are built here, from the same source as elsewhere, and training takes their questions."""
+    """Checks that splits are built here, from the same source on all hosts, and that training takes their questions."""
     problem, found = "", {}
     try:
         splits = open_splits(config.data.names, config.data.eval_splits, config.data.dir)
@@ -231,9 +231,9 @@ def check_data(config: Config, pod: Pod) -> str:
 
 
 def check_checkpoints(config: Config, pod: Pod) -> str:
-    """Every host can write where checkpoints go, list them, delete there, and see what the first one writes.
+    """Checks that every host can write, list and delete where checkpoints go, and sees what host 0 writes.
 
-    What names the best of them will be measured. No other run's are there.
+    Also that the run will measure ``train.keep_best``, and that no other run's checkpoints are there.
     """
     directory = checkpoint_directory(config)
     try:
@@ -247,10 +247,10 @@ def check_checkpoints(config: Config, pod: Pod) -> str:
 
 
 def check_disks(config: Config, pod: Pod) -> str:
-    """There is room for what this host keeps: the run's files, the model's, checkpoints that stay on it."""
+    """Checks for room for what this host keeps: the run's files, the model's, checkpoints that stay on it."""
     run_dir = Path(config.run.dir).expanduser()
     try:
-        tempfile.TemporaryFile(dir=_existing(run_dir)).close()  # Leaves nothing, and makes no run.
+        tempfile.TemporaryFile(dir=_existing(run_dir)).close()  # Leaves nothing behind, and creates no run.
     except OSError as error:
         raise CheckFailed(f"run.dir={run_dir}: cannot be written to: {error.strerror or error}") from None
     try:
@@ -260,7 +260,7 @@ def check_disks(config: Config, pod: Pod) -> str:
 
 
 def _compare_room(config: Config) -> str:
-    """What is free and what is needed, disk by disk. Raises CheckFailed, and OSError of what cannot be looked at."""
+    """Free and needed space, disk by disk. Raises CheckFailed, and OSError for a path that cannot be inspected."""
     by_disk: dict[int, list[_Need]] = {}
     for need in _needs(config):
         by_disk.setdefault(_existing(need.path).stat().st_dev, []).append(need)
@@ -287,19 +287,19 @@ def _needs(config: Config) -> Iterator[_Need]:
     yield _Need(Path(config.run.dir).expanduser(), _SPARE_BYTES, "the run's files")
     yield _Need(Path(config.data.dir).expanduser(), _SPARE_BYTES, "data")
     if config.data.workers:
-        # Each has a batch ready and one on its way, of the rows that this host's devices hold.
+        # Each worker has a batch ready and one in progress, of the rows that this host's devices hold.
         rows = -(-config.train.batch_size // jax.process_count())
         patches = (config.data.image_size // _PATCH) ** 2 * _PATCH_BYTES
         size = 2 * config.data.workers * rows * patches
         yield _Need(Path("/dev/shm"), size, "batches between processes (data.workers)")
-    # Where the model cannot be had or does not fit, its own check has said so.
+    # If the model is unavailable or does not fit, its own check has reported that.
     with contextlib.suppress(CheckFailed):
         if as_hub_id(config.model.path) is not None:
             yield _Need(Path(constants.HF_HUB_CACHE), _missing_bytes(config.model.path), "the model")
     directory = checkpoint_directory(config)
     if not is_url(directory):
         with contextlib.suppress(CheckpointError, MeshError):
-            # One more is written before the oldest goes, and the best one may be none of the newest.
+            # One more is written before the oldest is deleted, and the best one may not be among the newest.
             count = config.train.keep_checkpoints + 1 + bool(config.train.keep_best)
             there = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
             size = max(0, count * _state_bytes(config) - there)
@@ -307,7 +307,7 @@ def _needs(config: Config) -> Iterator[_Need]:
 
 
 def _state_bytes(config: Config) -> int:
-    """Of what learns and of the optimizer, as a checkpoint holds them."""
+    """Bytes of the trainable parameters and the optimizer state in a checkpoint."""
     dims = read_dims(config.model.path)
     optimizer = make_optimizer(config.train, config.model.freeze_vision)
     with jax.set_mesh(_fitting_mesh(config, dims)):
@@ -321,7 +321,7 @@ def _existing(path: Path) -> Path:
 
 
 def check_functions(config: Config, pod: Pod) -> str:
-    """Rewards of one's own can be called, and are the same everywhere."""
+    """Checks that custom reward functions can be called, and are the same on all hosts."""
     names, problem, found = config.reward.functions, "", {}
     try:
         found = sources(load_functions(names, component_names(config.reward.recipe, True)))
@@ -337,7 +337,7 @@ def check_functions(config: Config, pod: Pod) -> str:
 
 
 def check_rewards(config: Config, pod: Pod) -> str:
-    """All reward servers serve one model, and let this host have a mask."""
+    """Checks that all reward servers serve one model, and return a mask to this host."""
     try:
         access = read_access(config.reward)
         if config.reward.server == "none":
@@ -351,7 +351,7 @@ def check_rewards(config: Config, pod: Pod) -> str:
             said: list[str] = []
             infos = client.wait_until_serving(config.reward.timeout_s, said.append)
             if {info.address for info in infos} != set(addresses(config.reward.server)):
-                # A run would; but now is the time to find out.
+                # A run would start without the others, but now is the time to find out.
                 raise CheckFailed(said[-1])
             picture, box = io.BytesIO(), ObjectPrompt((8.0, 8.0, 40.0, 40.0), ((20.0, 20.0),))
             Image.new("RGB", (64, 48)).save(picture, "PNG")

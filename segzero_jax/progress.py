@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, one line now and then in a log file."""
+"""Progress of a run: a bar on a terminal, an occasional line in a log file."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
@@ -13,7 +13,7 @@ _SHOWN = (("reward/mean", "reward", ".2f"), ("kl", "KL", ".4f"), ("reward/mask_i
 
 
 def display(stream: TextIO, total: int) -> "Display":
-    """What shows the progress of a run of ``total`` steps on ``stream``."""
+    """The progress display of a run of ``total`` steps on ``stream``."""
     return _Bar(stream, total) if stream.isatty() else _Lines(stream, total)
 
 
@@ -25,7 +25,7 @@ class Display(Protocol):
 
 
 class _Lines:
-    """Progress for a log file: now and then a line that can be read alone."""
+    """Progress for a log file: an occasional line that can be read alone."""
 
     def __init__(self, stream: TextIO, total: int) -> None:
         self._stream, self._total = stream, total
@@ -88,7 +88,7 @@ def _readings(row: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``42 s``, ``8 min 05 s``, ``3 h 20 min``."""
+    """Seconds in readable form: ``42 s``, ``8 min 05 s``, ``3 h 20 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,6 +1,6 @@
-"""What is found out before the first step about a run's questions, the targets that its recipe cannot compare with too.
+"""Checks of a run's questions before the first step, including for targets that its recipe cannot compare with.
 
-The processor alone is needed for it, no weights.
+They only need the processor, no weights.
 """
 
 from pathlib import Path
@@ -17,11 +17,11 @@ _NAMED = 5
 
 
 def check_splits(splits: Splits, config: Config, processor: Processor) -> None:
-    """A look at all questions of a run.
+    """Checks all questions of a run.
 
     Raises:
       PromptTooLong: some do not fit into ``max_prompt_tokens``.
-      DataError: the recipe cannot compare with some targets, or some pictures to train on are held out.
+      DataError: the recipe cannot compare with some targets, or some training images are held out.
     """
     for split in (*splits.train, *splits.held_out):
         check_prompts(split, processor, config.data.dir)
@@ -31,10 +31,10 @@ def check_splits(splits: Splits, config: Config, processor: Processor) -> None:
 
 
 def check_targets(source: Source, recipe: str, data_dir: str | Path) -> None:
-    """Looks at the targets of all questions to train on, once for a data set; not at all where the recipe takes any.
+    """Checks the targets of all training questions, once per data set; skipped if the recipe takes any target.
 
     Raises:
-      DataError: the recipe cannot compare with some of them; it names the first.
+      DataError: the recipe cannot compare with some of them; it names the first ones.
     """
     if not rewards.RECIPES[recipe].single:
         return

@@ -1,7 +1,7 @@
 """``python -m segzero_jax.rescore``: scores stored responses again under any recipe, without a model.
 
-Each line of the input has ``text`` and ``solution``, and ``mask_iou`` where the recipe weighs it: a run's
-``rollouts/STEP.jsonl`` is such a file. The output holds the same rows with ``reward`` (the total) and ``components``.
+Each line of the input has ``text`` and ``solution``, and ``mask_iou`` if the recipe weighs it: a run's
+``rollouts/STEP.jsonl`` is such a file. The output has the same rows with ``reward`` (the total) and ``components``.
 """
 
 import json
@@ -25,12 +25,12 @@ def rescore(lines: Sequence[bytes], name: str, recipe: str, weight: float, mode:
     """The rows of JSON lines, each with ``reward`` and ``components`` of the recipe.
 
     Args:
-      lines: one JSON object each; empty ones, as between files that were put together, are passed over.
-      name: of the file, for messages.
-      recipe, weight, mode: as ``rewards.score`` takes them.
+      lines: one JSON object each; empty ones, as between concatenated files, are skipped.
+      name: name of the file, for messages.
+      recipe, weight, mode: as in ``rewards.score``.
 
     Raises:
-      RescoreError: a line is not strict JSON, or lacks what the recipe needs; or there is none.
+      RescoreError: a line is not strict JSON, or lacks what the recipe needs; or there are no rows.
     """
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise RescoreError(f"{given}: recipe {args.recipe} weighs its mask IoU itself, leave it out")
         if args.mask_iou_mode and not weight:
             raise RescoreError(f"--mask-iou-mode={mode}: expected --mask-iou-weight above 0 beside it")
-        # A pipe or a device would be replaced by a file. Where a link leads, a file is.
+        # A pipe or a device would be replaced by a file. A link is followed to its file.
         output = args.output.resolve()
         if (output.exists() and not output.is_file()) or not output.parent.is_dir():
             raise RescoreError(f"--output={args.output}: expected a file in a folder that exists")

@@ -1,4 +1,4 @@
-"""How one reward server is: asked over a connection of its own, with an answer at once."""
+"""The state of one reward server, asked over a connection of its own, with an immediate answer."""
 
 from collections.abc import Mapping
 
@@ -24,15 +24,15 @@ _HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
 
 
 def probe(address: str, access: Access, timeout_s: float, loaded: bool = True) -> ServerInfo:
-    """Asks one server what it is.
+    """Asks one server for its info.
 
     Raises:
-      RewardServiceAway: it is out of reach or, with ``loaded``, does not serve yet.
-      RewardServerError: it is another version, or its certificate or token does not match.
+      RewardServiceAway: it is unreachable or, with ``loaded``, does not serve yet.
+      RewardServerError: it has another version, or its certificate or token does not match.
     """
     with open_probe(address, access) as channel:
         try:
-            # The version first: a server of another one may well know no service of this name.
+            # The version first: a server of another version may not have a service of this name.
             response = reward_pb2_grpc.RewardServiceStub(channel).GetInfo(_INFO, timeout=timeout_s)
             info = _checked_info(address, response)
             if loaded:
@@ -46,7 +46,7 @@ def probe(address: str, access: Access, timeout_s: float, loaded: bool = True) -
 
 
 def check_same_model(infos: Mapping[str, ServerInfo]) -> None:
-    """Scores of different models must not meet in one group of advantages. Raises RewardServerError."""
+    """Raises RewardServerError if models differ: their scores must not meet in group-relative advantages."""
     models: dict[tuple[str, str], str] = {}
     for address, info in infos.items():
         models.setdefault((info.checkpoint_sha256, info.dtype), f"{info.model} in {info.dtype} at {address}")
@@ -55,7 +55,7 @@ def check_same_model(infos: Mapping[str, ServerInfo]) -> None:
 
 
 def check_version(address: str, version: int) -> None:
-    """Raises RewardServerError where the server at ``address`` does not speak this client's version."""
+    """Raises RewardServerError if the server at ``address`` does not speak this client's version."""
     if version != reward_pb2.API_VERSION_CURRENT:
         raise RewardServerError(
             f"reward server {address}: speaks API version {version}, this client speaks "

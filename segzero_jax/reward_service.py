@@ -1,6 +1,6 @@
-"""The reward service that ``reward.server`` means: none, a local one that lives as long as the run, or servers afar.
+"""The reward service given by ``reward.server``: none, a local one that lives as long as the run, or remote servers.
 
-"local" is one server a machine: where several processes of a run share one, the first of them starts it for all.
+"local" is one server per machine: if several processes of a run share a machine, the first of them starts it for all.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ _START_PATIENCE_S = 300.0
 def reward_service(
     config: Config, access: Access, run_dir: Path, pod: Pod, patience_s: float
 ) -> Iterator[RewardClient | None]:
-    """A client of the reward server that ``reward.server`` means, None for "none"; a local one is stopped after it.
+    """A client of the reward server given by ``reward.server``, None for "none"; a local one is stopped at exit.
 
     Raises:
-      RewardServerError: a local server did not come up, or one afar does not fit.
-      RewardServiceAway: no server afar serves after ``patience_s``.
+      RewardServerError: a local server did not start, or a remote one does not match.
+      RewardServiceAway: no remote server serves after ``patience_s``.
     """
-    who = f"{pod.host(pod.index)}: " if pod.count > 1 else ""  # Each may ask servers of its own.
+    who = f"{pod.host(pod.index)}: " if pod.count > 1 else ""  # Each host may ask servers of its own.
     say = lambda text: write_line(sys.stderr, f"{who}{text}")  # noqa: E731
     reward = config.reward
     with contextlib.ExitStack() as stack:

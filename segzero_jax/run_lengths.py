@@ -1,10 +1,10 @@
-"""COCO's compressed run lengths: the text in which a mask stands in data sets, answers and files of a run."""
+"""COCO's compressed run-length encoding: the text form of masks in data sets, answers and files of a run."""
 
 
 def decode_counts(counts: str) -> list[int]:
-    """The lengths of a mask's runs, of background first, in column order; a negative one is for the caller to refuse.
+    """The lengths of a mask's runs, background first, in column order; the caller must refuse negative ones.
 
-    Five bits a character, low ones first, and from the fourth run on less the last but one.
+    Five bits per character, low bits first; from the fourth run on, the difference from the run two before.
     Source: cocodataset/cocoapi, ``common/maskApi.c``, rleFrString.
 
     Raises:

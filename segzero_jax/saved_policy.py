@@ -1,4 +1,4 @@
-"""A policy to be asked, from wherever its weights are: a Hugging Face checkpoint, or a run's own."""
+"""Loads a policy for inference, from a Hugging Face checkpoint or from a run's own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +31,10 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
     """Weights for inference: a Hugging Face checkpoint, a run directory, or one of its ``checkpoints/STEP``.
 
     Returns:
-      The policy on the ambient mesh, its dimensions, and the run's configuration where it comes from a run.
+      The policy on the ambient mesh, its dimensions, and the run's configuration if it comes from a run.
 
     Raises:
-      CheckpointError: there is nothing of the kind at ``path``.
+      CheckpointError: there is no usable checkpoint at ``path``.
       MeshError: the policy does not divide over the mesh.
     """
     if is_checkpoint(path):
@@ -53,15 +53,15 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
 
 def _check_mesh(dims: Dims) -> None:
     mesh = jax.sharding.get_mesh()
-    # Questions are padded to what the mesh divides.
+    # Batches of questions are padded so that they divide over the mesh.
     check_fits(mesh, dims, mesh.size, mesh.size)
 
 
 def load_adapters(path: str | Path) -> tuple[Adapters, Config]:
-    """What a run with ``model.lora_rank`` has learnt, in float32, and the run's configuration.
+    """The trained adapters of a run with ``model.lora_rank``, in float32, and the run's configuration.
 
     Raises:
-      CheckpointError: there is no such run at ``path``, or it learns all weights.
+      CheckpointError: there is no such run at ``path``, or it trains all weights.
     """
     with _saved(path) as (checkpoints, step):
         config = checkpoints.config(step)
@@ -73,7 +73,7 @@ def load_adapters(path: str | Path) -> tuple[Adapters, Config]:
 
 @contextmanager
 def _saved(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
-    """A run's checkpoints and the step that ``path`` means, known to be whole. Raises CheckpointError."""
+    """A run's checkpoints and the step that ``path`` refers to, checked for damage. Raises CheckpointError."""
     found = locate(path)
     if found is None and (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{path}: {ALONE}")
@@ -93,9 +93,9 @@ def _saved(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
 
 
 def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims) -> Policy:
-    """The policy that a run began with, and its adapters on it."""
+    """The policy that a run began with, with the run's adapters."""
     model, dtype = config.model, use_compute_dtype(config.model.compute_dtype)
-    # As the run has read it: that is what the adapters have learnt on.
+    # Loaded as in the run, because the adapters were trained on that.
     base, _ = load_hf(model.path, dtype=dtype)
     found, expected = fingerprint(base, dtype), checkpoints.reference(step)
     if found != expected:

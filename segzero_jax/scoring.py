@@ -130,7 +130,7 @@ class PendingRewards:
     """Rewards whose masks are being scored.
 
     Attributes:
-      rows: the rows of the whole batch that ``examples``, ``texts``, ``lengths``, ``solutions`` and ``pending`` are for.
+      rows: rows of the whole batch that ``examples``, ``texts``, ``lengths``, ``solutions`` and ``pending`` are for.
       solutions: None for a target that the recipe cannot compare with.
     """
 

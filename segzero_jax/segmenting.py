@@ -94,7 +94,7 @@ class Segmenter:
     """
 
     def __init__(self, server: str, access: Access, sam: Callable[[], str], say: Callable[[str], None]) -> None:
-        """Starts nothing yet; ``sam`` returns what a local server loads, ``say`` prints which servers this waits for."""
+        """Starts nothing yet; ``sam`` returns what a local server loads, ``say`` is told whom this waits for."""
         self._server, self._access, self._sam, self._say = server, access, sam, say
         self._stack = contextlib.ExitStack()
         self._client: RewardClient | None = None

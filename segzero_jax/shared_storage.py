@@ -1,6 +1,6 @@
-"""Whether all hosts of a run keep their checkpoints in one place: each writes there and looks for the first one's file.
+"""Checks that all hosts of a run keep their checkpoints in one place: each writes there and looks for host 0's file.
 
-Every host writes a part of a checkpoint. Where each has a disk of its own, no part is a checkpoint, and nothing fails
+Every host writes a part of a checkpoint. If each has a disk of its own, no part is a checkpoint, and nothing fails
 until one is to be read.
 """
 
@@ -22,12 +22,12 @@ _REASON_LENGTH = 200
 
 
 def probe(directory: epath.Path, pod: Pod) -> None:
-    """Writes a file, lists, looks for the first host's file, and deletes its own. All hosts do so together.
+    """Writes a file, lists the directory, looks for host 0's file, and deletes its own. All hosts do so together.
 
-    Nothing is left behind, and no such file is ever taken for a checkpoint: its name is no step.
+    Nothing is left behind, and no such file is ever taken for a checkpoint: its name is not a step.
 
     Raises:
-      ConfigError: this host does not see what the first one has written; one line.
+      ConfigError: this host does not see what host 0 has written; one line.
       StorageError: this host cannot do one of these things; one line.
     """
     missing = [] if is_url(directory) else [path for path in (directory, *directory.parents) if not path.exists()]
@@ -41,12 +41,12 @@ def probe(directory: epath.Path, pod: Pod) -> None:
                 directory.mkdir(parents=True, exist_ok=True)
                 own.write_text(name)
             with _doing("listed", directory):
-                # As a run will: first Orbax asks a bucket what kind it is, for which there is a permission apart.
+                # As in a run: Orbax first asks for the bucket's type, which needs a separate permission.
                 list(ocp.path.step.standard_name_format().find_all(directory))
         except StorageError as error:
             problem = error
         written = pod.exchange("checkpoint probe written", str(problem or ""))
-        # Of a file that the first host could not write, that host tells.
+        # If host 0 could not write its file, host 0 reports that.
         if problem is None and not written[0]:
             problem = _unseen(firsts, directory, pod)
         pod.exchange("checkpoint probe seen", "")
@@ -59,7 +59,7 @@ def probe(directory: epath.Path, pod: Pod) -> None:
             problem = problem or error
     pod.exchange("checkpoint probe deleted", "")
     for path in missing:
-        # Not epath's, which removes what has come to lie in it in the meantime, too.
+        # Not epath's rmdir, which also removes files that were added meanwhile.
         with contextlib.suppress(OSError):
             os.rmdir(path)
     if problem is not None:
@@ -67,7 +67,7 @@ def probe(directory: epath.Path, pod: Pod) -> None:
 
 
 def check_shared(directory: epath.Path, pod: Pod) -> None:
-    """Raises as ``probe`` does, on all hosts where one of them has to; one host alone has nobody to share with."""
+    """Raises as ``probe`` does, on all hosts if it fails on any; a single host shares with nobody."""
     if pod.count == 1:
         return
     found = ["", ""]
@@ -102,6 +102,6 @@ def _unseen(firsts: epath.Path, directory: epath.Path, pod: Pod) -> ConfigError 
 def _doing(what: str, directory: epath.Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Every store has errors of its own; all mean the same here.
+    except Exception as error:  # Every store has its own errors; all mean the same here.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON_LENGTH]}"
         raise StorageError(f"{directory}: cannot be {what}: {reason}") from None

@@ -1,7 +1,7 @@
 """Scalars for TensorBoard, written straight in its file format.
 
-The public writers are no help here: importing tensorboardX imports torch where torch is installed, which the trainer
-must not, and the tensorboard package brings a web server. The format is small: records framed as in TFRecord
+The public writers do not fit: importing tensorboardX imports torch if torch is installed, which the trainer must not
+do, and the tensorboard package brings a web server. The format is small: records framed as in TFRecord
 (tensorflow/core/lib/io/record_writer.h), each holding an ``Event`` message (tensorflow/core/util/event.proto).
 """
 
@@ -18,11 +18,11 @@ _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # protobuf wire types
 
 
 class EventFile:
-    """An event file in ``directory``; several may lie there, TensorBoard reads them in order of their names.
+    """An event file in ``directory``; there may be several, which TensorBoard reads in order of their names.
 
     Args:
-      directory: where; made when missing.
-      first_step: with a value, TensorBoard forgets what earlier files say of this step and later ones.
+      directory: where the file is; created if missing.
+      first_step: if given, TensorBoard discards what earlier files hold for this step and later ones.
     """
 
     def __init__(self, directory: Path, first_step: int | None = None) -> None:
@@ -34,7 +34,7 @@ class EventFile:
             self._write(_field(2, _VARINT, _varint(first_step)) + _field(7, _BYTES, start))
 
     def write(self, step: int, scalars: Mapping[str, float], wall_s: float | None = None) -> None:
-        """Adds scalars by tag, of now or of a moment since the epoch; they are in the file when this returns."""
+        """Adds scalars by tag, at ``wall_s`` since the epoch or now; they are in the file when this returns."""
         values = b"".join(
             _field(1, _BYTES, _field(1, _BYTES, tag.encode()) + _field(2, _FLOAT, struct.pack("<f", value)))
             for tag, value in scalars.items()

@@ -1,4 +1,4 @@
-"""Lines for whoever watches a run, as long as somebody does."""
+"""Output for people who watch a run, which does not fail when nobody reads it any more."""
 
 import contextlib
 import os
@@ -8,27 +8,27 @@ from typing import Any, NoReturn, TextIO, cast
 
 
 def write_line(stream: TextIO | None, text: str) -> None:
-    """Writes a line at once, as ``lasting`` does."""
+    """Writes and flushes a line, without raising, see ``lasting``."""
     stream = lasting(stream)
     stream.write(text + "\n")
     stream.flush()
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process at once, without what Python does at its end, but for what is written to its streams."""
+    """Ends the process at once, without Python's own cleanup, except that its streams are flushed."""
     for stream in (sys.stdout, sys.stderr):
         lasting(stream).flush()
     os._exit(code)
 
 
 def lasting(stream: TextIO | None) -> TextIO:
-    """The stream, for writing alone: once that fails, what is written goes nowhere and raises nothing.
+    """Wraps a stream for writing only: once a write fails, further output is dropped and nothing is raised.
 
-    The signal that tells a run to save and stop ends a ``| tee`` beside it, too; a connection with its terminal breaks;
-    the disk of its log fills up. The run must not die of that. Characters that the stream has no bytes for become "?".
+    The signal that tells a run to save and stop also ends a ``| tee`` beside it; a connection with its terminal breaks;
+    the disk of its log fills up. The run must not die of that. Characters that the stream cannot encode become "?".
 
     Args:
-      stream: None where the process began without it.
+      stream: None if the process began without it.
     """
     return cast(TextIO, _Lasting(stream))
 
@@ -63,7 +63,7 @@ class _Lasting:
         try:
             yield
         except (OSError, ValueError):  # ValueError: it has been closed.
-            # What is left in the buffer would fail again as the interpreter ends, and change its exit code.
+            # What is left in the buffer would fail again when the interpreter exits, and change its exit code.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())

@@ -1,6 +1,6 @@
-"""The main job: ``python -m segzero_jax.train --mesh=4x4``. What it does step by step is in ``loop.py``.
+"""The main job: ``python -m segzero_jax.train --mesh=4x4``. Its steps are in ``loop.py``.
 
-Here is what is around that: a run begins or goes on, and ends with a checkpoint, a page and an exit code.
+This module is the frame around them: a run starts or resumes, and ends with a checkpoint, a page and an exit code.
 """
 
 import argparse
@@ -66,7 +66,7 @@ from segzero_jax.terminal import end_process, write_line
 from segzero_jax.time_account import PhaseTimer
 from segzero_jax.watch import DIVERGED, HUNG, Diverged, Watch
 
-# What a user can get wrong; anything else is a bug and keeps its traceback.
+# Errors that a user can cause; anything else is a bug and keeps its traceback.
 USER_ERRORS = (
     ConfigError,
     DataError,
@@ -84,7 +84,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def open_questions(config: Config, pod: Pod) -> Splits:
-    """What the run asks, the same on all hosts. Raises DataError as ``open_split`` and ``check_same``."""
+    """The run's questions, the same on all hosts. Raises DataError as ``open_split`` and ``check_same``."""
     splits = open_splits(config.data.names, config.data.eval_splits, config.data.dir)
     check_same(splits.checksums(), pod)
     return splits
@@ -101,7 +101,7 @@ def make_evaluation(
 ) -> Evaluation:
     """A function ``(step, rollout weights)`` that evaluates the held-out splits that are missing and writes results.
 
-    While it waits for the reward service, its phase grows no older for whoever looks at ``timer``: it does not hang.
+    Its wait for the reward service does not add to the age of the phase in progress in ``timer``: it does not hang.
     """
     waiting = lambda seconds: timer.move(seconds, "evaluation")  # noqa: E731
     config = job.config
@@ -133,13 +133,13 @@ def make_evaluation(
 
 
 def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> None:
-    """One run from configuration to report; on several hosts each does its part, and the first one writes.
+    """One run from configuration to report; on several hosts each does its part, and host 0 writes.
 
-    Raises Stopped once the last finished step of a stopped run is saved, if it has come so far.
+    Raises Stopped once the last finished step of a stopped run is saved, if it got that far.
 
     Args:
-      resume: there has to be a checkpoint to go on from.
-      profile: which steps are traced, see ``parse_steps``; None for none.
+      resume: whether a checkpoint to resume from is required.
+      profile: the steps to trace, see ``parse_steps``; None for none.
     """
     timer = PhaseTimer()
     check_local_model(config)
@@ -186,7 +186,7 @@ def _continue(
         stack.enter_context(contextlib.closing(batches))
         if pod.first:
             stack.enter_context(held(config, beginning))
-        # At its first start a run soon says that nobody serves; later, somebody has, and is waited for.
+        # On its first start, a run soon reports that no server serves; later, one has served, and the run waits for it.
         patience_s = config.reward.timeout_s if begun is None else config.reward.patience_s
         client = stack.enter_context(reward_service(config, access, run_dir, pod, patience_s))
         identity = _identity(job, state, splits, functions, client)
@@ -196,7 +196,7 @@ def _continue(
         checkpoints = stack.enter_context(Checkpoints(checkpoint_directory(config), keep, best))
         if begun is not None:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            del state  # Two of them may not fit.
+            del state  # Two states may not fit.
             restored = checkpoints.restore(begun, like, config, identity)
             state = restored.state
             _take_up(restored, batches, writer)
@@ -208,7 +208,7 @@ def _continue(
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod, functions)
         evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
-        # JAX names a trace's folder by the second, and takes all that it finds there for its own.
+        # JAX names a trace's folder by the second, and treats all files that it finds there as its own.
         own = f"host_{pod.index}" if pod.count > 1 else ""
         profiler = Profiler(run_dir / "profile" / own, profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
@@ -233,7 +233,7 @@ def _identity(
 
 
 def _take_up(restored: Restored, batches: Batches[Any], writer: MetricsWriter) -> None:
-    """Goes on with the data and the lines of a restored run, and says what is another since."""
+    """Continues with the data and the lines of a restored run, and reports what has changed since."""
     batches.set_state(restored.data)
     writer.message(f"going on after step {restored.step}")
     if restored.code.source != this_code().source:
@@ -245,9 +245,9 @@ def _take_up(restored: Restored, batches: Batches[Any], writer: MetricsWriter) -
 
 @contextlib.contextmanager
 def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> Iterator[None]:
-    """Behind the block its last finished step is saved, also where it is told to stop or something is lost.
+    """Saves the last finished step after the block, also if the block is told to stop or something is lost.
 
-    Raises StorageError where ``run_dir`` is full.
+    Raises StorageError if ``run_dir`` is full.
     """
     try:
         yield
@@ -256,14 +256,14 @@ def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> I
             keeper.keep_or_fail()
         raise
     except WorkerLost:
-        # Of several hosts the others know nothing of it, and all save or none.
+        # With several hosts, the others do not know of it, and all save or none.
         if pod.count == 1:
             keeper.keep()
         raise
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        # Checkpoints may lie elsewhere. Of several hosts the others know nothing of it, and all save or none.
+        # Checkpoints may be elsewhere. With several hosts, the others do not know of it, and all save or none.
         saved = pod.count == 1 and keeper.keep()
         kept = "the last finished step is saved" if saved else "steps since the last checkpoint are lost"
         raise StorageError(f"run.dir={run_dir}: cannot be written to: {error}; {kept}") from None
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
-    """The exit code, and whether something was cut short that Python, at its own end, may crash on or wait for."""
+    """The exit code, and whether something was interrupted that Python may crash on or wait for at its exit."""
     parser = argparse.ArgumentParser(
         prog="segzero_jax.train",
         description="Trains a policy with GRPO; without --config, the toy run.",
@@ -301,7 +301,7 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
     try:
         pod = join(parser.prog, f"the same command goes on from the last checkpoint in {checkpoint_directory(config)}")
         prepare_cpu(config.mesh, pod.count)
-        # Orbax logs a traceback for what it then raises, and we say in a line.
+        # Orbax logs a traceback for errors that it then raises, which we report in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         run(config, args.resume, pod, args.profile)
         return pod.leave(0), False
@@ -332,6 +332,6 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
 if __name__ == "__main__":
     code, cut_short = _main()
     if cut_short:
-        # A program whose compilation a signal has ended, or a process of Grain's that is gone.
+        # A program whose compilation a signal interrupted, or a Grain process that was lost.
         end_process(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses, a YAML preset, dotted overrides. An unknown key or a bad value is one line."""
+"""The configuration: frozen dataclasses, a YAML preset, dotted overrides. A bad key or value is a one-line error."""
 
 from segzero_jax.config.checks import check_local_model, notes
 from segzero_jax.config.reading import (

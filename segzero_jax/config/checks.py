@@ -1,9 +1,9 @@
-"""What is amiss with a configuration as a whole: pairs of keys that do not go together, and what a run will not do."""
+"""Checks of a configuration as a whole: pairs of keys that do not fit together, and things a run will not do."""
 
 from segzero_jax.config.schema import ASKED, LIST_FORM, ONE_FORM, QUESTION, Config, ConfigError, RewardConfig
 
 _BARE = f"{ONE_FORM} and no reasoning"
-# The form of answer that a recipe scores; sam_r1 scores either of the first two.
+# The answer format that a recipe scores; sam_r1 scores both LIST_FORM and ONE_FORM.
 _SCORED = {
     "seg_zero_soft": ONE_FORM,
     "seg_zero_strict": ONE_FORM,
@@ -14,7 +14,7 @@ _SCORED = {
 
 
 def notes(config: Config) -> list[str]:
-    """A line for each thing that a run will not do although its configuration makes one expect it."""
+    """A line for each thing that a run will not do although its configuration suggests it."""
     train, each, found = config.train, config.updates_per_rollout, []
     if config.steps_that_learn < train.steps:
         found.append(
@@ -51,14 +51,14 @@ def notes(config: Config) -> list[str]:
 
 
 def check_answer_form(config: Config) -> None:
-    """Raises ConfigError where the recipe scores another form of answer than the wording asks for.
+    """Raises ConfigError if the recipe scores another answer format than the wording asks for.
 
-    Training would earn next to nothing. A configuration that is only read may have such a pair: a policy can be asked
+    Training would earn almost no reward. A configuration that is only read may have such a pair: a policy can be asked
     in another wording than it was trained with.
     """
     prompt, recipe = config.data.prompt, config.reward.recipe
     asked = ASKED.get(prompt)
-    if asked is None:  # Only whoever wrote the wording knows.
+    if asked is None:  # Only the author of a custom wording knows.
         return
     scored = _SCORED.get(recipe, asked)
     if asked != scored:
@@ -71,9 +71,9 @@ def check_answer_form(config: Config) -> None:
 
 
 def check_local_model(config: Config) -> None:
-    """Raises ConfigError where a local server would score pictures that its SAM 2 knows nothing of.
+    """Raises ConfigError if a local server would score images that its SAM 2 does not know.
 
-    For whoever starts one: runs of earlier versions can be asked all the same.
+    Only code that starts such a server calls this: policies of earlier runs with this setting can still be asked.
     """
     if _toy_scores(config.reward) and "toy" not in config.data.names:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""The command. Checkpoints are compared on validation splits; other splits are for the chosen one alone.
+"""The command. Checkpoints are compared on validation splits; only the chosen one is evaluated on other splits.
 
-On several hosts all ask the same, and the first one scores, writes and speaks.
+On several hosts all ask the same questions, and host 0 scores, writes and prints.
 """
 
 import argparse
@@ -34,18 +34,18 @@ from segzero_jax.reward_channel import RewardServerError, RewardServiceAway
 from segzero_jax.segmenting import greet
 
 _USER_ERRORS = (EvaluateError, ConfigError, DataError, MeshError, PodError, CheckpointError, RewardServerError, OSError)
-# What hosts have to be told alike: the rest concerns the first one alone, or differs, as where data sets lie.
+# Options that must be the same on all hosts: the rest only concern host 0, or may differ, such as the data directory.
 _ALIKE = ("dataset", "limit", "batch", "samples", "seed", "mesh", "image_size", "prompt", "repetition_penalty")
 
 
 def run(args: argparse.Namespace, pod: Pod) -> None:
-    """From the command line to ``results.json`` and the page."""
+    """Runs the command, from its options to ``results.json`` and the page."""
     check_alike(args, pod)
     sets = [open_questions(name, args.data_dir, args.limit) for name in args.dataset]
     # A split may have several names, such as toy and toy/val.
     sets = list({(one.dataset, one.split): one for one in sets}.values())
     check_same({f"{one.dataset}/{one.split}": one.source.checksum for one in sets}, pod)
-    # The newest of a run may be another one a moment later.
+    # A run's newest checkpoint may be another one a moment later.
     checkpoints = pod.from_first("checkpoints", lambda: find_checkpoints(args.checkpoint or [None]))
     validation = [questions for questions in sets if is_validation(questions.split)]
     if len(checkpoints) > 1 and not validation:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, pod: Pod) -> None:
         if pod.first:
             greet(args.server, access)
     except RewardServiceAway as error:
-        raise EvaluateError(str(error)) from None  # nothing has begun that could go on later
+        raise EvaluateError(str(error)) from None  # nothing has begun that could be resumed later
     out = Path(args.out).expanduser()
     chosen = None
     how = How(
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, pod: Pod) -> None:
 
 
 def check_alike(args: argparse.Namespace, pod: Pod) -> None:
-    """Raises EvaluateError on all hosts where one has other options than the first: they would not answer together."""
+    """Raises EvaluateError on all hosts if one's options differ from host 0's: they would not answer together."""
     if other := pod.difference("options", {name: str(getattr(args, name)) for name in _ALIKE}):
         name, host, first, theirs = other
         raise EvaluateError(
@@ -103,7 +103,7 @@ def check_alike(args: argparse.Namespace, pod: Pod) -> None:
 def _write(
     out: Path, evaluator: Evaluator, sets: Sequence[Questions], chosen: dict[str, Any] | None, checkpoint: str
 ) -> None:
-    """The files that speak of all evaluations. Without a choice the page shows ``checkpoint``."""
+    """Writes the files about all evaluations. Without a choice the page shows ``checkpoint``."""
     path = write_results(out, evaluator.results, chosen)
     page = out / "index.html"
     shown = _shown(evaluator, sets, chosen["checkpoint"] if chosen else checkpoint)
@@ -114,7 +114,7 @@ def _write(
 
 
 def _shown(evaluator: Evaluator, sets: Sequence[Questions], checkpoint: str) -> list[Shown]:
-    """What the page has pictures of: the only checkpoint, or the chosen one."""
+    """The evaluations shown on the page: those of the only checkpoint, or of the chosen one."""
     found = {
         (one["dataset"], one["split"], one["checkpoint"]): (one, rows)
         for one, rows in zip(evaluator.results, evaluator.rows, strict=True)
@@ -181,12 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--oracle: asks SAM 2, expected --server=local or host:port, got none")
     pod = Pod(prog=parser.prog)
     try:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a run is only looked at, as is meant.
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about read-only access, which is intended.
         pod = join(parser.prog, "the same command goes on")
         if jax.distributed.is_initialized():
-            # JAX listens for it from then on, for those who ask it now and then, and the process would go on.
+            # From then on JAX handles SIGTERM for programs that poll it, and the process would not stop.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Once all are here: whoever left before would be waited for.
+        # Only now that all have joined: the others would wait for a host that left before.
         check_folder(local_path(args.out, "--out", "write to a disk and copy it from there"), f"--out={args.out}")
         prepare_cpu(args.mesh, pod.count)
         run(args, pod)

@@ -11,21 +11,21 @@ from segzero_jax.reward_messages import ScoreRequest
 from segzero_jax.scoring import Scorer, solution
 from segzero_jax.types import Example, Frame
 
-# Waits for SAM 2 and gives the rows of a batch, question by question and answer by answer.
+# Waits for SAM 2 and returns the rows of a batch, question by question and answer by answer.
 Pending = Callable[[], list[dict[str, Any]]]
 
 
 class Judge(Protocol):
-    """Answers a batch of questions that starts at a place of its split, and sends the answers to be scored."""
+    """Answers a batch of questions that starts at index ``start`` of its split, and sends the answers to be scored."""
 
     def __call__(self, examples: Sequence[Example], start: int) -> Pending: ...
 
 
 class PolicyJudge:
-    """A policy's answers."""
+    """Judges a policy's answers."""
 
     def __init__(self, respondent: Respondent, scorer: Scorer, frame: Frame, recipe: str, patience: Patience) -> None:
-        """``frame`` is what the policy answers in; ``recipe`` is that of the rewards; ``patience`` that with SAM 2."""
+        """``frame`` is the frame of the policy's answers; ``recipe`` the rewards'; ``patience`` waits for SAM 2."""
         self._respondent, self._scorer, self._frame, self._recipe = respondent, scorer, frame, recipe
         self._patience = patience
 
@@ -54,7 +54,7 @@ class PolicyJudge:
 
 
 class OracleJudge:
-    """The target boxes and points in place of an answer: what the same SAM 2 makes of a perfect policy."""
+    """Judges the target boxes and points instead of an answer: the result of the same SAM 2 for a perfect policy."""
 
     def __init__(self, client: RewardClient, patience: Patience) -> None:
         self._client, self._patience = client, patience

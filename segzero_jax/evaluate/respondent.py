@@ -42,7 +42,7 @@ class Respondent:
           batch: questions at once; a shorter batch is padded, so that every batch has one shape.
           samples: 0 for one greedy answer.
           seed: random seed of drawn answers.
-          pod: the hosts that the mesh is on; each encodes all questions, which is cheap compared with answering.
+          pod: the hosts that the mesh is on; each reads and encodes all questions, which is cheap beside answering.
 
         Raises:
           MeshError: the policy or the batch does not divide over the mesh.

@@ -13,7 +13,7 @@ from segzero_jax.evaluation import judge_rows, per_instance, summary
 
 
 def is_validation(split: str) -> bool:
-    """Whether a split may choose a checkpoint: "val", "validation", and those that begin with either and "_"."""
+    """Whether a split may choose a checkpoint: "val", "validation", or one that begins with either and "_"."""
     return split.split("_")[0] in ("val", "validation")
 
 
@@ -21,8 +21,8 @@ def result(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One evaluation as JSON.
 
     Returns:
-      The task; ``expression``, the numbers with one row a question (``evaluation.summary``); ``instance``, the same
-      with one row for all expressions of the same thing; ``failures``, how many by cause; ``failed``, which.
+      The task; ``expression``, the numbers with one row per question (``evaluation.summary``); ``instance``, the same
+      with one row for all expressions of the same thing; ``failures``, their count by cause; ``failed``, a list.
     """
     judged = judge_rows(rows, task.answers)
     failed = [row for row in rows if row["failure"]]
@@ -39,17 +39,17 @@ def result(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measure_of(numbers: Mapping[str, Any]) -> str:
-    """What stands for an evaluation: gIoU, or box accuracy where no masks were made."""
+    """The main number of an evaluation: gIoU, or box accuracy if no masks were made."""
     return "box_accuracy" if numbers["giou"] is None else "giou"
 
 
 def choose(results: Sequence[Mapping[str, Any]], checkpoints: Sequence[str]) -> dict[str, Any]:
-    """The checkpoint with the highest mean gIoU over the validation splits; the first of equal ones.
+    """The checkpoint with the highest mean gIoU over the validation splits; the first in a tie.
 
-    Without SAM 2 box accuracy takes the place of gIoU.
+    Without SAM 2, box accuracy replaces gIoU.
 
     Args:
-      results: of all checkpoints; other splits than validation splits are not looked at.
+      results: results of all checkpoints; only validation splits are used.
     """
     scores = {}
     for checkpoint in checkpoints:
@@ -66,13 +66,13 @@ def choose(results: Sequence[Mapping[str, Any]], checkpoints: Sequence[str]) -> 
 
 
 def write_results(out: Path, results: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> Path:
-    """Writes ``results.json`` in one step; returns its path.
+    """Writes ``results.json`` atomically; returns its path.
 
-    Evaluations that earlier commands left there stay, and so does their choice where none is made now.
+    Evaluations from earlier commands are kept, and so is their choice if none is made now.
     """
     path = out / "results.json"
     there, choice = {}, None
-    # Of what somebody has written over it nothing can be kept, and hours of answers are not to end in that.
+    # If the file was overwritten, nothing of it can be kept, and hours of answers should not be lost to that.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         earlier = json.loads(path.read_text())
         there, choice = _by_name(earlier["evaluations"]), earlier["chosen"]

@@ -2,8 +2,8 @@
 
 Every phase of a step is compiled for the named slice by the TPU compiler itself, on a machine without one (libtpu, the
 extra ``tpu``), with the shapes, shardings and programs of ``train``. Memory is what the compiler reserves; FLOPs, bytes
-and collectives are counted in the programs that it made; seconds are a roofline from published peaks and assume that
-computing, memory and links overlap perfectly: a lower bound, not a forecast.
+and collectives are counted in the compiled programs; seconds are a roofline from published peaks and assume that
+compute, memory and links overlap perfectly: a lower bound, not a forecast.
 """
 
 from segzero_jax.plan.phases import PhasePlan, Plan, make_plan

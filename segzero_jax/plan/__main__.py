@@ -22,7 +22,7 @@ from segzero_jax.terminal import write_line
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """A table for people, and the verdict."""
+    """Prints a table for people, and the verdict."""
     table = Table(
         title=f"{plan.config or 'the toy run'} on {plan.topology}, mesh {plan.mesh}",
         caption=f"prompts of {plan.prompt_tokens}, answers of {plan.response_tokens} tokens; "
@@ -40,7 +40,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         cost = ((phase.flops or 0) / 1e12, (phase.bytes or 0) / 1e9, sent / 1e9, phase.seconds or 0)
         row = [f"{value:.2f}" for value in gib] + [f"{value:.3g}" if known else "?" for value in cost]
         table.add_row(phase.phase, str(phase.runs), *row, phase.bound or "?", style=None if phase.fits else "bold red")
-    # Rich would cut numbers short where there is less room; a terminal that is too narrow breaks lines instead.
+    # Rich would truncate numbers if there is less room; a terminal that is too narrow breaks lines instead.
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     console.width = max(console.width, needed)
     console.print(table)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status("compiling") as status:
 
             def tell(name: str) -> None:
-                # Minutes pass between two of them, also where nobody watches a terminal.
+                # A phase takes minutes, also without a terminal.
                 if console.is_terminal:
                     status.update(f"compiling {name}")
                 else:

@@ -1,4 +1,4 @@
-"""Which chips take part in a collective, and along which axes of the mesh they lie."""
+"""Finds the chips in a collective, and the mesh axes along which they differ."""
 
 import re
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from segzero_jax.plan.hlo import HloError, Instruction
 
 
 def first_group(instruction: Instruction) -> tuple[int, ...]:
-    """Chips that a collective joins, by their place in the mesh; of several groups, which are alike, the first.
+    """The chips of a collective's first group, by their index in the mesh; all groups have the same structure.
 
-    Of a permutation it is the first pair of chips that sends something.
+    For a permutation, it is the first pair of chips that sends something.
 
     XLA writes groups as lists, as pieces of an array of all chips, and as named axes of a mesh of its own.
 
     Raises:
-      HloError: it writes them in another way.
+      HloError: the groups are written in another way.
     """
     text = instruction.attributes
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
@@ -27,7 +27,7 @@ def first_group(instruction: Instruction) -> tuple[int, ...]:
         return next(((int(a), int(b)) for a, b in found if a != b), (int(found[0][0]),))
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return tuple(_chips(tiled[2], tiled[3]).reshape(-1, int(tiled[1]))[0].tolist())
-    # A part of an axis, 'a':(1)2, is none of these.
+    # A part of an axis, 'a':(1)2, is not supported.
     if mesh := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}", text
     ):
@@ -45,7 +45,7 @@ def crossed_axes(group: Sequence[int], mesh: Sequence[int]) -> list[int]:
 
 
 def _chips(sizes: str, order: str | None) -> np.ndarray:
-    """All chips as XLA writes an array of them: numbered in this shape, then transposed, flat."""
+    """All chips in XLA's array notation: numbered in this shape, then transposed, flat."""
     shape = tuple(map(int, sizes.split(",")))
     axes = tuple(map(int, order.split(","))) if order else range(len(shape))
     return np.arange(np.prod(shape)).reshape(shape).transpose(*axes).ravel()

@@ -18,7 +18,7 @@ class HloError(ValueError):
 
 
 class Array(NamedTuple):
-    """One array of an instruction's result: bytes, shape, and whether it lies in main memory."""
+    """One array of an instruction's result: bytes, shape, and whether it is in main memory."""
 
     bytes: float
     shape: tuple[int, ...]
@@ -49,14 +49,14 @@ class Instruction:
         return found[1] if found else None
 
     def number(self) -> int:
-        """The value of a whole constant, or which parameter this is. Raises HloError for anything else."""
+        """The value of an integer constant, or the index of a parameter. Raises HloError for anything else."""
         found = self.attribute(r"^(\d+)\)")
         if found is None:
             raise HloError(f"{self.name}: expected a whole number or a parameter, got {self.opcode}")
         return int(found)
 
     def named(self, key: str) -> str:
-        """The computation that an attribute names. Raises HloError when there is none."""
+        """The computation that an attribute names. Raises HloError if there is no such attribute."""
         found = self.attribute(rf"\b{key}=%?([\w.\-]+)")
         if found is None:
             raise HloError(f"{self.name}: expected {key}= in {self.attributes[:80]}")
@@ -64,12 +64,12 @@ class Instruction:
 
     @property
     def traffic(self) -> float:
-        """Bytes of the result that lie in main memory."""
+        """Bytes of the result that are in main memory."""
         return sum(array.traffic for array in self.arrays)
 
 
 def read_computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, each its instructions by name in their order, and the name of the entry.
+    """Computations by name, each a dict of its instructions by name, in order; and the name of the entry.
 
     Raises:
       HloError: the text has no entry, or a line cannot be read.
@@ -77,7 +77,7 @@ def read_computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     current: dict[str, Instruction] | None = None
-    # A kernel's own remarks are JSON with line ends in the middle of an instruction.
+    # A kernel's metadata is JSON with line breaks in the middle of an instruction.
     for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():
         header = _COMPUTATION.match(line)
         if header:
@@ -102,7 +102,7 @@ def _parse(line: str) -> Instruction:
     close = _closing("(" + arguments, 0) - 1
     inside, after = arguments[:close], arguments[close + 1 :]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    # A constant's value and a parameter's number stand where operands do.
+    # A constant's value and a parameter's index are where operands would be.
     attributes = f"{inside}){after}" if opcode in ("constant", "parameter") else after
     return Instruction(match[2], opcode, _arrays(kind), operands, attributes, bool(match[1]))
 

@@ -1,4 +1,4 @@
-"""TPU slices by name: what a chip can do, and a mesh over chips that are not there."""
+"""TPU slices by name: the peaks of a chip, and a mesh over chips that are not there."""
 
 import importlib.util
 import math
@@ -22,11 +22,11 @@ class Chip:
     """Published peaks of one chip (docs.cloud.google.com/tpu/docs: v5e, v5p, v6e).
 
     Attributes:
-      hbm_gib: what the compiler lets a program use.
-      flops_per_s: bfloat16.
-      hbm_bytes_per_s: to and from its memory.
-      link_bytes_per_s: one way over one of the chip's links. Each mesh axis is taken to have one link each way, as
-        at the end of a row; a ring that closes has two.
+      hbm_gib: memory that the compiler lets a program use.
+      flops_per_s: bfloat16 FLOPs.
+      hbm_bytes_per_s: bytes to and from its memory.
+      link_bytes_per_s: bytes one way over one of the chip's links. Each mesh axis is assumed to have one link each
+        way, as at the end of a row; a closed ring has two.
     """
 
     hbm_gib: float
@@ -62,7 +62,7 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
     """The mesh over the chips of a slice that is not there.
 
     Raises:
-      PlanError: no such slice, or libtpu is not installed.
+      PlanError: there is no such slice, or libtpu is not installed.
       MeshError: the mesh has another number of chips.
     """
     _, _, shape = read_topology(topology)
@@ -72,9 +72,9 @@ def make_topology_mesh(mesh: str, topology: str) -> jax.sharding.Mesh:
             f"--mesh={mesh}: {math.prod(sizes)} chips, --topology={topology} has {math.prod(shape)}; make them equal"
         )
     answer_libtpu()
-    # The compiler takes no chip: it may run beside another process that has libtpu loaded.
+    # The compiler uses no chip: it may run beside another process that has libtpu loaded.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # A host has 2 x 2 chips, or is smaller than that.
+    # A host has 2 x 2 chips or fewer.
     host = (*(min(2, size) for size in shape[:2]), 1)
     try:
         slice_ = topologies.get_topology_desc(

@@ -32,12 +32,12 @@ from segzero_jax.patches import window_order
 from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 
-# Which tokens end a response or are never sampled decides nothing about cost: Qwen2.5-VL's.
+# Special tokens do not affect cost; these are Qwen2.5-VL's.
 _END_IDS, _PAD_ID, _VISUAL_IDS = (151645, 151643), 151643, (151652, 151653, 151654, 151655, 151656)
 
 
 def find_dims(path: str) -> Dims:
-    """The dimensions of ``model.path``: of a directory, or of a released model, whose weights need not be here."""
+    """The dimensions of ``model.path``: a directory, or a released model, whose weights need not be here."""
     released = path.rstrip("/")
     if released in RELEASED and not Path(path).is_dir():
         return RELEASED[released]
@@ -45,13 +45,13 @@ def find_dims(path: str) -> Dims:
 
 
 class Step:
-    """A training step in abstract values: the programs of ``train`` and the shapes and shardings they meet, no numbers.
+    """A training step in abstract values: the programs of ``train`` and the shapes and shardings of their inputs.
 
     Args:
-      config: the run.
-      dims: its policy's.
-      mesh: ambient too (``jax.set_mesh``) while a method is called.
-      group: responses a prompt; the run's own unless given.
+      config: the run's configuration.
+      dims: its policy's dimensions.
+      mesh: must also be the ambient mesh (``jax.set_mesh``) while a method is called.
+      group: responses per prompt; the run's own by default.
     """
 
     def __init__(self, config: Config, dims: Dims, mesh: jax.sharding.Mesh, group: int | None = None) -> None:
@@ -69,7 +69,7 @@ class Step:
         self.loss_config = make_loss_config(config, _VISUAL_IDS)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
         self.rank = config.model.lora_rank
-        # Of LoRA the policy that the adapters are on; the reference has adapters of its own on the same.
+        # With LoRA, the policy under the adapters; the reference has its own adapters on the same policy.
         self.base = self._on_mesh(abstract_policy(dims), dtype) if self.rank else None
         params = self._on_mesh(abstract_params(dims, self.rank))
         self.policy = full_policy(params, self.base, self.loss_config._replace(lora_scale=None))
@@ -86,9 +86,9 @@ class Step:
         return Stream(self.prompt_tokens, self.group, self.response_tokens)
 
     def programs(self) -> Iterator[tuple[str, int, Callable[[], Any], Sequence[Any]]]:
-        """In the order of a step: name, how often it runs, what lowers it, and what else lies in memory meanwhile."""
+        """In the order of a step: name, number of runs, a function that lowers it, and other data in memory."""
         config, optimizer, reference = self.config, self.state.optimizer, self.reference_policy
-        # What of the reference is not the policy's as well.
+        # The part of the reference that is not shared with the policy.
         other = reference if reference is None or not self.rank else reference.blocks.adapters
         if config.model.vision_stays:
             yield "vision", 1, self.lower_vision, (optimizer, other)
@@ -98,7 +98,7 @@ class Step:
             yield "reference", 1, partial(self.lower_logps, reference), (self.state,)
         if config.updates_per_rollout > 1:
             yield "old_logps", 1, partial(self.lower_logps, self.policy), (optimizer, other)
-        # A mini-batch is cut out of the batch, which stays.
+        # A mini-batch is sliced from the batch, which stays in memory.
         whole = (self.prompts, self.responses) if config.train.mini_batches > 1 else ()
         yield "update", config.updates_per_rollout, self.lower_update, (other, *whole)
 
@@ -139,7 +139,7 @@ class Step:
         )
 
     def attention_scores(self) -> dict[tuple[bool, int], int]:
-        """Scores that the attention kernel computes for one head: whether of an image, and the padded length."""
+        """Scores that the attention kernel computes per head, by whether it is for an image, and the padded length."""
         p, _, r = self.stream
         return {
             (True, padded_length(self.patch_slots)): padded_length(self.patch_slots) ** 2,
@@ -154,12 +154,12 @@ class Step:
         return self._array(shape, dtype, TRAIN.spec("batch", *(None,) * (len(shape) - 1)))
 
     def _on_mesh(self, tree: Any, dtype: Any = None) -> Any:
-        """What ``jax.eval_shape`` made, with its shardings on the mesh."""
+        """The output of ``jax.eval_shape``, with its shardings on the mesh."""
         spec = lambda leaf: leaf.sharding.spec if leaf.sharding else PartitionSpec()  # noqa: E731
         return jax.tree.map(lambda leaf: self._array(leaf.shape, dtype or leaf.dtype, spec(leaf)), tree)
 
     def _embedded(self, patches: PromptBatch) -> PromptBatch:
-        """What a step runs the policy on: embeddings of pictures in place of the pictures where the tower is frozen."""
+        """The policy's input in a step: image embeddings instead of images if the vision tower is frozen."""
         if not self.config.model.vision_stays:
             return patches
         return self._on_mesh(jax.eval_shape(partial(embed_images, fwd=self.train_fwd), self.policy, patches))
@@ -188,5 +188,5 @@ class Step:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one chip holds of abstract values."""
+    """Bytes of abstract values on one chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
