@@ -1,8 +1,8 @@
 """The client of the SAM 2 reward service: calls are sent at once, answers are collected later.
 
 One call carries one image and all its candidates, or as many as a server takes at once. gRPC itself spreads calls over
-the servers that serve, retries what they could not take and gives up at the deadline; a patient caller then sends it
-again.
+the servers that serve, retries what they could not take and gives up at the deadline; a patient caller then sends the
+call again.
 """
 
 import math

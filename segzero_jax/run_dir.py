@@ -286,7 +286,7 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
 def open_run(config: Config) -> Path:
     """Makes the run directory and writes ``config.yaml``.
 
-    Overwrite an earlier start's only after truncating its lines: that configuration tells which of them had a save.
+    Replace an earlier start's file only after truncating its lines: that configuration tells which of them had a save.
     """
     run_dir = run_directory(config)
     run_dir.mkdir(parents=True, exist_ok=True)

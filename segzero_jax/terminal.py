@@ -1,4 +1,4 @@
-"""Output for people who watch a run, which does not fail when nobody reads it any more."""
+"""Terminal output that never ends a run, even when nobody reads it any more."""
 
 import contextlib
 import os

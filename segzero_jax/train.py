@@ -208,8 +208,7 @@ def _continue(
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod, functions)
         evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
-        # JAX names a trace's folder by the second, and treats all files that it finds there as its own.
-        own = f"host_{pod.index}" if pod.count > 1 else ""
+        own = f"host_{pod.index}" if pod.count > 1 else ""  # JAX names folders by the second and owns all in them.
         profiler = Profiler(run_dir / "profile" / own, profiled, timer, writer.message)
         watch = stack.enter_context(Watch(config.watch, run_dir, timer, writer, removed, checkpoints, profiler))
         for line in configs.notes(config):

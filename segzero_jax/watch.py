@@ -204,7 +204,7 @@ class HangWatch:
             self._paused = False
 
     def look(self) -> None:
-        """Reports, or ends, a phase that has taken too long; reports again whenever that time has doubled."""
+        """Reports a phase that has taken too long, again whenever that time has doubled, or ends the process."""
         phase, seconds = self._timer.running()
         if phase == _PATIENT or self._paused or self._compiling():
             return

@@ -26,7 +26,7 @@ from segzero_jax.scoring import Scorer
 from segzero_jax.segmenting import connected
 from segzero_jax.types import Example, Frame
 
-# SAM 2 may take minutes for a batch without a GPU; after this long a silence it will not come back.
+# SAM 2 may take minutes for a batch without a GPU; after this much silence, it will not come back.
 _PATIENCE_S = 1800.0
 _SHOWN_NUMBERS = (("giou", "gIoU"), ("ciou", "cIoU"), ("box_accuracy", "box accuracy"), ("n_acc", "N-acc."))
 
