@@ -9,10 +9,10 @@ from segzero_jax.reward_channel import Access, read_access
 from segzero_jax.terminal import write_line
 
 _ACCESS = {
-    "ca_file": "PEM certificates that vouch for the server's; turns TLS on",
+    "ca_file": "PEM certificates that the server's is verified against; turns TLS on",
     "cert_file": "own certificate in PEM, for a server that asks for one",
     "key_file": "its private key in PEM",
-    "token_file": "holds the word that the server asks for",
+    "token_file": "file with the token that the server requires",
     "tls_name": "the name in the server's certificate where it is not the host in --server",
 }
 

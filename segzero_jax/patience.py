@@ -183,6 +183,6 @@ class Patience:
             return
         if self._save():
             self._saved = True
-            self._say("the last finished step is saved: --resume goes on from it")
+            self._say("the last finished step is saved: --resume continues from it")
         elif self._since is not None:
             self._save_from_s = self._clock() - self._since + _NEXT_WORD_S

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="segzero_jax.preflight",
         description="Checks what a training run would trip over; takes the options of segzero_jax.train.",
-        epilog="Exit codes: 0 nothing is wrong; 2 something to put right; 4 another host was lost; 130 Ctrl-C.",
+        epilog="Exit codes: 0 nothing is wrong; 2 a mistake to be corrected; 4 another host was lost; 130 Ctrl-C.",
     )
     _, config = configs.parse_command_line(parser, argv)
     pod = Pod(prog=parser.prog)

@@ -160,8 +160,9 @@ def unscored_groups(scored: Scored) -> str:
         return ""
     count, total = int(unscored.sum()), len(unscored)
     reason = scored.masks[int(unscored.argmax())][0].error
-    what = "nothing is learnt from this step" if count == total else f"{count} of {total} groups are left out"
-    return f"{what}, they have no scores: {reason}"
+    if count == total:
+        return f"this step makes no update, its groups have no scores: {reason}"
+    return f"{count} of {total} groups are left out, they have no scores: {reason}"
 
 
 def why_no_update(sampled: Sequence[SampledBatch]) -> str:
@@ -175,7 +176,7 @@ def why_no_update(sampled: Sequence[SampledBatch]) -> str:
         why = "no group has any spread of rewards"
     else:
         why = "all groups with a spread of rewards were cut off"
-    return f"nothing is learnt from this step, {why}"
+    return f"this step makes no update, {why}"
 
 
 def rollout_rows(

@@ -232,7 +232,7 @@ def _advice(details: str, access: Access) -> str:
     if "Verification" in details:
         return "its certificate holds another name: set reward.tls_name"
     if _REFUSED in details:
-        return "expected a certificate that reward.ca_file vouches for"
+        return "expected a certificate signed by one in reward.ca_file"
     # A server closes a connection this way if it cannot read its beginning, or if a client certificate is missing.
     if "Socket closed" in details or "reset" in details:
         if not access.ca:

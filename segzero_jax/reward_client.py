@@ -120,7 +120,7 @@ class RewardClient:
         if not infos:
             raise RewardServiceAway(f"{'; '.join(away.values())} (waited {timeout_s:g} s)")
         if away and say is not None:
-            say(f"going on without {'; '.join(away.values())}")
+            say(f"continuing without {'; '.join(away.values())}")
         served = [infos[address] for address in self._addresses if address in infos]
         self._connection.check_model(served[0].checkpoint_sha256, served[0].dtype)
         self._connection.look_up()

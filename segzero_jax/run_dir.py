@@ -70,7 +70,7 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
 
 def run_directory(config: Config) -> Path:
     """The directory of a run's files, on this machine's disk. Raises ConfigError for a URL."""
-    return local_path(config.run.dir, "run.dir", "run.checkpoint_dir is what may lie in a bucket")
+    return local_path(config.run.dir, "run.dir", "only run.checkpoint_dir may be in a bucket")
 
 
 def begin(config: Config, resume: bool, pod: Pod) -> Beginning:

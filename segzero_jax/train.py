@@ -280,8 +280,8 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
     parser = argparse.ArgumentParser(
         prog="segzero_jax.train",
         description="Trains a policy with GRPO; without --config, the toy run.",
-        epilog="A run.dir that holds a run is gone on with. Exit codes: 0 done, or stopped by SIGTERM with the last "
-        "finished step saved; 2 something to put right; 3 the reward service stayed away; "
+        epilog="A run.dir that holds a run is resumed. Exit codes: 0 done, or stopped by SIGTERM with the last "
+        "finished step saved; 2 a mistake to be corrected; 3 the reward service could not be reached; "
         f"{HOST_LOST} another host of the run was lost, or a process that makes batches; "
         f"{DIVERGED} no update of too many steps in a row was finite; "
         f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "

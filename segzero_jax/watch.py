@@ -129,7 +129,7 @@ _COLLAPSES: Mapping[str, tuple[str, Callable[[Row, WatchConfig], bool], str]] = 
     "no_spread": (
         "reward/zero_std_groups",
         lambda row, _: row["reward/zero_std_groups"] == 1,
-        "no group has any spread of rewards, so nothing is learnt (reward/zero_std_groups is 1)",
+        "no group has any spread of rewards, so no update is made (reward/zero_std_groups is 1)",
     ),
     "low_entropy": (
         "entropy",
@@ -232,7 +232,7 @@ class HangWatch:
                 file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {head}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            where = f"where each thread is stands in {self._stacks}"
+            where = f"the stacks of all threads are in {self._stacks}"
         except OSError as error:  # A full disk: the hang is reported all the same.
             where = f"where each thread is could not be written: {error}"
         self._say(f"{head}; {where}")

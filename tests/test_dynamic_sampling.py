@@ -95,7 +95,7 @@ def test_why_nothing_was_learnt_is_said_in_a_line() -> None:
         ([nothing, nothing], "all scored responses were cut off"),
         ([spread, flat], "all groups with a spread of rewards were cut off"),
     ):
-        assert why_no_update(draws) == f"nothing is learnt from this step, {why}"
+        assert why_no_update(draws) == f"this step makes no update, {why}"
     assert why_no_update([unscored, unscored]) == ""
 
 

@@ -577,7 +577,7 @@ def test_a_target_without_a_mask_has_no_ceiling(
     assert (oracle["count"], oracle["expression"]["count"]) == (QUESTIONS - 2, QUESTIONS - 2)
     ids = [row["id"] for row in lines(tmp_path / "some/toy-val/oracle/samples.jsonl")]
     assert ids == [f"q{index}" for index in range(QUESTIONS) if index not in (0, 3)]
-    said = "toy/val: no ceiling by 2 of 7 questions, whose targets are no masks"
+    said = "toy/val: 2 of 7 questions have no target mask and are left out of the ceiling"
     assert said in capsys.readouterr().out
     assert (
         f"of the {QUESTIONS - 2} questions that have a mask, the same SAM 2"

@@ -351,7 +351,7 @@ def test_a_local_reward_server_without_its_packages(
 def test_one_of_several_reward_servers_that_is_away(tmp_path: Path) -> None:
     with serving(Fake()) as address:
         given = config(tmp_path, **{"reward.server": f"{address},127.0.0.1:{free_port()}", "reward.timeout_s": 0.1})
-        assert "going on without reward server 127.0.0.1:" in failure("reward servers", given)
+        assert "continuing without reward server 127.0.0.1:" in failure("reward servers", given)
 
 
 def test_a_reward_server_that_makes_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

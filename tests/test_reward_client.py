@@ -380,7 +380,7 @@ class TestSeveralServers:
         away, said = f"127.0.0.1:{free_port()}", []
         with serving(Fake()) as here, RewardClient(f"{away},{here}", 10) as client:
             assert [info.address for info in client.wait_until_serving(1, said.append)] == [here]
-        assert_one_line(said[-1], f"going on without reward server {away}: unreachable")
+        assert_one_line(said[-1], f"continuing without reward server {away}: unreachable")
 
     def test_all_are_waited_for_at_first(self) -> None:
         with (

@@ -71,7 +71,7 @@ def test_a_run_in_a_bucket_is_refused_before_anything_is_written(
     said = capsys.readouterr()
     assert said.err == (
         f"segzero_jax.train: run.dir={given}: expected a folder on this machine's disk, got a URL; "
-        "run.checkpoint_dir is what may lie in a bucket\n"
+        "only run.checkpoint_dir may be in a bucket\n"
     )
     assert list(tmp_path.iterdir()) == []
 

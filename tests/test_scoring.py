@@ -243,7 +243,7 @@ def test_groups_without_any_score_are_told_with_the_reason_of_the_first() -> Non
 
     assert told(one, one) == ""
     assert told(one, none, one) == "1 of 3 groups are left out, they have no scores: not a number"
-    assert told(none, none) == "nothing is learnt from this step, they have no scores: not a number"
+    assert told(none, none) == "this step makes no update, its groups have no scores: not a number"
 
 
 def test_the_updates_of_a_step_are_one_line() -> None:

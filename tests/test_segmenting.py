@@ -182,7 +182,7 @@ def test_one_of_several_servers_is_enough_for_every_answer(monkeypatch: pytest.M
             assert (found.model, found.error) == ("boxes", "")
         assert time.monotonic() - start < 30
     assert len(said) == 1
-    assert said[0].startswith(f"going on without reward server {away}: unreachable")
+    assert said[0].startswith(f"continuing without reward server {away}: unreachable")
 
 
 def test_that_no_server_is_there_any_more_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def test_a_phase_that_takes_ten_usual_steps_is_named_while_it_does(tmp_path):
     scene.usual(5, step=3.0)
     assert scene.stuck("update", 29.0, 1.0, 29.0, 1.0, 10.0) == [0, 1, 1, 2, 2]
     assert scene.told[0] == (
-        f"step 6: update has taken 30 s, where whole steps take 3.0 s; where each thread is stands in {scene.stacks}"
+        f"step 6: update has taken 30 s, where whole steps take 3.0 s; the stacks of all threads are in {scene.stacks}"
     )
     assert "1 min 00 s" in scene.told[1]
     stacks = scene.stacks.read_text()

@@ -33,8 +33,8 @@ class RunConfig:
     """Where a run lives.
 
     Attributes:
-      dir: on this machine's disk.
-      checkpoint_dir: where its checkpoints go, a path or gs://bucket/path; empty is inside ``dir``.
+      dir: the run directory, on this machine's disk.
+      checkpoint_dir: where checkpoints go, a path or gs://bucket/path; empty means inside ``dir``.
     """
 
     dir: Text = "runs/toy"
@@ -47,13 +47,13 @@ class ModelConfig:
 
     Attributes:
       path: a Hugging Face checkpoint: a directory, a hub id, or "toy" for the one inside the package.
-      compute_dtype: of activations and of the weights that rollout reads, "float32" or "bfloat16"; master weights are
-        always float32.
+      compute_dtype: dtype of activations and of the weights that rollout reads, "float32" or "bfloat16"; master weights
+        are always float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       freeze_vision: leave the vision tower and merger untouched.
-      lora_rank: of low-rank adapters (LoRA), which learn in place of the decoder's matrices; all else stays as it is.
-        0 trains all weights.
-      lora_alpha: what an adapter adds counts lora_alpha / lora_rank times.
+      lora_rank: rank of the low-rank adapters (LoRA), which are trained in place of the decoder's matrices; all other
+        weights are frozen. 0 trains all weights.
+      lora_alpha: an adapter's output is scaled by lora_alpha / lora_rank.
     """
 
     path: Text = "toy"
@@ -79,16 +79,16 @@ class DataConfig:
     """The data sets, images and prompts.
 
     Attributes:
-      name: "toy", or a data set that ``python -m segzero_jax.data.build`` has made; several with commas between them
-        are shuffled together, one that is named twice counts twice.
+      name: "toy", or a data set built by ``python -m segzero_jax.data.build``; several, separated by commas, are
+        shuffled together, and one named twice counts twice.
       dir: where built data sets are kept.
-      image_size: pictures are squashed to this many pixels squared; answers are in this frame.
-      resampling: how they are squashed; the released evaluations of Seg-Zero and VisionReasoner do it bilinearly.
-      prompt: the wording of the question, "toy", "seg_zero", "vision_reasoner", or one's own, with "{question}" in its
-        text. ``reward.recipe`` has to score the form of answer that it asks for.
+      image_size: images are squashed to a square of this many pixels a side; answers are in this frame.
+      resampling: the filter that resizes them; the released evaluations of Seg-Zero and VisionReasoner use bilinear.
+      prompt: the wording of the question: "toy", "seg_zero", "vision_reasoner", or a custom text that contains
+        "{question}". ``reward.recipe`` has to score the answer format that it asks for.
       workers: processes on each host that prepare batches ahead; 0 prepares them in threads of the trainer.
-      eval_splits: held-out splits that are evaluated: "val" of the same data set, of several the first, "ReasonSeg/val"
-        of another.
+      eval_splits: held-out splits to evaluate: "val" is a split of this data set, or of the first if there are several;
+        "ReasonSeg/val" is a split of another.
     """
 
     # Spaces around commas do not make a different configuration.
@@ -111,14 +111,14 @@ class RolloutConfig:
     """How responses are sampled.
 
     Attributes:
-      group_size: responses to each prompt.
-      temperature: logits are divided by it, in sampling and in training.
+      group_size: responses per prompt.
+      temperature: divides the logits, in sampling and in training.
       top_p: sample from the most likely tokens that hold this much probability.
-      top_k: sample from so many tokens; 0 is all.
-      max_prompt_tokens: a longer prompt is refused, never cut.
-      max_response_tokens: responses end here at the latest.
-      max_batches: batches sampled for a step at most: groups whose rewards are all alike teach nothing and make way for
-        groups of the next one (DAPO's dynamic sampling); 1 learns from the batch as it is.
+      top_k: sample from this many most likely tokens; 0 means all.
+      max_prompt_tokens: a longer prompt is rejected, never truncated.
+      max_response_tokens: responses are truncated to this length.
+      max_batches: batches sampled per step at most: groups whose rewards are all equal have no gradient and are
+        replaced by groups of the next batch (DAPO's dynamic sampling); 1 trains on the batch as it is.
     """
 
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -135,22 +135,22 @@ class RewardConfig:
     """How responses are scored.
 
     Attributes:
-      server: "local" starts a SAM 2 server beside the trainer, "none" scores text alone, else "host:port[,host:port]".
+      server: "local" starts a SAM 2 server beside the trainer, "none" scores text only, else "host:port[,host:port]".
       recipe: "seg_zero_soft", "seg_zero_strict", "seg_zero_soft_accuracy", "seg_zero_no_thinking", "vision_reasoner" or
         "sam_r1"; see docs/rewards.md.
-      functions: rewards of one's own, "module:function"; what they return is added. See docs/rewards.md.
+      functions: custom reward functions, "module:function", whose values are added. See docs/rewards.md.
       mask_iou_weight: weight of the SAM 2 mask IoU component added to the recipe's own; 0 leaves it out.
-      mask_iou_mode: the component's form: the IoU itself, "raw"; 1 above 0.5, "threshold"; or SAM-R1's, "tiered".
-      local_model: the SAM 2 that a local server loads: a hub id, a directory, or "toy", which knows the toy set alone.
-      timeout_s: how long one call for a group's scores may take; then it is sent again.
-      missing: what becomes of a group that the service did not answer in time while it answered others: the step
-        waits for it, "wait", or its responses are left out of the loss, "drop".
-      checkpoint_after_s: after so long without any answer, a checkpoint of the last finished step is saved.
-      patience_s: after so long the run ends, with exit code 3.
-      ca_file: PEM certificates that vouch for the servers'; turns TLS on.
-      cert_file, key_file: the trainer's own certificate and key in PEM, for servers that ask for them.
-      token_file: holds the word that servers ask for; over plain text it is sent to this machine only.
-      tls_name: the name in the servers' certificates where it is not the host in ``server``.
+      mask_iou_mode: the component's form: "raw" is the IoU itself, "threshold" is 1 above 0.5, "tiered" is SAM-R1's.
+      local_model: the SAM 2 that a local server loads: a hub id, a directory, or "toy", which only knows the toy set.
+      timeout_s: timeout of one call for a group's scores; then it is sent again.
+      missing: what happens to a group that the service did not score in time while it scored others: the step waits
+        for it, "wait", or its responses are left out of the loss, "drop".
+      checkpoint_after_s: after this long without any answer, a checkpoint of the last finished step is saved.
+      patience_s: after this long the run ends, with exit code 3.
+      ca_file: PEM certificates that the servers' are verified against; turns TLS on.
+      cert_file, key_file: the trainer's own certificate and key in PEM, for servers that require them.
+      token_file: holds the token that servers require; without TLS it is sent to this machine only.
+      tls_name: the name in the servers' certificates where it differs from the host in ``server``.
     """
 
     server: Text = "local"
@@ -182,16 +182,16 @@ class GrpoConfig:
     """The loss. Defaults are the paper's, except for the toy run's KL.
 
     Attributes:
-      iterations: how often a rollout is learnt from (mu in DeepSeekMath).
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. With one update a rollout it is 1, and
-        nothing is clipped.
+      iterations: training passes over each rollout (mu in DeepSeekMath).
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. With one update per rollout it is 1,
+        and nothing is clipped.
       norm_adv_by_std: divide advantages by the standard deviation of their group's rewards.
-      loss_mean: what weighs alike: all "tokens" of an update, or all "responses"; with "limit" the sum over a response
-        is divided by rollout.max_response_tokens, then averaged over responses.
-      mask_truncated: leave responses that were cut off at the limit out of the loss.
+      loss_mean: what is weighted equally: all "tokens" of an update, or all "responses"; with "limit" the sum over a
+        response is divided by rollout.max_response_tokens, then averaged over responses.
+      mask_truncated: leave responses that were truncated at the limit out of the loss.
       kl_coef: weight of the k3 estimate of KL(policy, reference); with 0 there is no reference policy.
       entropy_coef: weight of the entropy bonus.
-      importance_cap: truncate the sampler-to-trainer importance weight here; 0 leaves it out.
+      importance_cap: truncate the sampler-to-trainer importance weight here; 0 leaves the weight out.
     """
 
     iterations: Positive = 1
@@ -210,23 +210,23 @@ class TrainConfig:
     """The optimizer and the schedule.
 
     Attributes:
-      steps: rollouts in all.
-      batch_size: prompts a step.
-      mini_batch_size: prompts an update; 0 is the whole batch: one update a rollout, unless grpo.iterations is more.
-      micro_batch_size: prompts whose activations live at once; gradients accumulate over the rest.
-      lr: AdamW's learning rate, from the end of the warm-up on.
-      warmup_steps: the first updates take a part of it, one N-th, two N-ths and so on.
-      lr_decay: how it falls from then on: "none", "linear" or "cosine".
-      decay_steps: after so many updates, those of the warm-up among them, it is 0; for a decay.
-      beta1, beta2: how much of their past AdamW's first and second moments keep.
-      weight_decay: AdamW's, of all that is trained.
-      max_grad_norm: gradients are scaled down to this global norm.
-      moment_dtype: of AdamW's first moment, "float32" or "bfloat16"; the second stays float32: with beta2 near 1 a
-        bfloat16 one would stall.
+      steps: total steps, one rollout each.
+      batch_size: prompts per step.
+      mini_batch_size: prompts per update; 0 is the whole batch: one update per rollout, unless grpo.iterations is more.
+      micro_batch_size: prompts whose activations are in memory at once; gradients accumulate over micro-batches.
+      lr: AdamW's learning rate after the warm-up.
+      warmup_steps: updates of the linear warm-up; the first of N takes lr / N, the second 2 lr / N, and so on.
+      lr_decay: the learning-rate schedule after the warm-up: "none", "linear" or "cosine".
+      decay_steps: the number of updates, warm-up included, after which a decay reaches 0.
+      beta1, beta2: decay rates of AdamW's first and second moments.
+      weight_decay: AdamW's weight decay, applied to all trainable parameters.
+      max_grad_norm: gradients are clipped to this global norm.
+      moment_dtype: dtype of AdamW's first moment, "float32" or "bfloat16"; the second stays float32: with beta2 near 1
+        a bfloat16 one would stall.
       checkpoint_every: steps between checkpoints; one is always written at the end.
-      keep_checkpoints: older ones are deleted; two at least, so that a damaged one leaves another.
-      keep_best: the checkpoint with the highest such number is kept as well: SPLIT/MODE/NUMBER of an evaluation, as in
-        val/greedy/giou, or a key of metrics.jsonl; empty keeps the newest only.
+      keep_checkpoints: number of newest checkpoints to keep; at least two, so that a damaged one leaves another.
+      keep_best: also keep the checkpoint with the highest value of this metric: SPLIT/MODE/NUMBER of an evaluation, as
+        in val/greedy/giou, or a key of metrics.jsonl; empty keeps the newest only.
     """
 
     steps: Positive = 120
@@ -267,9 +267,9 @@ class EvalConfig:
     """Evaluation on held-out splits before, during and after training.
 
     Attributes:
-      every: steps between evaluations, 0 for only before and after.
-      examples: questions per split, of every picture one before any picture's second.
-      samples: sampled answers per question, beside the greedy one.
+      every: steps between evaluations; 0 evaluates only before and after training.
+      examples: questions per split, one about every image before any image's second.
+      samples: sampled answers per question, besides the greedy one.
     """
 
     every: Count = 0
@@ -282,10 +282,10 @@ class WatchConfig:
     """When a run raises alarms, and when it ends itself.
 
     Attributes:
-      max_skipped: so many steps in a row without a finite update end the run, with exit code 5.
-      alarm_after: steps that a collapsed state lasts before it is an alarm.
+      max_skipped: this many steps in a row without a finite update end the run, with exit code 5.
+      alarm_after: steps that a collapsed state lasts before it raises an alarm.
       entropy_floor: mean entropy per token, in nats, below which the policy counts as collapsed.
-      kill_after_s: a phase that takes longer ends the process, with exit code 6; 0 only says so.
+      kill_after_s: a phase that takes longer ends the process, with exit code 6; 0 only reports hangs.
     """
 
     max_skipped: Positive = 5
@@ -299,8 +299,8 @@ class Config:
     """Everything a run depends on.
 
     Attributes:
-      seed: of the order of the data, of sampling and of initial values.
-      mesh: 4x4 is fsdp x tensor, 2x4x4 data x fsdp x tensor.
+      seed: random seed of the data order, of sampling and of initial values.
+      mesh: the device mesh: 4x4 is fsdp x tensor, 2x4x4 data x fsdp x tensor.
     """
 
     seed: Seed = 0

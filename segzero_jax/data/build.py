@@ -31,7 +31,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="segzero_jax.data.build",
         description="Builds a data set that data.name can then name. The same command goes on after an interruption.",
-        epilog="Exit codes: 0 built; 2 something to put right; 130 stopped.",
+        epilog="Exit codes: 0 built; 2 a mistake to be corrected; 130 stopped.",
     )
     parser.add_argument("name", help=f"what the data set is called, such as {', '.join(HUB)} or one of your own")
     parser.add_argument(

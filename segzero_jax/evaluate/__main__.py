@@ -147,7 +147,7 @@ def _parser() -> OneLineParser:
         prog="python -m segzero_jax.evaluate",
         description="Asks a policy the questions of a data set: gIoU, cIoU, box accuracy, format and no-target rates "
         "with intervals, every answer, and a page of cases. The same command goes on where it was cut off.",
-        epilog="Exit codes: 0 done; 2 something to put right; 3 the reward service stayed away; "
+        epilog="Exit codes: 0 done; 2 a mistake to be corrected; 3 the reward service could not be reached; "
         f"{HOST_LOST} another host was lost; 130 stopped.",
         allow_abbrev=False,
     )
@@ -165,7 +165,7 @@ def _parser() -> OneLineParser:
     add("--oracle", action="store_true", help="also what SAM 2 makes of the target boxes and points: its ceiling")
     add("--samples", type=count, default=0, metavar="N", help="draw N answers to each question [one greedy answer]")
     add("--seed", type=seed, default=0, metavar="N", help="of --samples [%(default)s]")
-    add("--limit", type=count, metavar="N", help="N questions of each split, of every picture one first [all]")
+    add("--limit", type=count, metavar="N", help="N questions of each split, one about every image first [all]")
     add("--batch", type=count, default=32, metavar="N", help="questions at once, over the mesh [%(default)s]")
     add("--mesh", default="1x1", type=_mesh, help="FSDPxTENSOR or DATAxFSDPxTENSOR, as in training [%(default)s]")
     add_server_options(parser)

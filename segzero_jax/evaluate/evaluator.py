@@ -152,7 +152,7 @@ class Evaluator:
             measured = _with_masks(questions)
             if left := len(questions) - len(measured):
                 name = f"{questions.dataset}/{questions.split}"
-                say(f"{name}: no ceiling by {left} of {len(questions)} questions, whose targets are no masks")
+                say(f"{name}: {left} of {len(questions)} questions have no target mask and are left out of the ceiling")
             if len(measured):
                 self._one(measured, ORACLE, 0, self._options(sam), OracleJudge(client, self._patience))
 

@@ -87,7 +87,7 @@ class Step:
 
     def programs(self) -> Iterator[tuple[str, int, Callable[[], Any], Sequence[Any]]]:
         """In the order of a step: name, number of runs, a function that lowers it, and other data in memory."""
-        config, optimizer, reference = self.config, self.state.optimizer, self.reference_policy
+        config, optimizer, reference = self.config, self.state.opt_state, self.reference_policy
         # The part of the reference that is not shared with the policy.
         other = reference if reference is None or not self.rank else reference.blocks.adapters
         if config.model.vision_stays:

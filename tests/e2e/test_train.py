@@ -276,7 +276,7 @@ def test_what_was_cut_off_is_left_out_where_that_is_asked_for(
     assert row["missing_scores"] == 0
     assert "loss" not in row
     said = capsys.readouterr()
-    assert "step 1: nothing is learnt from this step, all scored responses were cut off" in said.out + said.err
+    assert "step 1: this step makes no update, all scored responses were cut off" in said.out + said.err
 
 
 BAD = {

@@ -125,7 +125,7 @@ def test_a_start_that_goes_on_does_not_wait_for_servers_that_are_gone(
             assert client is not None
             assert [one.address for one in client.servers] == [here]
         assert time.monotonic() - began < 60
-    assert f"going on without reward server {gone}: " in capsys.readouterr().err
+    assert f"continuing without reward server {gone}: " in capsys.readouterr().err
 
 
 def test_one_of_two_killed_in_the_middle_of_calls() -> None:

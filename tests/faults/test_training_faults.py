@@ -198,7 +198,7 @@ def test_dropped_groups_are_counted_and_a_step_without_scores_teaches_nothing(
     assert "stumbled" in dropped[0]["error"]
     said = capsys.readouterr().err
     assert "step 1: 1 of 4 groups are left out, they have no scores: reward server" in said
-    assert "step 2: nothing is learnt from this step, they have no scores: image: not to my taste" in said
+    assert "step 2: this step makes no update, its groups have no scores: image: not to my taste" in said
     before_step, after_step = (policy(tmp_path / f"checkpoints/{step}/policy") for step in (1, 2))
     assert before_step.keys() == after_step.keys()
     for name, value in before_step.items():
