@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.peer_group import at_least, machine
-from segzero_jax import train
+from segzero_jax import loop, train
 from segzero_jax.checkpoint import Checkpoints
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
@@ -42,7 +42,7 @@ def toy_run(steps: int, folder: Path) -> dict[str, float]:
         stamps[step] = time.perf_counter(), time.process_time()
         return _saves((step - 1) // BLOCK)
 
-    train.checkpoint_due = due
+    loop.checkpoint_due = due
     options = [f"--config={ROOT}/configs/toy.yaml", f"--train.steps={steps}", f"--run.dir={folder}"]
     options += ["--eval.examples=1"]
     if train.main(options) != 0:

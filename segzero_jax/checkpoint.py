@@ -59,6 +59,7 @@ class Restored:
       code: the code that wrote the checkpoint.
       changed: custom reward functions whose files have changed since.
       lines: the last lines that the run had written, see ``MetricsWriter.recent``.
+      config: the configuration that wrote the checkpoint.
     """
 
     step: int
@@ -67,6 +68,7 @@ class Restored:
     code: Code
     changed: list[str]
     lines: dict[str, Any]
+    config: Config
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -283,7 +285,7 @@ class Checkpoints:
             self._manager.delete(newer)
         now = identity.functions or {}
         changed = [name for name, source in (saved.functions or {}).items() if source != now.get(name)]
-        return Restored(step, state, run["data"], Code(**run["code"]), changed, run["lines"])
+        return Restored(step, state, run["data"], Code(**run["code"]), changed, run["lines"], self.config(step))
 
     def check_config(self, step: int, config: Config) -> None:
         """Raises CheckpointError if ``step`` was written by another run, see ``run_difference``."""

@@ -45,12 +45,14 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
         return directory.parent, int(directory.name)
     with reading(directory):
         own = directory / _FOLDER
-        if own.is_dir() and complete_steps(own):
-            return own, None
         config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
+        # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may now be another run's.
+        elsewhere = [checkpoint_directory(config)] if config and config.run.checkpoint_dir else []
+        newest = {place: steps[-1] for place in (own, *elsewhere) if (steps := complete_steps(place))}
+        if newest:
+            return max(newest, key=newest.__getitem__), None
         if config:
-            # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may now be another run's.
-            place = checkpoint_directory(config) if config.run.checkpoint_dir else own
+            place = (*elsewhere, own)[0]
             return (place, None) if place.is_dir() else None
         if own.is_dir():
             return own, None

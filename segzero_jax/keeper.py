@@ -29,6 +29,7 @@ class Keeper:
         say: Callable[[str], None],
         pod: Pod = ALONE,
         lines: Callable[[Collection[int]], Mapping[str, Any]] = lambda kept: {},
+        saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Starts without a finished step.
 
@@ -39,6 +40,7 @@ class Keeper:
           pod: the hosts that save together; each knows only why its own part was not written.
           lines: given the steps with checkpoints, returns the run's last lines and those of these steps; saved with
             every step.
+          saved: called on host 0 with each step once its checkpoint is complete.
         """
         self.failed = 0
         self._checkpoints = checkpoints
@@ -47,6 +49,8 @@ class Keeper:
         self._say = say
         self._pod = pod
         self._lines = lines
+        self._saved = saved
+        self._begun: int | None = None  # The step that is being saved.
         self._finished: tuple[int, TrainState, dict[str, Any]] | None = None
         self._problem = ""
 
@@ -67,18 +71,20 @@ class Keeper:
           Whether all hosts have started.
         """
         assert self._finished is not None, "a step has to be finished first"
-        self._attempt(self._checkpoints.wait)
+        self._wait()
         step, state, data = self._finished
-        return self._attempt(
+        begun = self._attempt(
             lambda: self._checkpoints.save(
                 step, state, data, self._config, self._identity, self._lines(self._checkpoints.steps)
             )
         )
+        self._begun = step if begun else None
+        return begun
 
     def keep(self) -> bool:
         """Saves the last finished step unless already saved, waits, and returns whether it is on disk."""
         begun = self.save()
-        return self._attempt(self._checkpoints.wait) and begun
+        return self._wait() and begun
 
     def keep_or_fail(self) -> None:
         """Like ``keep``, for the end of a run. Raises SaveError: the last finished step is lost."""
@@ -86,6 +92,14 @@ class Keeper:
             newest = self._checkpoints.latest
             left = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
             raise SaveError(f"the last finished step is not saved: {self._problem}; {left}")
+
+    def _wait(self) -> bool:
+        """Whether the save that was begun is complete on all hosts, or none was begun."""
+        done, step = self._attempt(self._checkpoints.wait), self._begun
+        if done and step is not None and self._pod.first:
+            self._saved(step)
+        self._begun = None
+        return done
 
     def _attempt(self, act: Callable[[], None]) -> bool:
         """Whether ``act`` succeeded on all hosts; if it failed on one, all count and report the failure."""

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -74,8 +75,8 @@ class MetricsWriter:
                 "resume the run or choose another run.dir"
             )
         row = {key: _number(value, f"step {step}: {key}") for key, value in metrics.items()}
+        self._recent.append({"step": step, **row})  # First: if the disk is full, the checkpoint still has it.
         jsonl.append(self._metrics, {"step": step, **row})
-        self._recent.append({"step": step, **row})
         self._last_step = step
         self._write_events(step, row)
         if self._display:
@@ -153,16 +154,19 @@ class MetricsWriter:
         """
         metrics = list(self._recent)
         if metrics and min(kept, default=metrics[0]["step"]) < metrics[0]["step"]:
-            metrics = [row for row in self.steps() if row["step"] in kept or row["step"] >= metrics[0]["step"]]
+            first = metrics[0]["step"]
+            metrics = [row for row in self.steps() if row["step"] in kept and row["step"] < first] + metrics
         evaluations = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         old = [row for row in evaluations[:-_RECENT] if row["step"] in kept]
         return {"metrics": metrics, "evaluations": old + evaluations[-_RECENT:]}
 
     def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:
         """Adds lines from ``recent`` that these files, an older copy, lack. Returns whether there were any."""
-        last = self._last_step or 0
-        lines = [jsonl.dump(row) for row in recent.get("metrics", ()) if row["step"] > last]
-        jsonl.append_lines(self._metrics, lines)
+        steps = self.steps()
+        written = {row["step"] for row in steps}
+        lines = [row for row in recent.get("metrics", ()) if row["step"] not in written]
+        if lines:
+            jsonl.write(self._metrics, sorted([*steps, *lines], key=itemgetter("step")))
         there = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         named = lambda row: (row["step"], row["split"], row["mode"])  # noqa: E731
         known = set(map(named, there))

@@ -54,7 +54,7 @@ from segzero_jax.recipe_check import check_splits
 from segzero_jax.reward_channel import RewardServerError, addresses, read_access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.rewards import component_names
-from segzero_jax.run_dir import check_keep_best, check_same_run, run_directory
+from segzero_jax.run_dir import check_keep_best, check_same_run, refuse_moved, run_directory
 from segzero_jax.shared_storage import probe
 from segzero_jax.types import Frame, ObjectPrompt
 
@@ -82,16 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Checks what a training run would trip over; takes the options of segzero_jax.train.",
         epilog="Exit codes: 0 nothing is wrong; 2 a mistake to be corrected; 4 another host was lost; 130 Ctrl-C.",
     )
-    _, config = configs.parse_command_line(parser, argv)
+    args, config = configs.parse_command_line(parser, argv)
     pod = Pod(prog=parser.prog)
     try:
+        if "run.dir" not in args:
+            refuse_moved(config, args.config)
         pod = join(parser.prog, "start the preflight again")
         prepare_cpu(config.mesh, pod.count)
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         wrong = run(config, pod)
     except HostLost as error:
         return pod.leave(HOST_LOST, str(error))
-    except (PodError, MeshError) as error:
+    except (PodError, MeshError, ConfigError) as error:
         return pod.leave(2, str(error))
     except KeyboardInterrupt:
         return pod.leave(130, "stopped before all was checked")

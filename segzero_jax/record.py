@@ -243,7 +243,10 @@ def print_summary(run_dir: Path) -> None:
         table.add_column(heading)
     by_key = {(row["step"], row["split"], row["mode"]): row for row in evaluations}
     for split, mode in dict.fromkeys((row["split"], row["mode"]) for row in evaluations):
-        table.add_row(split, mode, *(_interval(by_key.get((step, split, mode)), key) for step in (steps[0], steps[-1])))
+        first, last = (by_key.get((step, split, mode)) for step in (steps[0], steps[-1]))
+        if first and last and first.get("count") != last.get("count"):
+            first = None  # About other questions, since ``eval.examples`` has changed.
+        table.add_row(split, mode, _interval(first, key), _interval(last, key))
     console.print(table)
 
 

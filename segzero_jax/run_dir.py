@@ -1,9 +1,10 @@
 """A run's directory: opening it for one run only, finding what is already done, and which step was best."""
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from etils import epath
 from segzero_jax import config as configs
 from segzero_jax import jsonl
 from segzero_jax.checkpoint import Checkpoints, StorageError, run_difference
-from segzero_jax.checkpoint_paths import checkpoint_directory, complete_steps, refuse_unfinished
+from segzero_jax.checkpoint_paths import checkpoint_directory, complete_steps, refuse_unfinished, storage_path
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.evaluation import MODES, summary_names
 from segzero_jax.file_lock import FolderHeld, hold
@@ -22,6 +23,8 @@ from segzero_jax.pods import Pod
 from segzero_jax.record import metric_keys
 from segzero_jax.shared_storage import check_shared
 from segzero_jax.terminal import write_line
+
+_SAVED = "saved.json"
 
 
 class Beginning(NamedTuple):
@@ -63,7 +66,7 @@ def look(config: Config, resume: bool) -> tuple[Beginning, list[str]]:
     with Checkpoints(directory, read_only=True) as checkpoints:
         step, damaged = checkpoints.newest()
         checkpoints.check_config(step, config)
-    _check_run_dir(config, run_dir)
+    _check_run_dir(config, run_dir, step)
     done = step >= config.train.steps and not missing_splits(config, run_dir, step)
     return Beginning(step, done), [f"{line}: going on from step {step}" for line in damaged]
 
@@ -111,10 +114,24 @@ def _check_nothing_there(config: Config, run_dir: Path, directory: epath.Path) -
     _check_best_is_chosen(config)
 
 
-def _check_run_dir(config: Config, run_dir: Path) -> None:
-    """Checks, where there are checkpoints, that the run's other files, if present, belong to it."""
-    if (run_dir / "config.yaml").exists():
-        _refuse_another_run(config, run_dir)
+def _check_run_dir(config: Config, run_dir: Path, step: int) -> None:
+    """Checks, where there are checkpoints up to ``step``, that the run's other files, if present, belong to it.
+
+    And that the directory they were last written to does not hold newer ones: the run would repeat, and drop, steps.
+    """
+    if not (run_dir / "config.yaml").exists():
+        return
+    _refuse_another_run(config, run_dir)
+    before, directory = checkpoint_directory(configs.load(run_dir / "config.yaml")), checkpoint_directory(config)
+    newer: list[int] = []
+    if storage_path(before) != storage_path(directory):
+        with suppress(StorageError, ConfigError):  # If it cannot be read, it may be gone for good.
+            newer = [other for other in complete_steps(before) if other > step]
+    if newer:
+        raise ConfigError(
+            f"run.checkpoint_dir={directory}: its newest checkpoint is of step {step}, the run in run.dir={run_dir} "
+            f"has one of step {newer[-1]} in {before}; go on with that place, or bring its checkpoints here"
+        )
 
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:
@@ -142,13 +159,52 @@ def _refuse_lost_checkpoints(run_dir: Path, directory: epath.Path) -> None:
             f"run.checkpoint_dir={directory}: no checkpoint, those of the run in run.dir={run_dir} are in {before}, to "
             f"step {steps[-1]}; go on with that place, bring them here, or choose another run.dir"
         )
+    if (saved := _saved_step(run_dir)) is not None:
+        raise _lost(directory, run_dir, saved)
     rows = jsonl.read(run_dir / "metrics.jsonl")
-    # A save begins after its step's line is written, and the save before it is complete by then.
+    # Earlier versions did not note it. A save begins after its step's line is written, and the one before it is
+    # complete by then.
     begun = [row["step"] for row in rows[:-1] if checkpoint_due(earlier, row["step"])]
     if len(begun) > 1 and not any(row.get("checkpoint/failed") for row in rows):
+        raise _lost(directory, run_dir, begun[-2])
+
+
+def _lost(directory: epath.Path, run_dir: Path, step: int) -> ConfigError:
+    return ConfigError(
+        f"{directory}: no checkpoint, though the run in run.dir={run_dir} has saved step {step}; is the disk mounted? "
+        "Bring them back, or choose another run.dir"
+    )
+
+
+def note_saved(run_dir: Path, step: int) -> None:
+    """Notes in ``run_dir`` that ``step`` has been saved: a start that finds no checkpoint must not begin anew."""
+    with suppress(OSError):  # A full disk does not undo the save.
+        jsonl.replace(run_dir / _SAVED, json.dumps({"step": step}).encode())
+
+
+def _saved_step(run_dir: Path) -> int | None:
+    """The step that ``note_saved`` noted last; None if there is no readable note."""
+    try:
+        return int(json.loads((run_dir / _SAVED).read_bytes())["step"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+def refuse_moved(config: Config, preset: str | None) -> None:
+    """Refuses a run's own ``config.yaml`` as the preset if its ``run.dir`` is not the directory that it is in.
+
+    The run was moved or copied; it would begin anew at its old place, or continue another copy.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    if preset is None or Path(preset).name != "config.yaml":
+        return
+    folder = Path(preset).expanduser().parent
+    if (folder / "metrics.jsonl").exists() and folder.resolve() != run_directory(config).resolve():
         raise ConfigError(
-            f"{directory}: no checkpoint, though the run in run.dir={run_dir} has saved step {begun[-2]}; is the disk "
-            "mounted? Bring them back, or choose another run.dir"
+            f"--config={preset}: its run.dir={config.run.dir} is not the folder of the run that it is in; "
+            f"add --run.dir={folder}, or another one for a new run"
         )
 
 
@@ -170,7 +226,7 @@ def check_same_run(config: Config) -> None:
         whole = [step for step in checkpoints.steps if not checkpoints.damage(step, ["run"])]
         if whole:
             checkpoints.check_config(whole[-1], config)
-    _check_run_dir(config, run_dir)
+    _check_run_dir(config, run_dir, whole[-1] if whole else 0)
 
 
 def missing_splits(config: Config, run_dir: Path, step: int) -> list[str]:
@@ -211,6 +267,10 @@ def score(config: Config, run_dir: Path, step: int) -> float | None:
         split, mode, key = evaluation
         wanted, file = wanted | {"split": split, "mode": mode}, run_dir / "evaluations.jsonl"
     rows = jsonl.read(file) if key and file.exists() else []
+    if evaluation is not None:
+        # A resume may have changed the number of questions, and with it what a number means.
+        rows = [row for row in rows if (row["split"], row["mode"]) == evaluation[:2]]
+        rows = [row for row in rows if row.get("count") == rows[-1].get("count")]
     return next((row.get(key) for row in rows if wanted.items() <= row.items()), None)
 
 
@@ -266,13 +326,7 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
       StorageError: another process trained there between ``begin`` and now; the same command resumes from its work.
     """
     run_dir = run_directory(config)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(hold(run_dir, "run"))
-        except FolderHeld:
-            raise
-        except OSError as error:
-            raise ConfigError(f"run.dir={run_dir}: cannot be written to: {error.strerror or error}") from None
+    with _locked(run_dir):
         directory = checkpoint_directory(config)
         if tuple(complete_steps(directory)) != beginning.saved:
             raise StorageError(
@@ -280,6 +334,19 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
             )
         if not (run_dir / "config.yaml").exists():
             open_run(config)
+        yield
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """The lock of a run directory. Raises FolderHeld, and ConfigError if it cannot be written to."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(run_dir, "run"))
+        except FolderHeld:
+            raise
+        except OSError as error:
+            raise ConfigError(f"run.dir={run_dir}: cannot be written to: {error.strerror or error}") from None
         yield
 
 
@@ -306,9 +373,10 @@ def complete(config: Config, beginning: Beginning, pod: Pod, say: Callable[[str]
         lines = checkpoints.lines(step)
     if not pod.first:
         return
-    with hold(run_directory(config), "run"):
+    with _locked(run_directory(config)):
         steps = config.train.steps
-        say(f"{config.run.dir}: all {steps} steps are done, checkpoints are in {directory}; raise train.steps to go on")
+        done = f"all {steps} steps are done" if step == steps else f"{step} steps are done, train.steps={steps}"
+        say(f"{config.run.dir}: {done}, checkpoints are in {directory}; raise train.steps to go on")
         run_dir = Path(config.run.dir).expanduser()
         if not (run_dir / "config.yaml").exists():
             open_run(config)

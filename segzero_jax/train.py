@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ from segzero_jax.run_dir import (
     complete,
     held,
     missing_splits,
+    note_saved,
     open_run,
+    refuse_moved,
     say_missing,
     score,
     split_label,
@@ -199,12 +202,12 @@ def _continue(
             del state  # Two states may not fit.
             restored = checkpoints.restore(begun, like, config, identity)
             state = restored.state
-            _take_up(restored, batches, writer)
+            _take_up(restored, config, batches, writer)
         removed = writer.truncate_after(-1 if begun is None else begun)
         if pod.first:
             open_run(config)
         say_missing(writer, begun or 0, writer.message)
-        keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent)
+        keeper = Keeper(checkpoints, config, identity, writer.message, pod, writer.recent, partial(note_saved, run_dir))
         keeper.finished(begun or 0, state, batches.get_state())
         scorer = Scorer(config.reward, job.frame, client, pod, functions)
         evaluate = make_evaluation(job, splits.held_out, scorer, keeper, writer, preemption, timer)
@@ -231,7 +234,7 @@ def _identity(
     return Identity(reference, sam2, splits.checksums(), sources(functions), sam2_dtype)
 
 
-def _take_up(restored: Restored, batches: Batches[Any], writer: MetricsWriter) -> None:
+def _take_up(restored: Restored, config: Config, batches: Batches[Any], writer: MetricsWriter) -> None:
     """Continues with the data and the lines of a restored run, and reports what has changed since."""
     batches.set_state(restored.data)
     writer.message(f"going on after step {restored.step}")
@@ -239,6 +242,10 @@ def _take_up(restored: Restored, batches: Batches[Any], writer: MetricsWriter) -
         writer.message(f"the code was {restored.code} then, and is {this_code()}: numbers may differ")
     for name in restored.changed:
         writer.message(f"the file of the reward function {name} has changed: numbers may differ")
+    for key in ("eval.examples", "eval.samples"):
+        before, now = (attrgetter(key)(config) for config in (restored.config, config))
+        if before != now:
+            writer.message(f"{key} was {before} then, and is {now}: evaluations before and after cannot be compared")
     writer.add_missing(restored.lines)
 
 
@@ -298,6 +305,8 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
     args, config = configs.parse_command_line(parser, argv)
     pod = Pod(prog=parser.prog)
     try:
+        if "run.dir" not in args:
+            refuse_moved(config, args.config)
         pod = join(parser.prog, f"the same command goes on from the last checkpoint in {checkpoint_directory(config)}")
         prepare_cpu(config.mesh, pod.count)
         # Orbax logs a traceback for errors that it then raises, which we report in one line.

@@ -49,7 +49,9 @@ class Run:
     def __init__(self, pod: Pod = ALONE) -> None:
         self.store, self.said = Store(), []  # type: ignore[var-annotated]
         arguments = self.store, Config(), Identity("", None), self.said.append, pod
-        self.keeper = Keeper(*arguments, lines=lambda kept: {"kept": list(kept)})  # type: ignore[arg-type]
+        self.noted: list[int] = []
+        lines = lambda kept: {"kept": list(kept)}  # noqa: E731
+        self.keeper = Keeper(*arguments, lines=lines, saved=self.noted.append)  # type: ignore[arg-type]
 
     def finish(self, step: int) -> None:
         self.keeper.finished(step, STATE, {"next_index": 10 * step})
@@ -80,6 +82,20 @@ def test_a_save_takes_the_data_s_position_and_the_lines_of_the_checkpoints_that_
         run.finish(step)
         assert run.keeper.keep()
     assert run.store.beside == [({"next_index": 10}, {"kept": []}), ({"next_index": 20}, {"kept": [1]})]
+
+
+def test_a_save_is_noted_once_it_is_complete() -> None:
+    run = Run()
+    run.finish(1)
+    assert run.keeper.save()
+    assert run.noted == []
+    run.finish(2)
+    run.keeper.save()
+    assert run.noted == [1]
+    run.store.full = True
+    run.finish(3)
+    assert not run.keeper.keep()
+    assert run.noted == [1]
 
 
 def test_what_is_saved_already_is_not_saved_twice() -> None:

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import math
@@ -100,6 +101,31 @@ def test_a_line_that_a_crash_left_unfinished_is_cut_off(tmp_path):
         file.write('{"step": 2, "kl"')
     writer(tmp_path).write_step(2, {"kl": 0.25})
     assert jsonl.read(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": 0.5}, {"step": 2, "kl": 0.25}]
+
+
+def test_a_line_that_a_full_disk_did_not_take_comes_from_the_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with MetricsWriter(tmp_path, 3, show_progress=False) as writer:
+        writer.write_step(1, {"loss": 1.0})
+        with monkeypatch.context() as disk:
+            disk.setattr(jsonl, "append_lines", full)
+            with pytest.raises(OSError, match="No space left"):
+                writer.write_step(2, {"loss": 2.0})
+        saved = writer.recent()
+        assert writer.recent(kept=[1]) == saved
+    with MetricsWriter(tmp_path, 3, show_progress=False) as writer:
+        assert writer.add_missing(saved)
+        assert not writer.add_missing(saved)
+        writer.write_step(3, {"loss": 3.0})
+    # One that somebody has lost in the middle, too.
+    whole = jsonl.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in whole] == [1, 2, 3]
+    jsonl.write(tmp_path / "metrics.jsonl", [whole[0], whole[2]])
+    with MetricsWriter(tmp_path, 3, show_progress=False) as writer:
+        assert writer.add_missing(saved)
+    assert jsonl.read(tmp_path / "metrics.jsonl") == whole
 
 
 def test_what_lies_past_the_restored_step_is_forgotten_and_the_rest_kept(tmp_path):

@@ -333,6 +333,10 @@ def test_a_picture_in_two_splits_of_one_set_is_refused_by_its_name(
     assert run(tmp_path, "mine", folder, "--drop-leaks") == 0
     assert len(open_split("mine", "train", tmp_path / "built")) == 2
     assert len(open_split("mine", "val", tmp_path / "built")) == 2
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    assert run(tmp_path, "mine", folder, "--drop-leaks", "--rebuild") == 2
+    assert "all 1 training questions are about pictures that are held out; none is left" in capsys.readouterr().err
+    assert len(open_split("mine", "train", tmp_path / "built")) == 2, "the set stays as it was"
 
 
 def own_coco(folder: Path, seeds: tuple[int, int], file_name: str) -> Path:

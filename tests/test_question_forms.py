@@ -1,7 +1,9 @@
 """What is read from each source: rows with the right pixels, targets and names; what is wrong is left out by name."""
 
+import itertools
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,41 @@ def test_parquet_files_in_a_folder_that_is_a_link(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s/data").symlink_to(there / "data")
     assert len(open_split("r", "test", built(tmp_path, "r", tmp_path / "s"))) == 1
+
+
+def test_parquet_files_of_half_a_download_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sources.solution_parquet(tmp_path / "s")
+    (second,) = folder.rglob("train-00001-of-00002.parquet")
+    earlier = second.with_name("train-00000-of-00001.parquet")
+    shutil.copy(second, earlier)
+    assert build.main(["r", "--source", str(folder), "--data-dir", str(tmp_path / "built")]) == 2
+    assert "train-*-of-00001 and -of-00002, expected the files of one version" in capsys.readouterr().err
+    earlier.unlink()
+    second.unlink()
+    assert build.main(["r", "--source", str(folder), "--data-dir", str(tmp_path / "built")]) == 2
+    assert ": 1 of 2 files train-*-of-00002, expected all" in capsys.readouterr().err
+
+
+def test_pictures_of_cocos_json_may_be_in_a_folder_of_the_splits_name(tmp_path: Path) -> None:
+    folder = sources.coco_json(tmp_path / "s")
+    (folder / "train2017").rename(folder / "train")
+    assert len(open_split("c", "train", built(tmp_path, "c", folder))) == 2
+
+
+@pytest.mark.parametrize("option", ["--source", "--images"])
+def test_a_bucket_is_no_source(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--source": str(tmp_path), option: "gs://bucket/pictures"}
+    assert build.main(["r", *itertools.chain(*given.items()), "--data-dir", str(tmp_path / "built")]) == 2
+    said = capsys.readouterr().err
+    assert f"{option}=gs:/" in said.replace("//", "/")
+    assert said.endswith("expected a folder on this machine's disk, got a URL; copy what is there to a disk first\n")
+
+
+def test_references_below_under_another_name_are_pointed_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sources.refer(tmp_path / "s")
+    assert build.main(["mine", "--source", str(folder), "--data-dir", str(tmp_path / "built")]) == 2
+    said = capsys.readouterr().err
+    assert f"--source {folder}: holds refcoco/refs(unc).p; name its folder, --source {folder}/refcoco" in said
 
 
 def test_a_parquet_file_without_rows_is_no_split(tmp_path: Path) -> None:

@@ -578,6 +578,18 @@ def test_a_damaged_file_is_named_and_the_old_page_stays(copied, capsys):
     assert (copied / "report.html").read_bytes() == old
 
 
+def test_evaluations_of_other_questions_are_no_before(copied):
+    rows = jsonl.read(copied / "evaluations.jsonl")
+    last = max(row["step"] for row in rows)
+    for counts in ({}, {last: 99}):
+        jsonl.write(copied / "evaluations.jsonl", [row | {"count": counts.get(row["step"], 8)} for row in rows])
+        pairs = evaluations.pairs(read_run(copied))
+        assert pairs
+        for before, after in pairs:
+            assert after["step"] == last
+            assert (before is after) == bool(counts)
+
+
 def test_two_may_write_the_page_at_once(copied, monkeypatch):
     replace = os.replace
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from segzero_jax import config as configs
-from segzero_jax import train
+from segzero_jax import jsonl, preflight, train
 from segzero_jax.checkpoint import Checkpoints, StorageError
+from segzero_jax.checkpoint_paths import locate
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
@@ -23,11 +27,14 @@ from segzero_jax.run_dir import (
     Beginning,
     begin,
     check_keep_best,
+    check_same_run,
     checkpoint_due,
     held,
     look,
     missing_splits,
+    note_saved,
     open_run,
+    refuse_moved,
     score,
 )
 
@@ -171,6 +178,8 @@ def test_a_run_that_is_done_is_told_on_a_machine_that_did_not_make_it(
     assert [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()] == [evaluation]
     assert (run / "config.yaml").read_text().startswith("# as it was") != lost
     assert list((run / "tensorboard").iterdir())
+    assert train.main([*options, "--train.steps=3"]) == 0
+    assert f"{run}: 4 steps are done, train.steps=3, checkpoints are in" in capsys.readouterr().out
 
 
 def test_another_run_is_refused_with_or_without_checkpoints(config: Config) -> None:
@@ -214,6 +223,60 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(config: Config, tmp_
         look(config, resume=False)
     written(5, failed=1)
     assert look(config, resume=False)[0].step is None
+
+
+def test_a_run_that_has_noted_a_save_is_not_begun_anew(config: Config) -> None:
+    """One save, as on SIGTERM, leaves no trace in the lines."""
+    run_dir = open_run(config)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert look(config, resume=False)[0] == Beginning(None, False)
+    note_saved(run_dir, 1)
+    with pytest.raises(ConfigError, match=r"no checkpoint, though the run in .* has saved step 1; is the disk mounted"):
+        look(config, resume=False)
+    save(config, 1)
+    assert look(config, resume=False)[0] == Beginning(1, False, ())
+    for content in (b"", b"3", b"{}"):
+        (run_dir / "saved.json").write_bytes(content)
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        assert look(config, resume=False)[0] == Beginning(None, False)
+
+
+def test_of_two_places_the_newer_checkpoints_are_the_run_s(config: Config, tmp_path: Path) -> None:
+    """They were brought elsewhere, and the run went on there; the old ones were left where they were."""
+    moved = configs.replace(config, **{"run.checkpoint_dir": str(tmp_path / "disk")})
+    save(config, 1, 2)
+    save(moved, 2, 3)
+    run_dir = open_run(moved)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert locate(run_dir) == (epath.Path(tmp_path / "disk"), None)
+    assert look(moved, resume=False)[0].step == 3
+    before = f"its newest checkpoint is of step 2, the run in run.dir={run_dir} has one of step 3 in {tmp_path}/disk"
+    for check in (check_same_run, lambda config: look(config, resume=False)):
+        with pytest.raises(ConfigError, match=re.escape(before)):
+            check(config)
+    shutil.rmtree(tmp_path / "disk/3")
+    assert locate(run_dir) == (epath.Path(run_dir / "checkpoints"), None)
+    assert look(config, resume=False)[0].step == 2
+    shutil.rmtree(tmp_path / "disk")
+    assert locate(run_dir) == (epath.Path(run_dir / "checkpoints"), None)
+
+
+def test_the_configuration_of_a_run_that_was_moved_is_no_preset_for_its_old_place(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = open_run(config)
+    preset = run_dir / "config.yaml"
+    refuse_moved(config, str(preset))
+    (run_dir / "metrics.jsonl").touch()
+    refuse_moved(config, str(preset))
+    there = run_dir.rename(tmp_path / "moved")
+    said = f"--config={there}/config.yaml: its run.dir={run_dir} is not the folder of the run that it is in; "
+    for main in (train.main, preflight.main):
+        assert main([f"--config={there}/config.yaml"]) == 2
+        assert said in capsys.readouterr().err
+    assert not run_dir.exists()
+    refuse_moved(config, None)
+    refuse_moved(config, "configs/toy.yaml")
 
 
 def test_what_was_due_is_what_was_due_then(config: Config) -> None:
@@ -268,6 +331,11 @@ def test_the_best_step_by_an_evaluation_or_a_metric(config: Config) -> None:
     }.items():
         named = configs.replace(config, **{"train.keep_best": name})
         assert [score(named, run_dir, step) for step in (1, 2, 3)] == expected
+    # A resume has asked more questions: the earlier number, over easier ones perhaps, is not compared with it.
+    more = {"step": 3, "split": "val", "mode": "greedy", "giou": 0.5, "count": 16}
+    jsonl.append(run_dir / "evaluations.jsonl", more)
+    named = configs.replace(config, **{"train.keep_best": "val/greedy/giou"})
+    assert [score(named, run_dir, step) for step in (1, 2, 3)] == [None, None, 0.5]
 
 
 def test_steps_that_may_prove_the_best_are_saved(config: Config) -> None:

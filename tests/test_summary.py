@@ -49,5 +49,11 @@ def test_the_table_holds_gIoU_or_box_accuracy_where_there_are_no_masks(tmp_path,
     assert re.findall(r"held-out (.*) \[95% interval\]", said) == [title]
     found = jsonl.read(tmp_path / "run/evaluations.jsonl")
     assert len(found) == 2 * 2 * len(SPLITS)
+    # The last evaluation is about more questions: what came before is no "before".
+    jsonl.write(tmp_path / "run/evaluations.jsonl", [row | {"count": 8 + row["step"]} for row in found])
+    print_summary(tmp_path / "run")
+    last = capsys.readouterr().out
+    assert re.findall(r"│ +- +│ [\d.]+ \[[\d., ]+\] │", last)
+    assert last.count("│ - ") == len(found) / 2
     for row in found:
         assert f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]" in said

@@ -14,6 +14,7 @@ import grain
 from absl import flags
 
 from segzero_jax.data.end_with_parent import end_with_parent
+from segzero_jax.data.pipeline import DataError
 from segzero_jax.types import Example
 
 T = TypeVar("T")
@@ -159,10 +160,10 @@ def training_batches(
       workers: number of worker processes; 0 uses threads of this process.
 
     Raises:
-      ValueError: there are no examples.
+      DataError: there are no examples.
     """
     if len(source) == 0:
-        raise ValueError(f"{getattr(source, 'name', 'source')}: no examples to train on")
+        raise DataError(f"{getattr(source, 'name', 'source')}: no examples to train on")
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
     wanted = range(batch_size) if rows is None else rows
     batches = order.map(lambda indices: collate([source[int(indices[row])] for row in wanted]))

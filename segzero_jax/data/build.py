@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         data_dir = local_path(args.data_dir, "--data-dir", "build it on a disk and copy it from there")
+        for option, places in (("--source", args.source or ()), ("--images", (args.images,) if args.images else ())):
+            for place in places:
+                local_path(place, option, "copy what is there to a disk first")
         if set("/,") & set(args.name) or args.name in ("", ".", "..", "toy"):
             raise SourceError(f"{args.name or repr(args.name)}: a name of its own is expected, without / and commas")
         check_folder(data_dir / BUILT, f"--data-dir={args.data_dir}")

@@ -39,6 +39,8 @@ def refuse_or_drop(
         leaks |= {leak.row: leak for leak in found}
     if leaks:
         kept = np.setdiff1d(np.arange(len(indices[TRAIN])), list(leaks))
+        if not len(kept):
+            raise LeakError(f"all {len(leaks)} training questions are about pictures that are held out; none is left")
         indices[TRAIN] = indices[TRAIN].take(pa.array(kept))
     return list(leaks.values())
 

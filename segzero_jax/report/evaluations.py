@@ -26,13 +26,15 @@ def measure(evaluations: Sequence[Row]) -> tuple[str, str]:
 
 
 def pairs(run: Run) -> list[tuple[Row, Row]]:
-    """First and last evaluation of every split and mode; the same row twice if there is only one."""
+    """First and last evaluation of every split and mode, of equally many questions; the same row twice if it is one."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in run.evaluations:
         found.setdefault((str(row.get("split")), str(row.get("mode"))), []).append(row)
     splits = list(dict.fromkeys(split for split, _ in found))
     modes = [*_MODES, *sorted({mode for _, mode in found} - {*_MODES})]
-    return [(rows[0], rows[-1]) for s in splits for m in modes if (rows := found.get((s, m)))]
+    chosen = [rows for s in splits for m in modes if (rows := found.get((s, m)))]
+    # A resume may have changed ``eval.examples``: numbers over other questions are no "before".
+    return [(next(r for r in rows if r.get("count") == rows[-1].get("count")), rows[-1]) for rows in chosen]
 
 
 def gains(run: Run) -> str:

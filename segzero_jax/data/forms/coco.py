@@ -127,8 +127,7 @@ class CocoJson:
     def splits(self) -> dict[str, list[Part]]:
         of_split: dict[str, Path] = {}
         for path in self.annotations:
-            match = _SPLIT.fullmatch(path.stem)
-            split = match[1] if match else path.stem
+            split = _split(path)
             if split in of_split:
                 raise SourceError(f"{path}: split {split}, which {of_split[split]} is too; expected one file a split")
             of_split[split] = path
@@ -172,7 +171,8 @@ class CocoJson:
 
     def _picture(self, file_name: str, path: Path) -> str:
         """The image's path relative to ``root``; if it is not found, the first path tried."""
-        places = [f"{folder}{file_name}" for folder in ("images/", "", f"{path.stem}/", f"{path.stem.split('_')[-1]}/")]
+        folders = ("images/", "", f"{path.stem}/", f"{path.stem.split('_')[-1]}/", f"{_split(path)}/")
+        places = [f"{folder}{file_name}" for folder in folders]
         return next((place for place in places if (self.root / place).is_file()), places[0])
 
     def read(self, part: Part) -> Iterator[Shown | Unreadable]:
@@ -196,6 +196,11 @@ class CocoJson:
         for asked in (masked, boxed):
             if asked:
                 yield Shown(data, name, part.pictures[0], frame, tuple(asked), as_in_file=True)
+
+
+def _split(path: Path) -> str:
+    match = _SPLIT.fullmatch(path.stem)
+    return match[1] if match else path.stem
 
 
 def annotation_files(source: Path) -> list[Path]:

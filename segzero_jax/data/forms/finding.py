@@ -55,6 +55,9 @@ def find_form(
     else:
         form = Lines(name, source, images) if kind == _LINES else CocoJson.find(name, source, images)
     if form is None:
+        if (references := refer.first_below(source)) is not None:
+            found = references.relative_to(source)
+            raise SourceError(f"--source {source}: holds {found}; name its folder, --source {references.parent}")
         raise SourceError(f"--source {source}: found none of {_FORMS}")
     return form
 

@@ -9,7 +9,7 @@ width are the original ones. Evaluation sets (ReasonSeg_val, refcoco_testA) have
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from segzero_jax.data.unusable import Unusable, kind_of
 from segzero_jax.prompt import parse_solution
 from segzero_jax.types import Frame
 
-_SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+_SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")
 # Rows held in memory at once.
 _ROWS = 16
 _SOLUTION = ("id", "problem", "solution", "image")
@@ -126,10 +126,26 @@ def find(name: str, sources: list[Path], splits: Mapping[Path, str]) -> HubParqu
             if held.setdefault(split, source) != source:
                 raise SourceError(f"split {split}: in {held[split]} and in {source}; build two data sets of them")
         tables |= found
+    _check_whole(tables)
     for path in sorted(tables):
         with _open(path) as file:
             _columns(path, file.schema_arrow)
     return HubParquet(name, sources[0], tuple((tables[path], path) for path in sorted(tables))) if tables else None
+
+
+def _check_whole(tables: Collection[Path]) -> None:
+    """Raises SourceError if files are missing that the names of the others count: an incomplete download."""
+    there: dict[tuple[Path, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for path in tables:
+        if match := _SHARD.fullmatch(path.stem):
+            there[path.parent, match["split"]][match["count"]].add(match["number"])
+    for (folder, split), counts in there.items():
+        if len(counts) > 1:
+            named = " and ".join(f"-of-{count}" for count in sorted(counts))
+            raise SourceError(f"{folder}: {split}-*{named}, expected the files of one version")
+        for count, numbers in counts.items():
+            if len(numbers) < int(count):
+                raise SourceError(f"{folder}: {len(numbers)} of {int(count)} files {split}-*-of-{count}, expected all")
 
 
 def first(folder: Path) -> Path | None:
