@@ -1,7 +1,7 @@
-# `make help` lists the targets. Everything is installed into .venv, once, and again when a pin changes.
+# `make help` lists the targets. Everything is installed into .venv once, and again when a pin changes.
 
 PYTHON ?= python3
-# Test processes. Two fit 24 GB: each may hold JAX, PyTorch and a server.
+# Number of test processes. Two fit 24 GB: each may hold JAX, PyTorch and a server.
 PYTEST_WORKERS ?= 2
 
 VENV := .venv
@@ -23,8 +23,8 @@ demo: $(STAMP)
 	@if test -e runs/toy/metrics.jsonl; then old=runs/toy-$$(date +%Y%m%d-%H%M%S); mv runs/toy $$old; echo "The last demo is kept in $$old."; fi
 	$(BIN)/python -m segzero_jax.train --config configs/toy.yaml
 
-# One thread per test process: two processes whose libraries each take every core slow each other down. Tests that need most
-# of the machine's memory or all its cores come after the others, one by one.
+# One thread per test process: processes whose libraries each use every core slow each other down. Tests that need most of the
+# machine's memory or all its cores run after the others, one by one.
 test: lint
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist=worksteal -m "not heavy"
 	$(BIN)/python -m pytest -m heavy
@@ -35,8 +35,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x tpu/*.sh tpu/gke/*.sh
 
-# SAM 2 builds against the torch that is already there, hence its own step. Most modules are never imported: the others
-# are compiled when they are.
+# SAM 2 is a separate step because it builds against the installed torch. --no-compile: most modules are never imported, and the
+# others are compiled on import.
 $(STAMP): pyproject.toml constraints.txt requirements-sam2.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # tpu/babysit.sh [--every SECONDS (60)] [--tries N] [-- OPTION...]: keeps the training going until it is done.
 #
-# Looks at the slice again and again and does what is missing: creates it, sets it up, starts the training; deletes what was
-# taken away. It keeps no notes: each look finds out where things stand, so it may be stopped (Ctrl-C) and started again at
-# any moment, while slice and training go on. Leave it on a machine that stays on, in tmux or the like: a hang-up ends it.
+# Polls the slice and does whatever is missing: creates it, sets it up, starts the training, deletes a slice that was taken away.
+# It keeps no state: each poll finds out the current one. You may stop it (Ctrl-C) and start it again at any moment; slice and
+# training go on. Run it on a machine that stays on, in tmux or the like: a hang-up ends it.
 #
-# Gives up when it had to do something N times (20) without a new checkpoint in the bucket in between, and at once when the
-# training ends with exit code 2 or 5 (updates that are not finite), which only a person can put right.
+# Gives up after acting N times (20) without a new checkpoint in the bucket, and at once when the training ends with exit code 2
+# or 5 (updates that are not finite), which only a person can fix.
 # Exit codes: 0 the training is done; 1 gave up; 130 stopped. The slice stays in each case.
 
 # shellcheck source=tpu/slice.sh
@@ -49,7 +49,7 @@ child='' answer=$(mktemp) problem=$(mktemp)
 trap 'rm -f "$answer" "$problem"' EXIT
 trap '[[ ! $child ]] || { kill -- "-$child"; kill -CONT -- "-$child"; } 2>/dev/null || true; say "stopped; slice and training go on, and the same command goes on watching them"; exit 130' INT TERM HUP
 
-# Runs a command beside this one and waits for it, so that a signal is answered at once and ends what it has called too.
+# Runs a command in the background and waits for it, so that a signal is handled at once and ends the command's children too.
 set -m
 await() {
   local code=0
@@ -66,15 +66,15 @@ look_at_machines() { "$HERE/status.sh" >"$answer" 2>"$problem"; }
 
 newest_checkpoint() { (gcloud storage ls "$STORE/checkpoints/" 2>/dev/null | grep -oE '/[0-9]+/$' | sort -V | tail -n 1) >"$answer"; }
 
-# One word on all machines' trainings: new, idle, running, done, failed (CODE is the exit code, WORKER one that has it) or
-# unknown (ANSWERS of them said how they are).
+# Sets STATE, one word for the training on all machines: new, idle, running, done, failed (CODE is the exit code, WORKER a worker
+# that has it) or unknown (only ANSWERS machines reported).
 training_state() {
   local lines
   await look_at_machines || true
-  # An evaluation is waited for; once it has ended, the training is what is missing.
+  # Wait for an evaluation; once it has ended, start the training.
   lines=$(grep -oE 'segzero (evaluation )?(new|idle|running|done|failed [0-9]+)$' "$answer" |
     sed -E 's/evaluation (done|failed.*)/idle/; s/evaluation //' || true)
-  # Not only where it runs: machines begin and end one after the other.
+  # If any machine evaluates, all count as running: they start and end one after the other.
   if grep -q 'segzero evaluation running$' "$answer"; then
     lines=$(sed -E 's/^segzero (idle|done)$/segzero running/' <<<"$lines")
   fi
@@ -96,7 +96,7 @@ training_state() {
   fi
 }
 
-# Says and counts what is about to be done; gives up where that has led nowhere too often.
+# Prints and counts the next action; gives up after too many without progress.
 try() {
   tried=$((tried + 1)) looks=0
   if ((tried > tries)); then
@@ -106,10 +106,10 @@ try() {
   say "$1"
 }
 
-# What goes wrong here (no quota, a connection that breaks) is looked at again, and counts.
+# A failure here (no quota, a broken connection) is retried at the next poll, and counts.
 attempt() { await "$@" || say "${1##*/}: failed; looking again in $every s"; }
 
-# Does what one look finds missing.
+# One poll: does whatever is missing.
 tend() {
   await look_at_slice || echo unknown >"$answer"
   case $(<"$answer") in
@@ -127,13 +127,13 @@ tend() {
     running)
       looks=$((looks + 1))
       if ((looks % 10 == 0)); then
-        # A training that waits for its reward server for an hour, and then ends, runs as well.
+        # Running alone is no progress: a training may wait an hour for its reward server, and then end.
         await newest_checkpoint || true
         [[ ! -s $answer || $(<"$answer") == "$newest" ]] || { newest=$(<"$answer") tried=0; }
       fi
       ;;
     'done')
-      # The last of what it wrote: once a minute is not often enough for whoever deletes the slice next.
+      # Copies the last files: the timer copies once a minute, too late if the slice is deleted next.
       await on_workers "$REMOTE/tpu/worker.sh copy" || say "$NAME: what the training wrote last is not in $STORE yet; it is tried there every minute"
       say "$NAME: the training is done; $still"
       exit 0

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# tpu/create.sh [--wait]: asks for the slice.
+# tpu/create.sh [--wait]: requests the slice.
 #
 # v4 and v5e wait in Cloud TPU's queue until there is capacity; v5p and v6e are a managed instance group, which keeps trying.
-# Returns at once, or with --wait once the slice is ready. A slice that exists already is left as it is; a template or policy
-# that an earlier attempt left behind is made anew.
+# Returns at once, or with --wait once the slice is ready. An existing slice is left as it is; a template or policy left behind
+# by an earlier attempt is recreated.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -28,7 +28,7 @@ create_queued() {
   call gcloud compute tpus queued-resources create "$NAME" "${flags[@]}" --async
 }
 
-# What an earlier attempt left behind may be of other settings; a dry run shows how all is made.
+# Leftovers of an earlier attempt may have other settings. A dry run shows every creation.
 remove_old() { [[ $DRY_RUN ]] || remove "$@"; }
 
 create_group() {
@@ -53,7 +53,7 @@ create_group() {
   call gcloud compute instance-groups managed create "$NAME" "${group[@]}"
 }
 
-# Made before TPU was changed in the settings: it would go on costing beside the new one, under the same name.
+# A slice made before TPU was changed in the settings would keep costing money beside the new one, under the same name.
 refuse_another() {
   local other=(compute tpus queued-resources)
   [[ $ENGINE == group ]] || other=(compute instance-groups managed)

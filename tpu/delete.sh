@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tpu/delete.sh: deletes the slice of this NAME in ZONE and all that tpu/create.sh made for it. The bucket stays.
+# tpu/delete.sh: deletes the slice NAME in ZONE and everything that tpu/create.sh made for it. The bucket stays.
 #
 # The training is not asked to save first: tpu/run.sh --stop does that.
 
@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 begin "$@"
 no_more_options
 
-# Of both engines, whatever TPU is: it may have been changed in the settings since.
+# Resources of both engines: TPU may have been changed in the settings since.
 remove 'compute tpus queued-resources' --zone="$ZONE"
 remove 'compute instance-groups managed' --zone="$ZONE"
 remove 'compute instance-templates'

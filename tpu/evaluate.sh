@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # tpu/evaluate.sh -- OPTION...: starts an evaluation of the run on all machines of the slice and returns.
 #
-# The options are those of `python -m segzero_jax.evaluate`, --dataset and --mesh among them; of the run it is the newest
-# checkpoint unless --checkpoint says otherwise. The same again goes on where it was cut off; tpu/logs.sh shows how far it is,
-# tpu/run.sh --stop ends it. What it writes, evaluate/NAME on the first machine, is copied to NAME/evaluate in the bucket.
-# tpu/babysit.sh waits for its end, and then starts the training, which ends at once where it is done.
+# The options are those of `python -m segzero_jax.evaluate`, --dataset and --mesh among them. The run's newest checkpoint is
+# evaluated unless --checkpoint names another. The same command resumes an interrupted evaluation; tpu/logs.sh shows its
+# progress, tpu/run.sh --stop ends it. Its output, evaluate/NAME on worker 0, is copied to NAME/evaluate in the bucket.
+# tpu/babysit.sh waits for its end and then starts the training, which ends at once if it is done.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

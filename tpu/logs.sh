@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# tpu/logs.sh [--worker N|all] [--lines N] [--follow]: what the training says.
+# tpu/logs.sh [--worker N|all] [--lines N] [--follow]: prints the training's log.
 #
-# Of worker 0 by default, which speaks for all; the others' logs hold their own errors.
+# The default is worker 0, which reports for all; the other workers' logs hold their own errors.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# tpu/preflight.sh [-- OPTION...]: checks, on all machines together, what a start would trip over.
+# tpu/preflight.sh [-- OPTION...]: checks, on all machines together, what could make a start fail.
 #
-# Devices and mesh, versions equal everywhere, writing to the bucket, the reward servers, disk space; of the run that
-# tpu/run.sh would start with the same options. Nothing is trained, and beside a training it is refused. See `python -m segzero_jax.preflight --help`.
+# It checks the run that tpu/run.sh would start with the same options: devices and mesh, equal versions on all machines, write
+# access to the bucket, the reward servers, disk space. Nothing is trained. It is refused while a training runs.
+# See `python -m segzero_jax.preflight --help`.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

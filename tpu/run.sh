@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # tpu/run.sh [--stop] [-- OPTION...]: starts the training on all machines of the slice and returns.
 #
-# It goes on when the connection ends. Options after "--" are added to TRAIN of the settings, such as --train.steps=2. The same
-# again goes on where the run was. --stop has the run save a checkpoint and end.
+# The training outlives the connection. Options after "--", such as --train.steps=2, are added to TRAIN of the settings. The same
+# command resumes the run. --stop makes the run save a checkpoint and end.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

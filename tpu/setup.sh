@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # tpu/setup.sh: brings this checkout's last commit, the pinned packages and the data onto every machine of the slice.
 #
-# Again after a new commit: what is there already is kept, but files that the commit has no more. Files named in SECRETS go to ~/secrets; of the sets in DATA, those that
-# lie in the bucket's data/question_set are copied from there, others are built from the hub.
+# Repeat it after a new commit: existing files are kept, except those that the commit no longer has. Files named in SECRETS go to
+# ~/secrets. Sets in DATA are copied from the bucket's data/question_set if they are there, otherwise built from the hub.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"

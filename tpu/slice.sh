@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Read by the commands beside it: settings, what a slice is made of, and how its machines are reached.
+# Sourced by the commands in this folder: settings, the resources of a slice, and access to its machines.
 #
 # Two engines make slices. v4 and v5e are queued resources of the Cloud TPU API; v5p and v6e are managed instance groups of
 # Compute Engine, with a workload policy that makes one slice of their machines.
@@ -7,10 +7,10 @@
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# On each machine, below its user's home.
+# The clone's folder on each machine, below the user's home.
 REMOTE=segzero-jax
 
-# A machine that vanishes says nothing: without these a connection to it would be waited for without an end.
+# A machine that vanishes closes no connection: without these timeouts ssh would wait for it forever.
 PATIENCE=(-oConnectTimeout=20 -oServerAliveInterval=15 -oServerAliveCountMax=4)
 
 DRY_RUN='' SETTINGS=${TPU_SETTINGS:-$HERE/settings.sh} REST=()
@@ -28,7 +28,7 @@ help() {
   printf '\n  --settings FILE  what to work on [tpu/settings.sh]\n  --dry-run        print what would be called; call nothing\n  --help\n'
 }
 
-# Reads the options that all commands have; what is left is in REST. Then reads and checks the settings.
+# Reads the options that all commands have and leaves the others in REST. Then reads and checks the settings.
 begin() {
   while (($#)); do
     case $1 in
@@ -48,7 +48,7 @@ begin() {
 
 no_more_options() { ((${#REST[@]} == 0)) || fail "${REST[0]}: unexpected; --help lists the options"; }
 
-# after_dashes WHAT: leaves in REST what stands after "--", options of the training, say. Nothing may stand before it.
+# after_dashes WHAT: leaves in REST the options after "--", such as those of the training. Nothing may come before "--".
 after_dashes() {
   ((${#REST[@]})) || return 0
   [[ ${REST[0]} == -- ]] || fail "${REST[0]}: unexpected; options of the $1 come after --"
@@ -59,7 +59,7 @@ read_settings() {
   [[ -f $SETTINGS ]] || fail "$SETTINGS: no such file; copy tpu/settings.example.sh to tpu/settings.sh and fill it in"
   PROJECT='' ZONE='' NAME='' TPU='' SPOT=yes BUCKET='' SERVICE_ACCOUNT='' NETWORK=default SUBNETWORK='' PUBLIC_ADDRESSES=yes
   SSH_FLAGS=() SECRETS=() DATA=() TRAIN=()
-  # Behind "||" bash would go on after a line that it cannot run, such as SPOT = no.
+  # A separate bash: before "||" errexit is off, and bash would continue after a bad line such as SPOT = no.
   local problem
   problem=$(bash -ec 'source "$1"' - "$SETTINGS" 2>&1 >/dev/null) || fail "$SETTINGS: bash cannot read it: ${problem##*$'\n'}"
   # shellcheck source=tpu/settings.example.sh
@@ -81,7 +81,7 @@ read_settings() {
     fail "$SETTINGS: SSH_FLAGS: --tunnel-through-iap is not known to gcloud for $TPU; from a machine in the network: --internal-ip"
 }
 
-# TPU=v5e:4x4 as engine, chips and hosts. Machines hold four chips; a v5e slice of up to eight is one machine.
+# Derives engine, chips and hosts from TPU=v5e:4x4. Machines hold four chips; a v5e slice of up to eight is one machine.
 read_tpu() {
   GENERATION=${TPU%%:*} TOPOLOGY=${TPU#*:}
   local expected="expected v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, such as v5e:4x4"
@@ -101,7 +101,7 @@ read_tpu() {
   return 0
 }
 
-# What the trainer is started with, in OPTIONS: TRAIN of the settings, these, and where the run goes, which NAME says.
+# Sets OPTIONS for the trainer: TRAIN of the settings, the given options, and the run's directories, which follow from NAME.
 train_options() {
   OPTIONS=(${TRAIN[@]+"${TRAIN[@]}"} "$@")
   not_ours --run.dir ${OPTIONS[@]+"${OPTIONS[@]}"}
@@ -109,7 +109,7 @@ train_options() {
   OPTIONS+=(--run.dir="$RUN_DIR" --run.checkpoint_dir="$STORE/checkpoints")
 }
 
-# not_ours OPTION GIVEN...: where a run's files lie, or an evaluation's, is what is copied to the bucket.
+# not_ours OPTION GIVEN...: refuses OPTION, since the folder of a run or an evaluation is what is copied to the bucket.
 not_ours() {
   local option
   for option in "${@:2}"; do
@@ -117,7 +117,7 @@ not_ours() {
   done
 }
 
-# Runs a command, or in a dry run prints it as it could be typed.
+# Runs a command, or in a dry run prints it, quoted for a shell.
 call() {
   if [[ ! $DRY_RUN ]]; then
     "$@"
@@ -131,7 +131,7 @@ call() {
   echo "${words[*]}"
 }
 
-# Whether gcloud can describe a thing; a dry run takes it for there. Ends the command where gcloud cannot say.
+# Whether gcloud can describe a resource; a dry run assumes that it exists. Ends the command if gcloud fails otherwise.
 there() {
   [[ $DRY_RUN ]] && return 0
   local answer
@@ -143,7 +143,7 @@ there() {
   [[ $answer != absent ]]
 }
 
-# remove KIND FLAG...: deletes the thing of this name, if it is there; the flags are those that describe and delete take.
+# remove KIND FLAG...: deletes the resource NAME, if it exists; FLAG... go to both describe and delete.
 remove() {
   local words force=()
   read -ra words <<<"$1"
@@ -154,7 +154,7 @@ remove() {
   fi
 }
 
-# One word on the slice: absent, waiting, ready, lost (preempted or broken), or unknown where gcloud cannot say.
+# Prints one word for the slice: absent, waiting, ready, lost (preempted or broken), or unknown if gcloud fails.
 slice_state() {
   if [[ $ENGINE == queue ]]; then queue_state; else group_state; fi
 }
@@ -165,7 +165,7 @@ queue_state() {
   case $state in
     ACTIVE)
       state=$(asked gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)')
-      # The request still stands, and would be in the way of a new one.
+      # The request still exists, and would block a new one.
       [[ $state != absent ]] || state=lost
       ;;
     SUSPENDED | FAILED) state=lost ;;
@@ -177,12 +177,12 @@ queue_state() {
     CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING) echo waiting ;;
     absent | waiting | lost) echo "$state" ;;
     PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) echo lost ;;
-    # What is lost is deleted; what nobody has heard of is left to a person.
+    # A lost slice is deleted; an unknown state is left to a person.
     *) echo unknown ;;
   esac
 }
 
-# Why there is no slice, or none any more, as Google says it, in a line; nothing where it does not say.
+# Prints in one line Google's reason why there is no slice, or no longer one; nothing if it gives none.
 slice_problem() {
   local said
   if [[ $ENGINE == queue ]]; then
@@ -203,7 +203,7 @@ group_state() {
   esac
 }
 
-# group_size RUNNING ALL: a group that was made with another TPU in the settings would be waited for without an end.
+# group_size RUNNING ALL: prints ready or waiting; warns of a group made for another TPU, which would never be ready.
 group_size() {
   if (($1 == HOSTS)); then
     echo ready
@@ -213,13 +213,13 @@ group_size() {
   fi
 }
 
-# What gcloud answers; "absent" where there is no such thing, "unknown" where it fails for another reason, which is told.
+# Prints gcloud's output, "absent" for a missing resource, or "unknown" for any other failure, which is reported.
 asked() {
   local answer problem
   problem=$(mktemp)
   if answer=$("$@" --project="$PROJECT" 2>"$problem"); then
     printf '%s\n' "$answer"
-  # Where an API was never switched on, there is nothing of it.
+  # Nothing exists in an API that was never enabled.
   elif grep -qE "NOT_FOUND|/$NAME' was not found|has not been used in project|SERVICE_DISABLED|API .* not enabled" "$problem"; then
     echo absent
   else
@@ -229,7 +229,7 @@ asked() {
   rm -f "$problem"
 }
 
-# The machines of a group by name, all or none; a queued resource's are addressed by gcloud itself.
+# Prints the names of a group's machines, all or none; gcloud itself addresses those of a queued resource.
 machines() {
   if [[ $DRY_RUN ]]; then
     echo MACHINE
@@ -254,7 +254,7 @@ on_workers() {
       --worker="$worker" --command="$command" </dev/null
     return
   fi
-  # Names of a group's machines end in letters drawn by lot: which worker it is, a machine itself knows.
+  # Names of a group's machines end in random letters: only the machine itself knows its worker number.
   [[ $worker == all ]] || command="[ \"\$($REMOTE/tpu/worker.sh number)\" != $((10#$worker)) ] || $command"
   list=$(machines) || exit 1
   while read -r machine; do
@@ -265,13 +265,13 @@ on_workers() {
   return "$status"
 }
 
-# to_workers FILE... FOLDER: copies files to all machines, into a folder below the home.
+# to_workers FILE... FOLDER: copies files to all machines, into a folder below the home directory.
 to_workers() {
   local files=("${@:1:$#-1}") folder=${*: -1} list machine option flags=(${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"})
   for option in "${PATIENCE[@]}"; do flags+=(--scp-flag="$option"); done
   flags+=(--zone="$ZONE" --project="$PROJECT")
   if [[ $ENGINE == queue ]]; then
-    # One by one: for --worker=all gcloud wants its key in an ssh-agent, where one runs, and refuses any other.
+    # One by one: with --worker=all gcloud wants its key in a running ssh-agent, and refuses any other.
     for machine in $(if [[ $DRY_RUN ]]; then echo WORKER; else seq 0 $((HOSTS - 1)); fi); do
       call gcloud compute tpus tpu-vm scp "${files[@]}" "$NAME:$folder" "${flags[@]}" --worker="$machine"
     done

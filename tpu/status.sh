@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# tpu/status.sh: how the slice is, and once it is ready what each machine does.
+# tpu/status.sh: prints the state of the slice and, once it is ready, of each machine.
 #
-# The slice: absent, waiting, ready, lost (taken away or broken), and what Google says of one that is not ready. A machine: new (tpu/setup.sh), idle (tpu/run.sh), running,
-# done, failed with an exit code, which is 128 + N where signal N ended it (tpu/logs.sh); "evaluation" stands before what
-# tpu/evaluate.sh started.
+# The slice: absent, waiting, ready, lost (taken away or broken), with Google's message if it is waiting or lost. A machine: new
+# (run tpu/setup.sh), idle (tpu/run.sh), running, done, failed with an exit code, which is 128 + N if signal N ended it
+# (tpu/logs.sh). "evaluation" precedes the state of a job that tpu/evaluate.sh started.
 
 # shellcheck source=tpu/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
@@ -21,5 +21,5 @@ else
 fi
 [[ $state != waiting && $state != lost ]] || slice_problem | sed "s/^/$NAME: /"
 [[ $state == ready ]] || exit 0
-# A machine that is not set up has no script that could say so.
+# A machine that is not set up has no script to report that.
 on_workers "if [ -x $REMOTE/tpu/worker.sh ]; then $REMOTE/tpu/worker.sh state; else echo segzero new; fi"

@@ -2,8 +2,8 @@
 # tpu/worker.sh install REVISION [STORED SET...] | preflight OPTION... | start STORE RUN_DIR OPTION... |
 # evaluate STORE OUT OPTION... | stop | state | number | fetch | copy: one machine's part.
 #
-# The commands beside it call it on every machine. systemd keeps the training, or the evaluation: it outlives the connection, is
-# told to stop when the machine is about to be taken away, and leaves its exit code behind.
+# The other commands in tpu/ call it on every machine. The training, or evaluation, is a systemd unit: it outlives the connection,
+# is told to stop when the machine is about to be taken away, and keeps its exit code.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,11 +12,11 @@ UV_VERSION=0.9.7
 METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
 cd "$ROOT"
 
-# Packages, then data sets. What says that the machine is set up comes last: until then it counts as new, also where it was set
-# up for an earlier commit, whose packages may be others.
+# Installs packages, then data sets. The mark of a finished setup, .revision, comes last: until then the machine counts as new,
+# also if it was set up for an earlier commit, whose packages may differ.
 install() {
   local set
-  # Where a connection breaks, gcloud asks again while the first is still at it.
+  # After a broken connection gcloud retries while the first install still runs.
   exec 8>>.installing
   flock 8
   rm -f .revision
@@ -26,7 +26,7 @@ install() {
   echo "$1" >.revision
 }
 
-# What an earlier commit brought and this one has no more: unpacking only adds.
+# Removes an earlier commit's files that this one no longer has: unpacking only adds files.
 remove_old_files() {
   tar -tzf "$ROOT.tar.gz" | sed -n 's|^[^/]*/||; /[^/]$/p' | LC_ALL=C sort >.files.new
   [[ ! -f .files ]] || LC_ALL=C comm -23 .files .files.new | tr '\n' '\0' | xargs -0 rm -f
@@ -45,8 +45,8 @@ install_packages() {
   cat constraints.txt pyproject.toml | sha256sum >.installed
 }
 
-# bring STORED SET: a data set into data.dir. Where it lies in the bucket as it was built, it is copied, unless there is one of
-# its name: whole or not at all, by its checksums. Else it is built, which it can be from the hub alone.
+# bring STORED SET: puts a data set into data.dir. A built set in the bucket is copied, whole or not at all (its checksums tell),
+# unless this machine has one of that name. Otherwise the set is built, which works only for sets on the hub.
 bring() {
   local stored=$1/question_set/$2 data=$HOME/.cache/segzero_jax part answer code=0
   part=$data/.part
@@ -70,17 +70,17 @@ bring() {
   fi
 }
 
-# What systemd knows of the training, as one word; "failed" has the exit code with it, 128 + N where signal N ended it.
+# Prints the training's state in systemd as one word; "failed" comes with the exit code, 128 + N if signal N ended it.
 state() {
   local active sub how code
   active=$(systemctl show "$UNIT" --property=ActiveState --value)
   sub=$(systemctl show "$UNIT" --property=SubState --value)
   how=$(systemctl show "$UNIT" --property=ExecMainCode --value)
   code=$(systemctl show "$UNIT" --property=ExecMainStatus --value)
-  # CLD_KILLED and CLD_DUMPED of waitid(2). The status is the signal then: 2 and 5 would be read as exit codes.
+  # CLD_KILLED and CLD_DUMPED of waitid(2): the status is then the signal, and 2 and 5 would be read as exit codes.
   [[ $how != [23] ]] || code=$((128 + code))
   case $active/$sub in
-    # Also while another commit is being set up.
+    # Before .revision is checked: it may run while another commit is being set up.
     active/running | activating/* | deactivating/*) echo running && return ;;
   esac
   [[ -f .revision ]] || { echo new && return; }
@@ -92,7 +92,7 @@ state() {
   esac
 }
 
-# What this machine says of itself. An evaluation is named: tpu/babysit.sh looks after the training.
+# Prints this machine's state. An evaluation is marked as one: tpu/babysit.sh looks after the training.
 report() {
   local word mine
   word=$(state)
@@ -104,8 +104,8 @@ report() {
   echo "worker $mine: segzero $word"
 }
 
-# Beside a training the same ports and chips would be asked for, and the training would take that for its own end. What
-# checks holds the lock until it ends, also where whoever asked for it has hung up.
+# Refused beside a training: it would claim the same ports and chips, which would end the training. The preflight process holds
+# the lock until it ends, even if its client has hung up.
 preflight() {
   exec 9>>.checking
   flock --nonblock 9 || { echo "tpu/worker.sh: $CHECKS" >&2 && exit 2; }
@@ -117,21 +117,21 @@ CHECKS="a preflight still runs; tpu/run.sh --stop ends it"
 
 nothing_checks() { (flock --nonblock 9) 9>>.checking; }
 
-# A training that was started since the machine was; systemd has forgotten any other. And a preflight.
+# Stops a preflight, and a training started since the machine's last boot: systemd knows no other.
 stop() {
   nothing_checks || kill "$(cat .checking)" || true
   local was
   was=$(state)
   [[ $(systemctl show "$UNIT" --property=LoadState --value) == not-found ]] || sudo systemctl stop "$UNIT"
-  # systemctl calls that a success, however it has ended.
+  # systemctl reports success, however the unit ended.
   [[ $was != running || $(state) != failed* ]] || {
     echo "tpu/worker.sh: ended with $(state), so its last step may not be saved; tpu/logs.sh says more" >&2
     exit 1
   }
 }
 
-# Runs a module to its end with what the training gets: ~/secrets/segzero.env as systemd reads it, NAME=value a line, in
-# quotes or not.
+# Runs a module to its end with the training's variables: ~/secrets/segzero.env as systemd reads it, one NAME=value a line,
+# quoted or not.
 run() {
   local line value
   while IFS= read -r line || [[ $line ]]; do
@@ -147,14 +147,14 @@ start() { launch segzero_jax.train "$1" "$2" run config.yaml "${@:3}"; }
 
 evaluate() { launch segzero_jax.evaluate "$1" "$2" evaluate . "${@:3}"; }
 
-# launch MODULE STORE DIR FOLDER MARK OPTION...: its files, in DIR once MARK is there, are kept in FOLDER of the bucket's STORE.
+# launch MODULE STORE DIR FOLDER MARK OPTION...: starts MODULE. Once MARK exists in DIR, DIR is copied to FOLDER in STORE.
 launch() {
   local module=$1 where=("${@:2:4}")
   shift 5
   [[ $(state) != new ]] || { echo "tpu/worker.sh: not set up: tpu/setup.sh" >&2 && exit 2; }
   [[ $(state) != running ]] || { echo "tpu/worker.sh: runs already; tpu/run.sh --stop ends it" >&2 && exit 2; }
   nothing_checks || { echo "tpu/worker.sh: $CHECKS" >&2 && exit 2; }
-  # The timer's service as well: a copy that still runs would have the name that the next one is to get.
+  # Also stop the timer's service: a copy that still runs would hold the unit name that the next one needs.
   sudo systemctl stop "$UNIT" "$UNIT-copy.timer" "$UNIT-copy.service" 2>/dev/null || true
   sudo systemctl reset-failed "$UNIT" "$UNIT-copy" 2>/dev/null || true
   printf 'STORE=%q DIR=%q FOLDER=%q MARK=%q\n' "${where[@]}" >.run
@@ -163,9 +163,9 @@ launch() {
     sudo systemd-run --quiet --unit="$UNIT-copy" --uid="$USER" --setenv=HOME="$HOME" --on-active=60 --on-unit-active=60 \
       --timer-property=AccuracySec=1s "$ROOT/tpu/worker.sh" copy
   fi
-  # --remain-after-exit: the exit code can still be read. "mixed": first the trainer alone is told, so that it can save.
-  # After=: at a shutdown it ends before the network does, which saving needs.
-  # LimitMEMLOCK: TPUs reach into the host's memory, which is locked for that; systemd's own limit is 8 MB.
+  # --remain-after-exit: the exit code stays readable. "mixed": SIGTERM goes to the trainer alone, so that it can save.
+  # After=: at a shutdown the unit stops before the network, which saving needs.
+  # LimitMEMLOCK: TPUs access locked host memory; systemd's default limit is 8 MB.
   sudo systemd-run --quiet --unit="$UNIT" --remain-after-exit --uid="$USER" --working-directory="$ROOT" \
     --setenv=HOME="$HOME" --setenv=JAX_COMPILATION_CACHE_DIR="${where[0]}/compiled" \
     --property=EnvironmentFile="-$HOME/secrets/segzero.env" --property=After="network.target network-online.target" \
@@ -175,7 +175,7 @@ launch() {
     "$ROOT/.venv/bin/python" -m "$module" "$@"
 }
 
-# Which worker of the slice this is; JAX numbers processes by it as well.
+# Prints this machine's worker number in the slice, which is also JAX's process number.
 number() {
   curl -sf --max-time 10 --retry 5 -H Metadata-Flavor:Google "$METADATA" || {
     echo "tpu/worker.sh: the metadata server does not say which worker this is; once more" >&2
@@ -183,22 +183,22 @@ number() {
   }
 }
 
-# Process 0 alone writes files.
+# Only process 0 writes files.
 is_first() {
   local mine
   mine=$(number) || exit 1
   [[ $mine == 0 ]]
 }
 
-# Where the files are, and where they are kept; what an earlier commit has started had no other than a run's.
+# Reads the local and the stored folder of the files. Units started by an earlier commit recorded only a run's.
 read_place() {
   # shellcheck disable=SC1091
   source .run
   DIR=${DIR-$RUN_DIR} FOLDER=${FOLDER-run} MARK=${MARK-config.yaml}
 }
 
-# The files from the bucket, where this machine has none: it replaces one that was taken away. All or none of them, for what
-# lies here is what is copied to the bucket.
+# Fetches the files from the bucket if this machine has none, as after a preemption. All or none of them, since the local
+# folder is copied back to the bucket.
 fetch() {
   read_place
   [[ ! -e $DIR/$MARK ]] || return 0
@@ -215,7 +215,7 @@ fetch() {
   mv "$DIR.part" "$DIR"
 }
 
-# The files into the bucket, checkpoints excepted, which the trainer writes there itself.
+# Copies the files to the bucket, except checkpoints, which the trainer writes there itself.
 copy() {
   read_place
   is_first && [[ -e $DIR/$MARK ]] || return 0
