@@ -16,7 +16,7 @@ help:
 	@echo "make demo   train the toy run: rewards rise, runs/toy/report.html shows how"
 	@echo "make test   linters, types, all tests"
 	@echo "make lint   linters and types alone"
-	@echo "make clean  delete .venv and what tools cached; runs/ stays"
+	@echo "make clean  delete .venv and caches of the tools; runs/ stays"
 	@echo "Needs Python 3.11 or newer: make demo PYTHON=python3.12"
 
 demo: $(STAMP)

@@ -134,7 +134,7 @@ tend() {
       ;;
     'done')
       # Copies the last files: the timer copies once a minute, too late if the slice is deleted next.
-      await on_workers "$REMOTE/tpu/worker.sh copy" || say "$NAME: what the training wrote last is not in $STORE yet; it is tried there every minute"
+      await on_workers "$REMOTE/tpu/worker.sh copy" || say "$NAME: the last files of the training are not in $STORE yet; its machine tries again every minute"
       say "$NAME: the training is done; $still"
       exit 0
       ;;

@@ -19,7 +19,7 @@ if [[ $DRY_RUN ]]; then
   archive=$REMOTE.tar.gz
   call git archive --prefix="$REMOTE/" --output="$archive" HEAD
 else
-  [[ -z $(git -C "$HERE/.." status --porcelain) ]] || say "the working tree has changes: the last commit is what goes"
+  [[ -z $(git -C "$HERE/.." status --porcelain) ]] || say "the working tree has changes: only the last commit is installed"
   git -C "$HERE/.." archive --prefix="$REMOTE/" --output="$archive" HEAD
 fi
 revision=$(git -C "$HERE/.." rev-parse HEAD)

@@ -25,7 +25,7 @@ say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 # The comment at the head of a command is its help.
 help() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
-  printf '\n  --settings FILE  what to work on [tpu/settings.sh]\n  --dry-run        print what would be called; call nothing\n  --help\n'
+  printf '\n  --settings FILE  the settings of the slice [tpu/settings.sh]\n  --dry-run        print what would be called; call nothing\n  --help\n'
 }
 
 # Reads the options that all commands have and leaves the others in REST. Then reads and checks the settings.
@@ -137,7 +137,7 @@ there() {
   local answer
   answer=$(asked "$@" --format=none)
   if [[ $answer == unknown ]]; then
-    say "$NAME: left as it is, since it cannot be said what is there; once more does the rest"
+    say "$NAME: left as it is, since gcloud cannot tell what exists; run the same command again"
     exit 1
   fi
   [[ $answer != absent ]]
@@ -237,7 +237,7 @@ machines() {
   fi
   local list count
   list=$(gcloud compute instance-groups managed list-instances "$NAME" --zone="$ZONE" --project="$PROJECT" \
-    --format='value(instance.basename())') || fail "$NAME: gcloud does not say which machines it has; once more"
+    --format='value(instance.basename())') || fail "$NAME: gcloud does not tell which machines it has; try again"
   count=$(grep -c . <<<"$list") || true
   ((count == HOSTS)) || fail "$NAME: has $count machines, expected $HOSTS; tpu/status.sh says more"
   printf '%s\n' "$list"

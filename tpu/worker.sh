@@ -178,7 +178,7 @@ launch() {
 # Prints this machine's worker number in the slice, which is also JAX's process number.
 number() {
   curl -sf --max-time 10 --retry 5 -H Metadata-Flavor:Google "$METADATA" || {
-    echo "tpu/worker.sh: the metadata server does not say which worker this is; once more" >&2
+    echo "tpu/worker.sh: the metadata server does not tell which worker this is; try again" >&2
     exit 1
   }
 }

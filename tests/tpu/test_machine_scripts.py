@@ -391,7 +391,7 @@ class TestWorker:
         code, said = machine.worker(*START)
         assert (code, said) == (
             1,
-            "tpu/worker.sh: the metadata server does not say which worker this is; once more\n",
+            "tpu/worker.sh: the metadata server does not tell which worker this is; try again\n",
         )
         assert not [line for line in machine.called() if line.startswith("systemd-run")]
 

@@ -327,7 +327,7 @@ class TestDelete:
         assert (code, cloud.did()) == (1, [])
         assert said.splitlines() == [
             "delete.sh: gcloud: ERROR: (gcloud.compute) Reauthentication failed. cannot prompt",
-            "delete.sh: segzero-7b: left as it is, since it cannot be said what is there; once more does the rest",
+            "delete.sh: segzero-7b: left as it is, since gcloud cannot tell what exists; run the same command again",
         ]
         refused.write_text("ERROR: (gcloud.compute) The resource 'projects/p/global/x/segzero-7b' was not found\n")
         nothing = (
