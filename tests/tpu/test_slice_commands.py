@@ -449,7 +449,7 @@ class TestMachines:
         code, said = cloud.play(name, states=["RUNNING+RUNNING"])
         assert code != 0
         assert cloud.did() == []
-        wrong = "gcloud does not say which machines it has" if "503" in answer else "has 1 machines, expected 2"
+        wrong = "gcloud does not tell which machines it has" if "503" in answer else "has 1 machines, expected 2"
         assert f"{name}.sh: segzero-7b: {wrong}" in said
 
 
