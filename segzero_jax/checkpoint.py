@@ -7,7 +7,7 @@ stored: it is ``model.path``, identified by its fingerprint.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import config as configs
 from segzero_jax import manifest
-from segzero_jax.checkpoint_paths import in_short, reading, storage_path, unfinished
+from segzero_jax.checkpoint_paths import in_short, parsing, reading, storage_path, unfinished
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
@@ -344,13 +344,13 @@ class Checkpoints:
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
-        with _restoring(self.directory / str(step)):
+        with parsing(self.directory / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def _tree(self, step: int, item: str, like: T) -> T:
         targets = _targets(like)
         checkpoint = self.directory / str(step)
-        with _restoring(checkpoint):
+        with parsing(checkpoint):
             stored = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)[item].items()}
         for name in sorted(stored.keys() | targets.keys()):
             ours = targets[name].shape if name in targets else None
@@ -361,18 +361,8 @@ class Checkpoints:
                 )
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})
-        with _restoring(checkpoint):
+        with parsing(checkpoint):
             return _rebuild(like, self._manager.restore(step, args=args)[item])
-
-
-@contextlib.contextmanager
-def _restoring(checkpoint: epath.Path) -> Iterator[None]:
-    """Like ``reading``, but raises CheckpointError for content that Orbax cannot parse."""
-    with reading(checkpoint):
-        try:
-            yield
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint}: cannot be read: {in_short(error)}") from error
 
 
 def _why_not_saved(error: Exception) -> str:

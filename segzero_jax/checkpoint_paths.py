@@ -45,10 +45,17 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
         return directory.parent, int(directory.name)
     with reading(directory):
         own = directory / _FOLDER
-        config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
+        steps = complete_steps(own) if own.is_dir() else []
+        try:
+            config = configs.load(str(directory / "config.yaml")) if (directory / "config.yaml").is_file() else None
+        except ConfigError:
+            if not steps:
+                raise
+            config = None  # Of another version: the checkpoints tell for themselves.
         # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may now be another run's.
         elsewhere = [checkpoint_directory(config)] if config and config.run.checkpoint_dir else []
-        newest = {place: steps[-1] for place in (own, *elsewhere) if (steps := complete_steps(place))}
+        newest = {place: found[-1] for place in elsewhere if (found := complete_steps(place))}
+        newest = {own: steps[-1]} | newest if steps else newest
         if newest:
             return max(newest, key=newest.__getitem__), None
         if config:
@@ -120,6 +127,20 @@ def reading(where: epath.Path) -> Iterator[None]:
         ) from None
     except passing as error:
         raise StorageError(f"{where}: cannot be read now ({in_short(error)}); nothing was changed") from None
+
+
+@contextlib.contextmanager
+def parsing(checkpoint: epath.Path) -> Iterator[None]:
+    """Like ``reading``, but raises CheckpointError for content that Orbax cannot parse.
+
+    Only on a disk: from a bucket, TensorStore raises ValueError for a lost connection, too.
+    """
+    unparsable: tuple[type[Exception], ...] = () if is_url(checkpoint) else (ValueError, KeyError)
+    with reading(checkpoint):
+        try:
+            yield
+        except unparsable as error:
+            raise CheckpointError(f"{checkpoint}: cannot be read: {in_short(error)}") from error
 
 
 def in_short(error: Exception) -> str:

@@ -122,7 +122,10 @@ def _check_run_dir(config: Config, run_dir: Path, step: int) -> None:
     if not (run_dir / "config.yaml").exists():
         return
     _refuse_another_run(config, run_dir)
-    before, directory = checkpoint_directory(configs.load(run_dir / "config.yaml")), checkpoint_directory(config)
+    earlier = configs.load(run_dir / "config.yaml")
+    if run_directory(earlier).resolve() != run_dir.resolve():
+        return  # Moved or copied: the places that it names may be another run's by now.
+    before, directory = checkpoint_directory(earlier), checkpoint_directory(config)
     newer: list[int] = []
     if storage_path(before) != storage_path(directory):
         with suppress(StorageError, ConfigError):  # If it cannot be read, it may be gone for good.
@@ -334,6 +337,8 @@ def held(config: Config, beginning: Beginning) -> Iterator[None]:
             )
         if not (run_dir / "config.yaml").exists():
             open_run(config)
+        if beginning.step is None:
+            (run_dir / _SAVED).unlink(missing_ok=True)  # An earlier run's, whose files are gone.
         yield
 
 

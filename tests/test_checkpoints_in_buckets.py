@@ -14,7 +14,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from segzero_jax import asking, checkpoint, checkpoint_paths, manifest
 from segzero_jax import config as configs
-from segzero_jax.checkpoint import Checkpoints, SaveError, StorageError
+from segzero_jax.checkpoint import CheckpointError, Checkpoints, SaveError, StorageError
 from segzero_jax.checkpoint_paths import complete_steps, locate
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
@@ -179,6 +179,25 @@ def test_a_bucket_that_cannot_be_read_now_has_no_damage(
         with pytest.raises(StorageError, match=r"cannot be read now \(HttpError: Cannot connect.*nothing was changed"):
             look(config, resume=False)
     assert look(config, resume=True) == (Beginning(1, False), [])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_lost_connection_is_no_content_that_cannot_be_parsed(
+    on_disk: bool, config: Config, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorStore raises ValueError for both; on a disk there is no connection."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ValueError("UNAVAILABLE: could not resolve host")
+
+    with Checkpoints(bucket) as checkpoints:
+        save(checkpoints, 1, config)
+        monkeypatch.setattr(checkpoints._manager, "restore", away)
+        if on_disk:
+            monkeypatch.setattr(checkpoint_paths, "is_url", lambda path: False)
+        with pytest.raises(CheckpointError, match="UNAVAILABLE: could not resolve host") as error:
+            checkpoints.restore(1, state(0), config, IDENTITY)
+        assert isinstance(error.value, StorageError) != on_disk
 
 
 def test_an_error_of_the_devices_is_none_of_the_bucket(

@@ -235,6 +235,12 @@ def test_a_run_that_has_noted_a_save_is_not_begun_anew(config: Config) -> None:
         look(config, resume=False)
     save(config, 1)
     assert look(config, resume=False)[0] == Beginning(1, False, ())
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "metrics.jsonl").unlink()
+    beginning = begin(config, resume=False, pod=ALONE)
+    with held(config, beginning):
+        (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert look(config, resume=False)[0] == Beginning(None, False), "the note was an earlier run's"
     for content in (b"", b"3", b"{}"):
         (run_dir / "saved.json").write_bytes(content)
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
@@ -254,6 +260,9 @@ def test_of_two_places_the_newer_checkpoints_are_the_run_s(config: Config, tmp_p
     for check in (check_same_run, lambda config: look(config, resume=False)):
         with pytest.raises(ConfigError, match=re.escape(before)):
             check(config)
+    # A copy names the other run's places; what that has done since is not its own.
+    copy = configs.replace(config, **{"run.dir": str(shutil.copytree(run_dir, tmp_path / "copy"))})
+    assert look(copy, resume=False)[0].step == 2
     shutil.rmtree(tmp_path / "disk/3")
     assert locate(run_dir) == (epath.Path(run_dir / "checkpoints"), None)
     assert look(config, resume=False)[0].step == 2

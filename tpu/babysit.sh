@@ -64,6 +64,11 @@ look_at_slice() { slice_state >"$answer"; }
 look_at_problem() { slice_problem >"$answer"; }
 look_at_machines() { "$HERE/status.sh" >"$answer" 2>"$problem"; }
 
+# Whether there is a checkpoint that was not there when this was asked before.
+saw_checkpoint() {
+  await newest_checkpoint || true
+  [[ -s $answer && $(<"$answer") != "$newest" ]] && newest=$(<"$answer")
+}
 newest_checkpoint() { (gcloud storage ls "$STORE/checkpoints/" 2>/dev/null | grep -oE '/[0-9]+/$' | sort -V | tail -n 1) >"$answer"; }
 
 # Sets STATE, one word for the training on all machines: new, idle, running, done, failed (CODE is the exit code, WORKER a worker
@@ -99,6 +104,7 @@ training_state() {
 # Prints and counts the next action; gives up after too many without progress.
 try() {
   tried=$((tried + 1)) looks=0
+  if ((tried > tries)) && saw_checkpoint; then tried=1; fi
   if ((tried > tries)); then
     say "$NAME: gave up: did something $tries times without a new checkpoint; tpu/status.sh and tpu/logs.sh say more; $still"
     exit 1
@@ -128,8 +134,7 @@ tend() {
       looks=$((looks + 1))
       if ((looks % 10 == 0)); then
         # Running alone is no progress: a training may wait an hour for its reward server, and then end.
-        await newest_checkpoint || true
-        [[ ! -s $answer || $(<"$answer") == "$newest" ]] || { newest=$(<"$answer") tried=0; }
+        if saw_checkpoint; then tried=0; fi
       fi
       ;;
     'done')
@@ -146,7 +151,7 @@ tend() {
         exit 1
       fi
       try "$NAME: the training ended with exit code $CODE; starting it again"
-      attempt "$HERE/run.sh" --stop
+      await "$HERE/run.sh" --stop || true # It has said why.
       attempt "$HERE/run.sh" ${more[@]+"${more[@]}"}
       ;;
     idle) try "$NAME: starting the training" && attempt "$HERE/run.sh" ${more[@]+"${more[@]}"} ;;

@@ -566,6 +566,11 @@ class TestBabysit:
         code, said = cloud.play("babysit", *options, states=[QUEUE_READY], machines=steady * 3)
         assert (code, cloud.did()) == (1, ["stop", "start"])
         assert "gave up: did something 1 times without a new checkpoint" in said.splitlines()[-1]
+        # Nor does one count that is taken away after a few looks each time, but has saved.
+        saved.write_text("".join(f"gs://my-bucket/segzero-7b/checkpoints/{step}/\n" for step in range(11, 14)))
+        brief = [*["segzero running"] * 3, "segzero failed 4"]
+        code, _ = cloud.play("babysit", *options, states=[QUEUE_READY], machines=[*brief * 4, "segzero done"])
+        assert (code, cloud.did()) == (0, ["stop", "start"] * 4)
 
     def test_counts_machines_that_do_not_answer(self, tmp_path: Path) -> None:
         cloud = Cloud(tmp_path, "v5e:4x4")
