@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import config as configs
 from segzero_jax import manifest
-from segzero_jax.checkpoint_paths import in_short, parsing, reading, storage_path, unfinished
+from segzero_jax.checkpoint_paths import in_short, reading, storage_path, unfinished
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
@@ -344,13 +344,13 @@ class Checkpoints:
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
-        with parsing(self.directory / str(step)):
+        with reading(self.directory / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def _tree(self, step: int, item: str, like: T) -> T:
         targets = _targets(like)
         checkpoint = self.directory / str(step)
-        with parsing(checkpoint):
+        with reading(checkpoint):
             stored = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)[item].items()}
         for name in sorted(stored.keys() | targets.keys()):
             ours = targets[name].shape if name in targets else None
@@ -361,7 +361,7 @@ class Checkpoints:
                 )
         how = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(targets, restore_args=how)})
-        with parsing(checkpoint):
+        with reading(checkpoint):
             return _rebuild(like, self._manager.restore(step, args=args)[item])
 
 

@@ -133,12 +133,15 @@ def reading(where: epath.Path) -> Iterator[None]:
 def parsing(checkpoint: epath.Path) -> Iterator[None]:
     """Like ``reading``, but raises CheckpointError for content that Orbax cannot parse.
 
-    Only on a disk: from a bucket, TensorStore raises ValueError for a lost connection, too.
+    For commands that only read. Not in training, where a ValueError may also be the end of another host (Gloo's), and
+    not from a bucket, where TensorStore raises it for a lost connection.
     """
     unparsable: tuple[type[Exception], ...] = () if is_url(checkpoint) else (ValueError, KeyError)
     with reading(checkpoint):
         try:
             yield
+        except (CheckpointError, ConfigError):
+            raise
         except unparsable as error:
             raise CheckpointError(f"{checkpoint}: cannot be read: {in_short(error)}") from error
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from segzero_jax.checkpoint import Checkpoints
-from segzero_jax.checkpoint_paths import locate
+from segzero_jax.checkpoint_paths import locate, parsing
 from segzero_jax.config import Config
 from segzero_jax.hub import is_checkpoint
 from segzero_jax.identity import fingerprint
@@ -26,6 +26,8 @@ from segzero_jax.model.weights import (
     read_dims,
 )
 
+T = TypeVar("T")
+
 
 def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | None]:
     """Weights for inference: a Hugging Face checkpoint, a run directory, or one of its ``checkpoints/STEP``.
@@ -41,13 +43,13 @@ def load_policy(path: str | Path, dtype: Any) -> tuple[Policy, Dims, Config | No
         _check_mesh(read_dims(path))
         return *load_hf(path, dtype=dtype), None
     with _saved(path) as (checkpoints, step):
-        config = checkpoints.config(step)
+        config = _config(checkpoints, step)
         dims = read_dims(config.model.path)
         _check_mesh(dims)
         if config.model.lora_rank:
             policy = _adapted(checkpoints, step, config, dims)
         else:
-            policy = checkpoints.policy(step, abstract_policy(dims))
+            policy = _params(checkpoints, step, abstract_policy(dims))
     return jax.tree.map(lambda x: x.astype(dtype), policy), dims, config
 
 
@@ -64,11 +66,21 @@ def load_adapters(path: str | Path) -> tuple[Adapters, Config]:
       CheckpointError: there is no such run at ``path``, or it trains all weights.
     """
     with _saved(path) as (checkpoints, step):
-        config = checkpoints.config(step)
+        config = _config(checkpoints, step)
         rank = config.model.lora_rank
         if not rank:
             raise CheckpointError(f"{path}: the run learns all weights; expected one with model.lora_rank")
-        return checkpoints.policy(step, abstract_adapters(read_dims(config.model.path), rank)), config
+        return _params(checkpoints, step, abstract_adapters(read_dims(config.model.path), rank)), config
+
+
+def _config(checkpoints: Checkpoints, step: int) -> Config:
+    with parsing(checkpoints.directory / str(step)):
+        return checkpoints.config(step)
+
+
+def _params(checkpoints: Checkpoints, step: int, like: T) -> T:
+    with parsing(checkpoints.directory / str(step)):
+        return checkpoints.policy(step, like)
 
 
 @contextmanager
@@ -103,5 +115,5 @@ def _adapted(checkpoints: Checkpoints, step: int, config: Config, dims: Dims) ->
             f"{checkpoints.directory}/{step}: its adapters are for weights with fingerprint {expected}, model.path="
             f"{model.path} has {found}; expected the weights that the run began with"
         )
-    adapters = checkpoints.policy(step, abstract_adapters(dims, model.lora_rank))
+    adapters = _params(checkpoints, step, abstract_adapters(dims, model.lora_rank))
     return adapt(base, adapters, model.lora_scale)
