@@ -54,7 +54,9 @@ HOW = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two checkpoints, 10 newer than 9, of a base model that has all files a released one has."""
-    base = tmp_path_factory.mktemp("base")
+    # A folder of its own: a test process may come back to these tests, and set them up once more.
+    base = tmp_path_factory.mktemp("made") / "base"
+    base.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         (base / name).write_bytes((TOY / name).read_bytes())
     template = json.loads((TOY / "tokenizer_config.json").read_text())["chat_template"]
