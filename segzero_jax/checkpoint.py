@@ -275,8 +275,8 @@ class Checkpoints:
             policy, SAM 2 or data set, or it holds another model.
           StorageError: it cannot be read now.
         """
-        self.check_config(step, config)
         run = self._run(step)
+        earlier = self._check_config(step, run, config)
         saved = Identity(**run["identity"])
         self._check_identity(step, saved, identity, config)
         rest = self._tree(step, "optimizer", _without_params(like))
@@ -285,15 +285,20 @@ class Checkpoints:
             self._manager.delete(newer)
         now = identity.functions or {}
         changed = [name for name, source in (saved.functions or {}).items() if source != now.get(name)]
-        return Restored(step, state, run["data"], Code(**run["code"]), changed, run["lines"], self.config(step))
+        return Restored(step, state, run["data"], Code(**run["code"]), changed, run["lines"], earlier)
 
     def check_config(self, step: int, config: Config) -> None:
         """Raises CheckpointError if ``step`` was written by another run, see ``run_difference``."""
-        if difference := run_difference(self.config(step), config):
+        self._check_config(step, self._run(step), config)
+
+    def _check_config(self, step: int, run: Mapping[str, Any], config: Config) -> Config:
+        earlier = configs.build(run["config"], f"{self.directory}/{step}")
+        if difference := run_difference(earlier, config):
             raise CheckpointError(
                 f"{self.directory}/{step}: written with another configuration ({difference}); "
                 "resume with the same one or choose another run.dir"
             )
+        return earlier
 
     def config(self, step: int) -> Config:
         """The configuration of the run when it wrote ``step``."""

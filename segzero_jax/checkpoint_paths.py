@@ -54,8 +54,8 @@ def locate(path: str | Path | epath.Path) -> tuple[epath.Path, int | None] | Non
             config = None  # Of another version: the checkpoints tell for themselves.
         # Only run.checkpoint_dir is trusted: the run.dir of a copied or renamed run may now be another run's.
         elsewhere = [checkpoint_directory(config)] if config and config.run.checkpoint_dir else []
-        newest = {place: found[-1] for place in elsewhere if (found := complete_steps(place))}
-        newest = {own: steps[-1]} | newest if steps else newest
+        found = {own: steps} | {place: complete_steps(place) for place in elsewhere}
+        newest = {place: saved[-1] for place, saved in found.items() if saved}
         if newest:
             return max(newest, key=newest.__getitem__), None
         if config:
