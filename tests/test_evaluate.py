@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -32,7 +33,7 @@ from segzero_jax.data.scenes import make_example_scene
 from segzero_jax.evaluate import __main__ as command
 from segzero_jax.evaluate import evaluator, respondent
 from segzero_jax.evaluate.judging import PolicyJudge
-from segzero_jax.evaluate.results import choose, is_validation
+from segzero_jax.evaluate.results import choose, is_validation, write_results
 from segzero_jax.evaluate.work import EvaluateError, Task, work
 from segzero_jax.file_lock import hold
 from segzero_jax.grpo import TrainState
@@ -43,7 +44,8 @@ from segzero_jax.overlay import decode_mask
 from segzero_jax.patches import decode_image
 from segzero_jax.pods import Pod
 from segzero_jax.report.gallery import Shown, _blame, _case, choose_cases
-from segzero_jax.scoring import Scorer
+from segzero_jax.reward_messages import CandidateScore
+from segzero_jax.scoring import Scored, Scorer
 from segzero_jax.types import Example, Frame, ObjectPrompt, RleMask
 
 QUESTIONS = 7
@@ -464,6 +466,13 @@ def test_a_checkpoint_is_chosen_on_validation_only() -> None:
     ]
 
 
+def test_a_result_replaces_that_of_the_same_split_of_the_same_set_alone(tmp_path: Path) -> None:
+    first = [evaluated("a", "val", 0.1), evaluated("a", "test", 0.2), evaluated("a", "val", 0.3) | {"dataset": "e"}]
+    write_results(tmp_path, first, None)
+    again = evaluated("a", "val", 0.4)
+    assert json.loads(write_results(tmp_path, [again], None).read_text())["evaluations"] == [again, *first[1:]]
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[str, tuple[str, ...]]]]:
     """Checkpoints and splits that each host was asked for; the second step is the best, as the first host finds."""
@@ -619,6 +628,17 @@ def test_an_answer_is_in_the_form_that_the_runs_recipe_asks_for(recipe: str, in_
     shown = [_case(Shown({}, found, [], lambda index: None, recipe), row) for row in found]
     assert ["Not in the form asked for" not in text for text in shown] == in_form
     assert [text.count('<p class="thought">') for text in shown] == [recipe == "seg_zero_soft", 0]
+
+
+def test_each_drawn_answer_has_its_own_mask_and_its_own_end() -> None:
+    scored = Scored(np.zeros((1, 2)), [[{}, {}]], [[CandidateScore(iou, 1, 2, 0.5, None, "") for iou in (0.25, 0.75)]])
+    sent = SimpleNamespace(result=lambda patience: scored)
+    scorer = SimpleNamespace(send=lambda examples, texts, masks: sent)
+    replies = [respondent.Reply(["<think> no end", "<think> so"], [False, True])]
+    judge = PolicyJudge(lambda *_: replies, scorer, Frame(112, 112), "vision_reasoner", None)  # type: ignore[arg-type]
+    rows = judge([example(0)], 7)()
+    assert [(row["index"], row["sample"], row["mask_iou"]) for row in rows] == [(7, 0, 0.25), (7, 1, 0.75)]
+    assert [row["failure"] for row in rows] == ["cut_off", "no_answer"]
 
 
 def test_cases_are_the_ends_and_some_at_random() -> None:

@@ -132,6 +132,7 @@ def test_a_save_that_could_not_begin_is_none() -> None:
     assert not run.keeper.keep()
     with pytest.raises(SaveError, match="is not saved: disk: no space left; there is no checkpoint"):
         run.keeper.keep_or_fail()
+    assert run.noted == [], "else the next start would look for a checkpoint that never was"
 
 
 def test_all_hosts_know_why_one_of_them_could_not_write() -> None:

@@ -160,9 +160,29 @@ def test_any_failure_of_the_service_saves_and_no_other_does() -> None:
         raise RewardServerError("token")
     assert len(run.saves) == 1
     run = Run()
+    run.patience._save = lambda: False  # As where there is nothing to save, in an evaluation by itself.
+    with pytest.raises(RewardServerError, match="token"), run.patience:
+        raise RewardServerError("token")
+    run = Run()
     with pytest.raises(ZeroDivisionError), run.patience:
         raise ZeroDivisionError
     assert run.saves == []
+
+
+def test_a_host_that_has_an_answer_looks_with_the_others_alone() -> None:
+    """They end in the round that is everyone's: a host that looks more often than the others would end in another."""
+
+    def wait(pod: Pod) -> int:
+        looked: list[None] = []
+        run = Run(pod=pod, check=lambda: looked.append(None))
+        with run.patience as patience:
+            for _ in range(0 if pod.index else 3):
+                patience.heard()
+            patience.silent(lambda: "nobody home")
+            patience.finish("scores")
+        return len(looked)
+
+    assert [end.result() for end in on_hosts(2, wait)] == [2, 2]
 
 
 class Host:

@@ -23,6 +23,7 @@ from processes import outliving
 from question_sources import encoded, picture
 
 from segzero_jax.data import build, builder, leaks, shards
+from segzero_jax.data.held_out import refuse_or_drop
 from segzero_jax.data.pipeline import open_split
 from segzero_jax.data.records import INDEX, built_directory, checksum, index_path, read_index
 
@@ -471,6 +472,15 @@ def test_every_picture_is_compared_with_every_held_out_one(monkeypatch: pytest.M
     train = index([("y", f"t{n}", np.packbits(row).tobytes()) for n, row in enumerate(bits[::-1])])
     found = leaks.find_leaks(train, held_out, one_set=False)
     assert [(leak.row, leak.held_out) for leak in found] == [(n, f"q{6 - n}") for n in range(7)]
+
+
+def test_splits_of_one_set_may_have_pictures_that_look_the_same(tmp_path: Path) -> None:
+    """Of one camera, say; nor are they compared twice if one of them is named among those of other sets."""
+    print_ = np.random.default_rng(0).bytes(32)
+    indices = {"train": index([("x:1", "s1", print_)]), "val": index([("x:2", "s2", print_)])}
+    assert refuse_or_drop(indices, tmp_path, "mine", ["mine/val"], drop=False) == []
+    del indices["train"]
+    assert refuse_or_drop(indices, tmp_path, "mine", ["other/val"], drop=False) == [], "nothing is trained on"
 
 
 def test_a_source_that_is_mostly_unusable_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

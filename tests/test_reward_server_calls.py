@@ -156,6 +156,7 @@ class TestScore:
             Prompt((5, 5, 30, 1e7)),
             Prompt((5, 5, 30, 40), ((width + 0.5, 20),)),
             Prompt((5, 5, 30, 40), ((20, 20), (20, -0.5))),
+            Prompt((-1e7, 5, 30, 40)),
         ]
         inside = [
             Prompt((-30, -20, 40, 50), ((0, 0),)),
@@ -264,6 +265,7 @@ class TestRefusals:
             (broken(image=reward_pb2.Image(data=good.image.data, sha256=b"\0" * 32)), "do not have the stated SHA-256"),
             (broken(image=reward_pb2.Image(data=good.image.data)), "image.sha256: 0 bytes, expected 32"),
             (broken(frame=reward_pb2.Frame(width=0, height=9)), "frame: 0 x 9, expected a positive"),
+            (broken(frame=reward_pb2.Frame(width=9, height=0)), "frame: 9 x 0, expected a positive"),
             (broken(target=other), "target: mask: 5 x 7 pixels, expected the image's"),
             (broken(target=torn), "target: mask: "),
             (broken(ignore=other.mask), "ignore: mask: 5 x 7 pixels, expected the image's"),
@@ -286,6 +288,9 @@ class TestRefusals:
         crowded = stub.Score(request_for(scene(), candidate(*[prompt] * 257), candidate())).candidates
         assert [entry.status.code for entry in crowded] == [3, 0]
         assert crowded[0].status.message == "257 objects, expected at most 256"
+        full = request_for(scene(), *[candidate(*[prompt] * 256)] * 8)
+        _, statuses = validation.job_from(full, lambda sha256: None)
+        assert [entry.code for entry in statuses] == [0] * 8, "as much as it may be, which a client's parts are"
         pointed = [candidate(Prompt((1, 1, 9, 9), ((5.0, 5.0),) * count)) for count in (16, 17)]
         most, more = stub.Score(request_for(scene(), *pointed)).candidates
         assert most.status.code == 0

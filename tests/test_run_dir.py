@@ -16,19 +16,20 @@ from etils import epath
 from segzero_jax import config as configs
 from segzero_jax import jsonl, preflight, train
 from segzero_jax.checkpoint import Checkpoints, StorageError
-from segzero_jax.checkpoint_paths import locate
+from segzero_jax.checkpoint_paths import complete_steps, locate
 from segzero_jax.config import Config, ConfigError
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.mesh import make_mesh
 from segzero_jax.model.weights import CheckpointError
-from segzero_jax.pods import ALONE
+from segzero_jax.pods import ALONE, Pod
 from segzero_jax.run_dir import (
     Beginning,
     begin,
     check_keep_best,
     check_same_run,
     checkpoint_due,
+    complete,
     held,
     look,
     missing_splits,
@@ -182,6 +183,15 @@ def test_a_run_that_is_done_is_told_on_a_machine_that_did_not_make_it(
     assert f"{run}: 4 steps are done, train.steps=3, checkpoints are in" in capsys.readouterr().out
 
 
+def test_of_a_run_that_is_done_the_first_host_alone_writes_and_tells(config: Config) -> None:
+    save(config, 4, lines={"metrics": [{"step": 4, "reward/mean": 1.0}], "evaluations": []})
+    pod, said = Pod(), list[str]()
+    for pod.index in (1, 0):
+        complete(config, Beginning(4, done=True), pod, said.append)
+        there = [Path(config.run.dir, name).exists() for name in ("metrics.jsonl", "config.yaml")]
+        assert [*there, bool(said)] == [pod.first] * 3
+
+
 def test_another_run_is_refused_with_or_without_checkpoints(config: Config) -> None:
     other = configs.replace(config, **{"train.lr": 0.5, "reward.recipe": "seg_zero_soft", "train.steps": 99})
     run_dir = open_run(config)
@@ -270,14 +280,57 @@ def test_of_two_places_the_newer_checkpoints_are_the_run_s(config: Config, tmp_p
     assert locate(run_dir) == (epath.Path(run_dir / "checkpoints"), None)
 
 
+@pytest.mark.parametrize("error", [StorageError, ConfigError])
+def test_an_earlier_place_that_cannot_be_read_any_more_does_not_stop_a_run(
+    config: Config, tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bucket may be gone, or the package that reads buckets."""
+    gone = epath.Path(tmp_path / "gone")
+    open_run(configs.replace(config, **{"run.checkpoint_dir": str(gone)}))
+    save(config, 1)
+
+    def read(directory: epath.Path) -> list[int]:
+        if directory == gone:
+            raise error("cannot be read")
+        return complete_steps(directory)
+
+    monkeypatch.setattr("segzero_jax.run_dir.complete_steps", read)
+    assert look(config, resume=False)[0].step == 1
+
+
+def test_a_check_that_reads_no_arrays_knows_another_run_by_its_checkpoints_alone(config: Config) -> None:
+    """Like a start, it passes over a damaged one."""
+    save(config, 1, 3)
+    other = configs.replace(config, **{"train.lr": 0.5})
+    with pytest.raises(CheckpointError, match=r"another configuration \(train\.lr differs\)"):
+        check_same_run(other)
+    (file,) = Path(config.run.dir).glob("checkpoints/3/run/metadata")
+    file.write_bytes(file.read_bytes()[:-1])
+    check_same_run(config)
+    with pytest.raises(CheckpointError, match=r"another configuration \(train\.lr differs\)"):
+        check_same_run(other)
+
+
+def test_a_full_disk_does_not_undo_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint may be in a bucket."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jsonl, "replace", full)
+    note_saved(tmp_path, 1)
+
+
 def test_the_configuration_of_a_run_that_was_moved_is_no_preset_for_its_old_place(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = open_run(config)
     preset = run_dir / "config.yaml"
     refuse_moved(config, str(preset))
     (run_dir / "metrics.jsonl").touch()
     refuse_moved(config, str(preset))
+    monkeypatch.chdir(tmp_path)
+    refuse_moved(config, "run/config.yaml")
     there = run_dir.rename(tmp_path / "moved")
     said = f"--config={there}/config.yaml: its run.dir={run_dir} is not the folder of the run that it is in; "
     for main in (train.main, preflight.main):
@@ -352,7 +405,9 @@ def test_steps_that_may_prove_the_best_are_saved(config: Config) -> None:
     due = lambda config: [step for step in range(1, 10) if checkpoint_due(config, step)]  # noqa: E731
     assert due(config) == [4, 8, 9]
     assert due(configs.replace(config, **{"train.keep_best": "reward/mean"})) == [4, 8, 9]
-    assert due(configs.replace(config, **{"train.keep_best": "val/greedy/giou"})) == [3, 4, 6, 8, 9]
+    best = configs.replace(config, **{"train.keep_best": "val/greedy/giou"})
+    assert due(best) == [3, 4, 6, 8, 9]
+    assert due(configs.replace(best, **{"eval.every": 1})) == list(range(1, 10))
 
 
 SPLITS = {"data.eval_splits": ["val", "ReasonSeg/test"], "eval.every": 2}

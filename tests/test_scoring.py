@@ -226,6 +226,9 @@ def test_the_numbers_and_rows_of_a_step() -> None:
             **{"empty_thinking": 2 / 3, "finished": 1},
         }
     )
+    none = Scored(np.full((3, 3), np.nan), [[{}] * 3] * 3, [[scored(None)] * 3] * 3)
+    numbers = step_metrics(made._replace(scored=none), Config())
+    assert (numbers["reward/mean"], numbers["mask_iou/mean"]) == (None, None)
     stored: list[str] = []
     rows = list(rollout_rows(made, FRAME, "vision_reasoner", lambda name, data: stored.append(name) or name))
     assert stored == ["row-0"]
@@ -259,6 +262,10 @@ def test_the_updates_of_a_step_are_one_line() -> None:
     keys = lambda **changes: set(metric_keys(configs.replace(Config(), **changes)))  # noqa: E731
     assert keys() - keys(**{"grpo.kl_coef": 0.0}) == {"kl"}
     assert keys(**{"grpo.iterations": 2}) - keys() == {"kl_old"}
+    masks = {"reward.server": "local"}
+    assert keys(**masks) - keys(**masks, **{"reward.mask_iou_weight": 0.0}) == {"reward/mask_iou"}
+    sampling = {"dynamic_sampling/batches", "dynamic_sampling/groups"}
+    assert keys(**{"rollout.max_batches": 2}) - keys() == sampling
 
 
 @pytest.mark.parametrize("rows", [None, [[0, 3], [1], [2, 4]]])

@@ -189,6 +189,25 @@ def test_a_group_that_the_server_fails_at_time_and_again_has_no_scores(monkeypat
     assert failures == {"group-1": 95, "group-2": 0}
 
 
+def test_a_group_that_is_late_however_often_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another is answered meanwhile; only what the server itself fails at is given up."""
+    monkeypatch.setattr(pending_scores, "_TICK_S", 0.05)
+    fake, failures, waiter = Fake(), 2 * pending_scores._STRIKES, Waiter()
+
+    def fail(request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
+        nonlocal failures
+        if request.request_id == "group-1" and failures > 0:
+            waiter.answered.wait(30)
+            failures -= 1
+            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
+
+    fake.before = fail
+    asked = groups(2)
+    with serving(fake) as address, RewardClient(address, 10) as client:
+        assert client.score(asked).result(waiter) == healthy_scores(asked)
+    assert failures == 0
+
+
 def test_failures_while_nothing_was_answered_count_against_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service was out of order for a while; one group it fails at some times more."""
     monkeypatch.setattr(pending_scores, "_TICK_S", 0.05)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import pytest
 from jax._src.distributed import State
+from thread_pod import on_hosts
 
 from segzero_jax.pods import PodError, join
 
@@ -159,10 +160,18 @@ def test_alone_without_a_pod() -> None:
     assert done.stdout.splitlines() == ["joined 0 1", "['me'] 5"]
 
 
+def test_what_only_the_first_host_can_see_no_other_is_asked(tmp_path: Path) -> None:
+    """Its files may be on its disk alone."""
+    (tmp_path / "0").write_text("its file")
+    hosts = on_hosts(3, lambda pod: pod.from_first("files", lambda: (tmp_path / str(pod.index)).read_text()))
+    assert [host.result() for host in hosts] == ["its file"] * 3
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES=four: expected a number"),
+        ({"JAX_PROCESS_ID": "²"}, "JAX_PROCESS_ID=²: expected a number"),
         ({}, "JAX_COORDINATOR_ADDRESS=localhost:1: Number of processes must be defined."),
         (
             {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
