@@ -19,7 +19,7 @@ from segzero_jax.model.dims import RELEASED
 from segzero_jax.model.splash import live_scores
 from segzero_jax.plan import PhasePlan, Plan, PlanError, slices
 from segzero_jax.plan.__main__ import Console, main, print_plan
-from segzero_jax.plan.cost import Kernel
+from segzero_jax.plan.cost import Kernel, Program
 from segzero_jax.plan.phases import advise, analyse, axis_bytes, kernel_flops, make_plan
 from segzero_jax.plan.slices import CHIPS, Chip, make_topology_mesh, read_topology
 from segzero_jax.plan.step import Step, find_dims, shard_bytes
@@ -319,6 +319,42 @@ def test_a_phase_takes_as_long_as_its_busiest_link_and_holds_what_lies_beside_it
     assert (found.seconds, found.bound) == (4 * 64 * 32 / 1e3, "interconnect")
     assert (found.arguments_gib, found.temporaries_gib, found.resident_gib, found.hbm_gib) == (2, 2, 1, 5)
     assert found.fits == fits
+    # The program waits for one after the other.
+    assert found.waiting_seconds == 2 * found.seconds
+
+
+BESIDE_OTHER_WORK = """HloModule beside_other_work
+
+%gathering (x: f32[16,32]) -> f32[64,32] {
+  %x = f32[16,32]{1,0} parameter(0)
+  ROOT %whole = f32[64,32]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%all-reduce-scatter (y: f32[64,32]) -> f32[16,32] {
+  %y = f32[64,32]{1,0} parameter(0)
+  %sum = f32[64,32]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,1,2,3}}
+  %index = s32[] constant(0)
+  ROOT %part = f32[16,32]{1,0} dynamic-slice(%sum, %index, %index), dynamic_slice_sizes={16,32}
+}
+
+ENTRY %main (x: f32[16,32]) -> f32[16,32] {
+  %x = f32[16,32]{1,0} parameter(0)
+  %started = f32[64,32]{1,0} fusion(%x), kind=kCustom, calls=%gathering
+  %sent = (f32[16,32]{1,0}, f32[16,32]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %come = f32[16,32]{1,0} collective-permute-done(%sent)
+  %summed = f32[16,32]{1,0} fusion(%started), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %alone = f32[16,32]{1,0} all-reduce(%summed), channel_id=4, replica_groups={{0,1}}
+}
+"""
+
+
+def test_only_collectives_with_nothing_beside_are_waited_for():
+    cost = Program(BESIDE_OTHER_WORK).cost
+    array = 4 * 16 * 32
+    four, two = (0, 1, 2, 3), (0, 1)
+    # Gathered: three quarters of the whole; summed and scattered: as much; permuted: all; summed by two: all.
+    assert cost.sent == {four: 3 * array + 3 * array, two: 2 * array}
+    assert cost.waiting == {four: 3 * array, two: array}
 
 
 def phase(name: str) -> PhasePlan:
@@ -398,14 +434,14 @@ def test_the_table_fits_a_narrow_terminal(capsys):
 
 def test_no_number_of_the_table_is_cut(capsys):
     """Wherever it goes: a log is 80 wide."""
-    decode = PhasePlan("decode", 1300, 4.9, 2.23, 1.0, 8.13, True, 1.21e11, 1.64e9, {"all": 6.02e7}, 0.002, "HBM")
+    decode = PhasePlan("decode", 1300, 4.9, 2.23, 1.0, 8.13, True, 1.21e11, 1.64e9, {"all": 6.02e7}, 0.002, "HBM", 2e-4)
     update = PhasePlan(
-        "update", 1, 14.5, 8.6, 1.0, 14.5, True, 7.11e14, 1.461e12, {"all": 1.38e11}, 3.61, "interconnect"
+        "update", 1, 14.5, 8.6, 1.0, 14.5, True, 7.11e14, 1.461e12, {"all": 1.38e11}, 3.61, "interconnect", 1.234
     )
     console = Console(width=80)
     print_plan(Plan("x.yaml", "4x4", "v5e:4x4", 16, 15.75, 1408, 1300, True, 7.3, 1.09, [decode, update], []), console)
     said = capsys.readouterr().out
     (first,) = (line.split() for line in said.splitlines() if line.strip().startswith("decode"))
-    assert first == ["decode", "1300", "4.90", "2.23", "1.00", "8.13", "0.121", "1.64", "0.0602", "0.002", "HBM"]
+    assert " ".join(first) == "decode 1300 4.90 2.23 1.00 8.13 0.121 1.64 0.0602 0.002 0.0002 HBM"
     (second,) = (line.split() for line in said.splitlines() if line.strip().startswith("update "))
-    assert second == ["update", "1", "14.50", "8.60", "1.00", "14.50", "711", "1.46e+03", "138", "3.61", "interconnect"]
+    assert " ".join(second) == "update 1 14.50 8.60 1.00 14.50 711 1.46e+03 138 3.61 1.23 interconnect"

@@ -26,18 +26,20 @@ def print_plan(plan: Plan, console: Console) -> None:
     table = Table(
         title=f"{plan.config or 'the toy run'} on {plan.topology}, mesh {plan.mesh}",
         caption=f"prompts of {plan.prompt_tokens}, answers of {plan.response_tokens} tokens; "
-        "one chip's memory in GiB and traffic in GB; seconds are a lower bound",
+        "one chip's memory in GiB and traffic in GB; s: seconds, a lower bound; "
+        "waits: seconds of link traffic that nothing overlaps",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for title in ("phase", "runs", "args", "temps", "beside", "HBM", "TFLOP", "GB", "sent", "s"):
+    for title in ("phase", "runs", "args", "temps", "beside", "HBM", "TFLOP", "GB", "sent", "s", "waits"):
         table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
     table.add_column("bound", no_wrap=True)
     for phase in plan.phases:
         known = phase.seconds is not None
         sent = sum((phase.collective_bytes or {}).values())
         gib = (phase.arguments_gib, phase.temporaries_gib, phase.resident_gib, phase.hbm_gib)
-        cost = ((phase.flops or 0) / 1e12, (phase.bytes or 0) / 1e9, sent / 1e9, phase.seconds or 0)
+        seconds = (phase.seconds or 0, phase.waiting_seconds or 0)
+        cost = ((phase.flops or 0) / 1e12, (phase.bytes or 0) / 1e9, sent / 1e9, *seconds)
         row = [f"{value:.2f}" for value in gib] + [f"{value:.3g}" if known else "?" for value in cost]
         table.add_row(phase.phase, str(phase.runs), *row, phase.bound or "?", style=None if phase.fits else "bold red")
     # Rich would truncate numbers if there is less room; a terminal that is too narrow breaks lines instead.

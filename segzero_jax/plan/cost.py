@@ -17,6 +17,8 @@ from segzero_jax.plan.groups import first_group
 from segzero_jax.plan.hlo import HloError, Instruction, read_computations
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# The start of the name of a computation that is a reduce-scatter, as XLA writes it for TPU.
+_REDUCE_SCATTER = "all-reduce-scatter"
 # Instructions that move no data by themselves.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
@@ -46,6 +48,7 @@ class Cost:
       bytes: bytes read and written in main memory.
       collectives: bytes that the chip sends, by kind of collective.
       sent: the same bytes, by the chips that it exchanges them with (``first_group``).
+      waiting: the part of ``sent`` in collectives that the program does nothing beside.
       kernels: Pallas calls, whose cost the walk cannot count.
     """
 
@@ -53,6 +56,7 @@ class Cost:
     bytes: float = 0.0
     collectives: dict[str, float] = field(default_factory=dict)
     sent: dict[tuple[int, ...], float] = field(default_factory=dict)
+    waiting: dict[tuple[int, ...], float] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
 
     def add(self, other: "Cost", times: float = 1) -> None:
@@ -60,8 +64,9 @@ class Cost:
         self.bytes += times * other.bytes
         for kind, size in other.collectives.items():
             self.collectives[kind] = self.collectives.get(kind, 0.0) + times * size
-        for group, size in other.sent.items():
-            self.sent[group] = self.sent.get(group, 0.0) + times * size
+        for own, others in ((self.sent, other.sent), (self.waiting, other.waiting)):
+            for group, size in others.items():
+                own[group] = own.get(group, 0.0) + times * size
         self.kernels += [kernel._replace(calls=times * kernel.calls) for kernel in other.kernels]
 
 
@@ -135,7 +140,10 @@ class Program:
                     yield part, cost, turns * times
             elif instruction.opcode in ("call", "async-start"):
                 for called in instruction.called():
-                    yield from self.parts(called)
+                    for part, cost, times in self.parts(called):
+                        if instruction.opcode == "async-start":
+                            cost.waiting.clear()
+                        yield part, cost, times
             elif instruction.opcode == "conditional":
                 raise HloError(f"{name}: {instruction.name} is a conditional, whose branches cannot be counted")
             else:
@@ -154,13 +162,14 @@ class Program:
                 key = _key(part)
                 if kind and key not in beside:
                     beside.add(key)
-                    _send(cost, kind, part)
+                    # Other fusions with a collective start it, or join it with a product.
+                    _send(cost, kind, part, waits=holder.startswith(_REDUCE_SCATTER))
             cost.bytes += self._fusion_bytes(instruction, called, body)
             return
         cost.flops += self._flops(name, instruction)
         kind = _kind(instruction, name)
         if kind:
-            _send(cost, kind, instruction)
+            _send(cost, kind, instruction, waits=not instruction.opcode.endswith("-start"))
         if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
             shapes = tuple(array.shape for operand in instruction.operands for array in body[operand].arrays)
             scope = instruction.attribute(r'op_name="([^"]*)"') or ""
@@ -298,8 +307,7 @@ def _kind(instruction: Instruction, computation: str) -> str | None:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode not in _COLLECTIVES:
         return None
-    # How XLA writes a reduce-scatter for TPU.
-    return "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
+    return "reduce-scatter" if computation.startswith(_REDUCE_SCATTER) else opcode
 
 
 def _key(collective: Instruction) -> _Key:
@@ -307,7 +315,7 @@ def _key(collective: Instruction) -> _Key:
     return collective.attribute(r"channel_id=(\d+)"), arrays
 
 
-def _send(cost: Cost, kind: str, instruction: Instruction) -> None:
+def _send(cost: Cost, kind: str, instruction: Instruction, waits: bool) -> None:
     size = max((array.bytes for array in instruction.arrays), default=0.0)
     if kind in ("all-reduce", "reduce-scatter", "all-to-all"):
         size = sum(array.bytes for array in instruction.arrays)
@@ -321,6 +329,8 @@ def _send(cost: Cost, kind: str, instruction: Instruction) -> None:
         sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
     cost.collectives[kind] = cost.collectives.get(kind, 0.0) + sent
     cost.sent[group] = cost.sent.get(group, 0.0) + sent
+    if waits:
+        cost.waiting[group] = cost.waiting.get(group, 0.0) + sent
 
 
 def _bytes(instruction: Instruction, body: dict[str, Instruction]) -> float:

@@ -35,6 +35,7 @@ class PhasePlan:
       collective_bytes: bytes sent over the links, by kind of collective.
       seconds: the longest of compute, memory and link time, with one link for each mesh axis.
       bound: which of them is the longest.
+      waiting_seconds: link time of collectives that the program does nothing beside, one after another.
     """
 
     phase: str
@@ -49,6 +50,7 @@ class PhasePlan:
     collective_bytes: dict[str, float] | None = None
     seconds: float | None = None
     bound: str | None = None
+    waiting_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def analyse(
                 collective_bytes=cost.collectives,
                 seconds=times[bound],
                 bound=bound,
+                waiting_seconds=_one_by_one(cost.waiting, mesh) / chip.link_bytes_per_s,
             )
         )
     return phases
@@ -142,6 +145,11 @@ def axis_bytes(sent: Mapping[tuple[int, ...], float], mesh: Sequence[int]) -> li
         for axis in axes:
             along[axis] += size / len(axes)
     return along
+
+
+def _one_by_one(sent: Mapping[tuple[int, ...], float], mesh: Sequence[int]) -> float:
+    """Bytes over one link in collectives that follow one another; those across several axes use a link of each."""
+    return sum(size / max(1, len(crossed_axes(group, mesh))) for group, size in sent.items())
 
 
 def total_flops(cost: Cost, attention: Mapping[tuple[bool, int], int]) -> float:
