@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "v5e:16x16",
         {"mesh": "4x16x4", "train.batch_size": 64, "train.micro_batch_size": 64},
     ),
-    "3b_v5e_2x4": ("seg_zero_3b", "v5e:2x4", {}),
+    "3b_v5e_2x4": ("seg_zero_3b", "v5e:2x4", {"train.micro_batch_size": 8}),
     "7b_lora_v5e_2x4": ("seg_zero_7b", "v5e:2x4", {"mesh": "2x4", **_LORA}),
     "7b_lora_v5e_8x1": ("seg_zero_7b", "v5e:2x4", {"mesh": "8x1", **_LORA, "train.micro_batch_size": 8}),
     "7b_lora_v5e_2x2": ("seg_zero_7b", "v5e:2x2", {"mesh": "2x2", **_LORA}),

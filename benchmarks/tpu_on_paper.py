@@ -23,8 +23,7 @@ from segzero_jax.plan.phases import make_plan
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("3b", "7b")
-# Prompts per micro-batch: as many as fit into memory.
-SLICES = {"v5e:4x4": 4, "v6e:4x4": 16, "v5p:2x2x4": 16}
+SLICES = ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")
 # VisionReasoner (arXiv 2505.12081): 443 steps in 6 hours on 8 GPUs.
 PUBLISHED_S = 6 * 3600 / 443
 
@@ -32,7 +31,7 @@ PUBLISHED_S = 6 * 3600 / 443
 def estimate(model: str, topology: str, response: int) -> dict[str, Any]:
     """The plan of a preset on a slice of sixteen chips."""
     path = ROOT / f"configs/seg_zero_{model}.yaml"
-    changes = {"mesh": "4x4", "rollout.max_response_tokens": response, "train.micro_batch_size": SLICES[topology]}
+    changes = {"mesh": "4x4", "rollout.max_response_tokens": response, "train.micro_batch_size": 16}
     config = configs.replace(configs.load(path), **changes)
     return asdict(make_plan(config, path.name, topology, lambda phase: print(f"  {phase}", flush=True)))
 

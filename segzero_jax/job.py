@@ -17,7 +17,7 @@ from segzero_jax.compiled import keep_compiled
 from segzero_jax.config import Config
 from segzero_jax.grpo import LossConfig, TrainState, full_policy, initial_state, make_loss_config, make_optimizer
 from segzero_jax.mesh import ROLLOUT, TRAIN, Rows, batch_rows
-from segzero_jax.model.forward import forward_config
+from segzero_jax.model.forward import forward_config, training_layout
 from segzero_jax.model.lora import Adapters, adapt
 from segzero_jax.model.policy import ForwardConfig, Policy
 from segzero_jax.model.precision import use_compute_dtype
@@ -134,24 +134,25 @@ def prepare(
     check(processor)
     dtype = use_compute_dtype(config.model.compute_dtype)
     rank = config.model.lora_rank
+    layout = training_layout(dims, mesh, config.train.micro_batch_size)
     params: Policy | Adapters
     if rank:
-        base = load_hf(config.model.path, dtype=dtype)[0]
+        base = load_hf(config.model.path, layout, dtype)[0]
         key = stream_key(config.seed, LORA_START)
-        params = jax.jit(lambda key: Adapters(dims, TRAIN, rank, key))(key)
+        params = jax.jit(lambda key: Adapters(dims, layout, rank, key))(key)
         # With zero adapters, so that sums are rounded in the same places as the policy's and the first KL is almost 0.
         nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
         reference = adapt(base, nothing) if config.grpo.kl_coef else None
     else:
-        base, (params, _) = None, load_hf(config.model.path)
+        base, (params, _) = None, load_hf(config.model.path, layout)
         # Read again rather than copied: the state's buffers are donated to the update.
-        reference = load_hf(config.model.path, dtype=dtype)[0] if config.grpo.kl_coef else None
+        reference = load_hf(config.model.path, layout, dtype)[0] if config.grpo.kl_coef else None
     job = Job(
         config=config,
         mesh=mesh,
         processor=processor,
         frame=Frame(config.data.image_size, config.data.image_size),
-        train_fwd=forward_config(dims, TRAIN, config.model),
+        train_fwd=forward_config(dims, layout, config.model),
         rollout_fwd=forward_config(dims, ROLLOUT, config.model),
         sampling=make_sampling(config.rollout, processor),
         loss_config=make_loss_config(config, processor.visual_ids),

@@ -3,7 +3,8 @@
 Model code names logical axes ("heads", "mlp", "batch"); only this file knows mesh axes. Two layouts of
 one set of weights: TRAIN shards parameters FSDP x tensor and gathers a weight where it is used; ROLLOUT
 keeps every weight where it is (heads over tensor; MLP and vocabulary over both axes) so that a
-decode step moves activations only.
+decode step moves activations only. FSDP is for training with a prompt for every device: weights and
+prompts are split over all axes.
 
 Mesh axes are ``Explicit``: an array's sharding is part of its type, and an operation whose result is
 ambiguous asks for ``out_sharding``.
@@ -12,7 +13,7 @@ ambiguous asks for ``out_sharding``.
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,8 @@ class Layout:
 
     Attributes:
       batch: prompts, wherever activations are split by prompt.
-      mlp_batch: prompts, inside the MLP and the output head.
+      mlp_batch: prompts, inside the MLP.
+      head_batch: prompts, in the output head.
       lookup_batch: prompts, while token embeddings are looked up.
       embed: rows of a weight matrix along the model width.
       heads: attention heads of queries, and of keys and values when there are enough of them.
@@ -45,6 +47,7 @@ class Layout:
     name: str
     batch: str | tuple[str, ...] | None
     mlp_batch: str | tuple[str, ...] | None
+    head_batch: str | tuple[str, ...] | None
     lookup_batch: str | tuple[str, ...] | None
     embed: str | tuple[str, ...] | None
     heads: str | None
@@ -53,8 +56,16 @@ class Layout:
     vision_mlp: str | None
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The partition of an array whose dimensions carry these logical axes."""
-        return PartitionSpec(*(getattr(self, axis) if axis else None for axis in axes))
+        """The partition of an array whose dimensions carry these logical axes.
+
+        Where two of them name one mesh axis, the first has it.
+        """
+        taken: set[str] = set()
+        parts: list[tuple[str, ...]] = []
+        for axis in axes:
+            parts.append(tuple(one for one in self.over(axis) if one not in taken) if axis else ())
+            taken.update(parts[-1])
+        return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
     def over(self, axis: str) -> tuple[str, ...]:
         """The mesh axes that a logical axis is sharded over."""
@@ -66,6 +77,7 @@ TRAIN = Layout(
     name="train",
     batch=_BATCH,
     mlp_batch=_BATCH,
+    head_batch=_BATCH,
     lookup_batch="data",
     embed="fsdp",
     heads="tensor",
@@ -73,10 +85,14 @@ TRAIN = Layout(
     vocab="tensor",
     vision_mlp="tensor",
 )
+# Gathering weights overlaps with products. In TRAIN, activations are summed over tensor after attention and MLP, which
+# nothing can overlap with: the next product needs them. Embedding table and head stay as in TRAIN.
+FSDP = replace(TRAIN, name="fsdp", batch=AXES, mlp_batch=AXES, embed=_BOTH, heads=None, mlp=None, vision_mlp=None)
 ROLLOUT = Layout(
     name="rollout",
     batch=_BATCH,
     mlp_batch="data",
+    head_batch="data",
     lookup_batch="data",
     embed=None,
     heads="tensor",

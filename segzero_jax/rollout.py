@@ -109,7 +109,7 @@ def _choose(scaled_bgv: jax.Array, key: jax.Array, sampling: Sampling, fwd: Forw
     if sampling.greedy:
         return scaled_bgv.argmax(-1).astype(jnp.int32)
     # The noise of row b depends only on the key, b, g and v, not on the mesh or on how many rows follow.
-    spec = fwd.layout.spec("mlp_batch", None, "vocab")
+    spec = fwd.layout.spec("head_batch", None, "vocab")
     noise = jax.random.gumbel(key, scaled_bgv.shape, jnp.float32, out_sharding=spec)
     if sampling.top_p < 1 or sampling.top_k:
         # A sort needs a row's whole vocabulary in one place; only these options pay for it.
@@ -128,7 +128,7 @@ def _seen(batch: PromptBatch, sampling: Sampling, fwd: ForwardConfig) -> jax.Arr
     tokens_bp, row_bp = jax.sharding.reshard(tokens_bp, whole), jax.sharding.reshard(row_bp, whole)
     seen_bv = jnp.zeros((b, v), bool).at[row_bp, tokens_bp].set(True, mode="drop")
     seen_bgv = jnp.broadcast_to(seen_bv[:, None], (b, sampling.group, v))
-    return jax.sharding.reshard(seen_bgv, fwd.layout.spec("mlp_batch", None, "vocab"))
+    return jax.sharding.reshard(seen_bgv, fwd.layout.spec("head_batch", None, "vocab"))
 
 
 def _penalised(logits_bgv: jax.Array, seen_bgv: jax.Array, penalty: float) -> jax.Array:

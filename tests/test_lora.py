@@ -35,7 +35,7 @@ from segzero_jax.grpo import (
 )
 from segzero_jax.identity import Identity, fingerprint
 from segzero_jax.job import prepare
-from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
+from segzero_jax.mesh import FSDP, ROLLOUT, TRAIN, Layout, make_mesh
 from segzero_jax.model import load_hf, save_hf
 from segzero_jax.model.lora import Adapters, abstract_adapters, adapt, merge
 from segzero_jax.model.policy import DecoderBlocks, ForwardConfig, Policy, _linear, prompt_logits
@@ -190,14 +190,14 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> None:
 
 @pytest.fixture(scope="module")
 def one() -> tuple[np.ndarray, Any, dict[str, float], Any]:
-    return run_update("1x1", 1)
+    return run_update("1x1", TRAIN, 1)
 
 
-def run_update(mesh: str, micro_batches: int) -> tuple[np.ndarray, Any, dict[str, float], Any]:
+def run_update(mesh: str, layout: Layout, micro_batches: int) -> tuple[np.ndarray, Any, dict[str, float], Any]:
     """Logits, and what an update makes of adapters: its gradients, its metrics, and what they are by then."""
-    optimizer, fwd = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False), ForwardConfig(DIMS, TRAIN, FLOAT32)
+    optimizer, fwd = make_optimizer(TrainConfig(lr=1e-2), freeze_vision=False), ForwardConfig(DIMS, layout, FLOAT32)
     with jax.set_mesh(make_mesh(mesh)):
-        base, adapters, batch = random_policy(), random_adapters(), make_batch()
+        base, adapters, batch = random_policy(layout=layout), random_adapters(layout), make_batch()
         before = jax.tree.map(np.array, base)
         logits = jax.jit(lambda policy: prompt_logits(policy, batch.prompts, fwd))(adapt(base, adapters, SCALE))
         state = initial_state(adapters, optimizer)
@@ -206,18 +206,22 @@ def run_update(mesh: str, micro_batches: int) -> tuple[np.ndarray, Any, dict[str
         state, metrics = update(state, batch, base=base, **run)
         assert [leaf.shape for leaf in donated if not leaf.is_deleted()] == []
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(base))
-        abstract = jax.tree.leaves(abstract_adapters(DIMS, RANK))
+        abstract = jax.tree.leaves(abstract_adapters(DIMS, RANK, layout))
         placed = [leaf.sharding.spec for leaf in jax.tree.leaves(state.params)]
         assert placed == [leaf.sharding.spec for leaf in abstract]
         gradients, after = jax.tree.map(np.array, (optax.tree.get(state.opt_state, "mu"), state.params))
     return np.asarray(logits), gradients, jax.tree.map(float, metrics), after
 
 
-@pytest.mark.parametrize(("mesh", "micro_batches"), [("4x4", 1), ("2x4x2", 2)])
+@pytest.mark.parametrize(
+    ("mesh", "layout", "micro_batches"),
+    [("4x4", TRAIN, 1), ("2x4x2", TRAIN, 2), ("4x4", FSDP, 1), ("2x2x2", FSDP, 2)],
+    ids=lambda value: value.name if isinstance(value, Layout) else None,
+)
 def test_an_update_is_the_same_on_every_mesh_and_in_micro_batches(
-    mesh: str, micro_batches: int, one: tuple[np.ndarray, Any, dict[str, float], Any]
+    mesh: str, layout: Layout, micro_batches: int, one: tuple[np.ndarray, Any, dict[str, float], Any]
 ) -> None:
-    logits, gradients, metrics, after = run_update(mesh, micro_batches)
+    logits, gradients, metrics, after = run_update(mesh, layout, micro_batches)
     close(logits, one[0], 1e-5)
     jax.tree.map(lambda x, y: close(x, y, 1e-4), gradients, one[1])
     assert metrics == pytest.approx(one[2], rel=1e-4, abs=1e-5)

@@ -49,7 +49,7 @@ def linear(
     y = jnp.einsum(
         subscripts, x, weight.astype(x.dtype), out_sharding=out_sharding, preferred_element_type=out_dtype or x.dtype
     )
-    return y if bias is None else y + _spread(subscripts, bias).astype(y.dtype)
+    return y if bias is None else y + _spread(subscripts, bias, out_sharding).astype(y.dtype)
 
 
 def _letters(subscripts: str) -> tuple[str, str, str, str]:
@@ -59,10 +59,12 @@ def _letters(subscripts: str) -> tuple[str, str, str, str]:
     return x, weight, out, "".join(letter for letter in weight if letter not in x)
 
 
-def _spread(subscripts: str, bias: jax.Array) -> jax.Array:
-    """The bias with an axis of size one for every other axis of the result."""
+def _spread(subscripts: str, bias: jax.Array, out_sharding: PartitionSpec) -> jax.Array:
+    """The bias with an axis of size one for every other axis of the result, sharded like the result."""
     _, _, out, own = _letters(subscripts)
     assert [letter for letter in out if letter in own] == list(own), "bias axes keep their order"
+    parts = zip(out, [*out_sharding, *[None] * len(out)], strict=False)
+    bias = jax.sharding.reshard(bias, PartitionSpec(*(part for letter, part in parts if letter in own)))
     return jnp.expand_dims(bias, [axis for axis, letter in enumerate(out) if letter not in own])
 
 
@@ -124,7 +126,8 @@ def _linear_backward(
     if bias is None:
         return dx, dw, None
     others = tuple(axis for axis, letter in enumerate(out) if letter not in own)
-    return dx, dw, gradient.sum(others, dtype=jnp.float32).astype(bias.dtype)
+    db = gradient.sum(others, dtype=jnp.float32).astype(bias.dtype)
+    return dx, dw, jax.sharding.reshard(db, jax.typeof(bias).sharding.spec)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

@@ -67,9 +67,9 @@ def response_logps(
       float32 ``[b, g, r]`` each, in nats. The backward pass recomputes the logits, so that memory holds one chunk.
     """
     layout = fwd.layout
-    rows, parts = layout.over("batch"), layout.over("vocab")
+    rows, parts = layout.over("head_batch"), layout.over("vocab")
     head_vd = jax.sharding.reshard(head_weights(policy, fwd), layout.spec("vocab", None))
-    row_spec = layout.spec("batch", None, None)
+    row_spec = layout.spec("head_batch", None, None)
 
     def local(head_vd: jax.Array, hidden_bgrd: jax.Array, tokens_bgr: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Differentiation sums over devices here: the head's gradient over rows, the states' over the vocabulary.
@@ -87,7 +87,7 @@ def response_logps(
         logp, entropy = (part.reshape(-1)[:count].reshape(b, g, r) for part in found)
         return logp, entropy
 
-    hidden_spec = layout.spec("batch", None, None, None)
+    hidden_spec = layout.spec("head_batch", None, None, None)
     hidden_bgrd = jax.sharding.reshard(hidden_bgrd, hidden_spec)
     tokens = jax.sharding.reshard(jnp.asarray(tokens_bgr), row_spec)
     specs = (layout.spec("vocab", None), hidden_spec, row_spec)

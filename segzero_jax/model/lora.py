@@ -65,9 +65,9 @@ def abstract_adapters(dims: Dims, rank: int, layout: Layout = TRAIN) -> Adapters
     return jax.eval_shape(lambda: Adapters(dims, layout, rank, jax.random.key(0)))
 
 
-def abstract_params(dims: Dims, rank: int) -> Policy | Adapters:
+def abstract_params(dims: Dims, rank: int, layout: Layout = TRAIN) -> Policy | Adapters:
     """The trainable parameters as abstract values: adapters if ``rank`` is not 0, else all weights."""
-    return abstract_adapters(dims, rank) if rank else abstract_policy(dims)
+    return abstract_adapters(dims, rank, layout) if rank else abstract_policy(dims, layout)
 
 
 def abstract_adapted(dims: Dims, rank: int, layout: Layout = TRAIN) -> Policy:

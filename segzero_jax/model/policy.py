@@ -119,8 +119,8 @@ def _project(
     block: DecoderBlocks, x_btd: jax.Array, angles: jax.Array, fwd: ForwardConfig
 ) -> tuple[jax.Array, KeyValue]:
     spec, dims = fwd.layout.spec, fwd.dims
-    copies = kv_copies(dims.kv_heads)
     heads = spec("batch", None, "heads", None)
+    copies = kv_copies(dims.kv_heads) if heads[2] else 1
     kv = heads if copies == 1 else spec("batch", None, None, None)
 
     @recomputed
@@ -193,12 +193,20 @@ def embed_images(policy: Policy, batch: PromptBatch, *, fwd: ForwardConfig) -> P
     """The batch with image embeddings in place of patches, for passes that do not run the vision tower."""
     if batch.patches_bisc.shape[1] == 0:
         return batch
+    rows = jax.typeof(batch.tokens_bp).sharding.spec[0]
+    embedded = _encode_images(policy, _split_by_prompt(batch, fwd.layout), fwd)
     return batch._replace(
-        embedded_bud=_encode_images(policy, batch, fwd),
+        embedded_bud=jax.sharding.reshard(embedded, PartitionSpec(rows, None, None)),
         patches_bisc=batch.patches_bisc[:, :0],
         patch_hw_bis2=batch.patch_hw_bis2[:, :0],
         patch_valid_bis=batch.patch_valid_bis[:, :0],
     )
+
+
+def _split_by_prompt(batch: PromptBatch, layout: Layout) -> PromptBatch:
+    """The batch, split as the layout splits activations."""
+    place = lambda x: jax.sharding.reshard(jnp.asarray(x), layout.spec("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    return jax.tree.map(place, batch)
 
 
 def embed_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.Array:
@@ -217,6 +225,7 @@ def embed_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> jax.
 
 def _run_prompt(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> tuple[jax.Array, KeyValue]:
     """Runs the prompts: states before the final norm, ``[b, p, d]``, and keys and values, ``[layer, b, p, k, h]``."""
+    batch = _split_by_prompt(batch, fwd.layout)
     x = embed_prompt(policy, batch, fwd)
     angles = mrope_angles(batch.positions_b3p, fwd.dims.mrope_sections, fwd.dims.rope_theta)
     prompt_mask = _prompt_mask(batch)
@@ -325,6 +334,7 @@ def group_hidden(policy: Policy, batch: PromptBatch, tokens_bgr: Array, fwd: For
     response token ``i - 1``. Values and gradients equal those of running ``prompt + response`` G times.
     """
     b, g, r = tokens_bgr.shape
+    batch = _split_by_prompt(batch, fwd.layout)
     prompt = embed_prompt(policy, batch, fwd)
     p, d = prompt.shape[1:]
     # Shardings are explicit, since a reshape with axes of size one may put them on any of these.
@@ -357,6 +367,6 @@ def head_weights(policy: Policy, fwd: ForwardConfig) -> jax.Array:
 
 def logits(policy: Policy, hidden_bgd: jax.Array, fwd: ForwardConfig) -> jax.Array:
     """Float32 logits ``[b, g, v]``, vocabulary sharded, of normed hidden states ``[b, g, d]``."""
-    hidden = jax.sharding.reshard(hidden_bgd, fwd.layout.spec("mlp_batch", None, None))
-    out = fwd.layout.spec("mlp_batch", None, "vocab")
+    hidden = jax.sharding.reshard(hidden_bgd, fwd.layout.spec("head_batch", None, None))
+    out = fwd.layout.spec("head_batch", None, "vocab")
     return linear("bgd,vd->bgv", hidden, head_weights(policy, fwd), None, out, jnp.float32)

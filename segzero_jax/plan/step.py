@@ -23,7 +23,7 @@ from segzero_jax.grpo import (
 from segzero_jax.mesh import ROLLOUT, TRAIN
 from segzero_jax.model.attention import Stream
 from segzero_jax.model.dims import RELEASED, Dims
-from segzero_jax.model.forward import forward_config
+from segzero_jax.model.forward import forward_config, training_layout
 from segzero_jax.model.lora import abstract_adapted, abstract_params
 from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.splash import live_scores, padded_length
@@ -63,17 +63,18 @@ class Step:
         self.response_tokens = limits.max_response_tokens
         vision, side = dims.vision, config.data.image_size // dims.vision.patch
         self.patch_slots = len(window_order(side, side, vision.merge, vision.window_side)[0])
-        self.train_fwd = forward_config(dims, TRAIN, config.model)
+        layout = training_layout(dims, mesh, config.train.micro_batch_size)
+        self.train_fwd = forward_config(dims, layout, config.model)
         self.rollout_fwd = forward_config(dims, ROLLOUT, config.model)
         dtype = self.train_fwd.dtype
         self.loss_config = make_loss_config(config, _VISUAL_IDS)
         self.optimizer = make_optimizer(config.train, config.model.freeze_vision)
         self.rank = config.model.lora_rank
         # With LoRA, the policy under the adapters; the reference has its own adapters on the same policy.
-        self.base = self._on_mesh(abstract_policy(dims), dtype) if self.rank else None
-        params = self._on_mesh(abstract_params(dims, self.rank))
+        self.base = self._on_mesh(abstract_policy(dims, layout), dtype) if self.rank else None
+        params = self._on_mesh(abstract_params(dims, self.rank, layout))
         self.policy = full_policy(params, self.base, self.loss_config._replace(lora_scale=None))
-        reference = self._on_mesh(abstract_adapted(dims, self.rank), dtype)
+        reference = self._on_mesh(abstract_adapted(dims, self.rank, layout), dtype)
         self.reference_policy = reference if config.grpo.kl_coef else None
         self.rollout_policy = self._on_mesh(abstract_adapted(dims, self.rank, ROLLOUT), dtype)
         self.state = self._on_mesh(jax.eval_shape(partial(initial_state, optimizer=self.optimizer), params))

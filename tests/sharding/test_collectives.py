@@ -14,13 +14,13 @@ from test_sixteen_devices import BATCH, FLOAT32, LOSS, OPTIMIZER, PROCESSOR, pla
 from tiny import DIMS, prompts, random_policy
 
 from segzero_jax.grpo import UpdateBatch, initial_state, update
-from segzero_jax.mesh import TRAIN, make_mesh
+from segzero_jax.mesh import FSDP, TRAIN, Layout, make_mesh
 from segzero_jax.model.policy import ForwardConfig
 from segzero_jax.model.weights import abstract_policy
 from segzero_jax.plan.cost import Program
 from segzero_jax.types import Rollout
 
-ROWS, PROMPT, GROUP, LENGTH, TENSOR, FSDP = 4, 48, 3, 9, 4, 4
+ROWS, PROMPT, GROUP, LENGTH, TENSOR, WIDTH_PARTS = 4, 48, 3, 9, 4, 4
 TOKENS = PROMPT + GROUP * LENGTH
 SLOTS = 32  # of two pictures, or one of two windows
 Shape = tuple[int, ...]
@@ -43,8 +43,7 @@ def weights() -> tuple[set[Shape], set[Shape]]:
     return gathered, held
 
 
-@pytest.fixture(scope="module")
-def program() -> Program:
+def compiled_update(layout: Layout) -> Program:
     with jax.set_mesh(make_mesh("4x4")):
         batch = place(prompts(BATCH, PROCESSOR, multiple=PROMPT))
         assert batch.patches_bisc.shape[1:3] == (1, SLOTS)
@@ -54,14 +53,19 @@ def program() -> Program:
         )
         rest: Any = (zeros(dtype=np.float32), zeros(dtype=bool), zeros(LENGTH, dtype=np.float32))
         lowered = update.lower(
-            initial_state(random_policy(), OPTIMIZER),
+            initial_state(random_policy(layout=layout), OPTIMIZER),
             UpdateBatch(batch, rollout, *rest),
             optimizer=OPTIMIZER,
-            fwd=ForwardConfig(DIMS, TRAIN, FLOAT32, remat=True),
+            fwd=ForwardConfig(DIMS, layout, FLOAT32, remat=True),
             loss_config=LOSS,
             micro_batches=1,
         )
         return Program(lowered.compile().as_text())
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return compiled_update(TRAIN)
 
 
 def moved(program: Program, *kinds: str) -> set[Shape]:
@@ -89,8 +93,8 @@ def test_what_is_summed(program: Program) -> None:
         (ROWS, SLOTS // vision.merge**2, d),  # after the merger
         (ROWS, SLOTS // vision.merge**2, vision.hidden * vision.merge**2),  # and before it, backwards
         (ROWS, GROUP, LENGTH, d),  # the head's inputs, backwards
-        (BATCH, PROMPT, d // FSDP),  # looked up: each device has some of the vocabulary
-        (BATCH, GROUP, LENGTH, d // FSDP),
+        (BATCH, PROMPT, d // WIDTH_PARTS),  # looked up: each device has some of the vocabulary
+        (BATCH, GROUP, LENGTH, d // WIDTH_PARTS),
     }
     per_token = {(ROWS * GROUP * LENGTH,), ()}
     # A gradient that is cut after its sum shows as the whole or as the part.
@@ -102,7 +106,7 @@ def test_what_is_summed(program: Program) -> None:
 def test_what_changes_place(program: Program) -> None:
     """Embeddings that were looked up go to the device of their row, and their gradients come back."""
     d = DIMS.hidden
-    looked_up = {(ROWS, PROMPT, d // FSDP), (ROWS, GROUP, LENGTH, d // FSDP)}
+    looked_up = {(ROWS, PROMPT, d // WIDTH_PARTS), (ROWS, GROUP, LENGTH, d // WIDTH_PARTS)}
     assert moved(program, "all-to-all") <= looked_up
 
 
@@ -111,3 +115,15 @@ def test_a_layer_sums_activations_twice(program: Program) -> None:
     names = [one.attribute(r'op_name="([^"]*)"') or "" for kind, one in program.collectives() if kind == "all-reduce"]
     forward = [name for name in names if "transpose" not in name and "rematted" not in name]
     assert len([name for name in forward if "btnh,nhd->btd" in name or "btf,fd->btd" in name]) == 2
+
+
+def test_no_activation_of_a_block_moves_where_every_device_has_prompts() -> None:
+    """In the FSDP layout: all of weights and their gradients, and what enters and leaves embedding table and head."""
+    program, d = compiled_update(FSDP), DIMS.hidden
+    names = [one.attribute(r'op_name="([^"]*)"') or "" for _, one in program.collectives()]
+    assert [name for name in names if "btnh,nhd->btd" in name], "weights are gathered where they are used"
+    blocks = {(rows, tokens) for rows in (BATCH // 16, ROWS) for tokens in (TOKENS, SLOTS)}
+    shapes = [(kind, array.shape) for kind, one in program.collectives() for array in one.arrays]
+    assert [(kind, shape) for kind, shape in shapes if shape[:2] in blocks and len(shape) > 2] == []
+    # The head's inputs, for the four devices that each have a part of the vocabulary.
+    assert (ROWS, GROUP, LENGTH, d) in {shape for _, shape in shapes}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from segzero_jax.mesh import AXES, TRAIN, MeshError, arrange, batch_rows, prepare_cpu
+from segzero_jax.mesh import AXES, FSDP, TRAIN, Layout, MeshError, arrange, batch_rows, prepare_cpu
+from segzero_jax.model.dims import RELEASED
+from segzero_jax.model.forward import training_layout
 from segzero_jax.plan.slices import make_topology_mesh
 
 
@@ -39,6 +42,26 @@ def test_hosts_that_tensor_spans_hold_the_same_rows() -> None:
     shares = [batch_rows(make_topology_mesh("4x4", "v5e:4x4"), 8, host) for host in range(4)]
     assert [rows.held for rows in shares] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
     assert [rows.own for rows in shares] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batch", "layout"),
+    [
+        ("4x4", 16, FSDP),
+        ("4x4", 32, FSDP),
+        ("4x4", 8, TRAIN),
+        ("2x2x4", 16, FSDP),
+        ("2x2x4", 4, TRAIN),
+        # There is nothing to choose without a tensor axis.
+        ("16x1", 16, TRAIN),
+    ],
+)
+def test_prompts_alone_are_divided_where_every_device_has_some(mesh: str, micro_batch: int, layout: Layout) -> None:
+    dims = RELEASED["Qwen/Qwen2.5-VL-7B-Instruct"]
+    grid = make_topology_mesh(mesh, "v5e:4x4")
+    assert training_layout(dims, grid, micro_batch) is layout
+    # Four divide this width, eight do not.
+    assert training_layout(replace(dims, hidden=3588), grid, micro_batch) is TRAIN
 
 
 def two_slices() -> Sequence[jax.Device]:

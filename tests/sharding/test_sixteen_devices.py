@@ -26,7 +26,7 @@ from segzero_jax.grpo import (
     policy_logps,
     update,
 )
-from segzero_jax.mesh import ROLLOUT, TRAIN, Layout, make_mesh
+from segzero_jax.mesh import FSDP, ROLLOUT, TRAIN, Layout, make_mesh
 from segzero_jax.model.dims import RELEASED
 from segzero_jax.model.policy import ForwardConfig, Policy, prompt_logits
 from segzero_jax.model.weights import abstract_policy
@@ -35,6 +35,8 @@ from segzero_jax.types import Rollout
 
 LOGPS, GRADIENTS = 1e-5, 1e-4
 MESHES = ["4x4", "2x4x2", "16x1", "1x4"]
+# Each with the layout of reference and update.
+CASES = [*((mesh, TRAIN) for mesh in MESHES), *((mesh, FSDP) for mesh in MESHES if mesh != "16x1")]
 FLOAT32 = jnp.dtype("float32")
 PROCESSOR = load_processor()
 BATCH, GROUP, LENGTH = 16, 2, 8
@@ -61,12 +63,13 @@ def place(tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def run_phases(mesh: str, tokens: Rollout | None) -> Phases:
+def run_phases(mesh: str, layout: Layout, tokens: Rollout | None) -> Phases:
     """Logits, sampling, reference and update; the last two on given responses, or on those sampled here."""
     rng = np.random.default_rng(0)
-    fwd = ForwardConfig(DIMS, TRAIN, FLOAT32)
+    fwd = ForwardConfig(DIMS, layout, FLOAT32)
     with jax.set_mesh(make_mesh(mesh)):
-        policy, reference, batch = random_policy(), random_policy(seed=1), place(prompts(BATCH, PROCESSOR))
+        batch = place(prompts(BATCH, PROCESSOR))
+        policy, reference = random_policy(layout=layout), random_policy(layout=layout, seed=1)
         logits = jax.jit(lambda policy, batch: prompt_logits(policy, batch, fwd))(policy, batch)
         weights = rollout_layout(DIMS, FLOAT32)(policy)
         rollout = sample(
@@ -80,7 +83,7 @@ def run_phases(mesh: str, tokens: Rollout | None) -> Phases:
         )
         whole = UpdateBatch(batch, learnt, advantages, keep, ref_logps)
         # A policy of its own: its buffers are donated.
-        state = initial_state(random_policy(), OPTIMIZER)
+        state = initial_state(random_policy(layout=layout), OPTIMIZER)
         state, metrics = update(state, whole, optimizer=OPTIMIZER, fwd=fwd, loss_config=LOSS, micro_batches=1)
         host = jax.tree.map(np.array, (logits, ref_logps, optax.tree.get(state.opt_state, "mu"), state.params))
         logits, ref_logps, gradients, updated = host
@@ -89,16 +92,17 @@ def run_phases(mesh: str, tokens: Rollout | None) -> Phases:
 
 @pytest.fixture(scope="module")
 def one() -> Phases:
-    return run_phases("1x1", None)
+    return run_phases("1x1", TRAIN, None)
 
 
-@pytest.fixture(scope="module", params=MESHES)
-def many(request, one: Phases) -> tuple[str, Phases]:
-    return request.param, run_phases(request.param, one.rollout)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1].name}")
+def many(request, one: Phases) -> tuple[str, Layout, Phases]:
+    mesh, layout = request.param
+    return mesh, layout, run_phases(mesh, layout, one.rollout)
 
 
-def test_the_same_numbers_as_on_one_device(one: Phases, many: tuple[str, Phases]) -> None:
-    _, found = many
+def test_the_same_numbers_as_on_one_device(one: Phases, many: tuple[str, Layout, Phases]) -> None:
+    *_, found = many
     assert_close(found.logits, one.logits, LOGPS)
     np.testing.assert_array_equal(found.rollout.tokens_bgr, one.rollout.tokens_bgr)
     np.testing.assert_array_equal(found.rollout.length_bg, one.rollout.length_bg)
@@ -142,16 +146,18 @@ def assert_same_step(found: np.ndarray, expected: np.ndarray, gradient: np.ndarr
     assert np.abs(found - expected).max() <= 2.01e-2
 
 
-def test_parameters_and_moments_lie_in_shards_as_the_table_says(many: tuple[str, Phases]) -> None:
-    mesh, found = many
+def test_parameters_and_moments_lie_in_shards_as_the_table_says(many: tuple[str, Layout, Phases]) -> None:
+    mesh, layout, found = many
     data, fsdp, tensor = (1, *map(int, mesh.split("x")))[-3:]
     kv = 2 // tensor if tensor <= 2 else 2  # held whole where the axis is longer
+    # In the FSDP layout a matrix is divided along the model's width alone.
+    width, split, own_kv = (fsdp, tensor, kv) if layout is TRAIN else (fsdp * tensor, 1, 2)
     trained = {
-        "q_dnh": (2, 64 // fsdp, 8 // tensor, 8),
-        "k_dkh": (2, 64 // fsdp, kv, 8),
-        "o_nhd": (2, 8 // tensor, 8, 64 // fsdp),
-        "gate_df": (2, 64 // fsdp, 128 // tensor),
-        "down_fd": (2, 128 // tensor, 64 // fsdp),
+        "q_dnh": (2, 64 // width, 8 // split, 8),
+        "k_dkh": (2, 64 // width, own_kv, 8),
+        "o_nhd": (2, 8 // split, 8, 64 // width),
+        "gate_df": (2, 64 // width, 128 // split),
+        "down_fd": (2, 128 // split, 64 // width),
     }
     rolled = {
         "q_dnh": (2, 64, 8 // tensor, 8),
@@ -167,11 +173,11 @@ def test_parameters_and_moments_lie_in_shards_as_the_table_says(many: tuple[str,
             assert_shards(getattr(tree.blocks, name)[...], shapes[name], count)
     assert_shards(policy.embed_vd[...], (512 // tensor, 64 // fsdp), count)
     assert_shards(weights.embed_vd[...], (512 // (fsdp * tensor), 64), count)
-    assert_shards(policy.vision.blocks.qkv_d3nh[...], (2, 32 // fsdp, 3, 4 // tensor, 8), count)
-    assert_shards(policy.vision.merger_up_df[...], (128 // fsdp, 128 // tensor), count)
+    assert_shards(policy.vision.blocks.qkv_d3nh[...], (2, 32 // width, 3, 4 // split, 8), count)
+    assert_shards(policy.vision.merger_up_df[...], (128 // width, 128 // split), count)
 
 
-@pytest.mark.parametrize("layout", [TRAIN, ROLLOUT], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [TRAIN, FSDP, ROLLOUT], ids=lambda layout: layout.name)
 def test_every_matrix_of_a_7b_is_divided_over_the_mesh(layout: Layout) -> None:
     """For training each is in sixteen parts; for sampling those of attention and of the vision tower are in four."""
     with jax.set_mesh(make_mesh("4x4")):
@@ -184,8 +190,8 @@ def test_every_matrix_of_a_7b_is_divided_over_the_mesh(layout: Layout) -> None:
     assert len(parts) == 17
     whole_there = {"embed_vd", "head_vd", "blocks/gate_df", "blocks/up_df", "blocks/down_fd"}
     # Patches are embedded by rows of pixels, which nothing divides.
-    expected = {name: 16 if layout is TRAIN or name in whole_there else 4 for name in parts}
-    assert parts == expected | {"vision/patch_cd": 4 if layout is TRAIN else 1}
+    expected = {name: 16 if layout is not ROLLOUT or name in whole_there else 4 for name in parts}
+    assert parts == expected | {"vision/patch_cd": {TRAIN: 4, FSDP: 16, ROLLOUT: 1}[layout]}
 
 
 def assert_shards(array: jax.Array, shape: tuple[int, ...], devices: int) -> None:
