@@ -2,6 +2,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from fake_run import SPLITS, write_fake_run
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
@@ -875,6 +876,45 @@ def test_lines_stay_in_the_drawing_and_break_at_gaps(values, floor, maximum):
     for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path):
         assert 0 <= float(x) <= 350
         assert 0 <= float(y) <= 190
+
+
+@given(
+    values=st.lists(st.none() | st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=300),
+    floor=st.sampled_from((None, 0.0)),
+    maximum=st.sampled_from((None, 1.0)),
+)
+@example([1e308] * 241, None, None)
+@example([1e300, -1e300], None, None)
+@example([-1.7e308, 1.7e308, 1.0], None, 1.0)
+@example([5e-324], 0.0, None)
+@example([0.0, 5e-324], None, None)
+@example([1e-310, 3e-310], 0.0, None)
+def test_any_number_has_its_place_in_the_drawing(values, floor, maximum):
+    """A gradient that explodes, a probability that vanishes."""
+    steps = list(range(1, len(values) + 1))
+    smoothed = charts.smooth(values, charts.smoothing_window(len(values)) + 2)
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    assert all(abs(value) <= largest for value in smoothed if value is not None)
+    line = Series("a", smoothed, faint=values)
+    for drawing in (
+        charts.line_chart(steps, [line], "x", floor=floor, maximum=maximum),
+        charts.stacked_chart(steps, [Series("a", [value and abs(value) for value in values]), line], "x"),
+    ):
+        Page(drawing)
+        for path in re.findall(r'<path class="[^"]*" d="([^"]*)"', drawing):
+            for x, y in re.findall(r"[ML]([^ ]+) ([^MLZ]+)", path):
+                assert 0 <= float(x) <= 350
+                assert math.isfinite(float(y))
+
+
+@pytest.mark.parametrize("numbers", [(5e-324,), (1e300, -1e300), (-1e308, 1e308), (1.7e308, 0.5)])
+def test_a_page_is_made_of_any_numbers(copied, numbers):
+    found = rows(copied, "metrics.jsonl")
+    kept = ("step", "tokens_per_second")
+    change = lambda row, number: {key: number for key in row if key not in kept and not key.startswith("time/")}  # noqa: E731
+    extreme = [row | change(row, numbers[index % len(numbers)]) for index, row in enumerate(found)]
+    jsonl.write(copied / "metrics.jsonl", extreme)
+    report(copied)
 
 
 @pytest.mark.parametrize(

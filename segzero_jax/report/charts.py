@@ -16,6 +16,9 @@ from segzero_jax.report.markup import MINUS, show
 Values = Sequence[float | None]
 _MOST_POINTS = 240
 _LABEL = 12  # height of a line of text
+# Sizes beyond which float64 has no room for sums, differences and quotients. Larger values are drawn at the limit, and
+# differences below the smaller one as none.
+_HUGE, _TINY = 1e300, 1e-300
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def stacked_chart(steps: Sequence[int], layers: Sequence[Series], description: s
     """Layers stacked over steps, the first at the bottom. Peaks far above the rest are cut."""
     size = size or Size()
     shown_steps = _bins(steps, steps)
-    binned = [np.array([value or 0.0 for value in _bins(steps, layer.values)], float) for layer in layers]
+    binned = [np.array([_within(value or 0.0) for value in _bins(steps, layer.values)], float) for layer in layers]
     heights = np.cumsum(binned, axis=0)
     ceiling = min(float(heights[-1].max()), 3 * float(np.median(heights[-1]))) or 1.0
     clipped = np.minimum(heights, ceiling).tolist()
@@ -157,11 +160,14 @@ def svg(size: Size, description: str, parts: Sequence[str]) -> str:
 def smooth(values: Values, window: int) -> list[float | None]:
     """The mean over ``window`` steps around each step, or over those that exist at the ends. None stays None."""
     half, count = window // 2, len(values)
-    sums = np.concatenate([[0.0], np.cumsum([0.0 if value is None else value for value in values])])
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    scale = 2.0 ** min(max(math.frexp(largest)[1], 0), 1000)  # Dividing by it is exact, and no sum overflows.
+    sums = np.concatenate([[0.0], np.cumsum([0.0 if value is None else value / scale for value in values])])
     counts = np.concatenate([[0], np.cumsum([value is not None for value in values])])
     begin = np.maximum(np.arange(count) - half, 0)
     end = np.minimum(np.arange(count) + half + 1, count)
     means = (sums[end] - sums[begin]) / np.maximum(counts[end] - counts[begin], 1)
+    means = np.clip(means, -largest / scale, largest / scale) * scale
     return [None if value is None else float(mean) for value, mean in zip(values, means, strict=True)]
 
 
@@ -219,11 +225,11 @@ class _Plot:
         several: bool,
     ) -> "_Plot":
         everything = [v for line in series for part in (line.values, line.faint, line.low, line.high) for v in part]
-        known = [value for value in everything if value is not None] or [0.0]
+        known = [_within(value) for value in everything if value is not None] or [0.0]
         low = min(known) if floor is None else min(floor, *known)
         high = max(known) if maximum is None else max(maximum, *known)
-        if high - low <= 1e-6 * max(abs(low), abs(high)):  # constant except for rounding
-            margin = abs(low) * 0.1 or 1.0
+        if high - low <= max(1e-6 * max(abs(low), abs(high)), _TINY):  # constant except for rounding
+            margin = abs(low) * 0.1 if abs(low) > 100 * _TINY else 1.0
             low, high = (low, high + margin) if floor is not None else (low - margin, high + margin)
         elif maximum is None:
             high += (high - low) * 0.06
@@ -241,7 +247,7 @@ class _Plot:
         return round(self.left + share * (self.right - self.left), 1)
 
     def y(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
+        share = (_within(value) - self.low) / (self.high - self.low)
         return round(self.bottom - share * (self.bottom - self.top), 1)
 
     def axes(self, maximum: float | None) -> Iterator[str]:
@@ -364,8 +370,18 @@ def _bins(steps: Sequence[int], values: Values) -> list:
     result: list[float | None] = []
     for start in range(0, len(values), factor):
         known = [value for value in values[start : start + factor] if value is not None]
-        result.append(float(np.mean(known)) if known else None)
+        result.append(_mean(known) if known else None)
     return result
+
+
+def _mean(values: Sequence[float]) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = float(np.mean(values))
+    return mean if math.isfinite(mean) else float(np.sum(np.array(values) / len(values)))  # The sum was too large.
+
+
+def _within(value: float) -> float:
+    return min(max(value, -_HUGE), _HUGE)
 
 
 def _thin(steps: Sequence[int], line: Series) -> Series:

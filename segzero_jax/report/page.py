@@ -1,5 +1,6 @@
 """The whole page: its head, the headline, the configuration, and the sections in order."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def _reward_tile(run: Run) -> str:
     more = f"first {span} → last {span}"
     if reward.first_error is not None and reward.last_error is not None:
         more = f"first {span} ±{show(reward.first_error, 2)} → last {span} ±{show(reward.last_error, 2)}"
-        error = (reward.first_error**2 + reward.last_error**2) ** 0.5
+        error = math.hypot(reward.first_error, reward.last_error)
         change = reward.last - reward.first
         ratio = f", {show(abs(change) / error, 2)} standard errors" if error else ""
         more += f'<br><span class="{direction(change, 2 * error)}">{signed(change, 2)}{ratio}</span>'

@@ -185,6 +185,7 @@ class Ends:
     last_error: float | None
 
 
+@np.errstate(over="ignore", invalid="ignore")  # Of numbers near the end of float64; the page shows a dash.
 def ends(values: Sequence[float | None]) -> Ends | None:
     """Compares the first and last ten measured steps, or the halves of a shorter run; None if nothing was measured."""
     measured = [value for value in values if value is not None]
