@@ -103,7 +103,10 @@ class _LastAndBest(PreservationPolicy):
     ) -> Sequence[bool]:
         steps = [info.step for info in checkpoints]
         kept = set(sorted(steps)[-self._last :])
-        scores = {step: score for step in steps if (score := self._score(step)) is not None}
+        try:
+            scores = {step: score for step in steps if (score := self._score(step)) is not None}
+        except OSError:  # What has the scores is gone: any of them may be the best.
+            return [True] * len(steps)
         if scores:
             kept.add(max(scores, key=lambda step: (scores[step], step)))
         return [step in kept for step in steps]
@@ -130,7 +133,7 @@ class Checkpoints:
     Args:
       directory: holds one folder per step; a local path or ``gs://bucket/path``.
       keep: how many of the newest to keep; with at least two, one remains if another is damaged.
-      score: the score of a step, None if it has none; the step with the highest is kept as well.
+      score: the score of a step, None if it has none; the step with the highest is kept too, all if it raises OSError.
       read_only: for inspecting a run that may still be training.
     """
 
@@ -143,14 +146,17 @@ class Checkpoints:
     ):
         self.directory = storage_path(directory)
         # The bucket libraries (gcsfs, google.auth, aiohttp) raise errors of their own, without a common base class.
-        self._failures: tuple[type[Exception], ...]
-        self._failures = (Exception,) if is_url(self.directory) else _DISK_FAILURES
+        self._failures: tuple[type[Exception], ...] = (Exception,) if is_url(self.directory) else _DISK_FAILURES
         options = (
             ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
             if read_only
             # Removes what a killed run left half-written.
             else ocp.CheckpointManagerOptions(
-                preservation_policy=_LastAndBest(keep, score), cleanup_tmp_directories=True
+                preservation_policy=_LastAndBest(keep, score),
+                cleanup_tmp_directories=True,
+                # In the background, a folder that cannot be made is reported to nobody: the save waits ten minutes,
+                # deaf to signals, and names another reason. In the foreground, other hosts would wait without end.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=jax.process_count() > 1),
             )
         )
         # Registered here rather than at the first save: otherwise a new process could not read existing checkpoints.
@@ -225,8 +231,7 @@ class Checkpoints:
             raise self._failed(error) from None
         if not begun:  # Orbax treats all steps up to the latest as saved.
             raise SaveError(
-                f"{self.directory}: holds {self.latest}, which is an incomplete checkpoint; delete it, or copy it "
-                "completely"
+                f"{self.directory}: holds {self.latest}, an incomplete checkpoint; delete it, or copy it completely"
             )
 
     def wait(self) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,7 @@ class MetricsWriter:
         self._evaluations = self.run_dir / "evaluations.jsonl"
         self._events: EventFile | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        self._evaluated: list[dict[str, Any]] = []  # The rows of the file, for when that is gone.
         self._last_step = self._repair()
         stream = lasting(sys.stderr if stream is None else stream)
         self._display: Display | None = display(stream, total_steps) if show_progress else None
@@ -114,7 +116,8 @@ class MetricsWriter:
         jsonl.write(folder / f"{step}_{split}.jsonl", samples)
         earlier = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         again = [row for row in earlier if (row["step"], row["split"]) == (step, split) and row["mode"] in clean]
-        jsonl.write(self._evaluations, [row for row in earlier if row not in again] + rows)
+        self._evaluated = [row for row in earlier if row not in again] + rows
+        jsonl.write(self._evaluations, self._evaluated)
         self._write_events(
             step, {f"eval/{split}/{mode}/{key}": n for mode, numbers in clean.items() for key, n in numbers.items()}
         )
@@ -149,16 +152,18 @@ class MetricsWriter:
     def recent(self, kept: Collection[int] = ()) -> dict[str, list[dict[str, Any]]]:
         """The newest lines, to store in a checkpoint: a machine that vanishes may not have copied them elsewhere.
 
+        Also if the run directory itself is gone, except for lines of ``metrics.jsonl`` older than the newest 200.
+
         Args:
           kept: steps whose lines are included, however old: they tell which checkpoint is best.
         """
         metrics = list(self._recent)
         if metrics and min(kept, default=metrics[0]["step"]) < metrics[0]["step"]:
             first = metrics[0]["step"]
-            metrics = [row for row in self.steps() if row["step"] in kept and row["step"] < first] + metrics
-        evaluations = jsonl.read(self._evaluations) if self._evaluations.exists() else []
-        old = [row for row in evaluations[:-_RECENT] if row["step"] in kept]
-        return {"metrics": metrics, "evaluations": old + evaluations[-_RECENT:]}
+            with suppress(OSError):
+                metrics = [row for row in self.steps() if row["step"] in kept and row["step"] < first] + metrics
+        old = [row for row in self._evaluated[:-_RECENT] if row["step"] in kept]
+        return {"metrics": metrics, "evaluations": old + self._evaluated[-_RECENT:]}
 
     def add_missing(self, recent: Mapping[str, Iterable[Mapping[str, Any]]]) -> bool:
         """Adds lines from ``recent`` that these files, an older copy, lack. Returns whether there were any."""
@@ -221,6 +226,7 @@ class MetricsWriter:
     def _repair(self) -> int | None:
         """Cuts off a line that a crash left unfinished; returns the last step."""
         self._recent.clear()
+        self._evaluated = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         if not self._metrics.exists():
             return None
         rows = jsonl.read(self._metrics)

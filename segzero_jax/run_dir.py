@@ -21,7 +21,7 @@ from segzero_jax.local_path import local_path
 from segzero_jax.metrics import MetricsWriter
 from segzero_jax.pods import Pod
 from segzero_jax.record import metric_keys
-from segzero_jax.shared_storage import check_shared
+from segzero_jax.shared_storage import check_storage
 from segzero_jax.terminal import write_line
 
 _SAVED = "saved.json"
@@ -83,7 +83,7 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
       ConfigError: hosts see different checkpoints, or not what host 0 writes there; or as in ``check_keep_best`` and
         ``look``.
       CheckpointError: as in ``look``.
-      StorageError: a host cannot write to the checkpoint directory.
+      StorageError: a host cannot write to the checkpoint directory, see ``check_storage``.
     """
     check_keep_best(config)
     run_directory(config)  # Refuses a URL before checkpoints are looked for in it.
@@ -102,7 +102,7 @@ def begin(config: Config, resume: bool, pod: Pod) -> Beginning:
     done = pod.from_first("what is left to do", lambda: beginning.done)
     if not done:
         # On a first start no host sees a checkpoint, whether or not they share storage.
-        check_shared(checkpoint_directory(config), pod)
+        check_storage(config, pod)
     return Beginning(beginning.step, done, saved)
 
 
@@ -262,14 +262,14 @@ def checkpoint_due(config: Config, step: int) -> bool:
 
 
 def score(config: Config, run_dir: Path, step: int) -> float | None:
-    """The number that ``train.keep_best`` names, after ``step`` steps; None where it was not measured."""
+    """What ``train.keep_best`` names, after ``step`` steps; None if not measured. OSError if ``run_dir`` is gone."""
     wanted: dict[str, int | str] = {"step": step}
     key, file = config.train.keep_best, run_dir / "metrics.jsonl"
     evaluation = _best_evaluation(config)
     if evaluation is not None:
         split, mode, key = evaluation
         wanted, file = wanted | {"split": split, "mode": mode}, run_dir / "evaluations.jsonl"
-    rows = jsonl.read(file) if key and file.exists() else []
+    rows = jsonl.read(file) if key and (file.exists() or not run_dir.exists()) else []
     if evaluation is not None:
         # A resume may have changed the number of questions, and with it what a number means.
         rows = [row for row in rows if (row["split"], row["mode"]) == evaluation[:2]]

@@ -1,7 +1,8 @@
-"""Checks that all hosts of a run keep their checkpoints in one place: each writes there and looks for host 0's file.
+"""Checks that a run can write its checkpoints, and that all its hosts do so in one place.
 
-Every host writes a part of a checkpoint. If each has a disk of its own, no part is a checkpoint, and nothing fails
-until one is to be read.
+Each host writes a file there and looks for host 0's. Every host writes a part of a checkpoint: if each has a disk of
+its own, no part is a checkpoint, and nothing fails until one is to be read. A place that cannot be written to would be
+noticed at the first save, after many steps.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
-from segzero_jax.config import ConfigError
+from segzero_jax.checkpoint_paths import checkpoint_directory
+from segzero_jax.config import Config, ConfigError
 from segzero_jax.local_path import is_url
 from segzero_jax.model.weights import StorageError
 from segzero_jax.pods import Pod
@@ -66,9 +68,18 @@ def probe(directory: epath.Path, pod: Pod) -> None:
         raise problem
 
 
+def check_storage(config: Config, pod: Pod) -> None:
+    """Checks the checkpoint directory of a run that is about to train. Raises as ``check_shared`` does."""
+    directory = checkpoint_directory(config)
+    # What a single host has yet to make in run.dir needs no check of its own: the run's lock is written there first.
+    if pod.count > 1 or config.run.checkpoint_dir or os.path.lexists(directory):
+        check_shared(directory, pod)
+
+
 def check_shared(directory: epath.Path, pod: Pod) -> None:
-    """Raises as ``probe`` does, on all hosts if it fails on any; a single host shares with nobody."""
+    """Raises as ``probe`` does, on all hosts if it fails on any, and then names one of them."""
     if pod.count == 1:
+        probe(directory, pod)
         return
     found = ["", ""]
     try:

@@ -281,7 +281,7 @@ def test_a_part_of_a_checkpoint_is_not_taken_for_one_that_is_saved(config: Confi
     with pytest.raises(CheckpointError, match="150: is an incomplete checkpoint; delete it, or copy it completely"):
         look(config, resume=False)
     with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
-        with pytest.raises(SaveError, match="holds 150, which is an incomplete checkpoint; delete it"):
+        with pytest.raises(SaveError, match="holds 150, an incomplete checkpoint; delete it"):
             checkpoints.save(50, make_state(config, seed=1), DATA, config, IDENTITY)
         shutil.rmtree(folder(config) / "150")
     save(config, (50,))
@@ -405,6 +405,52 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_save_succeeds(config: Con
         checkpoints.save(2, state, DATA, config, IDENTITY)
         checkpoints.wait()
         assert checkpoints.newest() == (2, [])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("item", ["", "policy"])
+def test_a_folder_that_cannot_be_made_is_reported_at_once_with_the_reason(
+    config: Config, monkeypatch: pytest.MonkeyPatch, item: str
+) -> None:
+    """Orbax, left alone, would wait ten minutes for it."""
+    make = os.mkdir
+
+    def full(path: str, *how: Any, **more: Any) -> None:
+        if ".orbax-checkpoint-tmp" in str(path) and item in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *how, **more)
+
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config)) as checkpoints:
+        state = make_state(config, seed=1)
+        checkpoints.save(1, state, DATA, config, IDENTITY)
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", full)
+            with pytest.raises(SaveError, match="No space left on device"):
+                checkpoints.save(2, state, DATA, config, IDENTITY)
+        assert checkpoints.steps == [1]
+        assert [path.name for path in folder(config).iterdir()] == ["1"]
+        checkpoints.save(2, state, DATA, config, IDENTITY)
+        checkpoints.wait()
+        assert checkpoints.newest() == (2, [])
+
+
+def test_what_may_be_the_best_is_kept_while_nobody_can_tell(config: Config) -> None:
+    """The scores are in run.dir, which may be lost where checkpoints are elsewhere."""
+
+    def score(step: int) -> float:
+        if gone:
+            raise FileNotFoundError("run/evaluations.jsonl")
+        return float(-step)
+
+    gone: list[str] = []
+    with jax.set_mesh(make_mesh("1x1")), Checkpoints(folder(config), 1, score) as checkpoints:
+        for step in (1, 2, 3):
+            if step == 3:
+                gone.append("run.dir")
+            checkpoints.save(step, make_state(config, seed=1), DATA, config, IDENTITY)
+            checkpoints.wait()
+        assert checkpoints.steps == [1, 2, 3]
 
 
 @contextmanager

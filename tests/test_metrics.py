@@ -128,6 +128,20 @@ def test_a_line_that_a_full_disk_did_not_take_comes_from_the_checkpoint(tmp_path
     assert jsonl.read(tmp_path / "metrics.jsonl") == whole
 
 
+def test_the_lines_for_a_checkpoint_outlive_the_folder(tmp_path):
+    with writer(tmp_path / "run") as metrics:
+        metrics.write_step(1, {"kl": 0.5})
+        metrics.write_evaluation(1, "val", {"greedy": NUMBERS}, [])
+        saved = metrics.recent()
+        (tmp_path / "run").rename(tmp_path / "away")
+        assert metrics.recent(kept=[0]) == saved
+    assert [row["giou"] for row in saved["evaluations"]] == [0.5]
+    config = configs.replace(Config(), **{"train.keep_best": "kl"})
+    assert score(config, tmp_path / "away", 1) == 0.5
+    with pytest.raises(FileNotFoundError):
+        score(config, tmp_path / "run", 1)
+
+
 def test_what_lies_past_the_restored_step_is_forgotten_and_the_rest_kept(tmp_path):
     with writer(tmp_path) as metrics:
         for step in (0, 2, 10):

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,38 @@ def test_hosts_with_a_disk_each_all_stop_with_what_to_do(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_host_has_nobody_to_share_with(tmp_path: Path) -> None:
+def test_one_host_finds_out_before_it_trains_and_speaks_of_no_host(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    check_shared(epath.Path(tmp_path / "file/inside"), Pod())
+    for place in ("file/inside", "file"):
+        changes = {"run.dir": f"{tmp_path}/run", "run.checkpoint_dir": f"{tmp_path}/{place}"}
+        with pytest.raises(StorageError) as error:
+            begin(configs.replace(Config(), **changes), resume=False, pod=Pod())
+        assert str(error.value).startswith(f"{tmp_path}/{place}: cannot be written to: ")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_one_host_begins_where_it_can_write_and_leaves_nothing_there(tmp_path: Path, made: bool) -> None:
+    folder = tmp_path / "new/checkpoints"
+    if made:
+        folder.mkdir(parents=True)
+    changes = {"run.dir": f"{tmp_path}/run", "run.checkpoint_dir": str(folder)}
+    assert begin(configs.replace(Config(), **changes), resume=False, pod=Pod()) == Beginning(None, False)
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "checkpoints"] if made else [])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_in_the_run_s_own_is_looked_at_where_it_exists(tmp_path: Path, there: bool) -> None:
+    """A link to a disk that is not mounted; without one, the run writes beside it first, with an error of its own."""
+    run = tmp_path / "run"
+    if there:
+        run.mkdir()
+        (tmp_path / "file").touch()
+        (run / "checkpoints").symlink_to(tmp_path / "file/unmounted")
+    config = configs.replace(Config(), **{"run.dir": str(run)})
+    with pytest.raises(StorageError, match="checkpoints: cannot be written to: ") if there else nullcontext():
+        begin(config, resume=False, pod=Pod())
+    assert run.exists() == there
 
 
 @pytest.mark.parametrize("host", [0, 2])
