@@ -5,7 +5,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -51,7 +51,9 @@ def hold(path: Path, what: str) -> Iterator[None]:
         finally:
             if lock in _open_locks:  # False in a forked process.
                 _open_locks.remove(lock)
-                lock.truncate(0)
+                # On a disk that is gone the lock is, too; the error that ends the holder is the one to report.
+                with suppress(OSError):
+                    lock.truncate(0)
 
 
 def _let_go() -> None:

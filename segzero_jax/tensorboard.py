@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,8 +43,9 @@ class EventFile:
         self._write(_field(2, _VARINT, _varint(step)) + _field(5, _BYTES, values), wall_s)
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file. An event that could not be written, as ``write`` has reported, is dropped."""
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, event: bytes, wall_s: float | None = None) -> None:
         record = _field(1, _DOUBLE, struct.pack("<d", time.time() if wall_s is None else wall_s)) + event

@@ -46,7 +46,7 @@ from segzero_jax.processor import PromptTooLong
 from segzero_jax.profiling import Profiler, parse_steps
 from segzero_jax.recipe_check import check_splits
 from segzero_jax.record import print_summary
-from segzero_jax.report import write_report
+from segzero_jax.report import RunError, write_report
 from segzero_jax.reward_channel import Access, RewardServerError, RewardServiceAway, read_access
 from segzero_jax.reward_client import RewardClient
 from segzero_jax.reward_service import reward_service
@@ -82,8 +82,10 @@ USER_ERRORS = (
     ImageError,
     PromptTooLong,
     RewardServerError,
+    RunError,
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# A disk that is full, or away: a network disk whose server is gone, a device that fails.
+_NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 
 def open_questions(config: Config, pod: Pod) -> Splits:
@@ -158,8 +160,9 @@ def run(config: Config, resume: bool, pod: Pod, profile: str | None = None) -> N
             _continue(config, mesh, access, functions, beginning, pod, preemption, profile, timer)
         if pod.first:
             run_dir = Path(config.run.dir).expanduser()
-            page = write_report(run_dir)
+            # First: it needs less of the run's files than the page, any of which may be damaged.
             print_summary(run_dir)
+            page = write_report(run_dir)
             write_line(sys.stdout, f"report: {page}")
 
 
@@ -253,7 +256,7 @@ def _take_up(restored: Restored, config: Config, batches: Batches[Any], writer: 
 def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> Iterator[None]:
     """Saves the last finished step after the block, also if the block is told to stop or something is lost.
 
-    Raises StorageError if ``run_dir`` is full.
+    Raises StorageError if ``run_dir`` is full or gone.
     """
     try:
         yield
@@ -264,17 +267,32 @@ def _last_step_saved(keeper: Keeper, watch: Watch, run_dir: Path, pod: Pod) -> I
     except WorkerLost:
         # With several hosts, the others do not know of it, and all save or none.
         if pod.count == 1:
-            keeper.keep()
+            with watch.last_save():
+                keeper.keep()
         raise
     except OSError as error:
-        if error.errno not in _FULL:
+        if not _is_of_storage(error, run_dir):
             raise
         # Checkpoints may be elsewhere. With several hosts, the others do not know of it, and all save or none.
-        saved = pod.count == 1 and keeper.keep()
+        saved = False
+        if pod.count == 1:
+            with watch.last_save():
+                saved = keeper.keep()
         kept = "the last finished step is saved" if saved else "steps since the last checkpoint are lost"
-        raise StorageError(f"run.dir={run_dir}: cannot be written to: {error}; {kept}") from None
+        its = error.filename is None or _is_in(run_dir, error.filename)
+        where = f"run.dir={run_dir}: cannot be written to: " if its else ""
+        raise StorageError(f"{where}{error}; {kept}") from None
     with watch.last_save():
         keeper.keep_or_fail()
+
+
+def _is_of_storage(error: OSError, run_dir: Path) -> bool:
+    """Whether a disk is full or away, or it is about a file in ``run_dir``, which may have been removed or renamed."""
+    return error.errno in _NO_DISK or _is_in(run_dir, error.filename)
+
+
+def _is_in(run_dir: Path, name: Any) -> bool:
+    return isinstance(name, str | Path) and Path(name).is_relative_to(run_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,7 +310,7 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
         f"{HOST_LOST} another host of the run was lost, or a process that makes batches; "
         f"{DIVERGED} no update of too many steps in a row was finite; "
         f"{HUNG} a phase took longer than watch.kill_after_s; {STORAGE_FAILED} the last step could not be saved, or "
-        "checkpoints not be read, or run.dir is full; 130 stopped by Ctrl-C.",
+        "checkpoints not be read, or run.dir is full or gone; 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start without a checkpoint to go on from")
     parser.add_argument(
@@ -330,8 +348,10 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
     except KeyboardInterrupt:
         return pod.leave(130, "stopped at once; the same command goes on from the last checkpoint"), True
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno in (*_FULL, errno.EACCES, errno.EPERM):
-            return pod.leave(STORAGE_FAILED if error.errno in _FULL else 2, str(error)), False
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+            return pod.leave(2, str(error)), False
+        if isinstance(error, OSError) and _is_of_storage(error, Path(config.run.dir).expanduser()):
+            return pod.leave(STORAGE_FAILED, str(error)), False
         pod.await_blame(error)
         pod.leave(1, f"{type(error).__name__}: {error}")
         raise

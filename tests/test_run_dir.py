@@ -192,6 +192,22 @@ def test_of_a_run_that_is_done_the_first_host_alone_writes_and_tells(config: Con
         assert [*there, bool(said)] == [pod.first] * 3
 
 
+def test_a_damaged_file_that_the_page_alone_reads_is_one_line_after_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = [f"--run.dir={run}", f"--run.checkpoint_dir={tmp_path}/store", "--train.steps=4", "--data.eval_splits=[]"]
+    config = configs.load(overrides=[option.removeprefix("--") for option in options])
+    save(config, 4, lines={"metrics": [{"step": step, "reward/mean": 1.0} for step in (1, 2, 3, 4)], "evaluations": []})
+    (run / "rollouts").mkdir(parents=True)
+    (run / "rollouts/4.jsonl").write_text("garbage\n")
+    assert train.main(options) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"segzero_jax.train: {run}/rollouts/4.jsonl:1: expected a JSON object on each line: ")
+    assert len(said.err.splitlines()) == 1
+    assert "mean reward: 1.000" in said.out
+
+
 def test_another_run_is_refused_with_or_without_checkpoints(config: Config) -> None:
     other = configs.replace(config, **{"train.lr": 0.5, "reward.recipe": "seg_zero_soft", "train.steps": 99})
     run_dir = open_run(config)

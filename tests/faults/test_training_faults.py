@@ -17,6 +17,8 @@ from fake_reward_server import Fake, free_port, running, serving
 
 from reward_server import reward_pb2
 from segzero_jax import train
+from segzero_jax.data.batches import WorkerLost
+from segzero_jax.pods import Pod
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train.batch_size=4", "--train.micro_batch_size=4", "--rollout.group_size=2"]
@@ -108,6 +110,91 @@ def test_a_full_disk_under_the_run_directory_loses_no_finished_step(
     assert run(tmp_path / "run", data_dir, *options) == 0
     assert "going on after step 2" in capsys.readouterr().err
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 3]
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_is_renamed_loses_no_finished_step(
+    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--reward.server=none", "--train.steps=3", "--data.eval_splits=[]"]
+    options += [f"--run.checkpoint_dir={tmp_path / 'elsewhere'}", "--train.checkpoint_every=9"]
+    write, directory = train.MetricsWriter.write_step, tmp_path / "run"
+
+    def renamed(self: train.MetricsWriter, step: int, numbers: dict) -> None:
+        if step == 2:
+            directory.rename(tmp_path / "away")
+        write(self, step, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.MetricsWriter, "write_step", renamed)
+        assert run(directory, data_dir, *options) == 7
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"segzero_jax.train: run.dir={directory}: cannot be written to: [Errno 2] No such file")
+    assert last.endswith("; the last finished step is saved")
+    assert not directory.exists()
+    (tmp_path / "away").rename(directory)
+    assert run(directory, data_dir, *options) == 0
+    assert "going on after step 2" in capsys.readouterr().err
+    assert [row["step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3]
+
+
+RUN = Path("runs/one")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), f"run.dir={RUN}: cannot be written to: [Errno 28] No space"),
+        (OSError(errno.ESTALE, "Stale file handle"), f"run.dir={RUN}: cannot be written to: [Errno 116] Stale"),
+        (OSError(errno.EIO, "Input/output error", "data/one"), "[Errno 5] Input/output error: 'data/one'; "),
+        (FileNotFoundError(errno.ENOENT, "No such file", f"{RUN}/rollouts/3.jsonl.tmp"), f"run.dir={RUN}: cannot be"),
+        (FileExistsError(errno.EEXIST, "File exists", RUN / "rollouts"), f"run.dir={RUN}: cannot be written to: "),
+        (FileNotFoundError(errno.ENOENT, "No such file", "runs/one-more/x"), None),
+        (OSError("image file is truncated"), None),
+    ],
+)
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_disk_that_is_lost_is_one_line_and_the_last_step_is_saved(
+    error: OSError, told: str | None, saves: bool
+) -> None:
+    keeper = LastKeeper(saves)
+    expected = OSError if told is None else train.StorageError
+    with pytest.raises(expected) as raised, train._last_step_saved(keeper, keeper, RUN, Pod()):  # type: ignore[arg-type]
+        raise error
+    if told is None:
+        assert raised.value is error
+        assert keeper.seen == []
+    else:
+        assert str(raised.value).startswith(told)
+        ending = "the last finished step is saved" if saves else "steps since the last checkpoint are lost"
+        assert str(raised.value).endswith(f"; {ending}")
+        assert keeper.seen == ["last save begins", "kept", "last save ends"]
+
+
+def test_the_save_after_a_lost_process_of_the_data_is_a_last_save_too() -> None:
+    """``watch.kill_after_s`` would end it as a phase that hangs."""
+    keeper = LastKeeper(True)
+    with pytest.raises(WorkerLost), train._last_step_saved(keeper, keeper, RUN, Pod()):  # type: ignore[arg-type]
+        raise WorkerLost("a process was killed")
+    assert keeper.seen == ["last save begins", "kept", "last save ends"]
+
+
+class LastKeeper:
+    """Notes what becomes of the last save; the keeper and the watch in one."""
+
+    def __init__(self, saves: bool) -> None:
+        self.saves = saves
+        self.seen: list[str] = []
+
+    def keep(self) -> bool:
+        self.seen.append("kept")
+        return self.saves
+
+    @contextmanager
+    def last_save(self) -> Iterator[None]:
+        self.seen.append("last save begins")
+        yield
+        self.seen.append("last save ends")
 
 
 @pytest.mark.slow
