@@ -24,7 +24,7 @@ _LORA = {"model.lora_rank": 64, "train.micro_batch_size": 2}
 # Name: preset, slice, and changes to the preset. A mesh with more than 16 rows needs more prompts per step.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "7b_v5e_4x4": ("seg_zero_7b", "v5e:4x4", {}),
-    "7b_v6e_4x4": ("seg_zero_7b", "v6e:4x4", {"train.micro_batch_size": 16}),
+    "7b_v6e_4x4": ("seg_zero_7b", "v6e:4x4", {}),
     "7b_v5e_8x8": ("seg_zero_7b", "v5e:8x8", {"mesh": "16x4", "train.micro_batch_size": 16}),
     "7b_v5e_16x16": (
         "seg_zero_7b",
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "v5e:16x16",
         {"mesh": "4x16x4", "train.batch_size": 64, "train.micro_batch_size": 64},
     ),
-    "3b_v5e_2x4": ("seg_zero_3b", "v5e:2x4", {"train.micro_batch_size": 8}),
+    "3b_v5e_2x4": ("seg_zero_3b", "v5e:2x4", {}),
     "7b_lora_v5e_2x4": ("seg_zero_7b", "v5e:2x4", {"mesh": "2x4", **_LORA}),
     "7b_lora_v5e_8x1": ("seg_zero_7b", "v5e:2x4", {"mesh": "8x1", **_LORA, "train.micro_batch_size": 8}),
     "7b_lora_v5e_2x2": ("seg_zero_7b", "v5e:2x2", {"mesh": "2x2", **_LORA}),

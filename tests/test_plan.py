@@ -376,13 +376,15 @@ def test_advice_names_what_is_not_yet_done():
     wasteful = configs.replace(preset, **{"model.remat": False, "train.micro_batch_size": 16})
     said = "\n".join(advise(wasteful, [phase("update")]))
     assert "--model.remat=true" in said
-    assert "--train.micro_batch_size=4" in said
+    assert "--train.micro_batch_size=4: one prompt with its answers a row of the mesh" in said
+    many = configs.replace(preset, **{"train.batch_size": 64, "train.micro_batch_size": 64})
+    assert "--train.micro_batch_size=16: one prompt with its answers a chip" in advise(many, [phase("update")])
     assert "--rollout.max_response_tokens=650: shorter answers" in said
     assert "remat" not in "\n".join(advise(preset, [phase("update")]))
     for frozen in (False, True):
         tower = configs.replace(preset, **{"model.freeze_vision": frozen})
         assert ("--model.freeze_vision=true" in "\n".join(advise(tower, [phase("update")]))) != frozen
-    parts = configs.replace(preset, **{"train.mini_batch_size": 8})
+    parts = configs.replace(preset, **{"train.mini_batch_size": 8, "train.micro_batch_size": 4})
     said = "\n".join(advise(parts, [phase("prefill")]))
     assert "--train.batch_size=4 --train.mini_batch_size=4: fewer prompts a step" in said, "all that is larger"
     assert advise(preset, []) == []

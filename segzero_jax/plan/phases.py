@@ -221,8 +221,12 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
         if phase.phase == "update":
             if not config.model.remat:
                 advice.append("--model.remat=true: recompute blocks in the backward pass")
-            if config.train.micro_batch_size > data * fsdp:
-                advice.append(f"--train.micro_batch_size={data * fsdp}: one prompt with its answers a row of the mesh")
+            places = {data * fsdp * tensor: "chip", data * fsdp: "row of the mesh"}
+            smaller = [size for size in places if size < config.train.micro_batch_size]
+            if smaller:
+                advice.append(
+                    f"--train.micro_batch_size={smaller[0]}: one prompt with its answers a {places[smaller[0]]}"
+                )
             if config.train.moment_dtype == "float32":
                 advice.append("--train.moment_dtype=bfloat16: 2 bytes less a parameter")
             if not config.model.vision_stays:
