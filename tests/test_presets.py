@@ -127,6 +127,8 @@ def test_each_ablation_changes_what_its_name_says():
         "soft_accuracy": {"reward.recipe": "seg_zero_soft_accuracy"},
         "no_thinking": {"reward.recipe": "seg_zero_no_thinking", "data.prompt": WITHOUT_THINKING},
         "no_example": {"data.prompt": WITHOUT_EXAMPLE},
+        # Twice the tokens of a prompt, which four chips share.
+        "group_16": {"rollout.group_size": 16, "train.micro_batch_size": 2},
     }
     for path in ABLATIONS:
         if path.stem == "baseline":
