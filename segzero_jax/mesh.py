@@ -1,10 +1,10 @@
 """Devices, the mesh, and the one table of shardings.
 
-Model code names logical axes ("heads", "mlp", "batch"); only this file knows mesh axes. Two layouts of
+Model code names logical axes ("heads", "mlp", "batch"); only this file knows mesh axes. Three layouts of
 one set of weights: TRAIN shards parameters FSDP x tensor and gathers a weight where it is used; ROLLOUT
 keeps every weight where it is (heads over tensor; MLP and vocabulary over both axes) so that a
-decode step moves activations only. FSDP is for training with a prompt for every device: weights and
-prompts are split over all axes.
+decode step moves activations only; FSDP is for training with a prompt for every device, with prompts
+over all axes and the model's width over fsdp and tensor.
 
 Mesh axes are ``Explicit``: an array's sharding is part of its type, and an operation whose result is
 ambiguous asks for ``out_sharding``.

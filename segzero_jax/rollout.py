@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segzero_jax.mesh import ROLLOUT
+from segzero_jax.mesh import ROLLOUT, TRAIN
 from segzero_jax.model.attention import KeyValue
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.logprobs import log_probability, sampling_logits
@@ -65,10 +65,20 @@ def cache_lengths(limit: int) -> tuple[int, ...]:
 
 def rollout_layout(dims: Dims, dtype: jnp.dtype, lora_rank: int = 0) -> jax.stages.Wrapped:
     """A jitted ``Policy -> Policy`` that casts weights and reshards them for rollout under the ambient mesh."""
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_adapted(dims, lora_rank, ROLLOUT))
-    return jax.jit(
-        lambda policy: jax.tree.map(lambda x, spec: jax.sharding.reshard(x.astype(dtype), spec), policy, specs)
-    )
+    specs = [
+        jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_adapted(dims, lora_rank, layout))
+        for layout in (TRAIN, ROLLOUT)
+    ]
+
+    @jax.jit
+    def to_rollout(policy: Policy) -> Policy:
+        policy = jax.tree.map(lambda x: x.astype(dtype), policy)
+        # Through TRAIN: out of FSDP's shards, XLA would make whole matrices first.
+        for layout in specs:
+            policy = jax.tree.map(jax.sharding.reshard, policy, layout)
+        return policy
+
+    return to_rollout
 
 
 class _Progress(NamedTuple):

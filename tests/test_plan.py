@@ -379,6 +379,8 @@ def test_advice_names_what_is_not_yet_done():
     assert "--train.micro_batch_size=4: one prompt with its answers a row of the mesh" in said
     many = configs.replace(preset, **{"train.batch_size": 64, "train.micro_batch_size": 64})
     assert "--train.micro_batch_size=16: one prompt with its answers a chip" in advise(many, [phase("update")])
+    odd = configs.replace(preset, **{"train.batch_size": 24, "train.micro_batch_size": 24})
+    assert "--train.micro_batch_size=4" in "\n".join(advise(odd, [phase("update")])), "24 is no multiple of 16"
     assert "--rollout.max_response_tokens=650: shorter answers" in said
     assert "remat" not in "\n".join(advise(preset, [phase("update")]))
     for frozen in (False, True):

@@ -214,7 +214,7 @@ class TrainConfig:
       batch_size: prompts per step.
       mini_batch_size: prompts per update; 0 is the whole batch: one update per rollout, unless grpo.iterations is more.
       micro_batch_size: prompts whose activations are in memory at once; gradients accumulate over micro-batches. A
-        multiple of the number of devices needs more memory and saves waiting for links.
+        multiple of the number of devices saves waiting for links.
       lr: AdamW's learning rate after the warm-up.
       warmup_steps: updates of the linear warm-up; the first of N takes lr / N, the second 2 lr / N, and so on.
       lr_decay: the learning-rate schedule after the warm-up: "none", "linear" or "cosine".

@@ -11,7 +11,10 @@ from segzero_jax.model.precision import use_compute_dtype
 
 
 def training_layout(dims: Dims, mesh: jax.sharding.Mesh, micro_batch: int) -> Layout:
-    """FSDP if every device gets as many prompts of a micro-batch as the others, and of every width; else TRAIN."""
+    """FSDP if every device gets an equal part of a micro-batch's prompts, and of every width; else TRAIN.
+
+    Without a tensor axis both are the same, and called TRAIN.
+    """
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     widths = (dims.hidden, dims.vision.hidden, dims.vision.out)
     even = micro_batch % mesh.size == 0 and all(width % parts == 0 for width in widths)

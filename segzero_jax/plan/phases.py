@@ -222,7 +222,8 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
             if not config.model.remat:
                 advice.append("--model.remat=true: recompute blocks in the backward pass")
             places = {data * fsdp * tensor: "chip", data * fsdp: "row of the mesh"}
-            smaller = [size for size in places if size < config.train.micro_batch_size]
+            whole = config.train.micro_batch_size
+            smaller = [size for size in places if size < whole and whole % size == 0]
             if smaller:
                 advice.append(
                     f"--train.micro_batch_size={smaller[0]}: one prompt with its answers a {places[smaller[0]]}"

@@ -194,6 +194,16 @@ def test_every_matrix_of_a_7b_is_divided_over_the_mesh(layout: Layout) -> None:
     assert parts == expected | {"vision/patch_cd": {TRAIN: 4, FSDP: 16, ROLLOUT: 1}[layout]}
 
 
+@pytest.mark.parametrize("mesh", ["4x4", "2x4x2"])
+def test_weights_are_laid_out_for_sampling_without_whole_copies(mesh: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """XLA warns where it finds no better way from one sharding to another than the whole array on every device."""
+    with jax.set_mesh(make_mesh(mesh)):
+        to_rollout = rollout_layout(DIMS, FLOAT32)
+        for layout in (TRAIN, FSDP):
+            to_rollout.lower(random_policy(layout=layout)).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+
+
 def assert_shards(array: jax.Array, shape: tuple[int, ...], devices: int) -> None:
     assert {shard.data.shape for shard in array.addressable_shards} == {shape}
     assert len(array.sharding.device_set) == devices
