@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import config as configs
 from segzero_jax import manifest
-from segzero_jax.checkpoint_paths import in_short, reading, storage_path, unfinished
+from segzero_jax.checkpoint_paths import in_short, reading, remove_unfinished, storage_path
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState
@@ -349,8 +349,7 @@ class Checkpoints:
         with contextlib.suppress(*self._failures):
             self._manager.reload()
             if jax.process_index() == 0:
-                for left in unfinished(self.directory):
-                    left.rmtree(missing_ok=True)
+                remove_unfinished(self.directory)
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:
