@@ -4,7 +4,8 @@
 
 For the presets of 3B and 7B on sixteen chips of three generations, ``segzero_jax.plan`` compiles every phase of a step
 (16 prompts of 840 x 840 images, 8 responses each) and divides its work by the chip's published peaks. Each phase is
-bound by the slowest of compute, memory and links, all perfectly overlapped. Seg-Zero's responses have 100 to 200
+bound by the slowest of compute, memory and links, all perfectly overlapped; "waits" are seconds of link traffic that
+the programs overlap with nothing. Seg-Zero's responses have 100 to 200
 tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu but no TPU; half an hour on two
 cores. With ``--output``, plans that are already in the file are not compiled again.
 """
@@ -42,8 +43,10 @@ def line(name: str, plan: dict[str, Any]) -> str:
         over = [f"{p['phase']} takes {p['hbm_gib']:.2f} GiB" for p in plan["phases"] if not p["fits"]]
         return f"{name:20}{'-':>10}{'-':>16}  DOES NOT FIT: {', '.join(over)}"
     phases = ", ".join(f"{p['phase']} {p['runs'] * p['seconds']:.2f} ({p['bound']})" for p in plan["phases"])
+    waits = sum(p["runs"] * p["waiting_seconds"] for p in plan["phases"])
     fits = "" if plan["fits"] else "  DOES NOT FIT"
-    return f"{name:20}{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}  {phases}{fits}"
+    rates = f"{plan['seconds_per_step']:10.1f}{plan['samples_per_second_per_chip']:16.2f}"
+    return f"{name:20}{rates}  {phases}; waits {waits:.2f}{fits}"
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ class MetricsWriter:
         self._evaluations = self.run_dir / "evaluations.jsonl"
         self._events: EventFile | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
-        self._evaluated: list[dict[str, Any]] = []  # The rows of the file, for when that is gone.
+        self._evaluated: list[dict[str, Any]] = []  # The rows of evaluations.jsonl, also when that is gone.
         self._last_step = self._repair()
         stream = lasting(sys.stderr if stream is None else stream)
         self._display: Display | None = display(stream, total_steps) if show_progress else None
@@ -114,9 +114,10 @@ class MetricsWriter:
         folder = self.run_dir / "evaluations"
         folder.mkdir(exist_ok=True)
         jsonl.write(folder / f"{step}_{split}.jsonl", samples)
-        earlier = jsonl.read(self._evaluations) if self._evaluations.exists() else []
-        again = [row for row in earlier if (row["step"], row["split"]) == (step, split) and row["mode"] in clean]
-        self._evaluated = [row for row in earlier if row not in again] + rows
+        again = [
+            row for row in self._evaluated if (row["step"], row["split"]) == (step, split) and row["mode"] in clean
+        ]
+        self._evaluated = [row for row in self._evaluated if row not in again] + rows
         jsonl.write(self._evaluations, self._evaluated)
         self._write_events(
             step, {f"eval/{split}/{mode}/{key}": n for mode, numbers in clean.items() for key, n in numbers.items()}
@@ -172,12 +173,11 @@ class MetricsWriter:
         lines = [row for row in recent.get("metrics", ()) if row["step"] not in written]
         if lines:
             jsonl.write(self._metrics, sorted([*steps, *lines], key=itemgetter("step")))
-        there = jsonl.read(self._evaluations) if self._evaluations.exists() else []
         named = lambda row: (row["step"], row["split"], row["mode"])  # noqa: E731
-        known = set(map(named, there))
+        known = set(map(named, self._evaluated))
         missing = [row for row in recent.get("evaluations", ()) if named(row) not in known]
         if missing:
-            jsonl.write(self._evaluations, [*there, *missing])
+            jsonl.write(self._evaluations, [*self._evaluated, *missing])
         self._last_step = self._repair()
         return bool(lines or missing)
 
@@ -251,7 +251,7 @@ class MetricsWriter:
         for row in rows:
             numbers = {key: value for key, value in row.items() if key != "step"}
             self._write_events(row["step"], numbers, walls[row["step"]])
-        for row in jsonl.read(self._evaluations) if self._evaluations.exists() else []:
+        for row in self._evaluated:
             numbers = {key: value for key, value in row.items() if key not in ("step", "split", "mode")}
             self._write_events(
                 row["step"],

@@ -173,6 +173,15 @@ def test_a_plan_that_does_not_fit_has_a_line_all_the_same() -> None:
     ]
 
 
+def test_a_plan_s_line_adds_up_what_is_waited_for() -> None:
+    phases = [PhasePlan("decode", 4, 1, 1, 1, 3, True, 1e12, 1e9, {}, 0.5, "HBM", 0.25)]
+    phases += [PhasePlan("update", 1, 1, 1, 1, 3, True, 1e12, 1e9, {}, 3.0, "compute", 0.5)]
+    plan = {"fits": True, "seconds_per_step": 5.0, "samples_per_second_per_chip": 1.6, "phases": [*map(asdict, phases)]}
+    assert " ".join(tpu_on_paper.line("it", plan).split()) == (
+        "it 5.0 1.60 decode 2.00 (HBM), update 3.00 (compute); waits 1.50"
+    )
+
+
 def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, check=False, env={"PATH": ""}

@@ -8,10 +8,10 @@ a fusion that uses a slice of an array reads only that slice.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from segzero_jax.plan.groups import first_group
 from segzero_jax.plan.hlo import HloError, Instruction, read_computations
@@ -28,6 +28,9 @@ _FREE = {
 
 # Identifies a collective: its channel, and the shapes and bytes of its results, wherever in memory they are.
 _Key = tuple[str | None, tuple[tuple[tuple[int, ...], float], ...]]
+
+
+_Name = TypeVar("_Name")
 
 
 class Kernel(NamedTuple):
@@ -62,11 +65,9 @@ class Cost:
     def add(self, other: "Cost", times: float = 1) -> None:
         self.flops += times * other.flops
         self.bytes += times * other.bytes
-        for kind, size in other.collectives.items():
-            self.collectives[kind] = self.collectives.get(kind, 0.0) + times * size
-        for own, others in ((self.sent, other.sent), (self.waiting, other.waiting)):
-            for group, size in others.items():
-                own[group] = own.get(group, 0.0) + times * size
+        _add_sizes(self.collectives, other.collectives, times)
+        _add_sizes(self.sent, other.sent, times)
+        _add_sizes(self.waiting, other.waiting, times)
         self.kernels += [kernel._replace(calls=times * kernel.calls) for kernel in other.kernels]
 
 
@@ -303,6 +304,11 @@ class Program:
         return whole
 
 
+def _add_sizes(total: dict[_Name, float], sizes: Mapping[_Name, float], times: float = 1) -> None:
+    for name, size in sizes.items():
+        total[name] = total.get(name, 0.0) + times * size
+
+
 def _kind(instruction: Instruction, computation: str) -> str | None:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode not in _COLLECTIVES:
@@ -327,10 +333,10 @@ def _send(cost: Cost, kind: str, instruction: Instruction, waits: bool) -> None:
         sent = size * (n - 1)
     else:
         sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-    cost.collectives[kind] = cost.collectives.get(kind, 0.0) + sent
-    cost.sent[group] = cost.sent.get(group, 0.0) + sent
+    _add_sizes(cost.collectives, {kind: sent})
+    _add_sizes(cost.sent, {group: sent})
     if waits:
-        cost.waiting[group] = cost.waiting.get(group, 0.0) + sent
+        _add_sizes(cost.waiting, {group: sent})
 
 
 def _bytes(instruction: Instruction, body: dict[str, Instruction]) -> float:

@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -87,53 +87,59 @@ def test_one_of_two_servers_is_killed_and_the_rewards_stay(
     assert [row["missing_scores"] for row in outcome(tmp_path / "two")[0]] == [0, 0]
 
 
-@pytest.mark.slow
-def test_a_full_disk_under_the_run_directory_loses_no_finished_step(
+@pytest.fixture
+def three_steps(
     tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Checkpoints lie elsewhere; weeks of rollouts fill this one."""
+) -> Callable[..., int]:
+    """Starts a run of three steps with its checkpoints elsewhere; the first time, something happens in the second."""
     options = ["--reward.server=none", "--train.steps=3", "--data.eval_splits=[]"]
     options += [f"--run.checkpoint_dir={tmp_path / 'elsewhere'}", "--train.checkpoint_every=9"]
     write = train.MetricsWriter.write_step
 
-    def full(self: train.MetricsWriter, step: int, numbers: dict) -> None:
-        if step == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
-        write(self, step, numbers)
+    def start(happens: Callable[[], None] | None = None, because: str = "") -> int:
+        if happens is None:
+            return run(tmp_path / "run", data_dir, *options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.MetricsWriter, "write_step", full)
-        assert run(tmp_path / "run", data_dir, *options) == 7
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"segzero_jax.train: run.dir={tmp_path / 'run'}: cannot be written to: [Errno 28] No space")
-    assert last.endswith("; the last finished step is saved")
-    assert run(tmp_path / "run", data_dir, *options) == 0
+        def write_step(self: train.MetricsWriter, step: int, numbers: dict) -> None:
+            if step == 2:
+                happens()
+            write(self, step, numbers)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.MetricsWriter, "write_step", write_step)
+            code = run(tmp_path / "run", data_dir, *options)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"segzero_jax.train: run.dir={tmp_path / 'run'}: cannot be written to: {because}")
+        assert last.endswith("; the last finished step is saved")
+        return code
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_run_directory_loses_no_finished_step(
+    tmp_path: Path, three_steps: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints lie elsewhere; weeks of rollouts fill this one."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/metrics.jsonl"))
+
+    assert three_steps(full, because="[Errno 28] No space") == 7
+    assert three_steps() == 0
     assert "going on after step 2" in capsys.readouterr().err
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 3]
 
 
 @pytest.mark.slow
 def test_a_run_directory_that_is_renamed_loses_no_finished_step(
-    tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, three_steps: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--reward.server=none", "--train.steps=3", "--data.eval_splits=[]"]
-    options += [f"--run.checkpoint_dir={tmp_path / 'elsewhere'}", "--train.checkpoint_every=9"]
-    write, directory = train.MetricsWriter.write_step, tmp_path / "run"
-
-    def renamed(self: train.MetricsWriter, step: int, numbers: dict) -> None:
-        if step == 2:
-            directory.rename(tmp_path / "away")
-        write(self, step, numbers)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.MetricsWriter, "write_step", renamed)
-        assert run(directory, data_dir, *options) == 7
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"segzero_jax.train: run.dir={directory}: cannot be written to: [Errno 2] No such file")
-    assert last.endswith("; the last finished step is saved")
+    directory = tmp_path / "run"
+    assert three_steps(lambda: directory.rename(tmp_path / "away"), because="[Errno 2] No such file") == 7
     assert not directory.exists()
     (tmp_path / "away").rename(directory)
-    assert run(directory, data_dir, *options) == 0
+    assert three_steps() == 0
     assert "going on after step 2" in capsys.readouterr().err
     assert [row["step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3]
 
