@@ -3,12 +3,8 @@
 import errno
 import json
 import os
-import resource
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from full_disk import no_file_above
 from tiny import DIMS, hf_config, random_policy
 
 from segzero_jax import config as configs
@@ -491,19 +488,6 @@ def test_what_may_be_the_best_is_kept_while_nobody_can_tell(config: Config) -> N
             checkpoints.save(step, make_state(config, seed=1), DATA, config, IDENTITY)
             checkpoints.wait()
         assert checkpoints.steps == [1, 2, 3]
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """What a full disk is to a writer: files cannot grow past ``size`` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("form", ["run directory elsewhere", "directory", "its step"])

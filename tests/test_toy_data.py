@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import no_file_above
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segzero_jax.config import ConfigError
 from segzero_jax.data import toy
-from segzero_jax.data.pipeline import open_split
+from segzero_jax.data.pipeline import DataError, open_split
 from segzero_jax.data.scenes import SPLITS, make_example_scene
 from segzero_jax.types import Frame
 
@@ -78,6 +79,19 @@ def test_it_is_made_on_this_machines_disk(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         open_split("toy", "val", "gs://bucket/data")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_next_build_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy, "SIZES", dict.fromkeys(SPLITS, 40))
+    with (
+        no_file_above(20_000),
+        pytest.raises(DataError, match=r"^data set 'toy': cannot be built in .*: File too large.*$"),
+    ):
+        open_split("toy", "train", tmp_path)
+    assert not list(tmp_path.glob("toy_shapes/[0-9]*"))
+    assert len(open_split("toy", "train", tmp_path)) == 40
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:

@@ -127,11 +127,11 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
             if stored is None:
                 continue
             record, lines = stored
-            with _disk_errors():
+            with disk_errors():
                 writer.write(serializer.serialize_example(FEATURES.encode_example(record)))
             index += [(name, text, records, place, *rest) for place, (name, text, *rest) in enumerate(lines)]
             records += 1
-    with _disk_errors():
+    with disk_errors():
         writer.close()
     columns = zip(*index, strict=True) if index else [()] * len(INDEX)
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, INDEX, strict=True)], INDEX)
@@ -145,7 +145,7 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
 
 
 @contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """Raises OSError if ArrayRecord's writer cannot write; the writer raises an error of its own for that."""
     try:
         yield

@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segzero_jax.data.scenes import SPLITS, make_example_scene
+from segzero_jax.data.shards import disk_errors
 from segzero_jax.file_lock import turn
 from segzero_jax.local_path import local_path
 
@@ -103,6 +104,6 @@ def prepared_builder(data_dir: str | Path) -> ToyShapes:
             print(f"building the toy data set: {count} examples, about 20 s, into {builder.data_path}", file=sys.stderr)
             tfds.disable_progress_bar()
             # TFDS would announce a download of unknown size.
-            with redirect_stdout(io.StringIO()):
+            with redirect_stdout(io.StringIO()), disk_errors():
                 builder.download_and_prepare()
     return builder
