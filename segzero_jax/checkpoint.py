@@ -20,9 +20,10 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 
 from segzero_jax import config as configs
 from segzero_jax import manifest
-from segzero_jax.checkpoint_paths import in_short, reading, remove_unfinished, storage_path
+from segzero_jax.checkpoint_paths import in_short, reading, storage_path
 from segzero_jax.code_version import Code, this_code
 from segzero_jax.config import Config
+from segzero_jax.failed_saves import remove_unfinished
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity
 from segzero_jax.local_path import is_url

@@ -1,7 +1,6 @@
 """Locations of checkpoints, on a disk or in a bucket, and the errors of reading there."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +16,6 @@ from segzero_jax.model.weights import CheckpointError, StorageError
 
 _FOLDER = "checkpoints"
 _REASON_LENGTH = 200
-# After the first error of a save, Orbax's other writers go on for a moment, and make their folders anew.
-_WRITERS_END_S = 5.0
-_PAUSE_S = 0.1
 
 
 def storage_path(path: str | Path | epath.Path) -> epath.Path:
@@ -95,27 +91,6 @@ def refuse_unfinished(directory: epath.Path) -> None:
         parts = [path for path in found if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)]
     if parts:
         raise CheckpointError(f"{parts[0]}: is an incomplete checkpoint; delete it, or copy it completely")
-
-
-def remove_unfinished(directory: epath.Path) -> None:
-    """Removes what failed saves left. Gives up after some seconds: the next save or start removes the rest."""
-    end = time.monotonic() + _WRITERS_END_S
-    while time.monotonic() < end and (left := _unfinished(directory)):
-        for path in left:
-            with contextlib.suppress(OSError):  # A writer came between; the next look tells.
-                path.rmtree(missing_ok=True)
-        time.sleep(_PAUSE_S)
-
-
-def _unfinished(directory: epath.Path) -> list[epath.Path]:
-    """The leftovers of failed saves: on a disk under another name, in a bucket uncommitted."""
-    found = directory.iterdir() if directory.is_dir() else ()
-    return [
-        path
-        for path in found
-        if ocp.utils.TMP_DIR_SUFFIX in path.name
-        or (path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path))
-    ]
 
 
 def _is_complete(checkpoint: epath.Path) -> bool:

@@ -26,6 +26,7 @@ from segzero_jax.config import Config, ConfigError, check_local_model
 from segzero_jax.data.batches import Batches, WorkerLost, training_batches
 from segzero_jax.data.checks import check_same
 from segzero_jax.data.pipeline import DataError, Source, Splits, open_splits, questions
+from segzero_jax.failed_saves import ignore_late_reports
 from segzero_jax.file_lock import FolderHeld
 from segzero_jax.grpo import TrainState
 from segzero_jax.identity import Identity, fingerprint
@@ -329,6 +330,7 @@ def _main(argv: Sequence[str] | None = None) -> tuple[int, bool]:
         prepare_cpu(config.mesh, pod.count)
         # Orbax logs a traceback for errors that it then raises, which we report in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        ignore_late_reports()
         run(config, args.resume, pod, args.profile)
         return pod.leave(0), False
     except Stopped as stopped:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from segzero_jax.checkpoint import (
     _why_not_saved,
     run_difference,
 )
-from segzero_jax.checkpoint_paths import checkpoint_directory, locate, remove_unfinished, storage_path
+from segzero_jax.checkpoint_paths import checkpoint_directory, locate, storage_path
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, initial_state, make_optimizer
 from segzero_jax.identity import Identity, fingerprint
@@ -403,45 +402,6 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_save_succeeds(config: Con
         checkpoints.save(2, state, DATA, config, IDENTITY)
         checkpoints.wait()
         assert checkpoints.newest() == (2, [])
-
-
-def test_what_a_failed_save_left_is_removed_though_another_writer_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After the first error of a save, Orbax's writers of other arrays make their folders anew."""
-    (tmp_path / "1/manifest").mkdir(parents=True)
-    left = tmp_path / "2.orbax-checkpoint-tmp/optimizer"
-    left.mkdir(parents=True)
-    writes = iter("ab")
-
-    def go_on(_: float) -> None:
-        if part := next(writes, None):
-            left.mkdir(parents=True)
-            (left / part).touch()
-
-    monkeypatch.setattr(time, "sleep", go_on)
-    remove_unfinished(epath.Path(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
-
-
-def test_a_leftover_that_cannot_be_removed_does_not_hold_the_run_for_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    now = [0.0]
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    remove_unfinished(epath.Path(tmp_path))
-    assert (tmp_path / "2.orbax-checkpoint-tmp").is_dir()
-    assert now[0] < 10
 
 
 @pytest.mark.timeout(60)

@@ -35,7 +35,7 @@ ORDER = (
         "reward_client",
     ),
     *("local_server", "reward_service"),
-    *("grpo", "identity", "manifest", "checkpoint_paths", "checkpoint", "keeper", "preemption"),
+    *("grpo", "identity", "manifest", "checkpoint_paths", "failed_saves", "checkpoint", "keeper", "preemption"),
     *("tensorboard", "progress", "metrics", "time_account", "profiling", "watch", "patience"),
     *("overlay", "report", "own_rewards", "scoring", "evaluation"),
     *("dynamic_sampling", "record"),
