@@ -32,7 +32,7 @@ from segzero_jax.record import (
     update_metrics,
     why_no_update,
 )
-from segzero_jax.rollout import padding_multiple, sample
+from segzero_jax.rollout import padding_multiple, prefill_prompts, sample
 from segzero_jax.run_dir import checkpoint_due, evaluation_due
 from segzero_jax.scoring import Scorer
 from segzero_jax.types import Example, Lengths, PromptBatch, Rollout
@@ -118,8 +118,15 @@ class Loop:
             key = jax.random.fold_in(stream_key(config.seed, TRAINING), step)
             if earlier:
                 key = jax.random.fold_in(key, _BATCH_KEY + earlier)
-            # The copy in rollout layout lives only during the call.
-            rollout = sample(job.to_rollout(policy), prompts, key, fwd=job.rollout_fwd, sampling=job.sampling)
+            # Only for the calls: the KV cache of the prompts, and the copy in rollout layout.
+            rollout = sample(
+                prefilled=prefill_prompts(policy, prompts, fwd=job.train_fwd._replace(remat=False)),
+                policy=job.to_rollout(policy),
+                batch=prompts,
+                key=key,
+                fwd=job.rollout_fwd,
+                sampling=job.sampling,
+            )
             responses = job.fetch(rollout)
             texts = job.texts(responses)
         self.preemption.check()

@@ -1,4 +1,4 @@
-"""Rollout: one prefill per prompt, G sampled continuations, in one jitted program that ends when all have ended."""
+"""Rollout: one prefill per prompt, G sampled continuations, in a jitted program that ends when all have ended."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +13,7 @@ from segzero_jax.model.attention import KeyValue
 from segzero_jax.model.dims import Dims
 from segzero_jax.model.logprobs import log_probability, sampling_logits
 from segzero_jax.model.lora import abstract_adapted
-from segzero_jax.model.policy import DecodeCache, ForwardConfig, Policy, decode, empty_cache, logits, prefill
+from segzero_jax.model.policy import DecodeCache, ForwardConfig, Policy, decode, empty_cache, in_layout, logits, prefill
 from segzero_jax.types import PromptBatch, Rollout
 
 
@@ -79,6 +79,30 @@ def rollout_layout(dims: Dims, dtype: jnp.dtype, lora_rank: int = 0) -> jax.stag
         return policy
 
     return to_rollout
+
+
+class Prefilled(NamedTuple):
+    """Prompts that the policy has read, in ``ROLLOUT``: what ``prefill`` returns.
+
+    Attributes:
+      hidden_bd: the hidden state after the last token of each prompt.
+      cache: keys and values of all layers, ``[layer, b, p, k, h]``.
+    """
+
+    hidden_bd: jax.Array
+    cache: KeyValue
+
+
+@partial(jax.jit, static_argnames="fwd")
+def prefill_prompts(policy: Policy, batch: PromptBatch, *, fwd: ForwardConfig) -> Prefilled:
+    """Runs prompts in a layout for training, and reshards the result for sampling.
+
+    Weights in ``ROLLOUT`` stay where they are, which suits a token of each response: for whole prompts, the sums of
+    activations take longer than gathering weights would, and overlap with nothing.
+    """
+    hidden_bd, cache = prefill(policy, batch, fwd)
+    hidden_bd = jax.sharding.reshard(hidden_bd, ROLLOUT.spec("batch", None))
+    return Prefilled(hidden_bd, in_layout(cache, fwd.dims, ROLLOUT))
 
 
 class _Progress(NamedTuple):
@@ -204,19 +228,29 @@ def _decode_step(
 
 
 @partial(jax.jit, static_argnames=("fwd", "sampling"))
-def sample(policy: Policy, batch: PromptBatch, key: jax.Array, *, fwd: ForwardConfig, sampling: Sampling) -> Rollout:
+def sample(
+    policy: Policy,
+    batch: PromptBatch,
+    key: jax.Array,
+    *,
+    fwd: ForwardConfig,
+    sampling: Sampling,
+    prefilled: Prefilled | None = None,
+) -> Rollout:
     """Samples ``sampling.group`` responses to every prompt.
 
     Args:
       policy: weights in the layout of ``fwd``.
       batch: prompts; their number must be divisible over the layout's batch axes.
       key: random key from the seed and the step; row ``b`` of a batch draws the same tokens on every mesh.
+      prefilled: the prompts as this policy has read them; by default they are read here, in the layout of ``fwd``.
 
     Returns:
       Responses of static length ``sampling.max_tokens``. The log-probability of a token is under the distribution at
       temperature, before top-p and top-k.
     """
-    progress = _begin(policy, batch, fwd, sampling)
+    read = prefill(policy, batch, fwd) if prefilled is None else prefilled
+    progress = _start(*read, batch, fwd, sampling)
     for length in cache_lengths(sampling.max_tokens):
         progress = _run(policy, batch, key, _with_room(progress, length), fwd, sampling, length)
     return _rollout(progress)

@@ -25,7 +25,7 @@ from segzero_jax.plan.slices import CHIPS, Chip, make_topology_mesh, read_topolo
 from segzero_jax.plan.step import Step, find_dims, shard_bytes
 
 ROOT = Path(__file__).parent.parent
-PHASES = ["reshard", "prefill", "decode", "reference", "update"]
+PHASES = ["prefill", "reshard", "decode", "reference", "update"]
 
 
 def run_plan(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -108,7 +108,7 @@ def test_several_updates_run_on_mini_batches_and_need_old_log_probabilities():
     with jax.set_mesh(make_mesh("1x1")):
         step = Step(run, find_dims("toy"), jax.sharding.get_mesh())
         programs = {name: (runs, lower, beside) for name, runs, lower, beside in step.programs()}
-        assert list(programs) == ["reshard", "rollout", "reference", "old_logps", "update"]
+        assert list(programs) == ["prefill", "reshard", "decode", "reference", "old_logps", "update"]
         runs, lower, beside = programs["update"]
         assert runs == 4 * 3
         assert programs["old_logps"][0] == 1
@@ -120,7 +120,9 @@ def test_several_updates_run_on_mini_batches_and_need_old_log_probabilities():
         assert jax.tree.leaves(policy)[0].dtype == "float32"
         assert tokens.shape[0] == 16
         free = Step(configs.replace(run, **{"grpo.kl_coef": 0.0}), find_dims("toy"), jax.sharding.get_mesh())
-        assert [name for name, *_ in free.programs()] == ["reshard", "rollout", "old_logps", "update"], "no reference"
+        assert [name for name, *_ in free.programs()] == ["prefill", "reshard", "decode", "old_logps", "update"], (
+            "no reference"
+        )
 
 
 def test_adapters_are_planned_with_one_policy_that_they_and_the_reference_share():
@@ -129,7 +131,7 @@ def test_adapters_are_planned_with_one_policy_that_they_and_the_reference_share(
     with jax.set_mesh(make_mesh("1x1")):
         step = Step(run, find_dims("toy"), jax.sharding.get_mesh())
         programs = {name: (lower, beside) for name, _, lower, beside in step.programs()}
-        assert list(programs) == ["vision", "reshard", "rollout", "reference", "update"]
+        assert list(programs) == ["vision", "prefill", "reshard", "decode", "reference", "update"]
         policy, adapters = bytes_of(step.base), bytes_of(step.state.params)
         assert bytes_of(step.state) == pytest.approx(3 * adapters, rel=1e-3), "with two moments"
         assert 8 * adapters < policy
@@ -139,7 +141,9 @@ def test_adapters_are_planned_with_one_policy_that_they_and_the_reference_share(
         assert held["reference"] == pytest.approx(policy + 3.5 * adapters + prompts, rel=0.01)
         assert held["update"] == pytest.approx(policy + 3.5 * adapters + prompts, rel=0.02)
         assert held["vision"] == pytest.approx(policy + 3.5 * adapters + pictures, rel=0.01)
-        assert held["rollout"] == pytest.approx(2 * policy + 4 * adapters + prompts, rel=0.01)
+        assert held["prefill"] == pytest.approx(policy + 3.5 * adapters + prompts, rel=0.01)
+        caches = bytes_of(step.prefilled)
+        assert held["decode"] == pytest.approx(2 * policy + 4 * adapters + prompts + caches, rel=0.01)
 
 
 THE_7B = """
@@ -154,8 +158,8 @@ run = config.load("configs/seg_zero_7b.yaml")
 mesh = make_topology_mesh(run.mesh, "v5e:4x4")
 with jax.set_mesh(mesh):
     step = Step(run, find_dims(run.model.path), mesh)
-    (program,) = [program for program in step.programs() if program[0] == sys.argv[1]]
-    phases = analyse(*program, CHIPS["v5e"], mesh.devices.shape, step.attention_scores())
+    programs = [program for program in step.programs() if program[0] in sys.argv[1:]]
+    phases = [analyse(*program, CHIPS["v5e"], mesh.devices.shape, step.attention_scores()) for program in programs]
     print(json.dumps([asdict(phase) for phase in phases]))
 """
 
@@ -172,8 +176,8 @@ mesh = make_topology_mesh("2x2", "v5e:2x2")
 with jax.set_mesh(mesh):
     positions = jax.ShapeDtypeStruct((4, 3, 1152), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     angles = jax.jit(lambda positions: mrope_angles(positions, (16, 24, 24), 1e6)).lower(positions)
-    rollout = Step(Config(), find_dims("toy"), mesh).lower_rollout()
-    for lowered in (angles, rollout):
+    decode = Step(Config(), find_dims("toy"), mesh).lower_decode()
+    for lowered in (angles, decode):
         text = lowered.compile().as_text()
         products = [line for line in text.splitlines() if " convolution(" in line]
         exact = sum("operand_precision={highest,highest}" in line for line in products)
@@ -188,9 +192,9 @@ def test_a_tpu_rounds_neither_positions_nor_what_is_to_be_float32():
     assert found.stdout.splitlines() == ["0 0 False", "0 0 True"], found.stderr
 
 
-def plan_of_the_7b(program: str) -> dict[str, dict]:
+def plan_of_the_7b(*programs: str) -> dict[str, dict]:
     """The preset as it is: 16 prompts with 8 answers of up to 1,300 tokens, all parameters trained, on a v5e-16."""
-    found = run_python("-c", THE_7B, program)
+    found = run_python("-c", THE_7B, *programs)
     assert found.returncode == 0, found.stderr
     return {phase["phase"]: phase for phase in json.loads(found.stdout)}
 
@@ -213,7 +217,7 @@ def test_the_7b_updates_on_sixteen_chips_of_16_gb():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_decode_step_of_the_7b_reads_weights_and_caches_once():
-    phases = plan_of_the_7b("rollout")
+    phases = plan_of_the_7b("prefill", "decode")
     assert phases["prefill"]["fits"]
     assert phases["decode"]["fits"]
     weights = 2 * (2 * 152064 * 3584 + 28 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944))
@@ -290,7 +294,7 @@ def test_a_phase_that_needs_more_than_the_chip_has(written, gib):
             )
 
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    (found,) = analyse("update", 4, Lowered, (beside,), CHIPS["v5e"], (1, 4, 4), {})
+    found = analyse("update", 4, Lowered, (beside,), CHIPS["v5e"], (1, 4, 4), {})
     assert (found.runs, found.fits, found.hbm_gib, found.resident_gib, found.seconds) == (4, False, gib + 1, 1.0, None)
 
 
@@ -304,23 +308,31 @@ ENTRY %main (y: f32[64,32]) -> f32[64,32] {
 """
 
 
-@pytest.mark.parametrize(("limit", "fits"), [(5.0, True), (4.9, False)])
-def test_a_phase_takes_as_long_as_its_busiest_link_and_holds_what_lies_beside_it_too(limit, fits):
-    """Two axes send at once; a program's own code is in memory as well."""
+def analysed(text: str, limit: float) -> PhasePlan:
+    """The plan of a program of 4 GiB beside 1 GiB, for a slow chip on a mesh of 2 x 2."""
     gib = 2**30
     memory = SimpleNamespace(
         peak_memory_in_bytes=3 * gib, generated_code_size_in_bytes=gib, argument_size_in_bytes=2 * gib
     )
     lowered = Mock(**{"compile.return_value.memory_analysis.return_value": memory})
-    lowered.compile.return_value.as_text.return_value = ON_TWO_AXES
+    lowered.compile.return_value.as_text.return_value = text
     beside = jax.ShapeDtypeStruct((2**28,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    chip = Chip(hbm_gib=limit, flops_per_s=1e9, hbm_bytes_per_s=1e9, link_bytes_per_s=1e3)
-    (found,) = analyse("update", 4, lambda: lowered, (beside,), chip, (1, 2, 2), {})
-    assert (found.seconds, found.bound) == (4 * 64 * 32 / 1e3, "interconnect")
+    chip = Chip(hbm_gib=limit, flops_per_s=1e9, hbm_bytes_per_s=math.inf, link_bytes_per_s=1e3)
+    return analyse("update", 4, lambda: lowered, (beside,), chip, (1, 2, 2), {})
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(5.0, True), (4.9, False)])
+def test_a_phase_holds_what_lies_beside_it_too(limit, fits):
+    """A program's own code is in memory as well."""
+    found = analysed(ON_TWO_AXES, limit)
     assert (found.arguments_gib, found.temporaries_gib, found.resident_gib, found.hbm_gib) == (2, 2, 1, 5)
     assert found.fits == fits
-    # The program waits for one after the other.
-    assert found.waiting_seconds == 2 * found.seconds
+
+
+def test_a_program_waits_for_one_collective_after_the_other():
+    found = analysed(ON_TWO_AXES, 5)
+    assert found.waiting_seconds == found.seconds == 2 * 4 * 64 * 32 / 1e3
+    assert found.bound == "interconnect"
 
 
 BESIDE_OTHER_WORK = """HloModule beside_other_work
@@ -357,6 +369,14 @@ def test_only_collectives_with_nothing_beside_are_waited_for():
     assert cost.waiting == {four: 3 * array, two: array}
 
 
+def test_a_phase_takes_as_long_as_what_overlaps_with_nothing_and_then_its_busiest_link():
+    """Two axes send at once, each half of what goes across both."""
+    found, array = analysed(BESIDE_OTHER_WORK, 5), 4 * 16 * 32 / 1e3
+    assert found.waiting_seconds == pytest.approx((3 / 2 + 1) * array)
+    assert found.seconds == pytest.approx(found.waiting_seconds + (3 / 2 + 1) * array)
+    assert found.bound == "interconnect"
+
+
 def phase(name: str) -> PhasePlan:
     return PhasePlan(name, 1, 1.0, 20.0, 1.0, 22.0, False, 1e12, 1e9, {}, 1.0, "HBM")
 
@@ -364,7 +384,7 @@ def phase(name: str) -> PhasePlan:
 @pytest.mark.parametrize(("dtype", "passes"), [("float32", 6), ("bfloat16", 1)])
 def test_a_product_of_float32_numbers_is_six(dtype, passes, monkeypatch):
     chips: list[Chip] = []
-    monkeypatch.setattr("segzero_jax.plan.phases.analyse", lambda name, *given: chips.append(given[3]) or [phase(name)])
+    monkeypatch.setattr("segzero_jax.plan.phases.analyse", lambda name, *given: chips.append(given[3]) or phase(name))
     run = configs.replace(configs.Config(), **{"mesh": "2x2", "model.compute_dtype": dtype})
     make_plan(run, None, "v5e:2x2", lambda name: None)
     assert {chip.flops_per_s for chip in chips} == {CHIPS["v5e"].flops_per_s / passes}

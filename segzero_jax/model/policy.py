@@ -246,6 +246,7 @@ def prefill(policy: Policy, batch: PromptBatch, fwd: ForwardConfig) -> tuple[jax
       The hidden state after the last token of each prompt, ``[b, d]``, final norm applied, and the keys and values of
       all layers, ``[layer, b, p, k, h]``.
     """
+    batch = _split_by_prompt(batch, fwd.layout)
     x, cache = _run_prompt(policy, batch, fwd)
     return rms_norm(_last_prompt(x, batch), policy.final_norm_d[...], fwd.dims.norm_eps), cache
 
@@ -270,6 +271,14 @@ def _response_positions(batch: PromptBatch, steps: jax.Array) -> jax.Array:
     """M-RoPE positions of response tokens, ``[b, 3, t]``; they are text, so the three axes are equal."""
     positions = jnp.asarray(batch.next_position_b)[:, None, None] + steps[None, None]
     return jnp.broadcast_to(positions, (positions.shape[0], 3, positions.shape[2]))
+
+
+def in_layout(cache: KeyValue, dims: Dims, layout: Layout) -> KeyValue:
+    """Keys and values of prompts, ``[layer, b, p, k, h]``, in a layout that may need more copies of the heads."""
+    heads = dims.kv_heads * (kv_copies(dims.kv_heads) if layout.heads else 1)
+    if heads > cache.k.shape[3]:
+        cache = KeyValue(*(jnp.repeat(a, heads // a.shape[3], axis=3) for a in cache))
+    return jax.sharding.reshard(cache, layout.spec(None, "batch", None, "heads", None))
 
 
 class DecodeCache(NamedTuple):

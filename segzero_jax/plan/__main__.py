@@ -26,8 +26,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     table = Table(
         title=f"{plan.config or 'the toy run'} on {plan.topology}, mesh {plan.mesh}",
         caption=f"prompts of {plan.prompt_tokens}, answers of {plan.response_tokens} tokens; "
-        "one chip's memory in GiB and traffic in GB; s: seconds, a lower bound; "
-        "waits: seconds of link traffic that nothing overlaps",
+        "one chip's memory in GiB and traffic in GB; s: seconds, a lower bound, of which "
+        "waits: link traffic that nothing overlaps",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

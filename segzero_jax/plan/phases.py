@@ -25,7 +25,7 @@ class PhasePlan:
     """One phase on one chip. FLOPs, bytes and seconds are per run of the phase.
 
     Attributes:
-      phase: its name. Prefill and decode are parts of one program and share its memory.
+      phase: its name.
       runs: runs per step: decode runs once per token, the update once per mini-batch and iteration.
       arguments_gib, temporaries_gib: memory of its program; results that replace arguments are counted once.
       resident_gib: memory of the run's other data at that time.
@@ -33,8 +33,8 @@ class PhasePlan:
       fits: whether the sum is within the chip's limit.
       flops, bytes: FLOPs of matrix products; main-memory traffic. None if the program could not be compiled.
       collective_bytes: bytes sent over the links, by kind of collective.
-      seconds: the longest of compute, memory and link time, with one link for each mesh axis.
-      bound: which of them is the longest.
+      seconds: the longest of compute, memory and link time, as if they overlapped, after what does not overlap.
+      bound: the longest of compute, memory and link time, with one link for each mesh axis.
       waiting_seconds: link time of collectives that the program does nothing beside, one after another.
     """
 
@@ -79,15 +79,14 @@ def analyse(
     chip: Chip,
     mesh: Sequence[int],
     attention: Mapping[tuple[bool, int], int],
-) -> list[PhasePlan]:
-    """Compiles a program and reads its memory and cost from it. The rollout is two phases: prefill and decode.
+) -> PhasePlan:
+    """Compiles a program and reads its memory and cost from it. Decoding is described by one of its steps.
 
     Args:
       name, runs, lower, beside: see ``Step.programs``.
       mesh: sizes of the mesh axes.
       attention: see ``Step.attention_scores``.
     """
-    names = ["prefill", "decode"] if name == "rollout" else [name]
     resident = shard_bytes(beside) / _GIB
     try:
         compiled = lower().compile()
@@ -97,40 +96,40 @@ def analyse(
             raise
         size, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
         own = float(size) / (1024 if unit == "M" else 1)
-        return [PhasePlan(phase, runs, 0.0, own, resident, own + resident, fits=False) for phase in names]
+        return PhasePlan(name, runs, 0.0, own, resident, own + resident, fits=False)
     memory = compiled.memory_analysis()
     own = (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / _GIB
     arguments = memory.argument_size_in_bytes / _GIB
     program = Program(compiled.as_text())
-    if name == "rollout":
-        around, turn, turns = program.split("decode_step")
-        costs = [(around, 1), (turn, turns)]
-    else:
-        costs = [(program.cost, runs)]
-    phases = []
-    for phase, (cost, runs) in zip(names, costs, strict=True):
-        flops = total_flops(cost, attention)
-        times = {"compute": flops / chip.flops_per_s, "HBM": cost.bytes / chip.hbm_bytes_per_s}
-        times["interconnect"] = max(axis_bytes(cost.sent, mesh)) / chip.link_bytes_per_s
-        bound = max(times, key=times.__getitem__)
-        phases.append(
-            PhasePlan(
-                phase=phase,
-                runs=runs,
-                arguments_gib=arguments,
-                temporaries_gib=own - arguments,
-                resident_gib=resident,
-                hbm_gib=own + resident,
-                fits=own + resident <= chip.hbm_gib,
-                flops=flops,
-                bytes=cost.bytes,
-                collective_bytes=cost.collectives,
-                seconds=times[bound],
-                bound=bound,
-                waiting_seconds=_one_by_one(cost.waiting, mesh) / chip.link_bytes_per_s,
-            )
-        )
-    return phases
+    cost = program.cost
+    if name == "decode":
+        around, cost, runs = program.split("decode_step")
+        cost.add(around, 1 / runs)
+    flops = total_flops(cost, attention)
+    waiting = _one_by_one(cost.waiting, mesh) / chip.link_bytes_per_s
+    beside_others = {group: size - cost.waiting.get(group, 0.0) for group, size in cost.sent.items()}
+    times = {
+        "compute": flops / chip.flops_per_s,
+        "HBM": cost.bytes / chip.hbm_bytes_per_s,
+        "interconnect": max(axis_bytes(beside_others, mesh)) / chip.link_bytes_per_s,
+    }
+    seconds = waiting + max(times.values())
+    times["interconnect"] += waiting
+    return PhasePlan(
+        phase=name,
+        runs=runs,
+        arguments_gib=arguments,
+        temporaries_gib=own - arguments,
+        resident_gib=resident,
+        hbm_gib=own + resident,
+        fits=own + resident <= chip.hbm_gib,
+        flops=flops,
+        bytes=cost.bytes,
+        collective_bytes=cost.collectives,
+        seconds=seconds,
+        bound=max(times, key=times.__getitem__),
+        waiting_seconds=waiting,
+    )
 
 
 def axis_bytes(sent: Mapping[tuple[int, ...], float], mesh: Sequence[int]) -> list[float]:
@@ -193,7 +192,7 @@ def make_plan(config: Config, config_path: str | None, topology: str, report: Ca
         attention = step.attention_scores()
         for name, runs, lower, beside in step.programs():
             report(name)
-            phases += analyse(name, runs, lower, beside, chip, mesh.devices.shape, attention)
+            phases.append(analyse(name, runs, lower, beside, chip, mesh.devices.shape, attention))
     times = [phase.runs * phase.seconds for phase in phases if phase.seconds is not None]
     seconds = sum(times) if len(times) == len(phases) else None
     samples = config.train.batch_size * config.rollout.group_size

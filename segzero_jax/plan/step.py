@@ -29,7 +29,7 @@ from segzero_jax.model.policy import Policy, embed_images
 from segzero_jax.model.splash import live_scores, padded_length
 from segzero_jax.model.weights import abstract_policy, read_dims
 from segzero_jax.patches import window_order
-from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
+from segzero_jax.rollout import Sampling, padding_multiple, prefill_prompts, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 
 # Special tokens do not affect cost; these are Qwen2.5-VL's.
@@ -81,6 +81,8 @@ class Step:
         self.patches = self._patches(config.train.batch_size)
         self.prompts = self._embedded(self.patches)
         self.responses = self._responses(config.train.batch_size)
+        read = partial(prefill_prompts, fwd=self.train_fwd._replace(remat=False))
+        self.prefilled = self._on_mesh(jax.eval_shape(read, self.policy, self.prompts))
 
     @property
     def stream(self) -> Stream:
@@ -93,8 +95,9 @@ class Step:
         other = reference if reference is None or not self.rank else reference.blocks.adapters
         if config.model.vision_stays:
             yield "vision", 1, self.lower_vision, (optimizer, other)
-        yield "reshard", 1, self.lower_reshard, (optimizer, other)
-        yield "rollout", 1, self.lower_rollout, (self.state, self.base, other)
+        yield "prefill", 1, self.lower_prefill, (optimizer, other)
+        yield "reshard", 1, self.lower_reshard, (optimizer, other, self.prefilled)
+        yield "decode", 1, self.lower_decode, (self.state, self.base, other)
         if reference is not None:
             yield "reference", 1, partial(self.lower_logps, reference), (self.state,)
         if config.updates_per_rollout > 1:
@@ -109,12 +112,16 @@ class Step:
     def lower_reshard(self) -> Any:
         return rollout_layout(self.dims, self.rollout_fwd.dtype, self.rank).lower(self.policy)
 
-    def lower_rollout(self) -> Any:
+    def lower_prefill(self) -> Any:
+        return prefill_prompts.lower(self.policy, self.prompts, fwd=self.train_fwd._replace(remat=False))
+
+    def lower_decode(self) -> Any:
         limits = self.config.rollout
         tokens = (limits.max_response_tokens, _END_IDS, _PAD_ID, _VISUAL_IDS)
         sampling = Sampling(self.group, *tokens, limits.temperature, limits.top_p, limits.top_k)
         key = self._on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
-        return sample.lower(self.rollout_policy, self.prompts, key, fwd=self.rollout_fwd, sampling=sampling)
+        settings = {"fwd": self.rollout_fwd, "sampling": sampling, "prefilled": self.prefilled}
+        return sample.lower(self.rollout_policy, self.prompts, key, **settings)
 
     def lower_logps(self, policy: Policy) -> Any:
         fwd = self.train_fwd._replace(remat=False)

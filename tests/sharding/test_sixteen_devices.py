@@ -6,6 +6,7 @@ With tensor = 4 the two key-value heads are fewer than the axis and are repeated
 
 import math
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from segzero_jax.mesh import FSDP, ROLLOUT, TRAIN, Layout, make_mesh
 from segzero_jax.model.dims import RELEASED
 from segzero_jax.model.policy import ForwardConfig, Policy, prompt_logits
 from segzero_jax.model.weights import abstract_policy
-from segzero_jax.rollout import Sampling, rollout_layout, sample
+from segzero_jax.rollout import Sampling, prefill_prompts, rollout_layout, sample
 from segzero_jax.types import Rollout
 
 LOGPS, GRADIENTS = 1e-5, 1e-4
@@ -50,6 +51,7 @@ class Phases(NamedTuple):
 
     logits: np.ndarray
     rollout: Rollout
+    read_in_rollout: Rollout
     ref_logps: np.ndarray
     metrics: dict[str, float]
     gradients: Any
@@ -72,10 +74,12 @@ def run_phases(mesh: str, layout: Layout, tokens: Rollout | None) -> Phases:
         policy, reference = random_policy(layout=layout), random_policy(layout=layout, seed=1)
         logits = jax.jit(lambda policy, batch: prompt_logits(policy, batch, fwd))(policy, batch)
         weights = rollout_layout(DIMS, FLOAT32)(policy)
-        rollout = sample(
-            weights, batch, jax.random.key(0), fwd=ForwardConfig(DIMS, ROLLOUT, FLOAT32), sampling=SAMPLING
+        sampled = partial(
+            sample, weights, batch, jax.random.key(0), fwd=ForwardConfig(DIMS, ROLLOUT, FLOAT32), sampling=SAMPLING
         )
-        rollout = jax.device_get(rollout)
+        rollout = jax.device_get(sampled(prefilled=prefill_prompts(policy, batch, fwd=fwd)))
+        # The same on a mesh whatever the layout for training.
+        read_in_rollout = jax.device_get(sampled()) if layout is TRAIN else rollout
         learnt = place(tokens or rollout)
         ref_logps = policy_logps(reference, batch, learnt.tokens_bgr, fwd=fwd, loss_config=LOSS)
         advantages, keep = place(
@@ -87,7 +91,8 @@ def run_phases(mesh: str, layout: Layout, tokens: Rollout | None) -> Phases:
         state, metrics = update(state, whole, optimizer=OPTIMIZER, fwd=fwd, loss_config=LOSS, micro_batches=1)
         host = jax.tree.map(np.array, (logits, ref_logps, optax.tree.get(state.opt_state, "mu"), state.params))
         logits, ref_logps, gradients, updated = host
-        return Phases(logits, rollout, ref_logps, jax.tree.map(float, metrics), gradients, updated, state, weights)
+        numbers = jax.tree.map(float, metrics)
+        return Phases(logits, rollout, read_in_rollout, ref_logps, numbers, gradients, updated, state, weights)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +109,10 @@ def many(request, one: Phases) -> tuple[str, Layout, Phases]:
 def test_the_same_numbers_as_on_one_device(one: Phases, many: tuple[str, Layout, Phases]) -> None:
     *_, found = many
     assert_close(found.logits, one.logits, LOGPS)
-    np.testing.assert_array_equal(found.rollout.tokens_bgr, one.rollout.tokens_bgr)
-    np.testing.assert_array_equal(found.rollout.length_bg, one.rollout.length_bg)
-    assert_close(found.rollout.logps_bgr, one.rollout.logps_bgr, LOGPS)
+    for rollout in (found.rollout, found.read_in_rollout, one.read_in_rollout):
+        np.testing.assert_array_equal(rollout.tokens_bgr, one.rollout.tokens_bgr)
+        np.testing.assert_array_equal(rollout.length_bg, one.rollout.length_bg)
+        assert_close(rollout.logps_bgr, one.rollout.logps_bgr, LOGPS)
     assert_close(found.ref_logps, one.ref_logps, LOGPS)
     assert found.metrics == pytest.approx(one.metrics, rel=GRADIENTS, abs=1e-5)
     # AdamW's first moment after one step is the clipped gradient times 1 - beta1.
