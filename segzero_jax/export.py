@@ -115,9 +115,12 @@ def _find(run: str | Path, step: int | None) -> str:
     located = locate(run)
     if located is not None and located[1] is None:
         return find_checkpoint(str(run)) if step is None else str(located[0] / str(step))
-    if located is not None and step in (None, located[1]):
-        return str(located[0] / str(located[1]))
-    raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
+    if located is None:
+        raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
+    directory, named = located
+    if step not in (None, named):
+        raise ExportError(f"--run={run}: is step {named}, --step={step}; expected one of the two")
+    return str(directory / str(named))
 
 
 def _target(out: Path) -> Path:

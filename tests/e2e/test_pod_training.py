@@ -21,12 +21,13 @@ from segzero_jax.hub import TOY
 
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests/pod_host.py"
-HOSTS, STEPS, CALLS = 4, 3, 4
+HOSTS, STEPS, CALLS = 4, 3, 8
 PROFILE = ["--profile=3"]
 pytestmark = pytest.mark.timeout(1800)  # Eight devices on two cores, up to four processes that compile.
-OPTIONS = ["--mesh=4x2", f"--train.steps={STEPS}", "--train.batch_size=4", "--train.micro_batch_size=4"]
+# A prompt for every device, as in the presets: reference and update are split by prompt over the whole mesh.
+OPTIONS = ["--mesh=4x2", f"--train.steps={STEPS}", "--train.batch_size=8", "--train.micro_batch_size=8"]
 OPTIONS += ["--train.checkpoint_every=1", "--rollout.group_size=4", "--rollout.max_response_tokens=48"]
-OPTIONS += ["--rollout.max_batches=2", "--eval.examples=4", "--eval.samples=4", "--data.eval_splits=[val]"]
+OPTIONS += ["--rollout.max_batches=2", "--eval.examples=8", "--eval.samples=4", "--data.eval_splits=[val]"]
 
 
 @pytest.fixture(scope="module")
