@@ -3,11 +3,11 @@
     python -m benchmarks.tpu_on_paper [--response 256] [--output FILE]
 
 For the presets of 3B and 7B on sixteen chips of three generations, ``segzero_jax.plan`` compiles every phase of a step
-(16 prompts of 840 x 840 images, 8 responses each) and divides its work by the chip's published peaks. Each phase is
-bound by the slowest of compute, memory and links, all perfectly overlapped; "waits" are seconds of link traffic that
-the programs overlap with nothing. Seg-Zero's responses have 100 to 200
-tokens, and a batch is cut to its longest; ``--response`` is that length. Needs libtpu but no TPU; half an hour on two
-cores. With ``--output``, plans that are already in the file are not compiled again.
+(16 prompts of 840 x 840 images, 8 responses each) and divides its work by the chip's published peaks. The seconds of a
+phase are those of link traffic that the program overlaps with nothing ("waits"), and the longest of compute, memory and
+other link traffic, perfectly overlapped. Seg-Zero's responses have 100 to 200 tokens, and a batch is cut to its
+longest; ``--response`` is that length. Needs libtpu but no TPU; half an hour on two cores. With ``--output``, plans
+that are already in the file are not compiled again.
 """
 
 import argparse
