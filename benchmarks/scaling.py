@@ -20,7 +20,7 @@ from segzero_jax import config as configs
 from segzero_jax.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
-_LORA = {"model.lora_rank": 64, "train.micro_batch_size": 2}
+_LORA = {"model.lora_rank": 64}
 # Name: preset, slice, and changes to the preset. A mesh with more than 16 rows needs more prompts per step.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "7b_v5e_4x4": ("seg_zero_7b", "v5e:4x4", {}),
@@ -37,9 +37,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"mesh": "4x16x4", "train.batch_size": 64, "train.micro_batch_size": 64},
     ),
     "3b_v5e_2x4": ("seg_zero_3b", "v5e:2x4", {}),
-    "7b_lora_v5e_2x4": ("seg_zero_7b", "v5e:2x4", {"mesh": "2x4", **_LORA}),
+    "7b_lora_v5e_2x4": ("seg_zero_7b", "v5e:2x4", {"mesh": "2x4", **_LORA, "train.micro_batch_size": 8}),
     "7b_lora_v5e_8x1": ("seg_zero_7b", "v5e:2x4", {"mesh": "8x1", **_LORA, "train.micro_batch_size": 8}),
-    "7b_lora_v5e_2x2": ("seg_zero_7b", "v5e:2x2", {"mesh": "2x2", **_LORA}),
+    "7b_lora_v5e_2x2": ("seg_zero_7b", "v5e:2x2", {"mesh": "2x2", **_LORA, "train.micro_batch_size": 4}),
 }
 
 
