@@ -29,7 +29,7 @@ from segzero_jax.model.policy import ForwardConfig, Policy
 from segzero_jax.model.weights import file_tensors
 from segzero_jax.patches import window_order
 from segzero_jax.processor import mrope_positions
-from segzero_jax.rollout import Sampling, padding_multiple, rollout_layout, sample
+from segzero_jax.rollout import Sampling, padding_multiple, prefill_prompts, rollout_layout, sample
 from segzero_jax.types import PromptBatch, Rollout
 
 
@@ -140,7 +140,9 @@ class JaxSide:
         times = [time.perf_counter()]
         for count in (1, tokens):
             sampling = Sampling(self.advantages.shape[1], count, (), 0, (), greedy=True)
-            made = sample(weights, prompt, jax.random.key(0), fwd=self.rollout_fwd, sampling=sampling)
+            read = prefill_prompts(self.state.params, prompt, fwd=self.train_fwd._replace(remat=False))
+            how = {"fwd": self.rollout_fwd, "sampling": sampling, "prefilled": read}
+            made = sample(weights, prompt, jax.random.key(0), **how)
             made = jax.device_get(made.tokens_bgr[0])
             times.append(time.perf_counter())
         layout, (first, whole) = times[0] - start, np.diff(times).tolist()
