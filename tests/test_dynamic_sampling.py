@@ -107,7 +107,8 @@ def groups(size: int, p: int, r: int, seed: int, parts: bool) -> DeviceBatch:
     i = 0 if parts else 1  # pictures that are embedded already have no patches
     prompts = PromptBatch(
         *(numbers(size, p), numbers(size), numbers(size, 3, p), numbers(size), numbers(size, p)),
-        *(real(size, i, 4, 5), numbers(size, i, 4, 2), numbers(size, i, 4) > 3, real(size, 2, 3) if parts else None),
+        # As pictures do, the patches divide into pieces.
+        *(real(size, i, 4, 8), numbers(size, i, 4, 2), numbers(size, i, 4) > 3, real(size, 2, 3) if parts else None),
     )
     rollout = Rollout(numbers(size, GROUP, r), numbers(size, GROUP), real(size, GROUP, r), numbers(size, GROUP) > 3)
     return DeviceBatch(prompts, rollout, real(size, GROUP, r), real(size, GROUP, r) if parts else None)
@@ -161,7 +162,7 @@ def test_no_device_holds_a_whole_batch_of_pictures(mesh: str) -> None:
         around = jax.sharding.get_mesh()
 
         def like(x: np.ndarray) -> jax.ShapeDtypeStruct:
-            shape = (16, 1, 3600, 1176) if x.shape[-1] == 5 and x.ndim == 4 else (16, *x.shape[1:])
+            shape = (16, 1, 3600, 1176) if x.shape[-1] == 8 and x.ndim == 4 else (16, *x.shape[1:])
             spec = TRAIN.spec("batch", *(None,) * (x.ndim - 1))
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=jax.sharding.NamedSharding(around, spec))
 

@@ -406,6 +406,18 @@ def test_a_sam_that_is_silent_is_given_up(
     assert "reward.timeout_s" not in printed.err
 
 
+def test_a_server_that_is_away_at_the_start_may_be_back_later(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not exit code 2, after which a pod is not started again; and no policy is loaded for nothing."""
+    arguments = ["--dataset=toy", "--checkpoint=toy", f"--out={tmp_path / 'out'}", "--server=127.0.0.1:1"]
+    assert command.main(arguments) == 3
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "127.0.0.1:1: unreachable" in printed
+    assert not (tmp_path / "out").exists()
+
+
 def train_anew(run: Path, model: Path, seed: int) -> None:
     """A run whose only step has weights of this seed; one that was there is gone."""
     shutil.rmtree(run, ignore_errors=True)
@@ -660,7 +672,6 @@ def test_cases_are_the_ends_and_some_at_random() -> None:
         (["--dataset=toy", "--oracle", "--server=none"], ("--oracle", "got none")),
         (["--dataset=toy", "--mesh=4by4"], ("--mesh", "expected FSDPxTENSOR")),
         (["--dataset=toy", "--batch=0"], ("--batch", "above 0")),
-        (["--dataset=toy", "--server=127.0.0.1:1"], ("127.0.0.1:1: unreachable",)),
         (["--dataset=toy", "--checkpoint=absent", "--server=none"], ("absent: expected a run directory",)),
         (["--dataset=toy", "--server=none", "--mesh=2x1", "--batch=3"], ("3 prompts", "cannot be split evenly")),
         (

@@ -54,11 +54,8 @@ def run(args: argparse.Namespace, pod: Pod) -> None:
             "them, such as toy/val: one is chosen there and alone evaluated on other splits"
         )
     access = access_from(args)
-    try:
-        if pod.first:
-            greet(args.server, access)
-    except RewardServiceAway as error:
-        raise EvaluateError(str(error)) from None  # nothing has begun that could be resumed later
+    if pod.first:
+        greet(args.server, access)
     out = Path(args.out).expanduser()
     chosen = None
     how = How(

@@ -1,4 +1,4 @@
-"""What runs on a machine itself, beside fakes: tpu/worker.sh under systemd, tpu/gke/train.sh in a pod."""
+"""What runs on a machine itself, beside fakes: tpu/worker.sh under systemd, tpu/gke/pod.sh in a pod."""
 
 import os
 import shutil
@@ -341,9 +341,7 @@ class TestWorker:
         machine.worker("copy")
         (copy,) = machine.called()
         assert copy.endswith("--exclude=^checkpoints/.* runs/n gs://b/n/run")
-        (machine.root / ".run").write_text(
-            "STORE=gs://b/n RUN_DIR=runs/n\n"
-        )  # Of an earlier commit, whose training runs.
+        (machine.root / ".run").write_text("STORE=gs://b/n DIR=runs/n\n")  # Of an earlier commit, whose training runs.
         machine.worker("copy")
         assert machine.called() == [copy]
 
@@ -456,15 +454,15 @@ class TestData:
 
 
 class Pod:
-    """tpu/gke/train.sh beside a trainer that a line of bash stands for."""
+    """tpu/gke/pod.sh beside a trainer that a line of bash stands for."""
 
-    def __init__(self, folder: Path, trainer: str, before: str = "", **variables: str) -> None:
-        """``before`` is done by the shell that becomes train.sh."""
+    def __init__(self, folder: Path, trainer: str, before: str = "", what: str = "train", **variables: str) -> None:
+        """``before`` is done by the shell that becomes pod.sh."""
         self.run, self.store = folder / "run-files", folder / "bucket/n"
         tool(folder / "bin", "python", trainer)
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
-        made = {"PATH": path, "STORE": str(self.store), "RUN_DIR": str(self.run), "TPU_WORKER_ID": "0", **variables}
-        command = f"{before}\nexec {ROOT}/tpu/gke/train.sh --mesh=4x4"
+        made = {"PATH": path, "STORE": str(self.store), "DIR": str(self.run), "TPU_WORKER_ID": "0", **variables}
+        command = f"{before}\nexec {ROOT}/tpu/gke/pod.sh {what} --mesh=4x4"
         self.child = subprocess.Popen(["bash", "-c", command], env=os.environ | made, start_new_session=True)
 
     def end(self) -> int:
@@ -487,9 +485,9 @@ class Pod:
 
 # Saves when it is told to stop, as the trainer does, and exits with 0.
 SAVES = """
-mkdir -p $RUN_DIR
-trap "sleep 0.3; echo saved >$RUN_DIR/saved; exit 0" TERM
-touch $RUN_DIR/here
+mkdir -p $DIR
+trap "sleep 0.3; echo saved >$DIR/saved; exit 0" TERM
+touch $DIR/here
 while :; do sleep 0.05; done
 """
 
@@ -511,9 +509,24 @@ class TestPod:
             "no more than 64 KiB of memory can be locked; if TPUs want more: capability SYS_RESOURCE" in said
         ) != works
 
+    @pytest.mark.parametrize(
+        ("what", "stored", "module"),
+        [("train", "run", "segzero_jax.train --run.dir="), ("evaluate", "evaluate", "segzero_jax.evaluate --out=")],
+    )
+    def test_trains_or_evaluates(self, what: str, stored: str, module: str, tmp_path: Path) -> None:
+        pod = Pod(tmp_path, 'mkdir -p $DIR; echo "$@" >$DIR/given', what=what)
+        assert pod.end() == 0
+        assert (pod.store / stored / "given").read_text() == f"-m {module}{pod.run} --mesh=4x4\n"
+
+    def test_does_not_guess_what_to_do(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        pod = Pod(tmp_path, f"touch {tmp_path}/started", what="")
+        assert pod.end() == 2
+        assert capfd.readouterr().err == "tpu/gke/pod.sh: '--mesh=4x4': expected train or evaluate, then its options\n"
+        assert not (tmp_path / "started").exists()
+
     @pytest.mark.parametrize("code", [0, 2, 3])
     def test_passes_the_trainers_exit_code_on(self, code: int, tmp_path: Path) -> None:
-        pod = Pod(tmp_path, f"mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl; exit {code}")
+        pod = Pod(tmp_path, f"mkdir -p $DIR; echo line >$DIR/metrics.jsonl; exit {code}")
         assert pod.end() == code
         assert (pod.store / "run/metrics.jsonl").read_text() == "line\n"
 
@@ -528,7 +541,7 @@ class TestPod:
         stored = tmp_path / "bucket/n/run"
         stored.mkdir(parents=True)
         (stored / "metrics.jsonl").write_text("earlier\n")
-        pod = Pod(tmp_path, "echo later >>$RUN_DIR/metrics.jsonl")
+        pod = Pod(tmp_path, "echo later >>$DIR/metrics.jsonl")
         assert pod.end() == 0
         assert (stored / "metrics.jsonl").read_text() == "earlier\nlater\n"
 
@@ -542,7 +555,7 @@ class TestPod:
             assert pod.end() == 1
             assert not (tmp_path / "started").exists()
         (tmp_path / "mended").touch()
-        pod = Pod(tmp_path, "echo later >>$RUN_DIR/metrics.jsonl")
+        pod = Pod(tmp_path, "echo later >>$DIR/metrics.jsonl")
         assert pod.end() == 0
         assert (stored / "metrics.jsonl").read_text() == "earlier\nlater\n"
 
@@ -555,7 +568,7 @@ class TestPod:
 
     @pytest.mark.parametrize("place", [{"TPU_WORKER_ID": "1"}, {"MEGASCALE_SLICE_ID": "1"}])
     def test_leaves_the_bucket_to_the_first_process(self, place: dict[str, str], tmp_path: Path) -> None:
-        pod = Pod(tmp_path, "mkdir -p $RUN_DIR; touch $RUN_DIR/mine", **place)
+        pod = Pod(tmp_path, "mkdir -p $DIR; touch $DIR/mine", **place)
         assert pod.end() == 0
         assert not pod.store.exists()
 
@@ -567,12 +580,12 @@ class TestPod:
 
     def test_ends_in_the_middle_of_a_copy(self, tmp_path: Path) -> None:
         tool(tmp_path / "bin", "cp", f'{shutil.which("cp")} "$@"; touch {tmp_path}/copied; sleep 0.5')
-        line = "mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl"
+        line = "mkdir -p $DIR; echo line >$DIR/metrics.jsonl"
         pod = Pod(tmp_path, f"{line}; while [[ ! -e {tmp_path}/copied ]]; do sleep 0.02; done", COPY_EVERY_S="0.1")
         assert pod.end() == 0
 
     def test_gives_copies_the_time_of_what_was_copied(self, tmp_path: Path) -> None:
-        pod = Pod(tmp_path, "mkdir -p $RUN_DIR; echo line >$RUN_DIR/metrics.jsonl; sleep 0.1")
+        pod = Pod(tmp_path, "mkdir -p $DIR; echo line >$DIR/metrics.jsonl; sleep 0.1")
         assert pod.end() == 0
         times = [(place / "metrics.jsonl").stat().st_mtime_ns for place in (pod.run, pod.store / "run")]
         assert times[0] == times[1]
