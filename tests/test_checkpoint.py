@@ -23,7 +23,7 @@ from segzero_jax.checkpoint import (
     _why_not_saved,
     run_difference,
 )
-from segzero_jax.checkpoint_paths import checkpoint_directory, locate, storage_path
+from segzero_jax.checkpoint_paths import checkpoint_directory, locate, refuse_unfinished, storage_path
 from segzero_jax.config import Config
 from segzero_jax.grpo import TrainState, initial_state, make_optimizer
 from segzero_jax.identity import Identity, fingerprint
@@ -285,6 +285,13 @@ def test_a_part_of_a_checkpoint_is_not_taken_for_one_that_is_saved(config: Confi
     assert look(config, resume=False)[0].step == 50
 
 
+def test_folders_of_no_step_are_no_part_of_a_checkpoint(config: Config) -> None:
+    """Not even what a save left that was killed, which Orbax removes."""
+    for name in ("best", "150.orbax-checkpoint-tmp"):
+        (folder(config) / name / "policy").mkdir(parents=True)
+    refuse_unfinished(epath.Path(folder(config)))
+
+
 @pytest.mark.parametrize("name", ["manifest/manifest.json", "policy/manifest.ocdbt"])
 def test_files_that_cannot_be_read_for_now_are_no_damage(
     config: Config, monkeypatch: pytest.MonkeyPatch, name: str
@@ -480,6 +487,25 @@ def test_a_run_whose_configuration_is_of_another_version_has_its_own_checkpoints
     save(config, (1,))
     Path(config.run.dir, "config.yaml").write_text("train: {no_longer_known: 1}\n")
     assert locate(config.run.dir) == (epath.Path(folder(config)), None)
+
+
+def test_a_configuration_of_another_version_is_told_where_there_are_no_checkpoints_either(config: Config) -> None:
+    Path(config.run.dir).mkdir()
+    Path(config.run.dir, "config.yaml").write_text("train: {no_longer_known: 1}\n")
+    with pytest.raises(configs.ConfigError, match="no_longer_known"):
+        locate(config.run.dir)
+
+
+def test_a_step_is_known_by_its_number_and_its_content(config: Config, tmp_path: Path) -> None:
+    save(config, (1,))
+    step = folder(config) / "1"
+    shutil.copytree(step, tmp_path / "7")
+    assert locate(tmp_path / "7") == (epath.Path(tmp_path), 7)
+    for copy in (tmp_path / "best", folder(config) / "best"):
+        shutil.copytree(step, copy)
+        assert locate(copy) is None
+    (tmp_path / "8").mkdir()
+    assert locate(tmp_path / "8") is None
 
 
 def test_a_copy_without_checkpoints_has_not_those_of_the_run_that_it_is_of(config: Config, tmp_path: Path) -> None:
