@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -265,9 +266,14 @@ def broken(batch: Sequence[Example]) -> list[str]:
     raise ImageError(f"{batch[0].id}: image cannot be read")
 
 
-def test_what_goes_wrong_ahead_of_time_is_raised_by_the_batch_that_it_is_in() -> None:
-    with pytest.raises(ImageError, match=r"e\d: image cannot be read"):
-        next(training_batches(examples(10), 4, 0, (0, 1), broken))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_ahead_of_time_is_raised_by_the_batch_that_it_is_in(workers: int) -> None:
+    with (
+        closing(training_batches(examples(10), 4, 0, (0, 1), broken, workers)) as batches,
+        pytest.raises(ImageError) as error,
+    ):
+        next(batches)
+    assert re.fullmatch(r"e\d: image cannot be read", str(error.value)), "the command prints it as it is"
 
 
 def test_batches_are_made_before_they_are_asked_for() -> None:
