@@ -362,7 +362,8 @@ def test_steps_that_learn_are_those_with_a_rate(decay: str) -> None:
 def test_what_a_run_will_not_do_although_its_configuration_says_so_is_told() -> None:
     config = configs.replace(Config(), **{"train.steps": 10, "train.lr": 1e-6, "grpo.iterations": 2})
     assert configs.notes(config) == []
-    assert configs.notes(configs.replace(config, **{"train.warmup_steps": 20})) == []
+    for fits in ({"train.warmup_steps": 20}, {"grpo.clip_high": 0.28}):
+        assert configs.notes(configs.replace(config, **fits)) == []
     (line,) = configs.notes(configs.replace(config, **{"train.warmup_steps": 21}))
     assert line == (
         "the learning rate stays below train.lr=1e-06: train.warmup_steps=21 counts updates, of which 10 steps make 20"
