@@ -84,6 +84,13 @@ def test_advantages_without_the_spread_of_their_group():
     np.testing.assert_allclose(advantages(rewards, norm_by_std=False), [[-1, 2, -1, 0], [0, 0, 0, 0]], rtol=1e-6)
 
 
+def test_without_the_spread_advantages_are_those_of_leaving_one_out_but_for_a_factor():
+    """RLOO (arXiv 2402.14740) compares each answer with the mean of the others."""
+    rewards = np.array([1.0, 4.0, 1.5, 0.0])
+    others = np.array([np.delete(rewards, i).mean() for i in range(4)])
+    np.testing.assert_allclose(advantages(rewards[None], norm_by_std=False)[0], 3 / 4 * (rewards - others), rtol=1e-6)
+
+
 REWARDS = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=8)
 
 
@@ -195,6 +202,18 @@ def test_on_policy_the_gradient_is_the_policy_gradient(loss_of):
     np.testing.assert_allclose(by_logp, -PER_TOKEN, rtol=1e-6)
     assert loss == pytest.approx(-(3 * 1 - 1 + 2 * 0.5) / 6)
     assert metrics["clip_fraction"] == 0
+
+
+def test_on_policy_the_mean_of_responses_has_the_gradient_of_ratios_of_whole_responses(loss_of):
+    """GSPO (arXiv 2507.18071): a ratio is the geometric mean of a response's."""
+    counts = np.arange(3) < LENGTHS[..., None]
+
+    def gspo(logp):
+        gap = jnp.where(counts, logp - jax.lax.stop_gradient(logp), 0).sum(axis=-1) / LENGTHS
+        return -(jnp.exp(gap) * ADVANTAGES)[KEEP].mean()
+
+    _, _, by_logp, _ = loss_of(GrpoConfig(kl_coef=0, loss_mean="responses"))
+    np.testing.assert_allclose(by_logp, jax.grad(gspo)(jnp.zeros((2, 2, 3))), rtol=1e-6)
 
 
 def test_kl_is_in_the_loss(loss_of):
