@@ -346,11 +346,11 @@ class Checkpoints:
     def _failed(self, error: Exception) -> SaveError:
         """Removes what a failed save left and returns the reason as a SaveError. Re-raises other JaxRuntimeErrors."""
         reason = _why_not_saved(error)
-        # The cleanup may fail for the same reason; then the next save or start does it.
+        # The cleanup may fail for the same reason; then the next save that fails does it, or the next start.
         with contextlib.suppress(*self._failures):
             self._manager.reload()
             if jax.process_index() == 0:
-                remove_unfinished(self.directory)
+                remove_unfinished(self.directory, self._failures)
         return SaveError(f"{self.directory}: {reason}")
 
     def _run(self, step: int) -> dict[str, Any]:

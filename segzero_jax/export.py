@@ -119,7 +119,7 @@ def _find(run: str | Path, step: int | None) -> str:
         raise ExportError(f"--run={run}: no checkpoints there; expected the directory of a training run")
     directory, named = located
     if step not in (None, named):
-        raise ExportError(f"--run={run}: is step {named}, --step={step}; expected one of the two")
+        raise ExportError(f"--run={run}: is step {named}, --step={step}; leave out --step, or the number in --run")
     return str(directory / str(named))
 
 

@@ -11,16 +11,25 @@ import time
 import orbax.checkpoint as ocp
 from etils import epath
 
-_WRITERS_END_S = 5.0
+# Writers that have made nothing for so long have ended.
+_QUIET_S = 1.0
+_LIMIT_S = 5.0
 _PAUSE_S = 0.1
 
 
-def remove_unfinished(directory: epath.Path) -> None:
-    """Removes what failed saves left. Gives up after some seconds: the next save or start removes the rest."""
-    end = time.monotonic() + _WRITERS_END_S
-    while time.monotonic() < end and (left := _unfinished(directory)):
-        for path in left:
-            with contextlib.suppress(OSError):  # A writer came between; the next look tells.
+def remove_unfinished(directory: epath.Path, failures: tuple[type[Exception], ...] = (OSError,)) -> None:
+    """Removes what failed saves left, until writers have made nothing for a second.
+
+    Gives up after some seconds: the next save that fails removes the rest, or the next start.
+
+    Args:
+      failures: what a storage like this raises. Raises it if the directory itself cannot be read.
+    """
+    begun = found = time.monotonic()
+    while (now := time.monotonic()) < min(begun + _LIMIT_S, found + _QUIET_S):
+        for path in _unfinished(directory):
+            found = now
+            with contextlib.suppress(*failures):  # A writer came between; the next look tells.
                 path.rmtree(missing_ok=True)
         time.sleep(_PAUSE_S)
 

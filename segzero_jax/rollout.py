@@ -97,8 +97,9 @@ class Prefilled(NamedTuple):
 def prefill_prompts(policy: Policy, batch: PromptBatch, *, fwd: ForwardConfig) -> Prefilled:
     """Runs prompts in a layout for training, and reshards the result for sampling.
 
-    Weights in ``ROLLOUT`` stay where they are, which suits a token of each response: for whole prompts, the sums of
-    activations take longer than gathering weights would, and overlap with nothing.
+    Weights in ``ROLLOUT`` stay where they are, which suits a token of each response: for whole prompts, sums and
+    exchanges of activations take longer than gathering weights does in ``FSDP``, or the sums that are left in
+    ``TRAIN``, and overlap with nothing.
     """
     hidden_bd, cache = prefill(policy, batch, fwd)
     hidden_bd = jax.sharding.reshard(hidden_bd, ROLLOUT.spec("batch", None))

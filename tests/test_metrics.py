@@ -142,6 +142,14 @@ def test_the_lines_for_a_checkpoint_outlive_the_folder(tmp_path):
         score(config, tmp_path / "run", 1)
 
 
+def test_an_evaluation_after_the_file_has_gone_brings_the_earlier_ones_back(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write_evaluation(0, "val", {"greedy": NUMBERS}, [])
+        (tmp_path / "evaluations.jsonl").unlink()
+        metrics.write_evaluation(1, "val", {"greedy": NUMBERS}, [])
+    assert [row["step"] for row in jsonl.read(tmp_path / "evaluations.jsonl")] == [0, 1]
+
+
 def test_what_lies_past_the_restored_step_is_forgotten_and_the_rest_kept(tmp_path):
     with writer(tmp_path) as metrics:
         for step in (0, 2, 10):

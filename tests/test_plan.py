@@ -409,6 +409,11 @@ def test_advice_names_what_is_not_yet_done():
     parts = configs.replace(preset, **{"train.mini_batch_size": 8, "train.micro_batch_size": 4})
     said = "\n".join(advise(parts, [phase("prefill")]))
     assert "--train.batch_size=4 --train.mini_batch_size=4: fewer prompts a step" in said, "all that is larger"
+    for name in ("vision", "reshard", "prefill", "decode", "reference", "old_logps", "update"):
+        said = "\n".join(advise(parts, [phase(name)]))
+        assert ("fewer prompts a step" in said) == (name in ("prefill", "reshard", "decode")), (
+            "its caches of all prompts"
+        )
     assert advise(preset, []) == []
     for key, what in (("train.moment_dtype", "2 bytes less"), ("model.compute_dtype", "half the bytes")):
         for dtype in ("float32", "bfloat16"):

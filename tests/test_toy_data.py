@@ -94,6 +94,15 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_build_succeeds(
     assert len(open_split("toy", "train", tmp_path)) == 40
 
 
+def test_a_defect_in_the_scenes_is_not_blamed_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(toy, "make_example_scene", broken)
+    with pytest.raises(RecursionError):
+        open_split("toy", "train", tmp_path)
+
+
 def test_two_processes_build_once(tmp_path: Path) -> None:
     both = [start_build(tmp_path, 40) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]

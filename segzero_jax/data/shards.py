@@ -7,6 +7,7 @@ processes can write them, and an interrupted build resumes with the missing ones
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -146,10 +147,13 @@ def write_shard(form: Form, shard: Shard, directory: Path) -> Written:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raises OSError if ArrayRecord's writer cannot write; the writer raises an error of its own for that."""
+    """Raises OSError if ArrayRecord's writer cannot write: its own error is a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
+        # As in "write() failed: No space left on device; writing PATH".
+        if not re.search(r"\b\w+\(\) failed: ", str(error)):
+            raise
         raise OSError(str(error)) from None
 
 

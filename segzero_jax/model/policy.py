@@ -274,7 +274,7 @@ def _response_positions(batch: PromptBatch, steps: jax.Array) -> jax.Array:
 
 
 def in_layout(cache: KeyValue, dims: Dims, layout: Layout) -> KeyValue:
-    """Keys and values of prompts, ``[layer, b, p, k, h]``, in a layout that may need more copies of the heads."""
+    """Keys and values of prompts, ``[layer, b, p, k, h]``, in a layout with as many copies of the heads, or more."""
     heads = dims.kv_heads * (kv_copies(dims.kv_heads) if layout.heads else 1)
     if heads > cache.k.shape[3]:
         cache = KeyValue(*(jnp.repeat(a, heads // a.shape[3], axis=3) for a in cache))

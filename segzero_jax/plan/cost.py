@@ -30,7 +30,8 @@ _FREE = {
 _Key = tuple[str | None, tuple[tuple[tuple[int, ...], float], ...]]
 
 
-_Name = TypeVar("_Name")
+# What the sizes of collectives are told by: their kind, or the chips that take part.
+_By = TypeVar("_By")
 
 
 class Kernel(NamedTuple):
@@ -304,7 +305,7 @@ class Program:
         return whole
 
 
-def _add_sizes(total: dict[_Name, float], sizes: Mapping[_Name, float], times: float = 1) -> None:
+def _add_sizes(total: dict[_By, float], sizes: Mapping[_By, float], times: float = 1) -> None:
     for name, size in sizes.items():
         total[name] = total.get(name, 0.0) + times * size
 

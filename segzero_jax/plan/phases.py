@@ -80,7 +80,9 @@ def analyse(
     mesh: Sequence[int],
     attention: Mapping[tuple[bool, int], int],
 ) -> PhasePlan:
-    """Compiles a program and reads its memory and cost from it. Decoding is described by one of its steps.
+    """Compiles a program and reads its memory and cost from it.
+
+    Decoding is described by one of its steps, with an equal part of what surrounds them.
 
     Args:
       name, runs, lower, beside: see ``Step.programs``.
@@ -236,7 +238,7 @@ def advise(config: Config, over: Sequence[PhasePlan]) -> list[str]:
         if phase.phase in ("reference", "old_logps", "update", "decode"):
             shorter = config.rollout.max_response_tokens // 2
             advice.append(f"--rollout.max_response_tokens={shorter}: shorter answers")
-        if phase.phase in ("prefill", "decode") and config.train.batch_size > data * fsdp:
+        if phase.phase in ("prefill", "reshard", "decode") and config.train.batch_size > data * fsdp:
             names = (f"{name}_size" for name in ("batch", "mini_batch", "micro_batch"))
             larger = [name for name in names if getattr(config.train, name) > data * fsdp]
             advice.append(" ".join(f"--train.{name}={data * fsdp}" for name in larger) + ": fewer prompts a step")

@@ -96,7 +96,7 @@ class Step:
         if config.model.vision_stays:
             yield "vision", 1, self.lower_vision, (optimizer, other)
         yield "prefill", 1, self.lower_prefill, (optimizer, other)
-        yield "reshard", 1, self.lower_reshard, (optimizer, other, self.prefilled)
+        yield "reshard", 1, self.lower_reshard, (optimizer, other, self.prompts, self.prefilled)
         yield "decode", 1, self.lower_decode, (self.state, self.base, other)
         if reference is not None:
             yield "reference", 1, partial(self.lower_logps, reference), (self.state,)
