@@ -23,6 +23,7 @@ from processes import outliving
 from question_sources import encoded, picture
 
 from segzero_jax.data import build, builder, leaks, shards
+from segzero_jax.data.forms.form import Form
 from segzero_jax.data.held_out import refuse_or_drop
 from segzero_jax.data.pipeline import open_split
 from segzero_jax.data.records import INDEX, built_directory, checksum, index_path, read_index
@@ -74,8 +75,11 @@ def test_an_interrupted_build_goes_on_and_is_the_same(
         run(tmp_path, "refcoco", source, "--rebuild")
     assert len(open_split("refcoco", "train", tmp_path / "built")) == 8, "the set that is there stays until the end"
     written.clear()
+    half_moved = built_directory("refcoco", tmp_path / "built").parent / "incomplete.5UM6A_1.0.0"
+    (half_moved / "part").mkdir(parents=True)
     monkeypatch.setattr(shards, "write_shard", lambda *given: written.append(given[1].name) or real(*given))
     assert run(tmp_path, "refcoco", source, "--rebuild") == 0
+    assert not half_moved.exists()
     assert written == ["val-00001", "testA-00000", "testA-00001", "testB-00000", "testB-00001"]
     assert "going on: 3 of 8 shards are written already" in capsys.readouterr().err
     assert files(tmp_path, "refcoco") == whole
@@ -630,6 +634,42 @@ def test_of_two_builds_at_once_the_second_takes_what_the_first_has_made(
     assert first == second
     assert "mine/train: " in first
     assert built_directory("mine", tmp_path / "built").stat().st_ino == places[0]
+
+
+def test_what_another_build_has_finished_is_held_against_others_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "refcoco", sources.refer(tmp_path / "refer")) == 0
+    source = sources.solution_parquet(tmp_path / "s", image=[squashed(seed) for seed in range(6)])
+    real = builder.turn
+
+    @contextmanager
+    def busy(path: Path) -> Iterator[None]:
+        monkeypatch.setattr(builder, "turn", real)
+        assert run(tmp_path, "r", source) == 0
+        yield
+
+    monkeypatch.setattr(builder, "turn", busy)
+    assert run(tmp_path, "r", source, "--against", "refcoco/val") == 2
+    assert "2 of 6 training questions are about pictures of refcoco/val" in capsys.readouterr().err
+
+
+def test_an_error_of_one_process_is_the_commands(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, plan = sources.lines(tmp_path / "s"), builder.make_plan
+
+    def and_lose_a_picture(form: Form) -> builder.Plan:
+        made = plan(form)
+        assert len(made.shards) > 1
+        next((source / "images").iterdir()).unlink()
+        return made
+
+    monkeypatch.setattr(builder, "make_plan", and_lose_a_picture)
+    assert run(tmp_path, "mine", source, "--workers=2") == 2
+    (complaint,) = (line for line in capsys.readouterr().err.splitlines() if "segzero_jax.data.build: " in line)
+    assert "No such file" in complaint
+    assert f"{source / 'images'}" in complaint
 
 
 def test_a_set_on_another_disk_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
