@@ -86,6 +86,16 @@ def test_an_interrupted_build_goes_on_and_is_the_same(
     assert not work(tmp_path, "refcoco").exists()
 
 
+def test_rows_are_the_same_in_one_shard_and_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = sources.refer(tmp_path / "s"), []
+    for rows in (shards.ROWS, 3):
+        monkeypatch.setattr(shards, "ROWS", rows)
+        assert run(tmp_path, "refcoco", source, "--rebuild") == 0
+        read.append([list(open_split("refcoco", split, tmp_path / "built")) for split in ("train", "val", "testA")])
+    assert len(read[0][0]) > 3
+    assert read[0] == read[1]
+
+
 def test_a_source_that_changes_during_an_interruption_is_noticed(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
